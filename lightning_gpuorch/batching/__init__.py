@@ -1,0 +1,1 @@
+"""How many samples go into one step: halving, memory model, token budgets."""

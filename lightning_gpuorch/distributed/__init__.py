@@ -1,0 +1,1 @@
+"""Process groups and the control plane of a job."""

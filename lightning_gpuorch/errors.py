@@ -1,0 +1,167 @@
+"""Every exception the plugin raises on purpose, and the exit codes that go with them.
+
+::
+
+    GPUOrchError
+    ├── ConfigurationError (ValueError)      bad option, environment variable or combination
+    │   └── ModelDoesNotFitError             the model is larger than the memory budget
+    ├── JobMismatchError                     the output directory belongs to another job
+    ├── PredictionStorageError               a prediction cannot be stored or written
+    │   ├── UnsupportedPredictionError (TypeError)   its type has no durable form
+    │   └── StorageFullError (OSError)       no space left on the device
+    ├── CorruptPartError                     a part file fails its checksum
+    ├── MissingPredictionsError              the job ended with samples missing
+    ├── ControlPlaneError                    the head cannot be reached, or ranks disagree
+    │   ├── ControlPlaneTimeoutError (TimeoutError)
+    │   └── CollectiveMismatchError          ranks called different collectives
+    ├── InputMismatchError                   the ranks of a TP group got different batches
+    ├── MemoryBudgetError (MemoryError)      an allocation would exceed the budget
+    └── TensorParallelError                  no plan, or a plan that fails verification
+
+An exception carries ``exit_code``. The supervisor restarts a worker that dies of anything else, but never one
+that ends with a code of :data:`FINAL_EXIT_CODES`: repeating the run cannot change the outcome.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+EXIT_FAILURE = 1
+EXIT_DATA_MISSING = os.EX_DATAERR
+"""Everything that could be computed is durable, some samples are missing and named."""
+EXIT_STORAGE = os.EX_IOERR
+"""The output directory is full or not writable."""
+EXIT_RESUMABLE = os.EX_TEMPFAIL
+"""Stopped on request; the same command goes on where this one stopped."""
+EXIT_CONFIGURATION = os.EX_CONFIG
+"""Bad input, found before work started."""
+
+FINAL_EXIT_CODES = frozenset({EXIT_DATA_MISSING, EXIT_STORAGE, EXIT_RESUMABLE, EXIT_CONFIGURATION})
+
+
+class GPUOrchError(Exception):
+    """Base class of the plugin's exceptions."""
+
+    exit_code = EXIT_FAILURE
+
+
+class ConfigurationError(GPUOrchError, ValueError):
+    """An option, environment variable or combination that cannot work."""
+
+    exit_code = EXIT_CONFIGURATION
+
+
+class ModelDoesNotFitError(ConfigurationError):
+    """The model does not fit the memory budget of a device.
+
+    Attributes:
+        needed_bytes: Bytes the model needs on each device.
+        budget_bytes: Bytes one device may use.
+        fitting_tensor_parallel_size: Smallest degree at which it fits, or None if none was found.
+    """
+
+    def __init__(self, message: str, needed_bytes: int, budget_bytes: int, fitting_tensor_parallel_size: int | None):
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.budget_bytes = budget_bytes
+        self.fitting_tensor_parallel_size = fitting_tensor_parallel_size
+
+
+class JobMismatchError(GPUOrchError):
+    """The output directory holds the results of another job.
+
+    Attributes:
+        differences: One line per difference.
+    """
+
+    exit_code = EXIT_CONFIGURATION
+
+    def __init__(self, message: str, differences: Sequence[str] = ()):
+        super().__init__(message)
+        self.differences = tuple(differences)
+
+
+class PredictionStorageError(GPUOrchError):
+    """A prediction could not be made durable."""
+
+    exit_code = EXIT_STORAGE
+
+
+class UnsupportedPredictionError(PredictionStorageError, TypeError):
+    """A prediction contains a type without a durable form."""
+
+    exit_code = EXIT_CONFIGURATION
+
+
+class StorageFullError(PredictionStorageError, OSError):
+    """No space is left where predictions are written."""
+
+
+class CorruptPartError(GPUOrchError):
+    """A part file is truncated or fails its checksum."""
+
+    exit_code = EXIT_DATA_MISSING
+
+
+class MissingPredictionsError(GPUOrchError):
+    """The job is over and some samples have no prediction.
+
+    Attributes:
+        indices: Dataset indices without a prediction, ascending.
+    """
+
+    exit_code = EXIT_DATA_MISSING
+
+    def __init__(self, message: str, indices: Iterable[int] = ()):
+        super().__init__(message)
+        self.indices = tuple(indices)
+
+
+class ControlPlaneError(GPUOrchError):
+    """The job's control plane failed: its head is gone, or ranks disagree."""
+
+
+class ControlPlaneTimeoutError(ControlPlaneError, TimeoutError):
+    """The head, or ranks that had to take part, did not answer in time."""
+
+
+class CollectiveMismatchError(ControlPlaneError):
+    """Ranks called different collectives at the same point."""
+
+
+class InputMismatchError(GPUOrchError):
+    """The ranks of one tensor-parallel group were given different batches."""
+
+    exit_code = EXIT_CONFIGURATION
+
+
+class MemoryBudgetError(GPUOrchError, MemoryError):
+    """An allocation would exceed the memory budget."""
+
+
+class TensorParallelError(GPUOrchError):
+    """No tensor-parallel plan was found, or one failed verification."""
+
+    exit_code = EXIT_CONFIGURATION
+
+
+def format_indices(indices: Iterable[int], limit: int = 20) -> str:
+    """Write ascending indices as ranges: ``3, 7-9, 40``.
+
+    Args:
+        indices: Ascending integers.
+        limit: Ranges to write before the rest is counted only.
+
+    Returns:
+        The text, complete up to ``limit`` ranges.
+    """
+    ranges: list[list[int]] = []
+    for index in indices:
+        if ranges and index == ranges[-1][1] + 1:
+            ranges[-1][1] = index
+        else:
+            ranges.append([index, index])
+    text = ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges[:limit])
+    hidden = sum(high - low + 1 for low, high in ranges[limit:])
+    return f"{text} and {hidden} more" if hidden else text

@@ -1,0 +1,1 @@
+"""GPU health: what NVML says and what follows from it."""

@@ -1,0 +1,1 @@
+"""Durable predictions: part files, the manifest, leases and the reader."""

@@ -1,0 +1,1 @@
+"""Tensor-parallel plans: found by probing, verified, applied, loaded."""

@@ -1,0 +1,1 @@
+"""Doubles and fault plans for tests, ours and yours."""
