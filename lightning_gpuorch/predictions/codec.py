@@ -118,14 +118,14 @@ class Column:
     def buffer(self) -> memoryview:
         """Return the elements in C order, little-endian. Copies only what is not contiguous or not on the CPU."""
         source = self.source
+        if isinstance(source, bytes):
+            return memoryview(source)
+        if not self.num_bytes:
+            return memoryview(b"")
         if isinstance(source, torch.Tensor):
             flat = source.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-            source = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
-        if isinstance(source, np.ndarray):
-            # `.view` needs a last axis to reinterpret; a zero-size buffer has nothing to reinterpret.
-            flat_array = np.ascontiguousarray(source).reshape(-1)
-            source = flat_array.view(np.uint8) if flat_array.size else np.empty(0, np.uint8)
-        return memoryview(source).cast("B")
+            return memoryview(flat.view(torch.uint8).numpy().data)
+        return memoryview(np.ascontiguousarray(source).reshape(-1).view(np.uint8).data)
 
 
 class ColumnReader(Protocol):
@@ -474,7 +474,8 @@ def _decode_ndarray(
     # An element may have no bytes (dtype "<U0"): there is nothing to read then.
     if 0 in size or element.itemsize == 0:
         return np.zeros(size, element)
-    return np.frombuffer(columns.buffer(column), element).reshape(size).copy()
+    array: np.ndarray[Any, Any] = np.frombuffer(columns.buffer(column), element).reshape(size).copy()
+    return array
 
 
 def _decode_numpy_scalar(_columns: ColumnReader, dtype: str, raw: str) -> np.generic:
@@ -489,7 +490,8 @@ def _unpack(columns: ColumnReader, kind: str, column: int, lengths_column: int |
         joined: Any = bytes(buffer) if kind == "bytes" else str(buffer, "utf-8", "surrogatepass")
         ends = np.frombuffer(columns.buffer(lengths_column), "<i8").cumsum().tolist()
         return [joined[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    return np.frombuffer(buffer, {"bool": "?", "float": "<f8", "int": "<i8"}[kind]).tolist()
+    numbers: list[Any] = np.frombuffer(buffer, {"bool": "?", "float": "<f8", "int": "<i8"}[kind]).tolist()
+    return numbers
 
 
 def _decode_sequence(make: Callable[[list[Any]], Any], columns: ColumnReader, nodes: Any, *packed: Any) -> Any:
@@ -505,7 +507,7 @@ def _decode_namedtuple(columns: ColumnReader, class_name: str, fields: list[str]
 
 @functools.cache
 def _fresh_namedtuple(name: str, fields: tuple[str, ...]) -> type[tuple[Any, ...]]:
-    return collections.namedtuple(name, fields)  # type: ignore[misc]
+    return collections.namedtuple(name, fields)
 
 
 def _decode_struct_sequence(columns: ColumnReader, class_name: str, nodes: list[Node]) -> Any:
@@ -547,11 +549,7 @@ def _decode_mapping(
 
 def _dict_base(cls: type) -> Any:
     """Return the built-in whose ``__new__`` and ``__setitem__`` are right for a subclass of dict."""
-    return next(
-        base
-        for base in (collections.OrderedDict, collections.defaultdict, dict)
-        if issubclass(cls, base)  # type: ignore[arg-type]
-    )
+    return next(base for base in (collections.OrderedDict, collections.defaultdict, dict) if issubclass(cls, base))
 
 
 def _decode_dataclass(columns: ColumnReader, class_name: str, names: list[str], nodes: list[Node]) -> Any:

@@ -25,11 +25,12 @@ what a caller keeps does not keep the rest of the file in memory. How a predicti
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 from lightning_gpuorch.errors import CorruptPartError, PredictionStorageError
 from lightning_gpuorch.predictions.codec import Column, Node, TreeEncoder, decode_tree
@@ -73,7 +74,9 @@ def encode_envelope(fields: Mapping[str, Any], predictions: Sequence[Any]) -> En
         PredictionStorageError: ``fields`` is not plain JSON.
     """
     if not _OWN_FIELDS.isdisjoint(fields):
-        raise PredictionStorageError(f"{sorted(_OWN_FIELDS)} are fields of the envelope itself; rename those of {fields}.")
+        raise PredictionStorageError(
+            f"{sorted(_OWN_FIELDS)} are fields of the envelope itself; rename those of {fields}."
+        )
     encoder = TreeEncoder()
     structure = _padded([encoder.encode(prediction) for prediction in predictions], 0)
     columns = _safetensors(encoder.columns)
@@ -174,7 +177,7 @@ class Envelope:
         return self._data[start:end]
 
 
-def read_fields(file: BinaryIO, file_bytes: int, source: str) -> dict[str, Any]:
+def read_fields(file: io.FileIO, file_bytes: int, source: str) -> dict[str, Any]:
     """Read the writer's fields only.
 
     Args:
