@@ -1,9 +1,8 @@
 """How do predictions leave for other tools? Sample by sample into one file, in memory that does not grow.
 
-A row is one sample: ``dataloader`` (only if there are several), ``index`` (dataset index; None for streams), then the
-prediction. JSON lines keep its structure under ``prediction``. Parquet gets a column per leaf, named by its path:
-``{"boxes": (a, b)}`` becomes ``boxes.0`` and ``boxes.1``, and a bare tensor ``prediction``; tensors become (nested)
-lists of their element type.
+A row is one sample: ``dataloader`` (only if there are several), ``index`` (dataset index; None for streams), and
+``prediction``. JSON lines keep its structure. Parquet gets a column per leaf, named by its path: ``{"boxes": (a, b)}``
+becomes ``prediction.boxes.0`` and ``prediction.boxes.1``; tensors become (nested) lists of their element type.
 
 The target appears when it is whole, and replaces what was there.
 """
@@ -11,7 +10,6 @@ The target appears when it is whole, and replaces what was there.
 from __future__ import annotations
 
 import base64
-import collections
 import dataclasses
 import json
 import math
@@ -19,7 +17,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +31,8 @@ _ROWS_PER_GROUP = 1024
 _BYTES_PER_GROUP = 2**25
 
 
-class _Row(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Row:
     loader: int | None
     index: int | None
     prediction: Any
@@ -99,7 +98,7 @@ def _write_jsonl(rows: Iterator[_Row], path: Path) -> int:
     num_rows = 0
     with open(path, "x", encoding="utf-8") as file:
         for row in rows:
-            record = {} if row.loader is None else {"dataloader": row.loader}
+            record: dict[str, Any] = {} if row.loader is None else {"dataloader": row.loader}
             record |= {"index": row.index, "prediction": _to_json(row.prediction, "prediction")}
             file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n")
             num_rows += 1
@@ -109,7 +108,7 @@ def _write_jsonl(rows: Iterator[_Row], path: Path) -> int:
 
 
 def _to_json(value: Any, path: str) -> Any:
-    """Turn a prediction into plain JSON; what is not finite becomes "NaN", "Infinity" or "-Infinity", as in protobuf."""
+    """Turn a prediction into plain JSON; what is not finite is "NaN", "Infinity" or "-Infinity", as in protobuf."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -146,35 +145,19 @@ def _write_parquet(rows: Iterator[_Row], path: Path) -> int:
         raise ConfigurationError(
             "exporting to Parquet needs pyarrow: pip install 'lightning_gpuorch[parquet]', or export to jsonl."
         ) from error
-    schema: Any = None
     writer: Any = None
     num_rows = 0
     try:
         for group in _groups(rows):
-            columns: dict[str, list[Any]] = collections.defaultdict(list)
-            for row in group:
-                leaves = dict(_leaves(row.prediction, ""))
-                if row.loader is not None:
-                    columns["dataloader"].append(row.loader)
-                columns["index"].append(row.index)
-                for name, leaf in leaves.items():
-                    columns[name].append(leaf)
-            if any(len(values) != len(group) for values in columns.values()):
-                raise UnsupportedPredictionError(
-                    f"predictions differ in structure between samples {num_rows} and {num_rows + len(group) - 1}, which "
-                    "Parquet's columns cannot hold. Export to jsonl."
-                )
             try:
-                if schema is None:
-                    table = pa.table({name: _parquet_column(pa, values, name) for name, values in columns.items()})
-                    schema = table.schema
-                    writer = pq.ParquetWriter(path, schema)
-                else:
-                    table = pa.table({name: _parquet_column(pa, v, name) for name, v in columns.items()}).cast(schema)
-            except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError) as error:
+                table = pa.table({name: _parquet_column(pa, values, name) for name, values in _columns(group).items()})
+                if writer is None:
+                    writer = pq.ParquetWriter(path, table.schema)
+                table = table.cast(writer.schema)
+            except (pa.ArrowException, ValueError) as error:
                 raise UnsupportedPredictionError(
-                    f"predictions differ in type or structure between samples, which Parquet's columns cannot hold: "
-                    f"{error} Export to jsonl."
+                    f"samples {num_rows} to {num_rows + len(group) - 1} do not fit the columns of a Parquet file: "
+                    f"{error} Export to jsonl, which takes any structure."
                 ) from error
             writer.write_table(table)
             num_rows += len(group)
@@ -186,12 +169,33 @@ def _write_parquet(rows: Iterator[_Row], path: Path) -> int:
     return num_rows
 
 
+def _columns(group: Sequence[_Row]) -> dict[str, list[Any]]:
+    """Turn rows into columns.
+
+    Raises:
+        ValueError: Rows have different leaves, or two leaves of one row have the same name.
+    """
+    columns: dict[str, list[Any]] = {} if group[0].loader is None else {"dataloader": [row.loader for row in group]}
+    columns["index"] = [row.index for row in group]
+    names = [name for name, _ in _leaves(group[0].prediction, "prediction")]
+    if len(set(names)) != len(names):
+        raise ValueError(f"two leaves have the same name among {names}.")
+    columns |= {name: [] for name in names}
+    for row in group:
+        leaves = list(_leaves(row.prediction, "prediction"))
+        if [name for name, _ in leaves] != names:
+            raise ValueError(f"one has the leaves {names}, another {[name for name, _ in leaves]}.")
+        for name, leaf in leaves:
+            columns[name].append(leaf)
+    return columns
+
+
 def _groups(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
     group: list[_Row] = []
     num_bytes = 0
     for row in rows:
         group.append(row)
-        num_bytes += sum(int(getattr(leaf, "nbytes", 64)) for _, leaf in _leaves(row.prediction, ""))
+        num_bytes += sum(int(getattr(leaf, "nbytes", 64)) for _, leaf in _leaves(row.prediction, "prediction"))
         if len(group) >= _ROWS_PER_GROUP or num_bytes >= _BYTES_PER_GROUP:
             yield group
             group, num_bytes = [], 0
@@ -211,10 +215,10 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         children = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
     if children is None:
-        yield path or "prediction", value
+        yield path, value
         return
     for key, item in children:
-        yield from _leaves(item, f"{path}.{key}" if path else str(key))
+        yield from _leaves(item, f"{path}.{key}")
 
 
 def _parquet_column(pa: Any, values: list[Any], name: str) -> Any:

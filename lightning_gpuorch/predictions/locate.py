@@ -194,7 +194,7 @@ class ChunkLocator:
                 for covered in _runs(entry, layout):
                     if covered.start < reached or covered.stop > units.stop:
                         raise CorruptPartError(
-                            f"{store.path(chunk)} holds units {covered.start}-{covered.stop - 1} twice or out of place; "
+                            f"{store.path(chunk)} has units {covered.start}-{covered.stop - 1} twice or out of place: "
                             f"its chunk is {units.start}-{units.stop - 1}. Delete it and run the same command again."
                         )
                     yield range(reached, covered.start)

@@ -1,8 +1,8 @@
 """How do parts reach the disk without the loop waiting for it?
 
-One thread commits what :meth:`PartWriter.put` hands over, in that order. Handing over costs a few microseconds; it waits
-only when more than ``max_pending_bytes`` are on their way, so that memory stays bounded when the disk is slower than the
-model.
+One thread commits what :meth:`PartWriter.put` hands over, in that order. Handing over costs a few microseconds; it
+waits only when more than ``max_pending_bytes`` are on their way, so that memory stays bounded when the disk is slower
+than the model.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class _Pending:
 class PartWriter:
     """Commits parts on a thread of its own.
 
-    An error ends the writer: the next :meth:`put`, :meth:`flush` or :meth:`close` raises it, with a note naming what was
-    handed over and is not written. These chunks are not in the journal, so a rerun computes them again; nothing is lost
-    silently. After that, :meth:`put` and :meth:`flush` refuse and :meth:`close` does nothing.
+    An error ends the writer: the next :meth:`put`, :meth:`flush` or :meth:`close` raises it, with a note naming what
+    was handed over and is not written. These chunks are not in the journal, so a rerun computes them again; nothing is
+    lost silently. After that, :meth:`put` and :meth:`flush` refuse and :meth:`close` does nothing.
 
     Can be used as a context manager; leaving it closes the writer, after an exception as well, since what was computed
     is worth keeping. A writer nobody has closed is closed when the interpreter exits.
