@@ -247,6 +247,8 @@ class PredictionJob:
         except StopIteration as error:
             # Lightning's loop would take it for the end of the data and silently drop the rest.
             raise RuntimeError(f"the predict step raised StopIteration on batch {ticket.span.batch_index}") from error
+        if self._world.topology.tensor_parallel_size > 1:
+            output = whole(output)
         self.steps += 1
         self.samples += ticket.size or 0
         if self._writer is not None:
@@ -360,6 +362,19 @@ class _DrainOnSignal:
 
 def _wrapped(wrapper: StepWrapper, call: Callable[[Any], Any], ticket: Ticket, batch: Any) -> Any:
     return wrapper(call, batch, ticket)
+
+
+def whole(output: Any) -> Any:
+    """Gather sharded tensors and wait for those still on their way; every rank of the group must take part."""
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        if hasattr(tensor, "full_tensor"):
+            tensor = tensor.full_tensor()
+        if hasattr(tensor, "trigger_wait"):
+            tensor = tensor.trigger_wait()
+        return tensor
+
+    return apply_to_collection(output, torch.Tensor, convert)
 
 
 def to_host(output: Any) -> Any:
