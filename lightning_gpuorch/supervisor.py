@@ -399,10 +399,10 @@ class Supervisor:
         failure = self._first_failure
         if failure is None:
             return
+        said = f": {failure['type']}: {failure['message']}" if "type" in failure else ""
         log.error(
-            "first failure: rank %d, generation %d: %s%s",
-            failure["rank"], failure["generation"], failure["reason"],
-            f"\n{failure['traceback']}" if "traceback" in failure else "",
+            "first failure: rank %d, generation %d, %s%s",
+            failure["rank"], failure["generation"], failure["reason"], said,
         )
 
     def _on_event(self, kind: str, **fields: Any) -> None:
