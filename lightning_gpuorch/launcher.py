@@ -98,7 +98,7 @@ class Launcher:
 
     def _call(self, function: Callable[..., Any], args: Any, kwargs: Any, trainer: Any) -> Any:
         result = function(*args, **kwargs)
-        if trainer is not None and trainer.state.fn == "predict":
+        if _predicting(trainer):
             return self._strategy.results()  # type: ignore[attr-defined]
         return result
 
@@ -110,8 +110,8 @@ class Launcher:
         result = self._call(function, args, kwargs, trainer)
         path = os.environ.get(_RESULT)
         if path and strategy.runtime.world.topology.rank == 0:
-            predicting = trainer is not None and trainer.state.fn == "predict"
-            Path(path).write_bytes(pickle.dumps(None if predicting else result))
+            # Predictions are read from their directory; only whether they are wanted goes through the file.
+            Path(path).write_bytes(pickle.dumps(result is not None if _predicting(trainer) else result))
 
     def _run_forked(self, supervisor: Supervisor, trainer: Any) -> Any:
         if trainer is not None and trainer.state.fn == "fit":
@@ -124,10 +124,13 @@ class Launcher:
             raise GPUOrchError(f"the workers ended with exit code {code}; their messages are above.")
         result = pickle.loads(path.read_bytes())
         supervisor.clean_up_at_exit()
-        if trainer is not None and trainer.state.fn == "predict":
-            wants = trainer.predict_loop.return_predictions
-            return read_predictions(supervisor.head.jobs[max(supervisor.head.jobs)].directory) if wants else None
+        if _predicting(trainer):
+            return read_predictions(supervisor.head.jobs[max(supervisor.head.jobs)].directory) if result else None
         return result
+
+
+def _predicting(trainer: Any) -> bool:
+    return trainer is not None and trainer.state.fn == "predict"
 
 
 def _rank() -> int:
