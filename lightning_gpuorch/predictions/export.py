@@ -28,7 +28,7 @@ from lightning_gpuorch.predictions.files import storage_error
 from lightning_gpuorch.predictions.reader import Predictions, read_predictions
 
 _ROWS_PER_GROUP = 1024
-_BYTES_PER_GROUP = 2**25
+_BYTES_PER_GROUP = 2**23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _parquet_column(pa: Any, values: list[Any], name: str) -> Any:
         return pa.array(values)
     arrays = [_to_array(value, name) for value in values]
     if arrays[0].dtype.kind == "c":
-        arrays = [array.view(array.real.dtype).reshape(*array.shape, 2) for array in map(np.ascontiguousarray, arrays)]
+        arrays = [np.stack((array.real, array.imag), axis=-1) for array in arrays]
     element = pa.from_numpy_dtype(arrays[0].dtype) if arrays[0].dtype.kind not in "US" else None
     if len({(array.ndim, array.dtype) for array in arrays}) != 1:
         raise ValueError(f"{name} has {sorted({f'{a.ndim}-d {a.dtype}' for a in arrays})}.")

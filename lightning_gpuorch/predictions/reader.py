@@ -182,7 +182,7 @@ class Predictions(Sequence[Any]):
         place = (segment.chunk, segment.position)
         if place not in outputs:
             # Shares of several ranks interleave: all parts that a batch takes from must stay for the next one.
-            self._parts.make_room_for(len({chunk for chunk, _ in outputs}) + 1)
+            self._parts.keep_at_least(len({chunk for chunk, _ in outputs}) + 1)
             outputs[place] = self._part(segment.chunk).output(segment.position)
         if segment.is_whole:
             return outputs[place]
@@ -192,6 +192,7 @@ class Predictions(Sequence[Any]):
     def _part(self, chunk: int) -> Part:
         part = self._parts.get(chunk)
         if part is None:
+            self._parts.make_room_for_one()  # before reading: a part may be large
             part = self._store.read(chunk)
             self._parts.put(chunk, part)
             self._headers.put(chunk, part.header)
@@ -275,12 +276,19 @@ class _Recent(Generic[_Value]):
         with self._lock:
             self._values[key] = value
             self._values.move_to_end(key)
-            while len(self._values) > self._capacity:
-                self._values.popitem(last=False)
+            self._shrink_to(self._capacity)
 
-    def make_room_for(self, count: int) -> None:
+    def make_room_for_one(self) -> None:
         with self._lock:
-            self._capacity = max(self._capacity, count)
+            self._shrink_to(self._capacity - 1)
+
+    def keep_at_least(self, capacity: int) -> None:
+        with self._lock:
+            self._capacity = max(self._capacity, capacity)
+
+    def _shrink_to(self, count: int) -> None:
+        while len(self._values) > count:
+            self._values.popitem(last=False)
 
 
 def _refuse_gaps(root: Path, found: Sequence[Predictions], quarantined: Sequence[Quarantined]) -> None:
