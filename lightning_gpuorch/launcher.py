@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_gpuorch import _compat
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError
 from lightning_gpuorch.predictions.reader import read_predictions
-from lightning_gpuorch.spawn import ForkSpawner, ScriptSpawner
+from lightning_gpuorch.spawn import ForkSpawner, command_of_this_process, script_spawner
 from lightning_gpuorch.supervisor import Supervisor
 from lightning_gpuorch.telemetry.logs import configure_logging
 
@@ -72,7 +72,7 @@ class Launcher:
         spawner = (
             ForkSpawner(lambda: self._call_forked(function, args, kwargs, trainer))
             if fork
-            else ScriptSpawner.of_this_process()
+            else script_spawner(command_of_this_process(), config.enable_warm_start)
         )
         supervisor = Supervisor(
             spawner,

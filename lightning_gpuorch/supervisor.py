@@ -149,6 +149,7 @@ class Supervisor:
             self._kill(list(self._workers))
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            self._spawner.close()
             self._server.close()
             self._clean_up()
 

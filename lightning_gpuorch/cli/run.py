@@ -51,7 +51,7 @@ def _run(script: str, script_args: list[str], **options: Any) -> int:
             "torchrun or srun, where the strategy works as well."
         )
     # The supervisor is light: neither torch nor Lightning is imported in this process.
-    from lightning_gpuorch.spawn import ScriptSpawner
+    from lightning_gpuorch.spawn import script_spawner
     from lightning_gpuorch.supervisor import Supervisor
     from lightning_gpuorch.telemetry.logs import configure_logging
 
@@ -67,7 +67,7 @@ def _run(script: str, script_args: list[str], **options: Any) -> int:
     }
     if options["precision"] is not None:
         environment["LT_PRECISION"] = options["precision"]
-    spawner = ScriptSpawner(["script", os.path.abspath(script), *script_args])
+    spawner = script_spawner(["script", os.path.abspath(script), *script_args], config.enable_warm_start)
     return Supervisor(spawner, count, config, device_indices=indices, environment=environment).run()
 
 
