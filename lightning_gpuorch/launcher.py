@@ -8,7 +8,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lightning_gpuorch import _compat
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError
@@ -33,7 +33,7 @@ class Launcher:
         start_method: ``popen`` runs the script anew for each rank; ``fork`` forks this process.
     """
 
-    def __init__(self, strategy: StrategyShell, start_method: Literal["popen", "fork"]):
+    def __init__(self, strategy: StrategyShell, start_method: str):
         if start_method not in ("popen", "fork"):
             raise ConfigurationError(f"start_method={start_method!r} is unknown; use 'popen' or 'fork'.")
         self._strategy, self._start_method = strategy, start_method

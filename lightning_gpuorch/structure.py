@@ -147,7 +147,7 @@ def _per_sample(tree: Any, size: int) -> bool:
 
 
 def _slice(tree: Any, start: int, stop: int, size: int, found: list[bool]) -> Any:
-    if _is_array(tree) and tree.ndim and tree.shape[0] == size or _per_sample(tree, size):
+    if (_is_array(tree) and tree.ndim and tree.shape[0] == size) or _per_sample(tree, size):
         found[0] = True
         return tree[start:stop]
     if _is_container(tree):
@@ -156,7 +156,7 @@ def _slice(tree: Any, start: int, stop: int, size: int, found: list[bool]) -> An
 
 
 def _pick(tree: Any, position: int, size: int, found: list[bool]) -> Any:
-    if _is_array(tree) and tree.ndim and tree.shape[0] == size or _per_sample(tree, size):
+    if (_is_array(tree) and tree.ndim and tree.shape[0] == size) or _per_sample(tree, size):
         found[0] = True
         return tree[position]
     if _is_container(tree):

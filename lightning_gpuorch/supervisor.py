@@ -255,7 +255,10 @@ class Supervisor:
         if decision.action is Action.RESTART_REPLICA:
             self._restarts += 1
             log.warning(
-                "%s; restarting replica %d (attempt %d of %d)", decision.reason, replica, decision.attempt,
+                "%s; restarting replica %d (attempt %d of %d)",
+                decision.reason,
+                replica,
+                decision.attempt,
                 self.recovery.max_restart_attempts,
             )
             for member_rank in group:
@@ -403,7 +406,10 @@ class Supervisor:
         said = f": {failure['type']}: {failure['message']}" if "type" in failure else ""
         log.error(
             "first failure: rank %d, generation %d, %s%s",
-            failure["rank"], failure["generation"], failure["reason"], said,
+            failure["rank"],
+            failure["generation"],
+            failure["reason"],
+            said,
         )
 
     def _on_event(self, kind: str, **fields: Any) -> None:

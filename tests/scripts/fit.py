@@ -1,10 +1,9 @@
 """fit in one job-wide world, then predict in the same script."""
 
+import lightning.pytorch as pl
 import torch
 from common import Rows, parser, quiet_trainer, write_result
 from torch.utils.data import DataLoader
-
-import lightning.pytorch as pl
 
 
 class Trained(pl.LightningModule):

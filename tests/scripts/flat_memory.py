@@ -2,12 +2,12 @@
 
 import os
 
+import lightning.pytorch as pl
 import psutil
 import torch
 from common import parser, quiet_trainer, write_result
 from torch.utils.data import DataLoader, Dataset
 
-import lightning.pytorch as pl
 from lightning_gpuorch.pytorch import GPUOrchStrategy
 
 
