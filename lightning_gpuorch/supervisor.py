@@ -38,6 +38,7 @@ from lightning_gpuorch.errors import (
 )
 from lightning_gpuorch.head import Head
 from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits, Row
+from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 from lightning_gpuorch.recovery import Action, FailureKind, FailureRecoveryManager
 from lightning_gpuorch.spawn import Process, Spawner
 from lightning_gpuorch.world import new_run_id, remove_ephemeral
@@ -416,6 +417,9 @@ class Supervisor:
         log.debug("event %s %s", kind, fields)
 
     def _clean_up(self) -> None:
+        for job in self.head.jobs.values():
+            for loader in range(len(job.queues)):  # every writer is gone: what it left half-written can go
+                PartStore(loader_directory(job.directory, loader)).sweep_temporaries(0.0)
         self._table.close()
         Path(self._table.path).unlink(missing_ok=True)
         if not self.keep_results:
