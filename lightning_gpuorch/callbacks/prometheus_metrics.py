@@ -23,12 +23,12 @@ from lightning_gpuorch.telemetry.metrics import RankMetrics
 class PrometheusMetrics(Callback):
     """Counts steps, samples, step times and memory, and serves them on one endpoint per node.
 
-    The metrics of all ranks of a node are on ``http://<node>:<port>/metrics``, dead ranks' counters included; which rank
-    serves them is decided anew whenever the serving one dies. What other parts of the plugin have to tell (OOMs,
+    The metrics of all ranks of a node are on ``http://<node>:<port>/metrics``, dead ranks' counters included; which
+    rank serves them is decided anew whenever the serving one dies. What other parts of the plugin have to tell (OOMs,
     collectives, the health of the GPU) is shown as well while this callback is active.
 
-    The time of a step is what passes between the callback's batch hooks. Work that is queued on the device and not waited
-    for is not in it; with this plugin's strategy outputs are copied to the host within the step, so that it is.
+    The time of a step is what passes between the callback's batch hooks. Work that is queued on the device and not
+    waited for is not in it; with this plugin's strategy outputs are copied to the host within the step, so that it is.
 
     No failure of this callback ends the run: it is counted as ``gpuorch_observer_failures_total``.
 
@@ -67,6 +67,7 @@ class PrometheusMetrics(Callback):
         self._exporter: MetricsExporter | None = None
         self._temporary: Path | None = None
         self._step_began: float | None = None
+        self._job: Any = None
         self._samples_before = 0
 
     @property
@@ -92,8 +93,6 @@ class PrometheusMetrics(Callback):
             directory = info.run_directory / "metrics"
         if directory is None:
             directory = self._temporary = info.node_directory()
-        job = getattr(info.runtime, "job", None)
-        self._samples_before = getattr(job, "samples", 0)
         self._exporter = MetricsExporter(
             self._metrics.registry,
             directory,
@@ -121,13 +120,17 @@ class PrometheusMetrics(Callback):
             return
         seconds = time.perf_counter() - began
         self._step_began = None
+        metrics.observe_step(seconds, self._count_samples(batch))
+
+    def _count_samples(self, batch: Any) -> int:
+        assert self._info is not None
         job = getattr(self._info.runtime, "job", None)
         if job is None:
-            num_samples = batch_length(batch)
-        else:
-            num_samples = job.samples - self._samples_before
-            self._samples_before = job.samples
-        metrics.observe_step(seconds, num_samples)
+            return batch_length(batch)
+        if job is not self._job:
+            self._job, self._samples_before = job, 0
+        before, self._samples_before = self._samples_before, job.samples
+        return max(0, self._samples_before - before)
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the last figures and stop serving."""

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import socket
+import socketserver
 import threading
 import weakref
 from collections.abc import Callable
@@ -80,7 +81,7 @@ class MetricsExporter:
         self._election: socket.socket | None = None
         self._server: ThreadingHTTPServer | None = None
         self._stop = threading.Event()
-        self._ended = False
+        self._ended = self._announced = False
         _exporters.add(self)
         self._thread = threading.Thread(target=self._run, name="gpuorch-metrics", daemon=True)
         self._thread.start()
@@ -133,10 +134,12 @@ class MetricsExporter:
             self._election = _elect(self.directory)
         if self._election is not None and self._server is None and self._port is not None and not self._stop.is_set():
             self._server = self._bind(self._port)
-            self._announce(self._server.server_address[1])
+            self._log_port(self._server.server_address[1])
             threading.Thread(
                 target=self._server.serve_forever, args=(0.2,), name="gpuorch-metrics-http", daemon=True
             ).start()
+        if self._server is not None and not self._announced:
+            self._announce(self._server.server_address[1])
 
     def _bind(self, wanted: int) -> ThreadingHTTPServer:
         directory, stale, failures = self.directory, self._stale_after_seconds, self._failures
@@ -157,11 +160,13 @@ class MetricsExporter:
                     raise
         raise AssertionError("the loop returns or raises")
 
-    def _announce(self, port: int) -> None:
+    def _log_port(self, port: int) -> None:
         if self._port not in (0, port):
             log.warning("port %d is taken by another process; metrics are served on port %d", self._port, port)
         else:
             log.info("metrics of this node are served on port %d", port)
+
+    def _announce(self, port: int) -> None:
         said = {
             "host": socket.gethostname(),
             "address": self._address,
@@ -169,10 +174,8 @@ class MetricsExporter:
             "pid": os.getpid(),
             "rank": self._rank,
         }
-        try:
-            _replace(self.directory / ENDPOINT_FILE, json.dumps(said).encode() + b"\n")
-        except OSError as error:
-            self._failures.add("metrics", error)
+        _replace(self.directory / ENDPOINT_FILE, json.dumps(said).encode() + b"\n")
+        self._announced = True
 
     def _write_textfile(self) -> None:
         if self._textfile is not None and self._election is not None:
@@ -216,6 +219,11 @@ def read_endpoint(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+
+    def server_bind(self) -> None:
+        """Bind; without the base class's look-up of the host's name, which may wait for a name server."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that goes away in the middle is no event; the default prints a traceback."""

@@ -145,7 +145,6 @@ class _JsonFileHandler(logging.Handler):
                 self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             if self._torn:
                 line = b"\n" + line
-            self._torn = True
             written = os.write(self._descriptor, line)
             self._torn = written < len(line)
             if self._torn:
