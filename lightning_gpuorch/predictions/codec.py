@@ -5,24 +5,24 @@ for each object; what is large (tensors, arrays, long lists of strings or number
 envelope stores as raw bytes. :func:`decode_tree` is the inverse. Nothing is pickled and nothing a file names is ever
 imported or called: a class is used again only if the reading process has already loaded it.
 
-=====================  ================================================================================
-Object                 Comes back as
-=====================  ================================================================================
-torch.Tensor           a writable CPU tensor, same dtype, shape and bits; ``requires_grad`` is dropped
-numpy array, scalar    the same, C-contiguous; any dtype of fixed size (numbers, bool, U, S, M8, m8)
-None, bool, int        themselves (an int of any size)
-float, complex         themselves, bit for bit (infinities, negative zero, NaN)
-str, bytes             themselves
-list, tuple            themselves; ``torch.Size`` too
-namedtuple             its class if loaded with the same fields, else a fresh namedtuple of that name
-torch.return_types.*   its class
-dict                   a dict; keys are str, int, float, bool or None; insertion order is kept
-subclass of dict or    its class if loaded, with its instance attributes; else a dict. A private attribute that
-UserDict               cannot be stored is None afterwards (the tokenizer's ``BatchEncoding._encodings``), and a
-                       defaultdict has no factory
-other Mapping          a dict
-dataclass              its class if loaded with the same fields, else a dict of its fields
-=====================  ================================================================================
+=======================  ==============================================================================
+Object                   Comes back as
+=======================  ==============================================================================
+torch.Tensor             a writable CPU tensor, same dtype, shape and bits; ``requires_grad`` is dropped
+numpy array or scalar    the same, C-contiguous; any dtype of fixed size (numbers, bool, U, S, M8, m8)
+None, bool, int          themselves (an int of any size)
+float, complex           themselves, bit for bit (infinities, negative zero, NaN)
+str, bytes               themselves
+list, tuple, torch.Size  themselves
+namedtuple               its class if loaded with the same fields, else a fresh namedtuple of that name
+torch.return_types.*     its class
+dict                     a dict in the same order; keys are str, int, float, bool or None
+(User)dict subclass      its class if loaded, with its instance attributes, else a dict. A private attribute
+                         that cannot be stored is None afterwards (``BatchEncoding._encodings``), and a
+                         defaultdict has no factory
+other Mapping            a dict
+dataclass                its class if loaded with the same fields, else a dict of its fields
+=======================  ==============================================================================
 
 Everything else is refused with :class:`~lightning_gpuorch.errors.UnsupportedPredictionError`, which names the place
 in the prediction, the type, and the way out.
@@ -529,7 +529,7 @@ def _decode_mapping(
     cls = _loaded_class(class_name)
     if cls is None or not issubclass(cls, (dict, collections.UserDict)):
         return items
-    if dataclasses.is_dataclass(cls) and [field.name for field in dataclasses.fields(cls)] != names:
+    if dataclasses.is_dataclass(cls) and not {field.name for field in dataclasses.fields(cls)} <= set(names):
         return items
     # Built without the class's own code (__init__, __setitem__), as pickle would: state in, nothing recomputed.
     if issubclass(cls, collections.UserDict):
