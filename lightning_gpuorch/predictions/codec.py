@@ -2,27 +2,27 @@
 
 Lightning lets ``predict_step`` return any Python object. :class:`TreeEncoder` walks it and writes a *node* (plain JSON)
 for each object; what is large (tensors, arrays, long lists of strings or numbers) becomes a *column* that the
-envelope stores as raw bytes. :func:`decode_tree` is the inverse. Nothing is pickled and nothing a file names is ever
-imported or called: a class is used again only if the reading process has already loaded it.
+envelope stores as raw bytes. :mod:`lightning_gpuorch.predictions.decoder` is the inverse. Nothing is pickled and nothing
+a file names is ever imported or called: a class is used again only if the reading process has already loaded it.
 
-=====================  ================================================================================
-Object                 Comes back as
-=====================  ================================================================================
-torch.Tensor           a writable CPU tensor, same dtype, shape and bits; ``requires_grad`` is dropped
-numpy array, scalar    the same, C-contiguous; any dtype of fixed size (numbers, bool, U, S, M8, m8)
-None, bool, int        themselves (an int of any size)
-float, complex         themselves, bit for bit (infinities, negative zero, NaN)
-str, bytes             themselves
-list, tuple            themselves; ``torch.Size`` too
-namedtuple             its class if loaded with the same fields, else a fresh namedtuple of that name
-torch.return_types.*   its class
-dict                   a dict; keys are str, int, float, bool or None; insertion order is kept
-subclass of dict or    its class if loaded, with its instance attributes; else a dict. A private attribute that
-UserDict               cannot be stored is None afterwards (the tokenizer's ``BatchEncoding._encodings``), and a
-                       defaultdict has no factory
-other Mapping          a dict
-dataclass              its class if loaded with the same fields, else a dict of its fields
-=====================  ================================================================================
+=======================  ==============================================================================
+Object                   Comes back as
+=======================  ==============================================================================
+torch.Tensor             a writable CPU tensor, same dtype, shape and bits; ``requires_grad`` is dropped
+numpy array or scalar    the same, C-contiguous; any dtype of fixed size (numbers, bool, U, S, M8, m8)
+None, bool, int          themselves (an int of any size)
+float, complex           themselves, bit for bit (infinities, negative zero, NaN)
+str, bytes               themselves
+list, tuple, torch.Size  themselves
+namedtuple               its class if loaded with the same fields, else a fresh namedtuple of that name
+torch.return_types.*     its class
+dict                     a dict in the same order; keys are str, int, float, bool or None
+(User)dict subclass      its class if loaded, with its instance attributes, else a dict. A private attribute
+                         that cannot be stored is None afterwards (``BatchEncoding._encodings``), and a
+                         defaultdict has no factory
+other Mapping            a dict
+dataclass                its class if loaded with the same fields, else a dict of its fields
+=======================  ==============================================================================
 
 Everything else is refused with :class:`~lightning_gpuorch.errors.UnsupportedPredictionError`, which names the place
 in the prediction, the type, and the way out.
@@ -33,16 +33,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
-import functools
 import struct
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from lightning_gpuorch.errors import CorruptPartError, UnsupportedPredictionError
+from lightning_gpuorch.errors import UnsupportedPredictionError
 
 Node: TypeAlias = Any
 """JSON: None, bool, str, a 64-bit int or a finite float stand for themselves, ``[tag, ...]`` for everything else."""
@@ -69,20 +67,23 @@ SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
 }
 """Torch dtypes and their names in safetensors."""
 
-_OPAQUE_DTYPES = {
+OPAQUE_DTYPES = {
     name: getattr(torch, name) for name in ("complex128", "complex32", "float8_e8m0fnu", "float4_e2m1fn_x2")
 }
 """Dtypes stored as plain bytes, since not every reader of safetensors knows them; the node names the dtype."""
 
-_TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
-_OPAQUE_NAMES = {dtype: name for name, dtype in _OPAQUE_DTYPES.items()}
+TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+_OPAQUE_NAMES = {dtype: name for name, dtype in OPAQUE_DTYPES.items()}
 _NUMPY_KINDS = frozenset("biufcmMUS")
-_NUMPY_DTYPES = {name: np.dtype(f"<{kind}{width}") for name, kind, width in (
-    ("I8", "i", 1), ("I16", "i", 2), ("I32", "i", 4), ("I64", "i", 8),
-    ("U8", "u", 1), ("U16", "u", 2), ("U32", "u", 4), ("U64", "u", 8),
-    ("F16", "f", 2), ("F32", "f", 4), ("F64", "f", 8), ("C64", "c", 8), ("BOOL", "b", 1),
-)}  # fmt: skip
-_NUMPY_NAMES = {dtype.str: name for name, dtype in _NUMPY_DTYPES.items()}
+NUMPY_DTYPES = {
+    name: np.dtype(f"<{code}")
+    for name, code in zip(
+        ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "F32", "F64", "C64"),
+        ("b1", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8", "c8"),
+        strict=True,
+    )
+}
+_NUMPY_NAMES = {dtype.str: name for name, dtype in NUMPY_DTYPES.items()}
 
 _MAX_DEPTH = 100
 _MIN_PACKED_LENGTH = 16
@@ -126,22 +127,6 @@ class Column:
             flat = source.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
             return memoryview(flat.view(torch.uint8).numpy().data)
         return memoryview(np.ascontiguousarray(source).reshape(-1).view(np.uint8).data)
-
-
-class ColumnReader(Protocol):
-    """Where :func:`decode_tree` finds the columns of a tree."""
-
-    def dtype(self, column: int) -> str:
-        """Return the safetensors dtype of a column."""
-        ...
-
-    def shape(self, column: int) -> tuple[int, ...]:
-        """Return the shape of a column."""
-        ...
-
-    def buffer(self, column: int) -> memoryview:
-        """Return the bytes of a column, valid while the reader lives; the decoder copies them."""
-        ...
 
 
 class TreeEncoder:
@@ -298,7 +283,7 @@ class TreeEncoder:
     def _encode_dict_subclass(self, value: Any, path: str, depth: int) -> Node:
         cls = type(value)
         is_user_dict = isinstance(value, collections.UserDict)
-        items = value.data if is_user_dict else {key: _dict_base(cls).__getitem__(value, key) for key in value}
+        items = value.data if is_user_dict else {key: dict_base(cls).__getitem__(value, key) for key in value}
         keys, values = self._encode_items(items, path, depth)
         positions = {id(item): position for position, item in enumerate(items.values())}
         attributes: dict[str, Node] = {}
@@ -385,7 +370,8 @@ def _check_numpy_dtype(dtype: np.dtype[Any], path: str) -> None:
         raise UnsupportedPredictionError(f"{path} is a numpy value of dtype {dtype}. Return {remedy} instead.")
 
 
-def _is_struct_sequence(cls: type) -> bool:
+def is_struct_sequence(cls: type) -> bool:
+    """Whether a class is one of C's named tuples, such as ``torch.return_types.max``."""
     return issubclass(cls, tuple) and isinstance(getattr(cls, "n_sequence_fields", None), int)
 
 
@@ -396,7 +382,7 @@ def _find_encoder(value: Any, path: str) -> _Encoder:
         return TreeEncoder._encode_numpy_scalar
     if isinstance(value, tuple) and isinstance(getattr(cls, "_fields", None), tuple):
         return TreeEncoder._encode_namedtuple
-    if _is_struct_sequence(cls):
+    if is_struct_sequence(cls):
         return TreeEncoder._encode_struct_sequence
     if isinstance(value, (dict, collections.UserDict)):
         return TreeEncoder._encode_dict_subclass
@@ -427,170 +413,6 @@ def _remedy(value: Any) -> str:
     return "Return tensors, numpy arrays, numbers, str, bytes, None, or dicts, lists, tuples and dataclasses of these."
 
 
-# --- decoding ---------------------------------------------------------------------------------------------------------
-
-
-def decode_tree(node: Node, columns: ColumnReader) -> Any:
-    """Rebuild a prediction.
-
-    Args:
-        node: What :meth:`TreeEncoder.encode` returned.
-        columns: The columns that were collected with it.
-
-    Returns:
-        The prediction. It owns its memory: tensors and arrays are writable and independent of ``columns``.
-
-    Raises:
-        CorruptPartError: The node is not one of this format.
-    """
-    if not isinstance(node, list):
-        return node
-    try:
-        decode = _DECODERS[node[0]]
-    except (KeyError, IndexError, TypeError):
-        raise CorruptPartError(f"unknown node {str(node)[:80]!r}; was it written by a newer version?") from None
-    return decode(columns, *node[1:])
-
-
-def _decode_all(columns: ColumnReader, nodes: Sequence[Node]) -> list[Any]:
-    return [decode_tree(node, columns) for node in nodes]
-
-
-def _decode_tensor(
-    columns: ColumnReader, column: int, opaque: str | None = None, shape: Sequence[int] | None = None
-) -> torch.Tensor:
-    dtype = _TORCH_DTYPES[columns.dtype(column)] if opaque is None else _OPAQUE_DTYPES[opaque]
-    tensor = torch.empty(tuple(columns.shape(column) if shape is None else shape), dtype=dtype)
-    if tensor.numel():
-        tensor.reshape(-1).view(torch.uint8).numpy()[:] = np.frombuffer(columns.buffer(column), np.uint8)
-    return tensor
-
-
-def _decode_ndarray(
-    columns: ColumnReader, column: int, dtype: str | None = None, shape: Sequence[int] | None = None
-) -> np.ndarray[Any, Any]:
-    element = _NUMPY_DTYPES[columns.dtype(column)] if dtype is None else np.dtype(dtype)
-    size = tuple(columns.shape(column) if shape is None else shape)
-    # An element may have no bytes (dtype "<U0"): there is nothing to read then.
-    if 0 in size or element.itemsize == 0:
-        return np.zeros(size, element)
-    array: np.ndarray[Any, Any] = np.frombuffer(columns.buffer(column), element).reshape(size).copy()
-    return array
-
-
-def _decode_numpy_scalar(_columns: ColumnReader, dtype: str, raw: str) -> np.generic:
-    element = np.dtype(dtype)
-    scalar: np.generic = np.frombuffer(bytes.fromhex(raw), element)[0] if element.itemsize else element.type()
-    return scalar
-
-
-def _unpack(columns: ColumnReader, kind: str, column: int, lengths_column: int | None = None) -> list[Any]:
-    buffer = columns.buffer(column)
-    if lengths_column is not None:
-        joined: Any = bytes(buffer) if kind == "bytes" else str(buffer, "utf-8", "surrogatepass")
-        ends = np.frombuffer(columns.buffer(lengths_column), "<i8").cumsum().tolist()
-        return [joined[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    numbers: list[Any] = np.frombuffer(buffer, {"bool": "?", "float": "<f8", "int": "<i8"}[kind]).tolist()
-    return numbers
-
-
-def _decode_sequence(make: Callable[[list[Any]], Any], columns: ColumnReader, nodes: Any, *packed: Any) -> Any:
-    return make(_unpack(columns, *packed) if packed else _decode_all(columns, nodes))
-
-
-def _decode_namedtuple(columns: ColumnReader, class_name: str, fields: list[str], nodes: list[Node]) -> Any:
-    cls = _loaded_class(class_name)
-    if cls is None or not issubclass(cls, tuple) or getattr(cls, "_fields", None) != tuple(fields):
-        cls = _fresh_namedtuple(class_name.rpartition(".")[2].rpartition(":")[2], tuple(fields))
-    return tuple.__new__(cls, _decode_all(columns, nodes))
-
-
-@functools.cache
-def _fresh_namedtuple(name: str, fields: tuple[str, ...]) -> type[tuple[Any, ...]]:
-    return collections.namedtuple(name, fields)
-
-
-def _decode_struct_sequence(columns: ColumnReader, class_name: str, nodes: list[Node]) -> Any:
-    cls = _loaded_class(class_name)
-    values = _decode_all(columns, nodes)
-    if cls is None or not _is_struct_sequence(cls) or cls.n_sequence_fields != len(values):  # type: ignore[attr-defined]
-        return tuple(values)
-    return cls(values)
-
-
-def _decode_dict(columns: ColumnReader, keys: list[Node], values: list[Node]) -> dict[Any, Any]:
-    return dict(zip(_decode_all(columns, keys), _decode_all(columns, values), strict=True))
-
-
-def _decode_mapping(
-    columns: ColumnReader, class_name: str, keys: list[Node], values: list[Node], names: list[str], nodes: list[Node]
-) -> Any:
-    items = _decode_dict(columns, keys, values)
-    cls = _loaded_class(class_name)
-    if cls is None or not issubclass(cls, (dict, collections.UserDict)):
-        return items
-    if dataclasses.is_dataclass(cls) and [field.name for field in dataclasses.fields(cls)] != names:
-        return items
-    # Built without the class's own code (__init__, __setitem__), as pickle would: state in, nothing recomputed.
-    if issubclass(cls, collections.UserDict):
-        mapping: Any = object.__new__(cls)
-        object.__setattr__(mapping, "data", items)
-    else:
-        base = _dict_base(cls)
-        mapping = base.__new__(cls)
-        for key, value in items.items():
-            base.__setitem__(mapping, key, value)
-    decoded = list(items.values())
-    for name, node in zip(names, nodes, strict=True):
-        is_item = isinstance(node, list) and node[0] == "item"
-        object.__setattr__(mapping, name, decoded[node[1]] if is_item else decode_tree(node, columns))
-    return mapping
-
-
-def _dict_base(cls: type) -> Any:
+def dict_base(cls: type) -> Any:
     """Return the built-in whose ``__new__`` and ``__setitem__`` are right for a subclass of dict."""
     return next(base for base in (collections.OrderedDict, collections.defaultdict, dict) if issubclass(cls, base))
-
-
-def _decode_dataclass(columns: ColumnReader, class_name: str, names: list[str], nodes: list[Node]) -> Any:
-    values = dict(zip(names, _decode_all(columns, nodes), strict=True))
-    cls = _loaded_class(class_name)
-    if cls is None or not dataclasses.is_dataclass(cls) or [field.name for field in dataclasses.fields(cls)] != names:
-        return values
-    # No __init__ or __post_init__: the fields already have their final values.
-    instance = object.__new__(cls)
-    for name, value in values.items():
-        object.__setattr__(instance, name, value)
-    return instance
-
-
-def _loaded_class(class_name: str) -> type | None:
-    """Find a class that is already loaded; never imports, and never runs a module's or a class's ``__getattr__``."""
-    module_name, _, qualname = class_name.partition(":")
-    found: Any = sys.modules.get(module_name)
-    for name in qualname.split("."):
-        try:
-            found = vars(found).get(name)
-        except TypeError:
-            return None
-    return found if isinstance(found, type) else None
-
-
-_DECODERS: dict[str, Callable[..., Any]] = {
-    "str": lambda _columns, text: str(bytes.fromhex(text), "utf-8", "surrogatepass"),
-    "int": lambda _columns, digits: int(digits, 16),
-    "float": lambda _columns, raw: struct.unpack("<d", bytes.fromhex(raw))[0],
-    "complex": lambda _columns, raw: complex(*struct.unpack("<dd", bytes.fromhex(raw))),
-    "bytes": lambda columns, column: bytes(columns.buffer(column)),
-    "tensor": _decode_tensor,
-    "ndarray": _decode_ndarray,
-    "numpy": _decode_numpy_scalar,
-    "list": functools.partial(_decode_sequence, list),
-    "tuple": functools.partial(_decode_sequence, tuple),
-    "size": lambda _columns, dims: torch.Size(dims),
-    "namedtuple": _decode_namedtuple,
-    "structseq": _decode_struct_sequence,
-    "dict": _decode_dict,
-    "mapping": _decode_mapping,
-    "dataclass": _decode_dataclass,
-}

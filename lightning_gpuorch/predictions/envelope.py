@@ -33,7 +33,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_gpuorch.errors import CorruptPartError, PredictionStorageError
-from lightning_gpuorch.predictions.codec import Column, Node, TreeEncoder, decode_tree
+from lightning_gpuorch.predictions.codec import Column, Node, TreeEncoder
+from lightning_gpuorch.predictions.decoder import decode_tree
 
 FORMAT_VERSION = 1
 

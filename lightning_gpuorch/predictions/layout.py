@@ -122,6 +122,8 @@ class StoredBatch:
         output: The prediction.
         units: The unit of each sample, ascending, where units in between have no prediction. None: consecutive units
             from ``first_unit``.
+        num_lost: Samples of the batch that have no prediction. To be told where the unit is a batch: ``units`` tell it
+            where it is a sample.
 
     Raises:
         ValueError: ``indices`` or ``units`` do not number ``size``, or ``units`` do not ascend.
@@ -132,6 +134,7 @@ class StoredBatch:
     size: int | None
     output: Any
     units: Sequence[int] | None = None
+    num_lost: int = 0
 
     def __post_init__(self) -> None:
         if self.size is None and self.indices is not None:

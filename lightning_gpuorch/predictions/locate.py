@@ -197,7 +197,9 @@ class ChunkLocator:
                             f"{store.path(chunk)} has units {covered.start}-{covered.stop - 1} twice or out of place: "
                             f"its chunk is {units.start}-{units.stop - 1}. Delete it and run the same command again."
                         )
-                    yield range(reached, covered.start)
+                    # A batch that lacks samples counts as missing, though what it has can be read.
+                    lacking = layout.unit == "batch" and entry.num_lost > 0
+                    yield range(reached, covered.stop if lacking else covered.start)
                     reached = covered.stop
             yield range(reached, units.stop)
 

@@ -49,6 +49,7 @@ class BatchEntry:
     indices: Sequence[int] | None
     size: int | None
     units: Sequence[int] | None
+    num_lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Part:
     def batches(self) -> list[StoredBatch]:
         """All stored batches, decoded."""
         return [
-            StoredBatch(entry.first_unit, entry.indices, entry.size, self.output(position), entry.units)
+            StoredBatch(entry.first_unit, entry.indices, entry.size, self.output(position), entry.units, entry.num_lost)
             for position, entry in enumerate(self.header.entries)
         ]
 
@@ -261,6 +262,7 @@ def _pack_entry(batch: StoredBatch) -> dict[str, Any]:
         "size": batch.size,
         "indices": _pack_integers(batch.indices),
         "units": _pack_integers(batch.units),
+        "num_lost": batch.num_lost or None,
     }
     return {name: value for name, value in entry.items() if value is not None}
 
@@ -271,6 +273,7 @@ def _unpack_entry(entry: Mapping[str, Any]) -> BatchEntry:
         indices=_unpack_integers(entry.get("indices")),
         size=entry.get("size"),
         units=_unpack_integers(entry.get("units")),
+        num_lost=entry.get("num_lost", 0),
     )
 
 

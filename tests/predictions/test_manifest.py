@@ -25,6 +25,7 @@ from lightning_gpuorch.predictions.manifest import (
 from lightning_gpuorch.predictions.parts import loader_directory
 
 FORK = multiprocessing.get_context("fork")
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
 SAMPLES = LoaderLayout(
     unit="sample", num_units=100, batch_size=8, chunk_size=32, identity={"dataset": "mine.Texts", "length": 100}

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,8 @@ from lightning_gpuorch.predictions import PartStore, StoredBatch, check_writable
 from lightning_gpuorch.predictions.files import content_path, create_once, replace, sweep_temporaries
 
 FORK = multiprocessing.get_context("fork")
+# Children of a fork begin at once; they run no threads of the parent, and numpy and small tensors start none.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
 
 def batch(first: int, size: int = 4, fill: float = 0.0) -> StoredBatch:
@@ -185,7 +188,7 @@ def test_four_processes_racing_have_one_winner_per_chunk(store: PartStore) -> No
 
 
 def commit_for_ever(store: PartStore, ready: Any) -> None:
-    payload = torch.arange(100_000.0)
+    payload = np.arange(100_000.0)
     for chunk in range(10**6):
         store.commit(chunk, [StoredBatch(chunk, [chunk], 1, payload + chunk)], {})
         ready.set()

@@ -276,6 +276,18 @@ def test_missing_chunks_are_named_and_explained(tmp_path: Path) -> None:
     assert "allow_missing=True" in text
 
 
+def test_a_batch_that_lacks_samples_is_missing_where_work_is_counted_by_batch(tmp_path: Path) -> None:
+    (store,) = job(tmp_path, by_batch(4, 2))
+    store.commit(0, [StoredBatch(0, [0, 1], None, [0, 1]), StoredBatch(1, [3], None, [3], num_lost=1)], {})
+    store.commit(1, [StoredBatch(2, [4], None, [4]), StoredBatch(3, [5], None, [5])], {})
+    record_quarantine(tmp_path, 0, 1, 2, "out of memory at batch size 1")
+    with pytest.raises(MissingPredictionsError, match=r"given up: 1 \(out of memory"):
+        read_predictions(tmp_path)
+    found = read_predictions(tmp_path, allow_missing=True)
+    assert found.missing == [1]
+    assert list(found) == [[0, 1], [3], [4], [5]]
+
+
 def test_gaps_of_several_dataloaders_are_named_together(tmp_path: Path) -> None:
     job(tmp_path, by_sample(3, 1, 1), by_batch(2, 1))
     with pytest.raises(MissingPredictionsError) as info:
