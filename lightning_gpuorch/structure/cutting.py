@@ -141,7 +141,7 @@ class _Cutter:
         if known is not None:
             if known and len(value) != self._size:
                 raise CannotSplitError(
-                    f"{self._root}{path} has {len(value)} entries for {self._size} samples; before, it had one per sample."
+                    f"{self._root}{path} has {len(value)} entries for {self._size} samples; it had one for each before."
                 )
             return known
         if len(value) != self._size:
@@ -155,8 +155,8 @@ class _Cutter:
             open_question = any(node_of(entry) is Node.OPAQUE for entry in value)
         if open_question:
             raise AmbiguousStructureError(
-                f"{self._root}{path} is a {type(value).__name__} of {len(value)} entries for {self._size} samples: they "
-                f"may be one per sample, or {len(value)} columns. Use a dict for columns."
+                f"{self._root}{path} is a {type(value).__name__} of {len(value)} entries for {self._size} samples: "
+                f"they may be one per sample, or {len(value)} columns. Use a dict for columns."
             )
         return True
 

@@ -137,7 +137,7 @@ def _rebuild_mapping(template: Any, items: dict[Any, Any], encodings: Any) -> An
         return type(template)(items, encoding=encodings, n_sequences=template.n_sequences)
     try:
         if not isinstance(template, MutableMapping):
-            return type(template)(items)  # type: ignore[call-arg]
+            return type(template)(items)
         clone = copy.copy(template)
         for key, item in items.items():
             clone[key] = item
@@ -179,7 +179,7 @@ def has_samples(value: Any, size: int) -> bool:
     """Whether something in ``value`` has ``size`` entries along its first dimension."""
     node = node_of(value)
     if node is Node.ARRAY:
-        return value.ndim > 0 and value.shape[0] == size
+        return bool(value.ndim > 0 and value.shape[0] == size)
     if node is Node.SEQUENCE and len(value) == size:
         return True
     return any(has_samples(item, size) for _, item in children(value, node))

@@ -112,7 +112,9 @@ class _Merger:
                 )
         if isinstance(first, torch.Tensor):
             return torch.cat(parts)
-        return np.ma.concatenate(parts) if isinstance(first, np.ma.MaskedArray) else np.concatenate(parts)
+        if isinstance(first, np.ma.MaskedArray):
+            return np.ma.concatenate(parts)  # type: ignore[no-untyped-call]
+        return np.concatenate(parts)
 
     def _merge_constants(self, parts: list[Any], path: str) -> Any:
         first = parts[0]
