@@ -235,7 +235,10 @@ class Supervisor:
         if decision.action is Action.RESTART_REPLICA:
             self._restarts += 1
             log.warning(
-                "%s; restarting replica %d (attempt %d of %d)", decision.reason, replica, decision.attempt,
+                "%s; restarting replica %d (attempt %d of %d)",
+                decision.reason,
+                replica,
+                decision.attempt,
                 self.recovery.max_restart_attempts,
             )
             for member_rank in group:
@@ -344,7 +347,9 @@ class Supervisor:
             return
         log.error(
             "first failure: rank %d, generation %d: %s%s",
-            failure["rank"], failure["generation"], failure["reason"],
+            failure["rank"],
+            failure["generation"],
+            failure["reason"],
             f"\n{failure['traceback']}" if "traceback" in failure else "",
         )
 

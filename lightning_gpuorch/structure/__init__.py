@@ -20,6 +20,7 @@ from lightning_gpuorch.structure.kinds import (
     CannotMergeError,
     CannotSplitError,
     OutputLayout,
+    map_arrays,
 )
 from lightning_gpuorch.structure.merging import merge_samples
 
@@ -30,6 +31,7 @@ __all__ = [
     "OutputLayout",
     "batch_size_of",
     "iter_samples",
+    "map_arrays",
     "merge_samples",
     "slice_samples",
 ]

@@ -10,7 +10,7 @@ import fractions
 import pathlib
 import types
 import uuid
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from enum import Enum, auto
 from typing import Any
 
@@ -270,3 +270,22 @@ class OutputLayout:
                 elif not (any(batched) and all(batched)) and not isinstance(value, tuple):
                     self._per_sample[path] = True
         return self._per_sample.get(path) is not False
+
+
+def map_arrays(tree: Any, convert: Callable[[Any], Any]) -> Any:
+    """Apply ``convert`` to every tensor and array of a tree.
+
+    Args:
+        tree: A batch or output.
+        convert: Gives the replacement of a tensor or array.
+
+    Returns:
+        A tree of the same structure; objects of unknown type are the same ones.
+    """
+    node = node_of(tree)
+    if node is Node.ARRAY:
+        return convert(tree)
+    if node in (Node.CONSTANT, Node.OPAQUE) or isinstance(tree, range):
+        return tree
+    items = [map_arrays(item, convert) for _, item in children(tree, node)]
+    return rebuild(tree, node, items, encodings_of(tree))
