@@ -7,6 +7,7 @@ imported before the script itself asks for it.
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import runpy
@@ -15,8 +16,14 @@ import sys
 import traceback
 from types import TracebackType
 
+from lightning_gpuorch.environment import WorkerEnvironment
+from lightning_gpuorch.liveness import Phase, current_heartbeat, start_heartbeat
+
 ERROR_FILE = "_GPUORCH_ERROR_FILE"
 PARENT = "_GPUORCH_PARENT"
+DUMP_FILE = "_GPUORCH_DUMP_FILE"
+DUMP_SIGNAL = signal.SIGRTMIN + 3
+"""Asks a worker for the stacks of all its threads; answered also while something holds the GIL."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -28,6 +35,23 @@ def die_with_parent() -> None:
     parent = os.environ.get(PARENT)
     if parent is not None and os.getppid() != int(parent):  # it died before the line above
         os._exit(1)
+
+
+def announce() -> None:
+    """Show the supervisor signs of life, and be ready to show it the stacks."""
+    dump = os.environ.get(DUMP_FILE)
+    if dump:
+        faulthandler.register(DUMP_SIGNAL, file=open(dump, "w"), all_threads=True, chain=False)  # noqa: SIM115
+    worker = WorkerEnvironment.read()
+    if worker is not None and worker.heartbeat is not None:
+        start_heartbeat(worker.heartbeat, worker.local_world_size, worker.local_rank, worker.generation)
+
+
+def winding_up() -> None:
+    """The script is over: from now on only the time to leave is limited."""
+    heartbeat = current_heartbeat()
+    if heartbeat is not None:
+        heartbeat.enter(Phase.DONE)
 
 
 def report_failure(error: BaseException) -> int:
@@ -58,6 +82,7 @@ def _without_our_frames(tb: TracebackType | None) -> TracebackType | None:
 def main(argv: list[str]) -> int:
     """Run the script; returns the exit code."""
     die_with_parent()
+    announce()
     kind, target, *arguments = argv
     sys.argv = [target, *arguments]
     try:
@@ -70,6 +95,8 @@ def main(argv: list[str]) -> int:
         raise
     except BaseException as error:  # noqa: BLE001 - whatever ends the script is reported and becomes the exit code
         return report_failure(error)
+    finally:
+        winding_up()
     return 0
 
 

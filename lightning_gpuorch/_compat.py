@@ -104,6 +104,9 @@ def own_predict_loop(trainer: pl.Trainer) -> Callable[[], None]:
         finally:
             loop.max_batches = limits
             prediction_loop._select_data_fetcher = select
+        fetcher = loop._data_fetcher
+        if isinstance(fetcher, _PrefetchDataFetcher):
+            fetcher.length, fetcher.done = None, False  # the loader is over when it says so, not after a count
 
     loop.reset = own_reset  # type: ignore[method-assign]
     return lambda: loop.__dict__.pop("reset", None)

@@ -110,9 +110,7 @@ class StrategyShell:
         if output_dir is not None and not isinstance(output_dir, (str, os.PathLike)):
             raise ConfigurationError(f"output_dir={output_dir!r} is a {type(output_dir).__name__}; expected a path.")
         self.parallelize_fn, self.tensor_parallel_plan, self.example_input = (
-            parallelize_fn,
-            tensor_parallel_plan,
-            example_input,
+            parallelize_fn, tensor_parallel_plan, example_input,
         )
         self.runtime = Runtime(resolved, output_dir)
         self._worker = WorkerEnvironment.read()
@@ -173,7 +171,9 @@ class StrategyShell:
         )
 
     def _start_runtime(self, *, training: bool = False, evaluating: bool = False) -> None:
-        world = self.runtime.start(self.root_device, self._external_ranks(), training=training, evaluating=evaluating)
+        world = self.runtime.start(
+            self.root_device, self._external_ranks(), training=training, evaluating=evaluating
+        )
         rank_zero_only.rank = world.topology.rank
 
     def _parallelize(self, module: torch.nn.Module) -> torch.nn.Module:

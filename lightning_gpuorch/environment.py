@@ -35,6 +35,7 @@ class WorkerEnvironment:
         run_id: Identifies the launch, the same on every rank and over restarts.
         host: Address at which other nodes reach this one.
         heartbeat: Path of the node's heartbeat table, if the supervisor judges liveness.
+        local_world_size: Ranks on this node, which is the number of rows of that table.
         run_directory: Where logs, events and metrics of the run go.
     """
 
@@ -50,6 +51,7 @@ class WorkerEnvironment:
     host: str
     heartbeat: str | None
     run_directory: str | None
+    local_world_size: int = 1
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> WorkerEnvironment | None:
@@ -70,6 +72,7 @@ class WorkerEnvironment:
             host=environment.get(HOST, "127.0.0.1"),
             heartbeat=environment.get(HEARTBEAT) or None,
             run_directory=environment.get(RUN_DIRECTORY) or None,
+            local_world_size=int(environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"])),
         )
 
     def variables(self) -> dict[str, str]:
@@ -78,6 +81,7 @@ class WorkerEnvironment:
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
             "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
             "NODE_RANK": str(self.node_rank),
             CONTROL: self.control,
             TOKEN: self.token,

@@ -122,10 +122,7 @@ class Head:
     # What the supervisor decides
 
     def end_generation(
-        self,
-        replica: int,
-        generation: int,
-        blamed: dict[tuple[int, int], int] | None = None,
+        self, replica: int, generation: int, blamed: dict[tuple[int, int], int] | None = None,
         positions: dict[tuple[int, int], tuple[int, int]] | None = None,
     ) -> int:
         """Take back the leases of a generation that is over; every path that ends one passes here. Idempotent.
@@ -258,10 +255,7 @@ class Head:
                 job = self._create_job(Path(header["directory"]), wanted, bool(header["ephemeral"]))
                 self.jobs[number] = job
                 self._on_event(
-                    "job",
-                    job=number,
-                    directory=str(job.directory),
-                    resumed_chunks=job.resumed_chunks,
+                    "job", job=number, directory=str(job.directory), resumed_chunks=job.resumed_chunks,
                     loaders=[layout.to_dict() for layout in job.manifest.loaders],
                 )
             else:
@@ -365,9 +359,7 @@ class Head:
         job = self.jobs[number]
         for entry in job.queues[loader].quarantined[already:]:
             record_quarantine(job.directory, loader, entry.start, entry.stop, entry.reason)
-            self._on_event(
-                "quarantine", job=number, loader=loader, start=entry.start, stop=entry.stop, why=entry.reason
-            )
+            self._on_event("quarantine", job=number, loader=loader, start=entry.start, stop=entry.stop, why=entry.reason)
 
     def _ranks_of(self, replica: int) -> Iterable[int]:
         size = self.tensor_parallel_size or 1

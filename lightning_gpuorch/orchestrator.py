@@ -17,7 +17,7 @@ from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError, InputMismatchError
 from lightning_gpuorch.memory import check_model_fits, memory_budget_bytes
 from lightning_gpuorch.predictions.loader import SharedLoader
-from lightning_gpuorch.runtime import Runtime, fingerprint_weights
+from lightning_gpuorch.runtime import Runtime, fingerprint_weights, whole
 from lightning_gpuorch.world import ExternalRanks, leave
 
 log = logging.getLogger(__name__)
@@ -197,9 +197,9 @@ class MultiGPUOrchestrator:
         if self._health is not None:
             self._health.check_health()
         output = self._forward(batch, step)
-        output = apply_to_collection(output, torch.Tensor, _whole)
-        if self.runtime.world.topology.tensor_parallel_size > 1 and not self.runtime.world.spans_job:
-            self.runtime.world.groups.barrier()
+        if self.runtime.world.topology.tensor_parallel_size > 1:
+            output = whole(output)
+            self._group_barrier()
         self._steps += 1
         return output
 
@@ -289,6 +289,15 @@ class MultiGPUOrchestrator:
                 "tensor-parallel group must run on the same input."
             )
 
+    def _group_barrier(self) -> None:
+        """Wait for the slowest rank of the tensor-parallel group."""
+        import torch.distributed as dist
+
+        mesh = self.runtime.mesh
+        group = mesh.get_group("tensor_parallel") if mesh is not None else None
+        on_gpu = self.runtime.device.type == "cuda"
+        dist.barrier(group, device_ids=[self.runtime.device.index] if on_gpu else None)
+
     def _call(self, hook: str, **arguments: Any) -> None:
         runner = self.fabric if self.fabric is not None else self
         if self.fabric is not None:
@@ -304,10 +313,6 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if hasattr(batch, "to") and not isinstance(batch, torch.Tensor):
         return batch.to(device)
     return apply_to_collection(batch, torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True))
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _digest(batch: Any) -> int:

@@ -102,7 +102,9 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):  # type: ignore[misc]
         self.set_world_ranks()
         trainer = self._trainer
         training = trainer.state.fn == TrainerFn.FITTING
-        self._start_runtime(training=training, evaluating=trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING))
+        self._start_runtime(
+            training=training, evaluating=trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING)
+        )
         if training and self.tensor_parallel_size > 1:
             raise ConfigurationError(
                 "strategy='gpuorch' does not train with tensor parallelism; use Lightning's ModelParallelStrategy for fit."
@@ -309,3 +311,5 @@ def _limit(limit: int | float, dataloader: Any) -> int | None:
         return None
     count = describe(dataloader).num_batches
     return None if count is None else int(count * limit)
+
+

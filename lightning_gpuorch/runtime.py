@@ -7,12 +7,13 @@ step that may be wrapped (OOM halving), collectors that gather a chunk's outputs
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_gpuorch._version import __version__
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.errors import EXIT_RESUMABLE, GPUOrchError
+from lightning_gpuorch.liveness import Phase, current_heartbeat
 from lightning_gpuorch.predictions.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.layout import LoaderLayout, StoredBatch
 from lightning_gpuorch.predictions.loader import LeasedLoader, SharedLoader, Ticket
@@ -162,7 +164,9 @@ class PredictionJob:
             versions={"lightning_gpuorch": __version__, "torch": torch.__version__},
         )
         directory, ephemeral = world.job_directory(runtime.output_dir, default_root)
-        answer = self._call("open", directory=str(directory), ephemeral=ephemeral, manifest=wanted.to_dict()).header
+        answer = self._call(
+            "open", directory=str(directory), ephemeral=ephemeral, manifest=wanted.to_dict()
+        ).header
         self.directory = Path(answer["directory"])
         self.ephemeral = ephemeral
         self.finished_before = bool(answer["finished"])
@@ -240,15 +244,23 @@ class PredictionJob:
         for wrapper in reversed(self._runtime.step_wrappers):
             step = functools.partial(_wrapped, wrapper, step, ticket)
         self._lost.clear()
+        heartbeat, span = current_heartbeat(), ticket.span
+        if heartbeat is not None:
+            stop = span.first_unit + span.num_units
+            heartbeat.begin_step(self.number, ticket.loader, ticket.chunk, span.first_unit, stop)
         try:
             output = step(batch)
         except StopIteration as error:
             # Lightning's loop would take it for the end of the data and silently drop the rest.
             raise RuntimeError(f"the predict step raised StopIteration on batch {ticket.span.batch_index}") from error
+        if self._world.topology.tensor_parallel_size > 1:
+            output = whole(output)
         self.steps += 1
         self.samples += ticket.size or 0
         if self._writer is not None:
             self._collectors[ticket.loader].add(ticket, to_host(output), frozenset(self._lost))
+        if heartbeat is not None:
+            heartbeat.end_step()
         return output
 
     def finish(self) -> Any:
@@ -261,7 +273,8 @@ class PredictionJob:
             MissingPredictionsError: Samples are missing; they are named.
             SystemExit: The job was asked to stop; the exit code says that it can be resumed.
         """
-        self.close()
+        with _phase(Phase.COMMIT, then=Phase.OUTSIDE):
+            self.close()
         if self._ended in ("drain", "fenced"):
             log.info("stopped on request; the same command goes on from here")
             raise SystemExit(EXIT_RESUMABLE)
@@ -327,14 +340,28 @@ class _Queue:
     def next(self, block: bool) -> dict[str, Any]:
         # Waiting for others to finish has no limit of its own: the supervisor judges who is stuck.
         timeout = _FOREVER_SECONDS if block else None
-        answer = self._job._call(
-            "next", loader=self._loader, sequence=self._sequence, block=block, timeout_seconds=timeout
-        ).header
+        with _phase(Phase.WAIT, then=Phase.RUN) if block else contextlib.nullcontext():
+            answer = self._job._call(
+                "next", loader=self._loader, sequence=self._sequence, block=block, timeout_seconds=timeout
+            ).header
         self._sequence += 1
         return dict(answer)
 
     def end_of_stream(self, units: int) -> None:
         self._job._call("end_of_stream", loader=self._loader, units=units)
+
+
+@contextlib.contextmanager
+def _phase(phase: Phase, then: Phase) -> Iterator[None]:
+    """Tell whoever judges this rank what it is doing."""
+    heartbeat = current_heartbeat()
+    if heartbeat is not None:
+        heartbeat.enter(phase)
+    try:
+        yield
+    finally:
+        if heartbeat is not None:
+            heartbeat.enter(then)
 
 
 class _DrainOnSignal:
@@ -358,6 +385,19 @@ class _DrainOnSignal:
 
 def _wrapped(wrapper: StepWrapper, call: Callable[[Any], Any], ticket: Ticket, batch: Any) -> Any:
     return wrapper(call, batch, ticket)
+
+
+def whole(output: Any) -> Any:
+    """Gather sharded tensors and wait for those still on their way; every rank of the group must take part."""
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        if hasattr(tensor, "full_tensor"):
+            tensor = tensor.full_tensor()
+        if hasattr(tensor, "trigger_wait"):
+            tensor = tensor.trigger_wait()
+        return tensor
+
+    return apply_to_collection(output, torch.Tensor, convert)
 
 
 def to_host(output: Any) -> Any:

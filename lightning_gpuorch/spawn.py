@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from lightning_gpuorch._bootstrap import PARENT, die_with_parent, report_failure
+from lightning_gpuorch._bootstrap import PARENT, announce, die_with_parent, report_failure, winding_up
 from lightning_gpuorch.errors import ConfigurationError
 
 
@@ -95,6 +95,7 @@ class ForkSpawner:
         os.setsid()
         os.environ.update(variables)
         die_with_parent()
+        announce()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
@@ -105,6 +106,7 @@ class ForkSpawner:
             code = report_failure(error)
         else:
             code = 0
+        winding_up()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # not the notebook's own exit handlers

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lightning_gpuorch._bootstrap import ERROR_FILE
+from lightning_gpuorch._bootstrap import DUMP_FILE, DUMP_SIGNAL, ERROR_FILE
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.distributed.wire import ControlServer
 from lightning_gpuorch.environment import WorkerEnvironment
@@ -37,6 +37,7 @@ from lightning_gpuorch.errors import (
     MissingPredictionsError,
 )
 from lightning_gpuorch.head import Head
+from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits, Row
 from lightning_gpuorch.recovery import Action, FailureKind, FailureRecoveryManager
 from lightning_gpuorch.spawn import Process, Spawner
 from lightning_gpuorch.world import new_run_id, remove_ephemeral
@@ -44,6 +45,9 @@ from lightning_gpuorch.world import new_run_id, remove_ephemeral
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02
+JUDGE_SECONDS = 0.2
+DUMP_SECONDS = 1.0
+"""How long stuck workers get to write their stacks."""
 _FINAL_KINDS = {
     EXIT_CONFIGURATION: FailureKind.CONFIGURATION,
     EXIT_STORAGE: FailureKind.STORAGE,
@@ -57,8 +61,8 @@ class _Worker:
     rank: int
     process: Process
     error_file: Path
-    started: float = field(default_factory=time.monotonic)
-    exit_code: int | None = None
+    dump_file: Path
+    started_ns: int = field(default_factory=time.monotonic_ns)
 
 
 class Supervisor:
@@ -93,6 +97,16 @@ class Supervisor:
         self._device_indices, self._environment = device_indices, dict(environment or {})
         self._token = secrets.token_hex(16)
         self._server = ControlServer(self.head, token=self._token)
+        shared_memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else self.run_directory
+        self._table = HeartbeatTable(str(shared_memory / f"gpuorch-{self.run_id}"), world_size, create=True)
+        limits = Limits(
+            alive=config.heartbeat_timeout_sec,
+            start=config.start_timeout_sec,
+            step=config.step_timeout_sec,
+            exit=config.exit_timeout_sec,
+        )
+        self._judge = Judge(self._table, limits)
+        self._next_judgement = 0.0
         self._workers: dict[int, _Worker] = {}
         self._generation = dict.fromkeys(range(world_size), 0)
         self._ended: dict[int, int] = {}
@@ -129,6 +143,7 @@ class Supervisor:
                 self._check_signals()
                 self._check_progress()
                 self._reap()
+                self._check_liveness()
             return self._conclude()
         finally:
             self._kill(list(self._workers))
@@ -141,7 +156,8 @@ class Supervisor:
 
     def _start(self, rank: int) -> None:
         generation = self._generation[rank]
-        error_file = self.run_directory / f"error-rank{rank}-generation{generation}.json"
+        name = f"rank{rank}-generation{generation}"
+        error_file, dump_file = self.run_directory / f"error-{name}.json", self.run_directory / f"stacks-{name}.txt"
         worker = WorkerEnvironment(
             rank=rank,
             world_size=self._world_size,
@@ -153,17 +169,21 @@ class Supervisor:
             device_index=self._device_indices[rank] if self._device_indices else None,
             run_id=self.run_id,
             host="127.0.0.1",
-            heartbeat=None,
+            heartbeat=self._table.path,
             run_directory=str(self.run_directory),
+            local_world_size=self._world_size,
         )
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self._world_size)))
         variables = {
             **self._environment,
             **worker.variables(),
             ERROR_FILE: str(error_file),
+            DUMP_FILE: str(dump_file),
             "OMP_NUM_THREADS": threads,
         }
-        self._workers[rank] = _Worker(rank, self._spawner.spawn(variables), error_file)
+        self._table.clear(rank)
+        self._judge.forget(rank)
+        self._workers[rank] = _Worker(rank, self._spawner.spawn(variables), error_file, dump_file)
         log.debug("rank %d started as process %d, generation %d", rank, self._workers[rank].process.pid, generation)
 
     def _kill(self, ranks: Sequence[int]) -> None:
@@ -183,7 +203,6 @@ class Supervisor:
             code = worker.process.poll()
             if code is None or rank not in self._workers:
                 continue
-            worker.exit_code = code
             _signal_group(worker.process.pid, signal.SIGKILL)  # what it started dies with it
             self._on_exit(worker, code)
 
@@ -221,24 +240,21 @@ class Supervisor:
         group = self._group_of(rank, size)
         replica, generation = rank // (size or 1), self._generation[rank]
         self.recovery.tensor_parallel_size = size or 1
-        blamed = self.head.chunk_in_hand(replica, generation)
-        if blamed and self._killed_before(blamed):
+        blamed, positions = self._blame(group)
+        if self._killed_before(blamed):
             kind = FailureKind.POISON
         decision = self.recovery.decide(kind, rank, evidence)
         self._remember_failure(worker, evidence)
         self._kill(group)
         for member in {r // (size or 1) for r in group}:
-            self.head.end_generation(member, generation, blamed if member == replica else None)
+            self.head.end_generation(member, generation, blamed, positions)
         if self._drain_deadline is not None:
             self._ended.update(dict.fromkeys(group, EXIT_RESUMABLE))
             return
         if decision.action is Action.RESTART_REPLICA:
             self._restarts += 1
             log.warning(
-                "%s; restarting replica %d (attempt %d of %d)",
-                decision.reason,
-                replica,
-                decision.attempt,
+                "%s; restarting replica %d (attempt %d of %d)", decision.reason, replica, decision.attempt,
                 self.recovery.max_restart_attempts,
             )
             for member_rank in group:
@@ -258,6 +274,44 @@ class Supervisor:
             "%s; the others cannot go on without it", reason
         )
         self._kill(list(self._workers))
+
+    def _check_liveness(self) -> None:
+        """Find who is stuck; show where it stands, and treat it as dead."""
+        if time.monotonic() < self._next_judgement:
+            return
+        self._next_judgement = time.monotonic() + JUDGE_SECONDS
+        pids = {rank: worker.process.pid for rank, worker in self._workers.items()}
+        started = {rank: worker.started_ns for rank, worker in self._workers.items()}
+        verdict = self._judge.check(pids, started)
+        if verdict is None:
+            return
+        group = self._group_of(verdict.rank, self.head.tensor_parallel_size)
+        where = self._dump_stacks(group, verdict.rank)
+        log.error("rank %d is stuck: %s%s", verdict.rank, verdict.reason, f"; it stands at\n{where}" if where else "")
+        self._on_failure(self._workers[verdict.rank], FailureKind.STUCK, verdict.reason)
+
+    def _dump_stacks(self, group: Sequence[int], culprit: int) -> str:
+        """Ask all ranks of a replica for their stacks; returns the culprit's main thread."""
+        members = [self._workers[rank] for rank in group if rank in self._workers]
+        before = {worker.rank: _size(worker.dump_file) for worker in members}
+        for worker in members:
+            # A stopped process handles the pending signal as soon as it is continued.
+            for number in (DUMP_SIGNAL, signal.SIGCONT):
+                _signal(worker.process.pid, number)
+        deadline = time.monotonic() + DUMP_SECONDS
+        while time.monotonic() < deadline and any(_size(w.dump_file) == before[w.rank] for w in members):
+            time.sleep(0.01)
+        time.sleep(0.05)  # the last one may still be writing
+        return _main_thread(self._workers[culprit].dump_file)
+
+    def _blame(self, group: Sequence[int]) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], tuple[int, int]]]:
+        """The chunk and the position a group was computing, by (job, loader)."""
+        for rank in group:
+            row: Row = self._table.row(rank)
+            if row.pid and row.chunk >= 0:
+                key = (row.job, row.loader)
+                return {key: row.chunk}, {key: (row.unit_start, row.unit_stop)}
+        return {}, {}
 
     def _group_of(self, rank: int, size: int | None) -> list[int]:
         """Ranks that share a fate: a replica; everybody while it is not known, or when training."""
@@ -347,9 +401,7 @@ class Supervisor:
             return
         log.error(
             "first failure: rank %d, generation %d: %s%s",
-            failure["rank"],
-            failure["generation"],
-            failure["reason"],
+            failure["rank"], failure["generation"], failure["reason"],
             f"\n{failure['traceback']}" if "traceback" in failure else "",
         )
 
@@ -357,6 +409,8 @@ class Supervisor:
         log.debug("event %s %s", kind, fields)
 
     def _clean_up(self) -> None:
+        self._table.close()
+        Path(self._table.path).unlink(missing_ok=True)
         if not self.keep_results:
             remove_ephemeral(self.head)
             shutil.rmtree(self.run_directory, ignore_errors=True)
@@ -369,6 +423,29 @@ def _describe_exit(code: int) -> str:
         return f"killed by {signal.Signals(-code).name}"
     except ValueError:
         return f"killed by signal {-code}"
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return  # it has just ended
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _main_thread(dump: Path) -> str:
+    """The main thread's innermost frames, out of what faulthandler wrote."""
+    try:
+        blocks = dump.read_text(encoding="utf-8", errors="replace").strip().split("\n\n")
+    except OSError:
+        return ""
+    if not blocks or not blocks[-1].strip():
+        return ""
+    frames = [line for line in blocks[-1].splitlines() if line.strip().startswith("File")]
+    return "\n".join(frames[:6])
 
 
 def _signal_group(pid: int, number: int) -> None:

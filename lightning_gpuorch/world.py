@@ -315,8 +315,7 @@ def remove_ephemeral(head: Head) -> None:
         elif job.directory.exists():
             log.warning(
                 "incomplete predictions are kept in %s; pass output_dir=%r to go on from there",
-                job.directory,
-                str(job.directory),
+                job.directory, str(job.directory),
             )
 
 

@@ -185,7 +185,7 @@ class BatchHalver:
             return
         try:
             self._on_oom(event)
-        except Exception:  # noqa: BLE001 - an observer never kills the job
+        except Exception:  # an observer never kills the job
             log.exception("the on_oom hook failed")
 
     def _memory(self) -> str:
@@ -215,6 +215,7 @@ class _Run:
         self._lost: list[int] = []
         self._devices: dict[str, torch.device] = {}
         self._calm = True
+        self._rebuild = False
 
     def run(self, failed_message: str) -> HalvedOutput:
         """Compute the batch; ``failed_message`` is set if the whole was tried already."""
@@ -251,6 +252,8 @@ class _Run:
     def _part(self, start: int, stop: int) -> Any:
         if (start, stop) == (0, self._size):
             return self._batch
+        if self._rebuild and self._recollate is not None:
+            return self._recollate(start, stop)
         try:
             return slice_samples(self._batch, start, stop, self._size)
         except CannotSplitError as error:
@@ -275,13 +278,13 @@ class _Run:
     def _on_single_failure(self, position: int, message: str) -> None:
         self._calm = False
         self._make_room()
-        alone = self._recollate(position, position + 1) if self._recollate is not None else None
-        output, failure = _attempt(self._step, self._part(position, position + 1) if alone is None else alone)
+        # Its own batch may have padded it, and the others, to a length that is not theirs.
+        self._rebuild = True
+        output, failure = self._attempt(position, position + 1)
         if failure is None:
             self._halver._report(OOMEvent(position, 1, 1, self._bucket, message, self._halver._memory()))
             self._keep(position, position + 1, output)
             return
-        alone = None
         self._make_room()
         self._halver._report(OOMEvent(position, 1, 0, self._bucket, failure, self._halver._memory()))
         # One sample that is too large says nothing of the others.
@@ -313,14 +316,21 @@ class _Run:
             self._halver.layout.learn(self._outputs[0], self._size)
         if self._devices:  # some parts were moved: bring all of them together there
             self._outputs = [map_arrays(output, self._to_host) for output in self._outputs]
-        layout = self._halver.layout
         try:
-            merged = merge_samples(self._outputs, self._sizes, layout)
+            merged = self._merge()
         except AmbiguousStructureError:
             if not self._resplit_last():
                 raise
-            merged = merge_samples(self._outputs, self._sizes, layout)
+            merged = self._merge()
         return self._restored(merged)
+
+    def _merge(self) -> Any:
+        sizes, layout = self._sizes, self._halver.layout
+        merged, failure = _attempt(lambda outputs: merge_samples(outputs, sizes, layout), self._outputs)
+        if failure is None:
+            return merged
+        self._make_room()  # parts and whole at once are too much for the device
+        return merge_samples(self._outputs, sizes, layout)
 
     def _resplit_last(self) -> bool:
         """Compute the last part again in two, so that parts of unequal size tell what equal ones leave open."""

@@ -78,5 +78,5 @@ def free_memory() -> None:
         release(last)
         sys.last_traceback = None
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()

@@ -20,9 +20,7 @@ _PRECISIONS = (
 
 @click.command(name="run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})
 @click.argument("script", type=click.Path(exists=True, dir_okay=False))
-@click.option(
-    "--accelerator", type=click.Choice(["cpu", "gpu", "cuda", "auto"]), default=None, help="Hardware to run on."
-)
+@click.option("--accelerator", type=click.Choice(["cpu", "gpu", "cuda", "auto"]), default=None, help="Hardware to run on.")
 @click.option("--strategy", default="gpuorch", show_default=True, help="Other strategies are handed to `fabric run`.")
 @click.option("--devices", default="1", show_default=True, help="How many devices, which (0,2), or 'auto'.")
 @click.option("--num-nodes", "--num_nodes", type=int, default=1, show_default=True, help="Machines that take part.")

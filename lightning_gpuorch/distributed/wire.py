@@ -308,3 +308,4 @@ def refused(error: Exception) -> Future[Message]:
         if hasattr(error, attribute):
             described[attribute] = list(getattr(error, attribute))
     return answered({"error": described})
+

@@ -61,7 +61,7 @@ class MapSource:
         self.batch_size = int(loader.batch_sampler.batch_size) if loader.batch_sampler is not None else 1  # type: ignore[attr-defined]
         total = len(self._sampler)  # type: ignore[arg-type]
         self.num_units = total if limit is None else min(total, limit * self.batch_size)
-        self._sequential = isinstance(self._sampler, SequentialSampler)
+        self._sequential = type(self._sampler) is SequentialSampler  # a subclass may have an order of its own
         self._order: _ReplayedIterator[int] | None = None if self._sequential else _ReplayedIterator(self._sampler)
 
     @property
