@@ -214,7 +214,7 @@ class _Run:
         self._sizes: list[int] = []
         self._lost: list[int] = []
         self._devices: dict[str, torch.device] = {}
-        self._calm = True
+        self._num_failures = 0
         self._rebuild = False
 
     def run(self, failed_message: str) -> HalvedOutput:
@@ -238,7 +238,7 @@ class _Run:
                 self._on_single_failure(position, failure)
                 position = stop
             output = None
-        self._limits.end_step(self._bucket, self._size, calm=self._calm)
+        self._limits.end_step(self._bucket, self._size, calm=not self._num_failures)
         return HalvedOutput(self._merged(), tuple(self._lost))
 
     def _next_length(self, position: int) -> int:
@@ -269,15 +269,16 @@ class _Run:
         self._sizes.append(stop - start)
 
     def _on_failure(self, position: int, length: int, message: str) -> None:
-        self._calm = False
+        self._num_failures += 1
         self._limits.failed(self._bucket, length)
         self._cap = max(1, min(self._limits.limit(self._bucket) or self._size, length - 1))
-        self._make_room()
+        # Old garbage is worth a full collection when the young one was not enough, but not at every size on the way.
+        self._make_room(thorough=self._num_failures == 2)
         self._halver._report(OOMEvent(position, length, self._cap, self._bucket, message, self._halver._memory()))
 
     def _on_single_failure(self, position: int, message: str) -> None:
-        self._calm = False
-        self._make_room()
+        self._num_failures += 1
+        self._make_room(thorough=True)
         # Its own batch may have padded it, and the others, to a length that is not theirs.
         self._rebuild = True
         output, failure = self._attempt(position, position + 1)
@@ -285,7 +286,7 @@ class _Run:
             self._halver._report(OOMEvent(position, 1, 1, self._bucket, message, self._halver._memory()))
             self._keep(position, position + 1, output)
             return
-        self._make_room()
+        self._make_room(thorough=False)
         self._halver._report(OOMEvent(position, 1, 0, self._bucket, failure, self._halver._memory()))
         # One sample that is too large says nothing of the others.
         self._limits.restore(self._bucket, self._before)
@@ -297,9 +298,9 @@ class _Run:
             )
         self._lost.append(position)
 
-    def _make_room(self) -> None:
+    def _make_room(self, *, thorough: bool) -> None:
         self._outputs = [map_arrays(output, self._to_host) for output in self._outputs]
-        free_memory()
+        free_memory(thorough=thorough)
 
     def _to_host(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "meta"):
@@ -329,7 +330,7 @@ class _Run:
         merged, failure = _attempt(lambda outputs: merge_samples(outputs, sizes, layout), self._outputs)
         if failure is None:
             return merged
-        self._make_room()  # parts and whole at once are too much for the device
+        self._make_room(thorough=True)  # parts and whole at once are too much for the device
         return merge_samples(self._outputs, sizes, layout)
 
     def _resplit_last(self) -> bool:

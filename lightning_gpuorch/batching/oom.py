@@ -70,13 +70,18 @@ def release(error: BaseException) -> None:
         one.__traceback__ = one.__cause__ = one.__context__ = None
 
 
-def free_memory() -> None:
-    """Collect reference cycles and give cached blocks back to the device; call it outside the ``except`` block."""
+def free_memory(*, thorough: bool = True) -> None:
+    """Collect reference cycles and give cached blocks back to the device; call it outside the ``except`` block.
+
+    Args:
+        thorough: Collect all cycles, which takes up to a second in a large process unless ``gc.freeze()`` was called
+            after the model was loaded. Otherwise only young ones, such as those of the failed step.
+    """
     # What a prompt or notebook keeps of the last uncaught error.
     last = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
     if last is not None and is_out_of_memory(last):
         release(last)
         sys.last_traceback = None
-    gc.collect()
+    gc.collect() if thorough else gc.collect(1)
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()

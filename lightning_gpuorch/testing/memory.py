@@ -16,7 +16,7 @@ ROUNDING_BYTES = 512
 """The CUDA caching allocator hands out multiples of this."""
 
 
-class CPUMemoryBudget(TorchDispatchMode):  # type: ignore[misc]
+class CPUMemoryBudget(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of CPU tensors made inside, and raises ``torch.OutOfMemoryError`` above a limit.
 
     As on a device, storages count and not tensors: a view costs nothing, and a storage counts until its last owner is
@@ -39,7 +39,7 @@ class CPUMemoryBudget(TorchDispatchMode):  # type: ignore[misc]
     """
 
     def __init__(self, limit_bytes: int, resident: torch.nn.Module | None = None):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.limit_bytes = limit_bytes
         self.used_bytes = self.peak_bytes = self.num_ooms = 0
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}
@@ -68,8 +68,8 @@ class CPUMemoryBudget(TorchDispatchMode):  # type: ignore[misc]
             leaf = result = None  # the storage dies here, as if it had never been allocated
             self.num_ooms += 1
             raise torch.OutOfMemoryError(
-                f"CPU budget exceeded: tried to allocate {wanted} bytes; with them {in_use} of {self.limit_bytes} bytes "
-                "would be in use."
+                f"CPU budget exceeded: tried to allocate {wanted} bytes; with them {in_use} bytes would be in use, the "
+                f"budget is {self.limit_bytes}."
             )
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         return result
