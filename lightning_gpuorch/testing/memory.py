@@ -59,13 +59,17 @@ class CPUMemoryBudget(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         if any(issubclass(kind, FakeTensor) for kind in types):
             return result
+        # A view of a tensor from outside is no allocation.
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if _is_counted(leaf)}
         wanted = 0
         for leaf in tree_leaves(result):
-            if type(leaf) in (torch.Tensor, torch.nn.Parameter) and leaf.device.type == "cpu":
-                wanted = max(wanted, self._charge(leaf.untyped_storage()))
+            if _is_counted(leaf):
+                storage = leaf.untyped_storage()
+                if storage._cdata in self._alive or storage._cdata not in given:
+                    wanted = max(wanted, self._charge(storage))
         if wanted and self.used_bytes > self.limit_bytes:
             in_use = self.used_bytes
-            leaf = result = None  # the storage dies here, as if it had never been allocated
+            leaf = storage = result = None  # the storage dies here, as if it had never been allocated
             self.num_ooms += 1
             raise torch.OutOfMemoryError(
                 f"CPU budget exceeded: tried to allocate {wanted} bytes; with them {in_use} bytes would be in use, the "
@@ -96,3 +100,7 @@ class CPUMemoryBudget(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if known is not None and known[1] is dead:
             del self._alive[key]
             self.used_bytes -= known[0]
+
+
+def _is_counted(leaf: Any) -> bool:
+    return type(leaf) in (torch.Tensor, torch.nn.Parameter) and leaf.device.type == "cpu"
