@@ -1,7 +1,7 @@
 """The Fabric loop: a plain torch module over scikit-learn's digits, every prediction durable.
 
-    lightning run examples/predict_fabric.py --devices 2
-    python examples/predict_fabric.py
+lightning run examples/predict_fabric.py --devices 2
+python examples/predict_fabric.py
 """
 
 from __future__ import annotations

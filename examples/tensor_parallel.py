@@ -1,6 +1,6 @@
 """Tensor parallelism with torch's own DTensor API: 2 ranks share a model, replicas share the data.
 
-    python examples/tensor_parallel.py --devices 4
+python examples/tensor_parallel.py --devices 4
 """
 
 from __future__ import annotations

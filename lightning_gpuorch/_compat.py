@@ -5,11 +5,12 @@ Each function says what it relies on and why there is no public way.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
+import lightning.fabric.utilities.rank_zero as fabric_rank_zero
 import lightning.pytorch as pl
+import lightning.pytorch.utilities.rank_zero as pytorch_rank_zero
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.loops import prediction_loop
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
@@ -24,6 +25,7 @@ __all__ = [
     "keep_user_dataloaders",
     "own_predict_loop",
     "reset_seed",
+    "set_rank_zero",
     "takes_dataloader_iter",
 ]
 
@@ -98,7 +100,7 @@ def own_predict_loop(trainer: pl.Trainer) -> Callable[[], None]:
     def own_reset() -> None:
         limits = loop.max_batches
         loop.max_batches = [float("inf")] * len(limits)
-        prediction_loop._select_data_fetcher = select_without_prefetch
+        prediction_loop._select_data_fetcher = select_without_prefetch  # type: ignore[assignment]
         try:
             reset(loop)
         finally:
@@ -110,6 +112,12 @@ def own_predict_loop(trainer: pl.Trainer) -> Callable[[], None]:
 
     loop.reset = own_reset  # type: ignore[method-assign]
     return lambda: loop.__dict__.pop("reset", None)
+
+
+def set_rank_zero(rank: int) -> None:
+    """Tell Lightning's rank-zero helpers which rank this is: they read the environment only when they are imported."""
+    for module in (fabric_rank_zero, pytorch_rank_zero):
+        module.rank_zero_only.rank = rank
 
 
 def takes_dataloader_iter(batch: Any) -> bool:
@@ -132,8 +140,3 @@ def is_interactive() -> bool:
     from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 
     return bool(_IS_INTERACTIVE)
-
-
-def accepts(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function takes a parameter of this name."""
-    return name in inspect.signature(function).parameters

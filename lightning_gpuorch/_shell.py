@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from lightning_gpuorch._compat import set_rank_zero
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.distributed import one_per_replica
 from lightning_gpuorch.environment import WorkerEnvironment
@@ -110,7 +110,9 @@ class StrategyShell:
         if output_dir is not None and not isinstance(output_dir, (str, os.PathLike)):
             raise ConfigurationError(f"output_dir={output_dir!r} is a {type(output_dir).__name__}; expected a path.")
         self.parallelize_fn, self.tensor_parallel_plan, self.example_input = (
-            parallelize_fn, tensor_parallel_plan, example_input,
+            parallelize_fn,
+            tensor_parallel_plan,
+            example_input,
         )
         self.runtime = Runtime(resolved, output_dir)
         self._worker = WorkerEnvironment.read()
@@ -156,7 +158,7 @@ class StrategyShell:
         self._worker = WorkerEnvironment.read()
         self.cluster_environment = self.supervised_environment
         assert self._worker is not None
-        rank_zero_only.rank = self._worker.rank
+        set_rank_zero(self._worker.rank)
 
     def _external_ranks(self) -> ExternalRanks | None:
         environment = self.cluster_environment
@@ -171,10 +173,8 @@ class StrategyShell:
         )
 
     def _start_runtime(self, *, training: bool = False, evaluating: bool = False) -> None:
-        world = self.runtime.start(
-            self.root_device, self._external_ranks(), training=training, evaluating=evaluating
-        )
-        rank_zero_only.rank = world.topology.rank
+        world = self.runtime.start(self.root_device, self._external_ranks(), training=training, evaluating=evaluating)
+        set_rank_zero(world.topology.rank)
 
     def _parallelize(self, module: torch.nn.Module) -> torch.nn.Module:
         topology = self.runtime.world.topology

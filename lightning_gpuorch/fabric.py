@@ -58,12 +58,12 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):  # type: ignore[misc]
             cluster_environment=self.supervised_environment,
             process_group_backend=self.config.backend if self.config.backend != "auto" else None,
         )
-        self._start_method = start_method  # type: ignore[assignment]
+        self._start_method = start_method
 
     # Processes
 
     def _configure_launcher(self) -> None:
-        self._launcher = Launcher(self, self._start_method)
+        self._launcher = Launcher(self, self._start_method)  # type: ignore[assignment]
 
     def _set_world_ranks(self) -> None:
         if self._worker is None:
@@ -79,7 +79,7 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):  # type: ignore[misc]
 
     # Model and data
 
-    def setup_module(self, module: torch.nn.Module) -> torch.nn.Module:
+    def setup_module(self, module: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]
         """Prepare a module for inference: sharded if asked for, in eval mode, never wrapped."""
         check_model_fits(
             module,

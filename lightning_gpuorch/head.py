@@ -16,8 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning_gpuorch.distributed import CollectiveLedger, Message, answered, refused
-from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, GPUOrchError, MissingPredictionsError
-from lightning_gpuorch.errors import format_indices
+from lightning_gpuorch.errors import (
+    ConfigurationError,
+    ControlPlaneError,
+    GPUOrchError,
+    MissingPredictionsError,
+    format_indices,
+)
 from lightning_gpuorch.predictions.dispatcher import LeaseQueue, Owner
 from lightning_gpuorch.predictions.layout import LoaderLayout
 from lightning_gpuorch.predictions.manifest import Manifest, open_or_create, record_quarantine, set_num_units
@@ -114,7 +119,7 @@ class Head:
             answer = operation(request)
         except GPUOrchError as error:
             return refused(error)
-        except Exception as error:  # noqa: BLE001 - the head must outlive a bad request; its sender is told
+        except Exception as error:
             log.exception("request %r failed", request.header.get("op"))
             return refused(ControlPlaneError(f"{request.header.get('op')}: {type(error).__name__}: {error}"))
         return answer if isinstance(answer, Future) else answered(answer or {})
@@ -122,7 +127,10 @@ class Head:
     # What the supervisor decides
 
     def end_generation(
-        self, replica: int, generation: int, blamed: dict[tuple[int, int], int] | None = None,
+        self,
+        replica: int,
+        generation: int,
+        blamed: dict[tuple[int, int], int] | None = None,
         positions: dict[tuple[int, int], tuple[int, int]] | None = None,
     ) -> int:
         """Take back the leases of a generation that is over; every path that ends one passes here. Idempotent.
@@ -255,7 +263,10 @@ class Head:
                 job = self._create_job(Path(header["directory"]), wanted, bool(header["ephemeral"]))
                 self.jobs[number] = job
                 self._on_event(
-                    "job", job=number, directory=str(job.directory), resumed_chunks=job.resumed_chunks,
+                    "job",
+                    job=number,
+                    directory=str(job.directory),
+                    resumed_chunks=job.resumed_chunks,
                     loaders=[layout.to_dict() for layout in job.manifest.loaders],
                 )
             else:
@@ -359,7 +370,9 @@ class Head:
         job = self.jobs[number]
         for entry in job.queues[loader].quarantined[already:]:
             record_quarantine(job.directory, loader, entry.start, entry.stop, entry.reason)
-            self._on_event("quarantine", job=number, loader=loader, start=entry.start, stop=entry.stop, why=entry.reason)
+            self._on_event(
+                "quarantine", job=number, loader=loader, start=entry.start, stop=entry.stop, why=entry.reason
+            )
 
     def _ranks_of(self, replica: int) -> Iterable[int]:
         size = self.tensor_parallel_size or 1

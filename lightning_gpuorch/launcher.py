@@ -8,12 +8,12 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lightning_gpuorch import _compat
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError
 from lightning_gpuorch.predictions.reader import read_predictions
-from lightning_gpuorch.spawn import ForkSpawner, ScriptSpawner
+from lightning_gpuorch.spawn import ForkSpawner, command_of_this_process, script_spawner
 from lightning_gpuorch.supervisor import Supervisor
 from lightning_gpuorch.telemetry.logs import configure_logging
 
@@ -33,7 +33,7 @@ class Launcher:
         start_method: ``popen`` runs the script anew for each rank; ``fork`` forks this process.
     """
 
-    def __init__(self, strategy: StrategyShell, start_method: Literal["popen", "fork"]):
+    def __init__(self, strategy: StrategyShell, start_method: str):
         if start_method not in ("popen", "fork"):
             raise ConfigurationError(f"start_method={start_method!r} is unknown; use 'popen' or 'fork'.")
         self._strategy, self._start_method = strategy, start_method
@@ -72,7 +72,7 @@ class Launcher:
         spawner = (
             ForkSpawner(lambda: self._call_forked(function, args, kwargs, trainer))
             if fork
-            else ScriptSpawner.of_this_process()
+            else script_spawner(command_of_this_process(), config.enable_warm_start)
         )
         supervisor = Supervisor(
             spawner,
@@ -98,7 +98,7 @@ class Launcher:
 
     def _call(self, function: Callable[..., Any], args: Any, kwargs: Any, trainer: Any) -> Any:
         result = function(*args, **kwargs)
-        if trainer is not None and trainer.state.fn == "predict":
+        if _predicting(trainer):
             return self._strategy.results()  # type: ignore[attr-defined]
         return result
 
@@ -110,8 +110,8 @@ class Launcher:
         result = self._call(function, args, kwargs, trainer)
         path = os.environ.get(_RESULT)
         if path and strategy.runtime.world.topology.rank == 0:
-            predicting = trainer is not None and trainer.state.fn == "predict"
-            Path(path).write_bytes(pickle.dumps(None if predicting else result))
+            # Predictions are read from their directory; only whether they are wanted goes through the file.
+            Path(path).write_bytes(pickle.dumps(result is not None if _predicting(trainer) else result))
 
     def _run_forked(self, supervisor: Supervisor, trainer: Any) -> Any:
         if trainer is not None and trainer.state.fn == "fit":
@@ -124,10 +124,13 @@ class Launcher:
             raise GPUOrchError(f"the workers ended with exit code {code}; their messages are above.")
         result = pickle.loads(path.read_bytes())
         supervisor.clean_up_at_exit()
-        if trainer is not None and trainer.state.fn == "predict":
-            wants = trainer.predict_loop.return_predictions
-            return read_predictions(supervisor.head.jobs[max(supervisor.head.jobs)].directory) if wants else None
+        if _predicting(trainer):
+            return read_predictions(supervisor.head.jobs[max(supervisor.head.jobs)].directory) if result else None
         return result
+
+
+def _predicting(trainer: Any) -> bool:
+    return trainer is not None and trainer.state.fn == "predict"
 
 
 def _rank() -> int:

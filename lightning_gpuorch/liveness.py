@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 INTERVAL_SECONDS = 0.2
 _FIELDS = (
@@ -85,9 +86,9 @@ class HeartbeatTable:
     def row(self, rank: int) -> Row:
         """What a rank wrote last; all zero before it has written."""
         start = _ROW * rank
-        values = self._cells[start : start + len(_FIELDS)].tolist()
+        values: list[Any] = self._cells[start : start + len(_FIELDS)].tolist()
         values[_INDEX["phase"]] = Phase(values[_INDEX["phase"]])
-        return Row(*values)
+        return Row(**dict(zip(_FIELDS, values, strict=True)))
 
     def write(self, rank: int, **values: int) -> None:
         """Write fields of a rank's row."""
@@ -238,8 +239,9 @@ class Judge:
 
     def forget(self, rank: int) -> None:
         """A rank is started anew: what was learned of it no longer holds."""
-        for memory in (self._last, self._slowest, self._stopped_since):
-            memory.pop(rank, None)  # type: ignore[attr-defined]
+        self._last.pop(rank, None)
+        self._slowest.pop(rank, None)
+        self._stopped_since.pop(rank, None)
 
     def step_limit(self, rank: int) -> float:
         """How long a step of this rank may take now, in seconds."""
@@ -284,7 +286,10 @@ class Judge:
             return 0, f"no sign of life for {silent:.1f} s; something holds the GIL, or the process is frozen"
         limit = self._progress_limit(rank, row)
         if limit is not None and idle > limit:
-            return 1, f"no progress for {idle:.1f} s in phase {row.phase.name} (limit {limit:.1f} s), step {row.progress}"
+            return (
+                1,
+                f"no progress for {idle:.1f} s in phase {row.phase.name} (limit {limit:.1f} s), step {row.progress}",
+            )
         return None
 
     def _progress_limit(self, rank: int, row: Row) -> float | None:

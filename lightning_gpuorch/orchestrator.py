@@ -63,7 +63,7 @@ class MultiGPUOrchestrator:
         if fabric is not None:
             if config is not None or options:
                 raise ConfigurationError("with a Fabric, give the settings to its strategy instead.")
-            self.runtime: Runtime = strategy.runtime
+            self.runtime: Runtime = fabric.strategy.runtime
             if output_dir is not None:
                 self.runtime.output_dir = output_dir
         else:

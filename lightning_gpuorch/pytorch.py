@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["GPUOrchStrategy"]
 
 
-class GPUOrchStrategy(StrategyShell, DDPStrategy):  # type: ignore[misc]
+class GPUOrchStrategy(StrategyShell, DDPStrategy):
     """Orchestrated inference under ``Trainer``.
 
     Args:
@@ -69,7 +68,7 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):  # type: ignore[misc]
             cluster_environment=self.supervised_environment,
             process_group_backend=self.config.backend if self.config.backend != "auto" else None,
         )
-        self._start_method = start_method  # type: ignore[assignment]
+        self._start_method = start_method
         self._pending: list[_PendingLoader] = []
         self._undo: list[Callable[[], None]] = []
         self._fingerprint: str | None = None
@@ -79,7 +78,7 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):  # type: ignore[misc]
     # Processes
 
     def _configure_launcher(self) -> None:
-        self._launcher = Launcher(self, self._start_method)
+        self._launcher = Launcher(self, self._start_method)  # type: ignore[assignment]
 
     @property
     def num_processes(self) -> int:
@@ -102,9 +101,7 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):  # type: ignore[misc]
         self.set_world_ranks()
         trainer = self._trainer
         training = trainer.state.fn == TrainerFn.FITTING
-        self._start_runtime(
-            training=training, evaluating=trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING)
-        )
+        self._start_runtime(training=training, evaluating=trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING))
         if training and self.tensor_parallel_size > 1:
             raise ConfigurationError(
                 "strategy='gpuorch' does not train with tensor parallelism; use Lightning's ModelParallelStrategy for fit."
@@ -311,5 +308,3 @@ def _limit(limit: int | float, dataloader: Any) -> int | None:
         return None
     count = describe(dataloader).num_batches
     return None if count is None else int(count * limit)
-
-

@@ -164,9 +164,7 @@ class PredictionJob:
             versions={"lightning_gpuorch": __version__, "torch": torch.__version__},
         )
         directory, ephemeral = world.job_directory(runtime.output_dir, default_root)
-        answer = self._call(
-            "open", directory=str(directory), ephemeral=ephemeral, manifest=wanted.to_dict()
-        ).header
+        answer = self._call("open", directory=str(directory), ephemeral=ephemeral, manifest=wanted.to_dict()).header
         self.directory = Path(answer["directory"])
         self.ephemeral = ephemeral
         self.finished_before = bool(answer["finished"])

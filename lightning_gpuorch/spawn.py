@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from lightning_gpuorch._bootstrap import PARENT, announce, die_with_parent, report_failure, winding_up
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.zygote import ZygoteSpawner
 
 
 class Process(Protocol):
@@ -31,6 +32,39 @@ class Spawner(Protocol):
         """Start one worker in a session of its own, with these variables added to the environment."""
         ...
 
+    def close(self) -> None:
+        """Release what helps to start workers; those that run are left alone or end with it."""
+        ...
+
+
+def script_spawner(command: Sequence[str], warm_start: bool) -> Spawner:
+    """A spawner that runs a script or module: forked from a preloaded process, or started from nothing.
+
+    Args:
+        command: ``("script", PATH, *ARGS)`` or ``("module", NAME, *ARGS)``.
+        warm_start: Whether to preload.
+    """
+    return ZygoteSpawner(command) if warm_start else ScriptSpawner(command)
+
+
+def command_of_this_process() -> list[str]:
+    """The command that runs again what this process runs.
+
+    Raises:
+        ConfigurationError: This process runs no file or module (``python -c``, standard input).
+    """
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        return ["module", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
+    path = getattr(main, "__file__", None)
+    if path is None or not os.path.exists(path):
+        raise ConfigurationError(
+            "several devices need a script that can be run again for each of them, and this process runs none; save "
+            "the code to a file, or use strategy='gpuorch_notebook'."
+        )
+    return ["script", os.path.abspath(path), *sys.argv[1:]]
+
 
 class ScriptSpawner:
     """Runs a script or module anew in each worker.
@@ -43,26 +77,6 @@ class ScriptSpawner:
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         self._command = [sys.executable, "-u", *flags, "-m", "lightning_gpuorch._bootstrap", *command]
 
-    @classmethod
-    def of_this_process(cls) -> ScriptSpawner:
-        """Runs again what this process runs.
-
-        Raises:
-            ConfigurationError: This process runs no file or module (``python -c``, standard input).
-        """
-        main = sys.modules["__main__"]
-        spec = getattr(main, "__spec__", None)
-        if spec is not None:
-            name = spec.name.removesuffix(".__main__")
-            return cls(["module", name, *sys.argv[1:]])
-        path = getattr(main, "__file__", None)
-        if path is None or not os.path.exists(path):
-            raise ConfigurationError(
-                "several devices need a script that can be run again for each of them, and this process runs none; save "
-                "the code to a file, or use strategy='gpuorch_notebook'."
-            )
-        return cls(["script", os.path.abspath(path), *sys.argv[1:]])
-
     def spawn(self, environment: Mapping[str, str]) -> Process:
         """See :meth:`Spawner.spawn`."""
         return subprocess.Popen(
@@ -71,6 +85,9 @@ class ScriptSpawner:
             start_new_session=True,
             stdin=subprocess.DEVNULL,
         )
+
+    def close(self) -> None:
+        """Nothing to release."""
 
 
 class ForkSpawner:
@@ -90,6 +107,9 @@ class ForkSpawner:
         process = self._context.Process(target=self._run, args=(variables,), daemon=False)
         process.start()
         return _ForkedProcess(process)
+
+    def close(self) -> None:
+        """Nothing to release."""
 
     def _run(self, variables: Mapping[str, str]) -> None:
         os.setsid()

@@ -149,6 +149,7 @@ class Supervisor:
             self._kill(list(self._workers))
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            self._spawner.close()
             self._server.close()
             self._clean_up()
 
@@ -254,7 +255,10 @@ class Supervisor:
         if decision.action is Action.RESTART_REPLICA:
             self._restarts += 1
             log.warning(
-                "%s; restarting replica %d (attempt %d of %d)", decision.reason, replica, decision.attempt,
+                "%s; restarting replica %d (attempt %d of %d)",
+                decision.reason,
+                replica,
+                decision.attempt,
                 self.recovery.max_restart_attempts,
             )
             for member_rank in group:
@@ -399,10 +403,13 @@ class Supervisor:
         failure = self._first_failure
         if failure is None:
             return
+        said = f": {failure['type']}: {failure['message']}" if "type" in failure else ""
         log.error(
-            "first failure: rank %d, generation %d: %s%s",
-            failure["rank"], failure["generation"], failure["reason"],
-            f"\n{failure['traceback']}" if "traceback" in failure else "",
+            "first failure: rank %d, generation %d, %s%s",
+            failure["rank"],
+            failure["generation"],
+            failure["reason"],
+            said,
         )
 
     def _on_event(self, kind: str, **fields: Any) -> None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.distributed import (
@@ -112,7 +112,7 @@ class World:
         timeout = self.collectives_timeout
         if rank == 0:
             host = (WorkerEnvironment.read() or _NO_WORKER).host
-            store = self.groups.create_store(host, 0, True, size)
+            store: Any = self.groups.create_store(host, 0, True, size)
             self.channel.call({"op": "publish", "key": key, "value": [host, store.port]}, timeout_seconds=timeout)
         else:
             answer = self.channel.call({"op": "lookup", "key": key}, timeout_seconds=timeout)
@@ -315,7 +315,8 @@ def remove_ephemeral(head: Head) -> None:
         elif job.directory.exists():
             log.warning(
                 "incomplete predictions are kept in %s; pass output_dir=%r to go on from there",
-                job.directory, str(job.directory),
+                job.directory,
+                str(job.directory),
             )
 
 

@@ -43,7 +43,13 @@ class Runner:
         log = open(self.directory / f"log-{self._count}.txt", "wb")  # noqa: SIM115 - the process keeps it
         path = SCRIPTS / script if not Path(script).is_absolute() else Path(script)
         command = [*(launcher or (sys.executable,)), str(path), *map(str, arguments)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONWARNINGS": "default", **(environment or {})}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",
+            "PYTHONWARNINGS": "default",
+            **(environment or {}),
+        }
         process = subprocess.Popen(
             command, cwd=self.directory, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -106,7 +112,11 @@ def _leave_nothing_behind() -> Iterator[None]:
     from lightning_gpuorch import world
 
     world.leave()
-    leaked = {k for k in os.environ if k not in environment and not k.startswith("PYTEST")} - {"KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK", "TORCHINDUCTOR_CACHE_DIR"}
+    leaked = {k for k in os.environ if k not in environment and not k.startswith("PYTEST")} - {
+        "KMP_INIT_AT_FORK",
+        "KMP_DUPLICATE_LIB_OK",
+        "TORCHINDUCTOR_CACHE_DIR",
+    }
     for key in leaked:
         del os.environ[key]
     assert not {k for k in leaked if "GPUORCH" in k}, f"leaked environment variables: {leaked}"

@@ -168,5 +168,3 @@ def _scattered_layout(loader: Any) -> LoaderLayout:
         chunk_size=1,
         identity={"dataset": f"{type(dataset).__module__}.{type(dataset).__qualname__}", "length": len(dataset)},
     )
-
-

@@ -58,7 +58,9 @@ def show(directory: str, count: int) -> None:
 @predictions.command()
 @click.argument("directory", type=click.Path(exists=True, file_okay=False))
 @click.argument("target", type=click.Path())
-@click.option("--format", "kind", type=click.Choice(["parquet", "jsonl"]), default=None, help="Default: by TARGET's name.")
+@click.option(
+    "--format", "kind", type=click.Choice(["parquet", "jsonl"]), default=None, help="Default: by TARGET's name."
+)
 def export(directory: str, target: str, kind: str | None) -> None:
     """Write all samples to TARGET, one row each."""
     from lightning_gpuorch.predictions.export import export_predictions

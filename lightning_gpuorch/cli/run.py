@@ -20,7 +20,9 @@ _PRECISIONS = (
 
 @click.command(name="run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})
 @click.argument("script", type=click.Path(exists=True, dir_okay=False))
-@click.option("--accelerator", type=click.Choice(["cpu", "gpu", "cuda", "auto"]), default=None, help="Hardware to run on.")
+@click.option(
+    "--accelerator", type=click.Choice(["cpu", "gpu", "cuda", "auto"]), default=None, help="Hardware to run on."
+)
 @click.option("--strategy", default="gpuorch", show_default=True, help="Other strategies are handed to `fabric run`.")
 @click.option("--devices", default="1", show_default=True, help="How many devices, which (0,2), or 'auto'.")
 @click.option("--num-nodes", "--num_nodes", type=int, default=1, show_default=True, help="Machines that take part.")
@@ -51,7 +53,7 @@ def _run(script: str, script_args: list[str], **options: Any) -> int:
             "torchrun or srun, where the strategy works as well."
         )
     # The supervisor is light: neither torch nor Lightning is imported in this process.
-    from lightning_gpuorch.spawn import ScriptSpawner
+    from lightning_gpuorch.spawn import script_spawner
     from lightning_gpuorch.supervisor import Supervisor
     from lightning_gpuorch.telemetry.logs import configure_logging
 
@@ -67,7 +69,7 @@ def _run(script: str, script_args: list[str], **options: Any) -> int:
     }
     if options["precision"] is not None:
         environment["LT_PRECISION"] = options["precision"]
-    spawner = ScriptSpawner(["script", os.path.abspath(script), *script_args])
+    spawner = script_spawner(["script", os.path.abspath(script), *script_args], config.enable_warm_start)
     return Supervisor(spawner, count, config, device_indices=indices, environment=environment).run()
 
 

@@ -308,4 +308,3 @@ def refused(error: Exception) -> Future[Message]:
         if hasattr(error, attribute):
             described[attribute] = list(getattr(error, attribute))
     return answered({"error": described})
-

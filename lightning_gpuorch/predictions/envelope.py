@@ -183,7 +183,9 @@ class _TreeWriter:
         try:
             tensor = torch.from_numpy(plain)
         except TypeError:
-            raise UnsupportedPredictionError(f"{path} is a numpy array of dtype {array.dtype}; use one torch has.") from None
+            raise UnsupportedPredictionError(
+                f"{path} is a numpy array of dtype {array.dtype}; use one torch has."
+            ) from None
         if tensor.is_complex():
             return {"array": self._column(torch.view_as_real(tensor)), "dtype": array.dtype.str, "complex": True}
         return {"array": self._column(tensor), "dtype": array.dtype.str}
@@ -194,14 +196,18 @@ class _TreeWriter:
             items = [self.write(item, f"{path}.{name}") for name, item in zip(fields, value, strict=True)]
             return {"namedtuple": _qualified_name(value), "fields": list(fields), "items": items}
         if type(value) is not tuple:
-            raise UnsupportedPredictionError(f"{path} is a {_qualified_name(value)}, a tuple of its own kind; use a tuple.")
+            raise UnsupportedPredictionError(
+                f"{path} is a {_qualified_name(value)}, a tuple of its own kind; use a tuple."
+            )
         return {"tuple": [self.write(item, f"{path}[{i}]") for i, item in enumerate(value)]}
 
     def _mapping(self, value: Mapping[Any, Any], path: str) -> dict[str, Any]:
         pairs = []
         for key, item in value.items():
             if key is not None and type(key) not in (str, int, float, bool):
-                raise UnsupportedPredictionError(f"{path} has the key {key!r}, a {type(key).__name__}; use text or numbers.")
+                raise UnsupportedPredictionError(
+                    f"{path} has the key {key!r}, a {type(key).__name__}; use text or numbers."
+                )
             pairs.append([key, self.write(item, f"{path}[{key!r}]")])
         return {"dict": pairs} if type(value) is dict else {"mapping": _qualified_name(value), "dict": pairs}
 
@@ -269,7 +275,7 @@ def _loaded_class(name: str) -> Any:
 def _named_tuple(name: str, fields: list[str], items: list[Any]) -> Any:
     kind = _loaded_class(name)
     if kind is None or getattr(kind, "_fields", None) != tuple(fields):
-        kind = collections.namedtuple(name.rpartition(".")[2], fields)  # noqa: PYI024 - fields are known only now
+        kind = collections.namedtuple(name.rpartition(".")[2], fields)
     return kind(*items)
 
 

@@ -108,7 +108,9 @@ def open_or_create(directory: str | os.PathLike[str], wanted: Manifest) -> Manif
     differences = compare(existing, wanted)
     if differences:
         raise JobMismatchError(
-            f"{root} holds the predictions of another job:\n  " + "\n  ".join(differences) + "\nUse another output_dir, or "
+            f"{root} holds the predictions of another job:\n  "
+            + "\n  ".join(differences)
+            + "\nUse another output_dir, or "
             "remove this one to start afresh.",
             differences,
         )

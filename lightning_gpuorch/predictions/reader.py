@@ -42,7 +42,12 @@ def read_predictions(directory: str | os.PathLike[str], *, allow_missing: bool =
             Path(directory).absolute(),
             number,
             layout,
-            [unit for entry in quarantined if entry["loader"] == number for unit in range(entry["start"], entry["stop"])],
+            [
+                unit
+                for entry in quarantined
+                if entry["loader"] == number
+                for unit in range(entry["start"], entry["stop"])
+            ],
         )
         for number, layout in enumerate(manifest.loaders)
     ]

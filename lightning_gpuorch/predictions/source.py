@@ -104,10 +104,7 @@ class MapSource:
 
     def collate(self, indices: list[int]) -> Any:
         """Build a batch of the given samples anew, as the loader would."""
-        dataset = self.loader.dataset
-        if hasattr(dataset, "__getitems__"):
-            return self.loader.collate_fn(dataset.__getitems__(indices))
-        return self.loader.collate_fn([dataset[index] for index in indices])
+        return _collate(self.loader, indices)
 
 
 class BatchSource:
@@ -154,7 +151,9 @@ class BatchSource:
         """The user's loader, fed by ``batches`` of dataset indices instead of its own batch sampler."""
         return _with_sampler(self.loader, "batch_sampler", batches)
 
-    collate = MapSource.collate
+    def collate(self, indices: list[int]) -> Any:
+        """Build a batch of the given samples anew, as the loader would."""
+        return _collate(self.loader, indices)
 
 
 class StreamSource:
@@ -293,6 +292,13 @@ def _deterministic_sampler(loader: DataLoader[Any]) -> Sampler[int]:
     if not isinstance(sampler, Sized):
         raise ConfigurationError(f"sampler {type(sampler).__name__} has no length; give it __len__.")
     return sampler  # type: ignore[return-value]
+
+
+def _collate(loader: DataLoader[Any], indices: list[int]) -> Any:
+    dataset: Any = loader.dataset
+    if hasattr(dataset, "__getitems__"):
+        return loader.collate_fn(dataset.__getitems__(indices))
+    return loader.collate_fn([dataset[index] for index in indices])
 
 
 def _pieces(batch: range, isolate: range, skip: frozenset[int]) -> Iterator[range]:

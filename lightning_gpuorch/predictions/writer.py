@@ -74,7 +74,9 @@ class PartWriter:
         size = sum(_size_bytes(batch.output) for batch in batches)
         with self._changed:
             self._changed.wait_for(
-                lambda: self._error is not None or not self._queue or self._pending_bytes + size <= self._max_pending_bytes
+                lambda: (
+                    self._error is not None or not self._queue or self._pending_bytes + size <= self._max_pending_bytes
+                )
             )
             self._raise_error()
             self._queue.append(_Pending(loader, chunk, batches, metadata, size))

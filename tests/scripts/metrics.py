@@ -1,12 +1,12 @@
 """torchmetrics in predict and in test, and self.log(sync_dist=True), against the numbers of one device."""
 
+import lightning.pytorch as pl
 import torch
 from common import parser, quiet_trainer, write_result
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-import lightning.pytorch as pl
 from lightning_gpuorch.pytorch import GPUOrchStrategy
 
 

@@ -3,13 +3,12 @@
 import collections
 import dataclasses
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from common import parser, quiet_trainer, write_result
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding
-
-import lightning.pytorch as pl
 
 
 @dataclasses.dataclass

@@ -6,11 +6,11 @@ import sys
 import time
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 from common import Rows, parser, quiet_trainer, write_result
 from torch.utils.data import DataLoader
 
-import lightning.pytorch as pl
 from lightning_gpuorch.pytorch import GPUOrchStrategy
 
 
@@ -74,9 +74,7 @@ def main():
     options.add_argument("--every-time", action="store_true")
     options.add_argument("--poison", type=int, default=None)
     options = options.parse_args()
-    strategy = GPUOrchStrategy(
-        tensor_parallel_size=options.tp, output_dir=options.output, chunk_size=options.chunk
-    )
+    strategy = GPUOrchStrategy(tensor_parallel_size=options.tp, output_dir=options.output, chunk_size=options.chunk)
     trainer = quiet_trainer(strategy, options.devices)
     predictions = trainer.predict(Model(options), DataLoader(Rows(options.samples), batch_size=options.batch))
     values = [float(v) for batch in predictions for v in batch[:, 0]]

@@ -1,12 +1,12 @@
 """TP x DP under the Trainer, with torch's DTensor API, also inside inference_mode, against the unsharded model."""
 
+import lightning.pytorch as pl
 import torch
 from common import parser, quiet_trainer, write_result
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 
-import lightning.pytorch as pl
 from lightning_gpuorch.pytorch import GPUOrchStrategy
 
 
