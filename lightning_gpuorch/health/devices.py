@@ -41,7 +41,7 @@ class DeviceIdentity:
         """Identity of a CUDA device of this process."""
         import torch
 
-        properties = torch.cuda.get_device_properties(index)
+        properties: Any = torch.cuda.get_device_properties(index)
         uuid = getattr(properties, "uuid", None)
         bus = getattr(properties, "pci_bus_id", None)
         return cls(
@@ -129,6 +129,9 @@ _NOT_REPORTED = frozenset(
         pynvml.NVML_ERROR_DEPRECATED,
     }
 )
+
+
+_RECOVERY_ACTION_FIELD = 230
 
 
 class NVMLReader:
@@ -222,6 +225,6 @@ class NVMLReader:
         return up
 
     def _recovery_action(self) -> int | None:
-        (field,) = pynvml.nvmlDeviceGetFieldValues(self.handle, [pynvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION])
+        (field,) = pynvml.nvmlDeviceGetFieldValues(self.handle, [_RECOVERY_ACTION_FIELD])
         # Each field has a code of its own; a value that is not supported must not read as 0, which is healthy.
         return int(field.value.uiVal) if field.nvmlReturn == pynvml.NVML_SUCCESS else None

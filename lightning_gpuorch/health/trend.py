@@ -30,19 +30,24 @@ class MemoryTrend:
         """Time until a limit is reached at the present growth.
 
         Returns:
-            Seconds, or None while too little is known or memory does not grow steadily: nine in ten pairs of readings
-            must show growth.
+            Seconds, or None while too little is known or memory does not grow steadily: both halves of the window must
+            show growth, and the slower one counts, so that a single jump is no trend.
         """
-        if len(self._points) < self._min_readings:
+        points = list(self._points)
+        if len(points) < self._min_readings:
             return None
-        at, used = np.array(self._points).T
-        later, earlier = np.tril_indices(len(at), -1)
-        elapsed = at[later] - at[earlier]
-        usable = elapsed > 0
-        if not usable.any():
-            return None
-        slopes = (used[later] - used[earlier])[usable] / elapsed[usable]
-        slope = float(np.median(slopes))
-        if slope <= 0 or np.quantile(slopes, 0.1) < 0:
-            return None
-        return max(0.0, (limit_bytes - float(used[-1])) / slope)
+        middle = len(points) // 2
+        slope = min(_slope(points[:middle]), _slope(points[middle:]))
+        return max(0.0, (limit_bytes - points[-1][1]) / slope) if slope > 0 else None
+
+
+def _slope(points: list[tuple[float, float]]) -> float:
+    """Median slope between all pairs; 0 unless nine in ten of them do not fall."""
+    at, used = np.array(points).T
+    later, earlier = np.tril_indices(len(at), -1)
+    elapsed = at[later] - at[earlier]
+    usable = elapsed > 0
+    if not usable.any():
+        return 0.0
+    slopes = (used[later] - used[earlier])[usable] / elapsed[usable]
+    return float(np.median(slopes)) if np.quantile(slopes, 0.1) >= 0 else 0.0

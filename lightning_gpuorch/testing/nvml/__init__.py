@@ -1,7 +1,7 @@
 """GPUs that are not there: a stand-in for NVIDIA's management library, driven by a text file.
 
-The real ``pynvml`` runs on top of it, so that a test covers everything down to the library's C interface. The library is
-compiled with the system's C compiler the first time it is needed.
+The real ``pynvml`` runs on top of it, so that a test covers everything down to the library's C interface. The library
+is compiled with the system's C compiler the first time it is needed.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class FakeNVML:
     def set(self, gpu: int | None, **values: Any) -> None:
         """Set what a GPU reports; every GPU if it is None. ``None`` makes a sensor unsupported.
 
-        A value may be a ramp, ``"60..95@3"``: from 60 to 95 within three seconds of this call. Keys with characters that
-        no keyword can have are set with :meth:`set_key`.
+        A value may be a ramp, ``"60..95@3"``: from 60 to 95 within three seconds of this call. Keys with characters
+        that no keyword can have are set with :meth:`set_key`.
         """
         for key, value in values.items():
             self._assign("*" if gpu is None else str(gpu), key, value)
