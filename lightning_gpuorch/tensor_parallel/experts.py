@@ -55,7 +55,7 @@ def looks_fused(module: nn.Module) -> bool:
     """Tell whether a module could hold fused experts: two or more stacked weights of its own, no layers inside."""
     own = [parameter for parameter in module._parameters.values() if parameter is not None]
     stacked = [parameter for parameter in own if parameter.dim() == 3 and parameter.is_floating_point()]
-    if len(stacked) < 2 or len({parameter.shape[0] for parameter in stacked}) != 1:
+    if len(stacked) < 2 or len({parameter.shape[0] for parameter in stacked}) != 1 or stacked[0].shape[0] < 2:
         return False
     if isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)):
         return False
@@ -81,6 +81,18 @@ def plan_experts(
     return next((plans for plans in _layouts(module, check.hidden_size, num_ranks) if check.passes(plans)), None)
 
 
+def keeps_shape(module: nn.Module, call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> bool:
+    """Tell whether a module maps hidden states to hidden states of the same shape, as experts do."""
+    hidden = _hidden_states(call)
+    output = None if hidden is None else _SumCheck(module, call, 1).reference
+    return hidden is not None and output is not None and output.shape == hidden.shape
+
+
+def _hidden_states(call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> torch.Tensor | None:
+    values = (*call[0], *call[1].values())
+    return next((value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()), None)
+
+
 def experts_plan_is_right(
     module: nn.Module,
     call: tuple[tuple[Any, ...], Mapping[str, Any]],
@@ -97,11 +109,8 @@ class _SumCheck:
 
     def __init__(self, module: nn.Module, call: tuple[tuple[Any, ...], Mapping[str, Any]], num_ranks: int) -> None:
         self.module, self.call, self.num_ranks = module, call, num_ranks
-        self.hidden_size = next(
-            value.shape[-1]
-            for value in (*call[0], *call[1].values())
-            if isinstance(value, torch.Tensor) and value.is_floating_point()
-        )
+        hidden = _hidden_states(call)
+        self.hidden_size = 0 if hidden is None else hidden.shape[-1]
         generator = torch.Generator().manual_seed(5)
         self.whole = {
             name: _random(parameter.shape, generator)
