@@ -20,6 +20,9 @@ from lightning_gpuorch.tensor_parallel.plan import AttributePatch, LayerKind, Te
 from lightning_gpuorch.tensor_parallel.shape_rules import swap_shape_ruled
 from lightning_gpuorch.tensor_parallel.swap import swap_class
 
+UNCHANGED_KINDS = frozenset({LayerKind.REPLICATED, LayerKind.LOCAL})
+"""Kinds of layers whose class stays as it is."""
+
 _applied: weakref.WeakKeyDictionary[nn.Module, tuple[TensorParallelPlan, int]] = weakref.WeakKeyDictionary()
 
 
@@ -62,10 +65,12 @@ def apply_plan(
     _cut_tensors(model, plan, rank)
     for name, layer in plan.layers.items():
         _swap_layer(modules[name], layer.kind)
-        if layer.kind is not LayerKind.REPLICATED:
+        if layer.kind not in UNCHANGED_KINDS:
             modules[name].bind(layer, communicator)  # type: ignore[operator]
     for patch in plan.attributes:
         set_attribute(modules[patch.module], patch.attribute, patch.values[rank])
+    for module in modules.values():
+        _leave_fused_kernels(module)
     for scope, rules in plan.shape_rules.items():
         swap_shape_ruled(modules[scope], rules, rank)
     _applied[model] = (plan, rank)
@@ -77,7 +82,7 @@ def applied_plan(model: nn.Module) -> tuple[TensorParallelPlan, int] | None:
 
 
 def _swap_layer(module: nn.Module, kind: LayerKind) -> None:
-    if kind is LayerKind.REPLICATED:
+    if kind in UNCHANGED_KINDS:
         return
     if kind is LayerKind.HEADS:
         swap_class(module, HeadShardedAttention)
@@ -87,6 +92,14 @@ def _swap_layer(module: nn.Module, kind: LayerKind) -> None:
         behaviour = behaviour_for(module, kind)
         assert behaviour is not None  # checked by mismatches()
         swap_class(module, behaviour, inside=runs_inside(type(module)))
+
+
+def _leave_fused_kernels(module: nn.Module) -> None:
+    """Switch off the fused kernels of torch's encoder layers: they read the layers' weights and skip their forwards."""
+    if isinstance(module, nn.TransformerEncoderLayer):
+        module.activation_relu_or_gelu = 0
+    elif isinstance(module, nn.TransformerEncoder):
+        module.use_nested_tensor = False
 
 
 def _cut_tensors(model: nn.Module, plan: TensorParallelPlan, rank: int) -> None:
@@ -162,7 +175,7 @@ def _patch_problem(modules: Mapping[str, nn.Module], patch: AttributePatch) -> s
 
 
 def _can_be(module: nn.Module, kind: LayerKind) -> bool:
-    if kind in (LayerKind.REPLICATED, LayerKind.EXPERTS):
+    if kind in UNCHANGED_KINDS or kind is LayerKind.EXPERTS:
         return True
     if kind is LayerKind.HEADS:
         return type(module) is nn.MultiheadAttention

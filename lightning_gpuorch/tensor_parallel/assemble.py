@@ -110,9 +110,9 @@ def assemble(anatomy: Anatomy, decisions: Decisions, num_ranks: int) -> TensorPa
 def _settle_ties(anatomy: Anatomy, roles: dict[nn.Module, LayerPlan]) -> None:
     """Layers that share a weight must cut it alike; where their roles differ in that, the weight stays whole."""
     users: dict[int, list[nn.Module]] = defaultdict(list)
-    for module in roles:
+    for module, role in roles.items():
         for parameter in module._parameters.values():
-            if parameter is not None:
+            if parameter is not None and role.kind is not LayerKind.LOCAL:
                 users[id(parameter)].append(module)
     changed = True
     while changed:

@@ -148,6 +148,7 @@ class _Consumer:
         ]
         self._patterns: dict[int, list[torch.Tensor]] = {}
         self._shared: list[int] = []
+        self._common: torch.Tensor | None = None
 
     def reached(self) -> set[Signature]:
         """Signatures of the layers the input depends on."""
@@ -181,7 +182,8 @@ class _Consumer:
         if channel not in self._patterns:
             self._patterns[channel] = [mask[0] for mask in self._dependence([channel], 0)]
         masks = self._patterns[channel]
-        return torch.cat([masks[index] for index in self._shared])
+        pattern = torch.cat([masks[index] for index in self._shared])
+        return pattern if self._common is None else pattern & ~self._common
 
     def _similar(self, first: int, second: int) -> bool:
         one, other = self._pattern(first), self._pattern(second)
@@ -197,6 +199,12 @@ class _Consumer:
         ]
         if not self._shared:
             return None, ""  # dense: every channel depends on everything
+        # What every channel depends on (shared key/value heads, a state space's B and C) says nothing about blocks.
+        last = self.num_channels - 1
+        spread = [self._pattern(channel) for channel in {0, last // 3, last // 2, last}]
+        self._common = torch.stack(spread).all(0)
+        if not self._pattern(0).any():
+            return None, ""
         unit = self._unit()
         if unit is None:
             return None, "its input channels fall into irregular blocks"
@@ -265,8 +273,8 @@ class _Consumer:
                         break
                 continue
             cuts = tuple(from_mask(mask[0]) for mask in masks)
-            whole = all(bool(mask[0].all()) for mask in masks)
-            if whole or label in partition.broadcast or partition.producers.get(label, cuts) != cuts:
+            same = all(torch.equal(mask[0], masks[0][0]) for mask in masks)
+            if same or label in partition.broadcast or partition.producers.get(label, cuts) != cuts:
                 partition.broadcast.add(label)
                 partition.producers.pop(label, None)
             else:

@@ -39,8 +39,7 @@ def features(module: nn.Module) -> tuple[int, int]:
         return module.in_features, module.out_features
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
-    rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
-    return int(rows), int(columns)  # type: ignore[arg-type]
+    return int(module.nx), int(module.nf)  # type: ignore[arg-type]
 
 
 def weight_dims(module: nn.Module) -> tuple[int, int]:

@@ -65,10 +65,17 @@ def decide_whole_layers(stubbed: StubbedModel, decisions: Decisions) -> None:
     called = stubbed.reference.called
     anatomy = stubbed.anatomy
     called_kinds = {anatomy.signature(module) for module in called}
+    # A weight that a called layer shares was watched during the run, so the layers that share it may cut it alike.
+    watched = {id(parameter) for module in called for parameter in module.parameters()}
     for module in (*anatomy.linears, *anatomy.embeddings):
         if module in stubbed.read_directly:
-            decisions.roles[module] = replicated("its weight is read by other code")
-        elif module not in called and anatomy.signature(module) not in called_kinds:
+            prefix = f"{anatomy.names[module]}."
+            cut = any(name.startswith(prefix) for name in decisions.tensors)
+            reason = "its weight is read by other code"
+            decisions.roles[module] = LayerPlan(LayerKind.LOCAL, reason=reason) if cut else replicated(reason)
+        elif module in called or id(module.weight) in watched:
+            continue
+        elif anatomy.signature(module) not in called_kinds:
             decisions.roles[module] = replicated("not reached with the example input")
 
 

@@ -30,8 +30,10 @@ from lightning_gpuorch.tensor_parallel.plan import (
 from lightning_gpuorch.tensor_parallel.shape_rules import ShapeRuleMode
 from lightning_gpuorch.tensor_parallel.stubs import Deviation, LocalPlan, StubbedModel, WeightReadDirectly
 
-MAX_COMBINATIONS = 160
+MAX_COMBINATIONS = 300
 MAX_COMBINED_ATTRIBUTES = 7
+RULE_PREFERENCES = 3
+"""How many of the sizes in a hard-coded call are tried as the one that the cut changes."""
 
 
 @dataclasses.dataclass
@@ -107,10 +109,10 @@ class BlockSearch:
             scope = self._scope(members)
             sizes, ratios = self._local_sizes(block, option, roles)
             candidates = self._candidates(sizes, ratios, scope, members, block)
-            for learn, prefer_last in ((False, False), (True, False), (True, True)):
+            for preference in (None, *range(RULE_PREFERENCES)):
                 for patches in itertools.islice(_combinations(candidates), MAX_COMBINATIONS):
-                    size_map = sizes if learn else None
-                    solution, problem = self._try(block, roles, tensors, patches, scope, size_map, prefer_last)
+                    rules = None if preference is None else (sizes, preference)
+                    solution, problem = self._try(block, roles, tensors, patches, scope, rules)
                     if solution is not None:
                         return solution, ""
         return None, problem
@@ -124,8 +126,7 @@ class BlockSearch:
         tensors: Mapping[str, tuple[int, RankIntervals]],
         patches: Sequence[AttributePatch],
         scope: nn.Module,
-        size_map: Mapping[int, tuple[int, ...]] | None,
-        prefer_last: bool,
+        learn: tuple[Mapping[int, tuple[int, ...]], int] | None,
     ) -> tuple[Solution | None, str]:
         scope_name = self.anatomy.names[scope]
         decisions = self.expand(block, roles, tensors, patches, scope_name, ())
@@ -134,7 +135,7 @@ class BlockSearch:
         target = None if scope is self.anatomy.model else scope
         try:
             for rank in range(self.num_ranks):
-                mode = None if size_map is None else ShapeRuleMode(rules, rank, size_map, prefer_last)
+                mode = None if learn is None else ShapeRuleMode(rules, rank, *learn)
                 called = self.stubbed.run_local(local, rank, target, mode)
                 if not all(pair.consumer in called for pair in block.pairs):
                     return None, "the consumer was not reached"
@@ -274,7 +275,7 @@ class BlockSearch:
                 if fields is None or isinstance(value, nn.Module) or callable(value):
                     continue
                 for field, inner in fields.items():
-                    if field.startswith("_"):
+                    if field.startswith("_") or field not in self.stubbed.fields_read.get(id(value), fields):
                         continue
                     for priority, local in _local_values(inner, sizes, ratios, heads):
                         patch = AttributePatch(name, f"{attribute}.{field}", local)
@@ -328,9 +329,9 @@ def _combinations(candidates: Sequence[tuple[int, AttributePatch]]) -> Iterator[
     for size in range(len(plain), 0, -1):
         for chosen in itertools.combinations(plain, size):
             yield from emit(chosen)
-    nested = [index for index, (priority, _) in enumerate(candidates) if priority in (0, 4, 5)][:MAX_COMBINED_ATTRIBUTES]
-    for size in range(1, len(nested) + 1):
-        for chosen in itertools.combinations(nested, size):
+    mixed = range(min(len(candidates), MAX_COMBINED_ATTRIBUTES + 1))
+    for size in range(1, len(mixed) + 1):
+        for chosen in itertools.combinations(mixed, size):
             yield from emit(chosen)
 
 

@@ -66,8 +66,8 @@ class ShapeRuleMode(TorchFunctionMode):
     Args:
         rules: Rules known so far, by operation and number of sizes; learning adds to it.
         rank: The rank whose sizes apply.
-        size_map: For learning: whole size to the size by rank.
-        prefer_last: When several sizes of a call could be the one, take the last instead of the first.
+        size_map: For learning: whole size to the size by rank, likely ones first.
+        preference: When several sizes of a call could be the one, which of them to take.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class ShapeRuleMode(TorchFunctionMode):
         rules: dict[tuple[str, int], ShapeRule],
         rank: int,
         size_map: Mapping[int, tuple[int, ...]] | None = None,
-        prefer_last: bool = False,
+        preference: int = 0,
     ) -> None:
         super().__init__()
-        self.rules, self.rank, self.size_map, self.prefer_last = rules, rank, size_map, prefer_last
+        self.rules, self.rank, self.size_map, self.preference = rules, rank, size_map, preference
 
     def __torch_function__(
         self,
@@ -100,7 +100,7 @@ class ShapeRuleMode(TorchFunctionMode):
         if key not in self.rules and self.size_map is not None:
             fitting = [rule for rule in self._candidates(operation, sizes) if self._try(rule, sizes, available)]
             if fitting:
-                self.rules[key] = fitting[-1 if self.prefer_last else 0]
+                self.rules[key] = fitting[min(self.preference, len(fitting) - 1)]
         adjusted = self._try(self.rules[key], sizes, available) if key in self.rules else None
         if adjusted is None:
             raise ShapeMismatch(f"{operation}{sizes} does not fit a tensor of {available} elements on a rank.")
@@ -109,9 +109,10 @@ class ShapeRuleMode(TorchFunctionMode):
     def _candidates(self, operation: str, sizes: tuple[int, ...]) -> list[ShapeRule]:
         assert self.size_map is not None
         return [
-            ShapeRule(operation, len(sizes), index - len(sizes), size, self.size_map[size])
-            for index, size in enumerate(sizes)
-            if size in self.size_map
+            ShapeRule(operation, len(sizes), index - len(sizes), size, local)
+            for size, local in self.size_map.items()
+            for index in range(len(sizes))
+            if sizes[index] == size
         ]
 
     def _try(self, rule: ShapeRule, sizes: tuple[int, ...], available: int) -> tuple[int, ...] | None:

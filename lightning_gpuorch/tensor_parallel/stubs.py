@@ -204,6 +204,7 @@ class StubbedModel:
         self.read_directly: set[nn.Module] = set()
         self._experts = set(anatomy.experts)
         self.attributes_read: dict[nn.Module, set[str]] = defaultdict(set)
+        self.fields_read: dict[int, set[str]] = {}
         self.reference = Reference()
 
     # -- reference run ------------------------------------------------------------------------------------------------
@@ -465,9 +466,30 @@ class StubbedModel:
                 self._replace_forward(stack, module, on_call)
             if trace:
                 for module in self._glue():
+                    for value in list(module.__dict__.values()):
+                        self._trace_fields(stack, value)
                     stack.callback(setattr, module, "__class__", type(module))
                     module.__class__ = _traced(type(module), self.attributes_read)
             yield
+
+    def _trace_fields(self, stack: contextlib.ExitStack, value: Any) -> None:
+        """Record which fields of a configuration-like object are read."""
+        own_class = type(value)
+        plain = isinstance(value, (nn.Module, torch.Tensor, dict, list, tuple, set)) or callable(value)
+        if plain or not hasattr(value, "__dict__") or id(value) in self.fields_read:
+            return
+        reads: set[str] = set()
+
+        def read(self: Any, name: str) -> Any:
+            reads.add(name)
+            return own_class.__getattribute__(self, name)
+
+        try:
+            value.__class__ = type(own_class.__name__, (own_class,), {"__getattribute__": read})
+        except TypeError:  # a class that cannot be subclassed or exchanged: all its fields remain candidates
+            return
+        self.fields_read[id(value)] = reads
+        stack.callback(setattr, value, "__class__", own_class)
 
     def _glue(self) -> list[nn.Module]:
         plain = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.LayerNorm, nn.Dropout)

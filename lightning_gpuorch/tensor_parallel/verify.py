@@ -140,6 +140,8 @@ def _failures_of_layers(stubbed: StubbedModel, plan: TensorParallelPlan) -> list
         problem = ""
         if layer.kind is LayerKind.REPLICATED:
             problem = _cut_parameter(name, plan)
+        elif layer.kind is LayerKind.LOCAL:
+            problem = "" if module in stubbed.read_directly else "only a layer whose weight other code reads can be local"
         elif module in stubbed.read_directly:
             problem = "its weight is read by other code, so it cannot be cut"
         elif module not in stubbed.stubbed:
@@ -226,11 +228,11 @@ def _failures_of_experts(stubbed: StubbedModel, plan: TensorParallelPlan) -> lis
 
 def local_plan(stubbed: StubbedModel, plan: TensorParallelPlan) -> LocalPlan:
     """Give what local runs need of a plan."""
-    layers = _layers(stubbed, plan)
-    inside = tuple(f"{name}." if name else "" for name in plan.layers)
+    layers = {module: layer for module, layer in _layers(stubbed, plan).items() if layer.kind is not LayerKind.LOCAL}
+    prefixes = {module: stubbed.anatomy.names[module] for module in layers}
     own = {
-        prefix + key
-        for prefix, module in zip(inside, layers, strict=True)
+        f"{prefix}.{key}" if prefix else key
+        for module, prefix in prefixes.items()
         for key, _ in module.named_parameters(remove_duplicate=False)
     }
     tensors = {name: cut for name, cut in plan.parameters.items() if cut.dim is not None and name not in own}
