@@ -6,7 +6,6 @@ the local tensor gets the one size the planner learned replaced. Calls that fit 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -45,7 +44,10 @@ def _sizes_of(operation: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 
 def _fits(sizes: tuple[int, ...], available: int) -> bool:
-    product = math.prod(size for size in sizes if size != -1)
+    product = 1  # a plain loop: torch.compile traces through here
+    for size in sizes:
+        if size != -1:
+            product *= size
     if -1 in sizes:
         return product > 0 and available % product == 0
     return product == available
