@@ -1,7 +1,10 @@
 """Tensor parallelism for any module: plan, verify, apply, load."""
 
 from lightning_gpuorch.tensor_parallel.apply import applied_plan, apply_plan
+from lightning_gpuorch.tensor_parallel.checkpoint import Checkpoint, open_checkpoint
 from lightning_gpuorch.tensor_parallel.communicator import Communicator
+from lightning_gpuorch.tensor_parallel.loading import LoadReport, load_sharded
+from lightning_gpuorch.tensor_parallel.meta import empty_parameters
 from lightning_gpuorch.tensor_parallel.plan import (
     AttributePatch,
     LayerKind,
@@ -11,20 +14,28 @@ from lightning_gpuorch.tensor_parallel.plan import (
     TensorParallelPlan,
 )
 from lightning_gpuorch.tensor_parallel.planning import plan_tensor_parallel
+from lightning_gpuorch.tensor_parallel.sizing import SizeChoice, smallest_tensor_parallel_size
 from lightning_gpuorch.tensor_parallel.verify import VerificationFailure, VerificationReport, verify_plan
 
 __all__ = [
     "AttributePatch",
+    "Checkpoint",
     "Communicator",
     "LayerKind",
     "LayerPlan",
+    "LoadReport",
     "ParameterPlan",
     "ShapeRule",
+    "SizeChoice",
     "TensorParallelPlan",
     "VerificationFailure",
     "VerificationReport",
     "applied_plan",
     "apply_plan",
+    "empty_parameters",
+    "load_sharded",
+    "open_checkpoint",
     "plan_tensor_parallel",
+    "smallest_tensor_parallel_size",
     "verify_plan",
 ]
