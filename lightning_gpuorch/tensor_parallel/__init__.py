@@ -3,6 +3,7 @@
 from lightning_gpuorch.tensor_parallel.apply import applied_plan, apply_plan
 from lightning_gpuorch.tensor_parallel.checkpoint import Checkpoint, open_checkpoint
 from lightning_gpuorch.tensor_parallel.communicator import Communicator
+from lightning_gpuorch.tensor_parallel.generation import from_first_rank, generate, synchronize_random_state
 from lightning_gpuorch.tensor_parallel.loading import LoadReport, load_sharded
 from lightning_gpuorch.tensor_parallel.meta import empty_parameters
 from lightning_gpuorch.tensor_parallel.plan import (
@@ -33,9 +34,12 @@ __all__ = [
     "applied_plan",
     "apply_plan",
     "empty_parameters",
+    "from_first_rank",
+    "generate",
     "load_sharded",
     "open_checkpoint",
     "plan_tensor_parallel",
     "smallest_tensor_parallel_size",
+    "synchronize_random_state",
     "verify_plan",
 ]

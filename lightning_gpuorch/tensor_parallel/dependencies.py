@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_gpuorch.tensor_parallel.intervals import Intervals, RankIntervals, from_mask, length, split_evenly
+from lightning_gpuorch.tensor_parallel.intervals import Intervals, RankIntervals, from_mask, length, shift, split_evenly
 from lightning_gpuorch.tensor_parallel.layers import features
 from lightning_gpuorch.tensor_parallel.stubs import LayerCall, Reference, StubbedModel
 
@@ -216,8 +216,10 @@ class _Consumer:
         partitions = [self._partition(split_evenly(self.num_channels, num_ranks, unit))]
         if _overlapping(partitions[0]):
             group = self._overlapping_run(unit)
-            if group > unit and self.num_channels % group == 0 and self.num_channels // group >= num_ranks:
-                partitions.insert(0, self._partition(split_evenly(self.num_channels, num_ranks, group)))
+            if group > unit and self.num_channels % group == 0:
+                dealt = _deal_groups(self.num_channels // group, group, num_ranks, unit)
+                if dealt is not None and dealt != partitions[0].channels:
+                    partitions.insert(0, self._partition(dealt))
         signature = self.anatomy.signature(self.call.module)
         return Pair(signature, self.call.module, self.num_channels, unit, partitions), ""
 
@@ -280,6 +282,29 @@ class _Consumer:
             else:
                 partition.producers[label] = cuts
         return partition
+
+
+def _deal_groups(num_groups: int, group: int, num_ranks: int, unit: int) -> RankIntervals | None:
+    """Deal out channels so that no rank holds parts of two groups, whole groups if there are enough.
+
+    Args:
+        num_groups: Groups of blocks that share producer channels (key/value heads).
+        group: Channels of a group.
+        num_ranks: Number of ranks.
+        unit: Channels of a block.
+
+    Returns:
+        The channels by rank, None if a group has fewer blocks than ranks that share it.
+    """
+    if num_groups >= num_ranks:
+        return split_evenly(num_groups * group, num_ranks, group)
+    dealt: list[Intervals] = []
+    for index, ranks in enumerate(split_evenly(num_ranks, num_groups)):
+        sharing = length(ranks)
+        if group // unit < sharing:
+            return None
+        dealt += [shift(own, index * group) for own in split_evenly(group, sharing, unit)]
+    return tuple(dealt)
 
 
 def _any_except(nonzero: torch.Tensor, dim: int) -> torch.Tensor:
