@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_gpuorch.tensor_parallel.anatomy import Anatomy, layer_parameters
 from lightning_gpuorch.tensor_parallel.attention import plan_attention
-from lightning_gpuorch.tensor_parallel.intervals import split_evenly
+from lightning_gpuorch.tensor_parallel.intervals import split_aligned
 from lightning_gpuorch.tensor_parallel.layers import features
 from lightning_gpuorch.tensor_parallel.plan import (
     AttributePatch,
@@ -59,9 +59,9 @@ def independent_role(module: nn.Module, num_ranks: int, reason: str = "") -> Lay
     elements = rows * columns
     if isinstance(module, nn.Embedding):
         if elements >= 4 * MIN_GATHER_ELEMENTS and rows >= num_ranks:
-            return LayerPlan(LayerKind.VOCABULARY, split_evenly(rows, num_ranks))
+            return LayerPlan(LayerKind.VOCABULARY, split_aligned(rows, num_ranks))
     elif elements >= MIN_GATHER_ELEMENTS and columns >= num_ranks:
-        return LayerPlan(LayerKind.COLUMN_GATHER, split_evenly(columns, num_ranks), reason, "fallback")
+        return LayerPlan(LayerKind.COLUMN_GATHER, split_aligned(columns, num_ranks), reason, "fallback")
     return LayerPlan(LayerKind.REPLICATED, reason="small", source="fallback")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_gpuorch.tensor_parallel.intervals import Intervals, RankIntervals, from_mask, length, shift, split_evenly
+from lightning_gpuorch.tensor_parallel.intervals import Intervals, RankIntervals, from_mask, length, shift, split_aligned, split_evenly
 from lightning_gpuorch.tensor_parallel.layers import features
 from lightning_gpuorch.tensor_parallel.stubs import LayerCall, Reference, StubbedModel
 
@@ -177,10 +177,15 @@ class _Consumer:
             masks.append(tuple(_any_except(nonzero, dim) for dim in dims))
         return masks
 
+    def _layer_masks(self, channel: int) -> list[torch.Tensor]:
+        # A number without dimensions (a learned scale) has nothing to be cut along.
+        nothing = torch.zeros(0, dtype=torch.bool)
+        return [masks[0] if masks else nothing for masks in self._dependence([channel], 0)]
+
     def _pattern(self, channel: int) -> torch.Tensor:
         """Channels of the shardable producers that one input channel depends on, joined in one mask."""
         if channel not in self._patterns:
-            self._patterns[channel] = [mask[0] for mask in self._dependence([channel], 0)]
+            self._patterns[channel] = self._layer_masks(channel)
         masks = self._patterns[channel]
         pattern = torch.cat([masks[index] for index in self._shared])
         return pattern if self._common is None else pattern & ~self._common
@@ -191,7 +196,7 @@ class _Consumer:
 
     def pair(self, num_ranks: int) -> tuple[Pair | None, str]:
         """Find the consumer's blocks and deal them out; a note says why it cannot be done."""
-        masks = [mask[0] if mask else torch.zeros(0, dtype=torch.bool) for mask in self._dependence([0], 0)]
+        masks = self._layer_masks(0)
         self._shared = [
             position
             for position, (index, mask) in enumerate(zip(self.active, masks, strict=True))
@@ -213,7 +218,12 @@ class _Consumer:
         num_units = self.num_channels // unit
         if num_units < num_ranks:
             return None, f"{num_units} heads or blocks for {num_ranks} ranks"
-        partitions = [self._partition(split_evenly(self.num_channels, num_ranks, unit))]
+        channels = (
+            split_aligned(self.num_channels, num_ranks)
+            if unit == 1
+            else split_evenly(self.num_channels, num_ranks, unit)
+        )
+        partitions = [self._partition(channels)]
         if _overlapping(partitions[0]):
             group = self._overlapping_run(unit)
             if group > unit and self.num_channels % group == 0:

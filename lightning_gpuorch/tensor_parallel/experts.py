@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lightning_gpuorch.tensor_parallel.intervals import RankIntervals, from_indices, shift, split_evenly
+from lightning_gpuorch.tensor_parallel.intervals import RankIntervals, from_indices, shift, split_aligned
 from lightning_gpuorch.tensor_parallel.plan import ParameterPlan, dtype_name, local_parameter
 from lightning_gpuorch.tensor_parallel.swap import subclass_of
 
@@ -185,16 +185,16 @@ def _plan(value: torch.Tensor, dim: int, intervals: RankIntervals) -> ParameterP
 
 
 def _plain(size: int, inner_size: int, num_ranks: int) -> RankIntervals:
-    return split_evenly(size, num_ranks)
+    return split_aligned(size, num_ranks)
 
 
 def _halves(size: int, inner_size: int, num_ranks: int) -> RankIntervals:
-    own = split_evenly(inner_size, num_ranks)
+    own = split_aligned(inner_size, num_ranks)
     return own if size == inner_size else tuple((*part, *shift(part, inner_size)) for part in own)
 
 
 def _pairs(size: int, inner_size: int, num_ranks: int) -> RankIntervals:
-    own = split_evenly(inner_size, num_ranks)
+    own = split_aligned(inner_size, num_ranks)
     if size == inner_size:
         return own
     return tuple(from_indices(range(2 * start, 2 * stop)) for ((start, stop),) in own)

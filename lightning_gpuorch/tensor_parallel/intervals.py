@@ -16,6 +16,9 @@ Intervals: TypeAlias = tuple[tuple[int, int], ...]
 RankIntervals: TypeAlias = tuple[Intervals, ...]
 """The intervals of every rank, by rank."""
 
+ALIGNMENT = 8
+"""Channels that need no staying together are cut in multiples of this: 16 bytes of bfloat16, which fast kernels ask for."""
+
 
 def from_indices(indices: Iterable[int]) -> Intervals:
     """Write ascending indices as intervals."""
@@ -58,6 +61,12 @@ def split_evenly(size: int, num_ranks: int, unit: int = 1) -> RankIntervals:
         result.append(((start, stop),))
         start = stop
     return tuple(result)
+
+
+def split_aligned(size: int, num_ranks: int) -> RankIntervals:
+    """Cut as :func:`split_evenly`, in steps of :data:`ALIGNMENT` where the size allows."""
+    aligned = size % ALIGNMENT == 0 and size // ALIGNMENT >= num_ranks
+    return split_evenly(size, num_ranks, ALIGNMENT if aligned else 1)
 
 
 def shift(intervals: Intervals, offset: int) -> Intervals:

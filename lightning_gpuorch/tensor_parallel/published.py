@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_gpuorch.tensor_parallel.anatomy import Anatomy
 from lightning_gpuorch.tensor_parallel.assemble import Decisions
-from lightning_gpuorch.tensor_parallel.intervals import split_evenly
+from lightning_gpuorch.tensor_parallel.intervals import split_aligned
 from lightning_gpuorch.tensor_parallel.layers import features
 from lightning_gpuorch.tensor_parallel.plan import LayerKind, LayerPlan, generic_name
 
@@ -50,5 +50,5 @@ def published_decisions(anatomy: Anatomy, num_ranks: int) -> Decisions | None:
         cut_size = columns if kind in (LayerKind.COLUMN, LayerKind.COLUMN_GATHER) else rows
         if kind is None or cut_size < num_ranks:
             return None
-        decisions.roles[module] = LayerPlan(kind, split_evenly(cut_size, num_ranks), source="published")
+        decisions.roles[module] = LayerPlan(kind, split_aligned(cut_size, num_ranks), source="published")
     return decisions if decisions.roles else None
