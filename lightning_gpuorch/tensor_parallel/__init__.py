@@ -14,7 +14,9 @@ from lightning_gpuorch.tensor_parallel.plan import (
     ShapeRule,
     TensorParallelPlan,
 )
+from lightning_gpuorch.tensor_parallel.plan_cache import PlanCache, plan_on_first_rank
 from lightning_gpuorch.tensor_parallel.planning import plan_tensor_parallel
+from lightning_gpuorch.tensor_parallel.runtime_check import FirstBatchCheck, check_first_batch
 from lightning_gpuorch.tensor_parallel.sizing import SizeChoice, smallest_tensor_parallel_size
 from lightning_gpuorch.tensor_parallel.verify import VerificationFailure, VerificationReport, verify_plan
 
@@ -22,10 +24,12 @@ __all__ = [
     "AttributePatch",
     "Checkpoint",
     "Communicator",
+    "FirstBatchCheck",
     "LayerKind",
     "LayerPlan",
     "LoadReport",
     "ParameterPlan",
+    "PlanCache",
     "ShapeRule",
     "SizeChoice",
     "TensorParallelPlan",
@@ -33,11 +37,13 @@ __all__ = [
     "VerificationReport",
     "applied_plan",
     "apply_plan",
+    "check_first_batch",
     "empty_parameters",
     "from_first_rank",
     "generate",
     "load_sharded",
     "open_checkpoint",
+    "plan_on_first_rank",
     "plan_tensor_parallel",
     "smallest_tensor_parallel_size",
     "synchronize_random_state",

@@ -89,11 +89,12 @@ def analyze(stubbed: StubbedModel, reference: Reference, num_ranks: int) -> Depe
     anatomy = stubbed.anatomy
     found = Dependencies([], defaultdict(set), set(), [])
     leaves = [call for call in reference.calls if call.output is not None]
-    if reference.output_tensors:
+    if reference.output_tensors and leaves:
+        generator = torch.Generator().manual_seed(11)
         gradients = torch.autograd.grad(
             reference.output_tensors,
             [_leaf(call) for call in leaves],
-            [torch.randn_like(tensor) for tensor in reference.output_tensors],
+            [torch.randn(tensor.shape, generator=generator) for tensor in reference.output_tensors],
             retain_graph=True,
             allow_unused=True,
         )

@@ -123,11 +123,13 @@ class AttributePatch:
         attribute: Name of the attribute; ``config.num_heads`` for a field of an object the module holds (the object
             is copied, so that others who share it see no change).
         values: The value by rank: numbers, booleans, or tuples of numbers.
+        whole: The value in the whole model.
     """
 
     module: str
     attribute: str
     values: tuple[Any, ...]
+    whole: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,7 +289,7 @@ class TensorParallelPlan:
                     for name, row in data["parameters"].items()
                 },
                 attributes=tuple(
-                    AttributePatch(row["module"], row["attribute"], _tuples(row["values"]))
+                    AttributePatch(row["module"], row["attribute"], _tuples(row["values"]), _tuples(row["whole"]))
                     for row in data["attributes"]
                 ),
                 shape_rules={

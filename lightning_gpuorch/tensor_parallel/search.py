@@ -166,7 +166,7 @@ class BlockSearch:
             for patch in patches:
                 module = _transfer(patch.module, reference, name)
                 if module in self.anatomy.modules:
-                    attributes[module, patch.attribute] = AttributePatch(module, patch.attribute, patch.values)
+                    attributes[module, patch.attribute] = dataclasses.replace(patch, module=module)
             for tensor, (dim, cuts) in tensors.items():
                 place = _transfer(tensor, reference, name)
                 if place in known:
@@ -270,7 +270,7 @@ class BlockSearch:
             for attribute in sorted(self.stubbed.attributes_read.get(module, ())):
                 value = module.__dict__.get(attribute)
                 for priority, local in _local_values(value, sizes, ratios, heads):
-                    found.append((priority, AttributePatch(name, attribute, local)))
+                    found.append((priority, AttributePatch(name, attribute, local, _whole(value))))
                 fields = getattr(value, "__dict__", None)
                 if fields is None or isinstance(value, nn.Module) or callable(value):
                     continue
@@ -278,7 +278,7 @@ class BlockSearch:
                     if field.startswith("_") or field not in self.stubbed.fields_read.get(id(value), fields):
                         continue
                     for priority, local in _local_values(inner, sizes, ratios, heads):
-                        patch = AttributePatch(name, f"{attribute}.{field}", local)
+                        patch = AttributePatch(name, f"{attribute}.{field}", local, _whole(inner))
                         found.append((priority + 4, patch))
         return sorted(found, key=lambda entry: entry[0])
 
@@ -296,6 +296,10 @@ class BlockSearch:
                 if child in self.anatomy.names and not any(part in self.stubbed.stubbed for part in child.modules()):
                     chain.update(dict.fromkeys(child.modules()))
         return [module for module in chain if module in self.anatomy.names]
+
+
+def _whole(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _local_values(

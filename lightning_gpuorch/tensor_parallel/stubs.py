@@ -545,7 +545,9 @@ class StubbedModel:
                             dtype = torch.float32 if value.is_floating_point() else value.dtype
                             substitute: torch.Tensor = HiddenWeight.make(layer, shape, dtype)
                         else:
-                            substitute = self._substitute(name, value, own is module._parameters, differentiable)
+                            # Running statistics take no gradient.
+                            wanted = differentiable and not isinstance(module, nn.modules.batchnorm._NormBase)
+                            substitute = self._substitute(name, value, own is module._parameters, wanted)
                             if substitute.requires_grad:
                                 tensors[name] = substitute
                             if name in plan.tensors:
