@@ -32,7 +32,9 @@ class ModelCall:
     method: str = "forward"
 
     @classmethod
-    def of(cls, example_input: Any, example_kwargs: Mapping[str, Any] | None = None, method: str = "forward") -> ModelCall:
+    def of(
+        cls, example_input: Any, example_kwargs: Mapping[str, Any] | None = None, method: str = "forward"
+    ) -> ModelCall:
         """Read an example as Lightning reads ``example_input_array``: a tuple is arguments, a mapping keywords."""
         kwargs = dict(example_kwargs or {})
         if isinstance(example_input, tuple) and not hasattr(example_input, "_fields"):
@@ -90,10 +92,16 @@ class Anatomy:
         if module not in self._signatures:
             name = self.names[module]
             parent = self.modules[name.rpartition(".")[0]]
-            own = features(module) if isinstance(module, nn.Embedding) or module in self.linears else module.extra_repr()
+            own = (
+                features(module) if isinstance(module, nn.Embedding) or module in self.linears else module.extra_repr()
+            )
             self._signatures[module] = (
-                generic_name(name), type(module).__qualname__, own, type(parent).__qualname__, parent.extra_repr()
-            )  # fmt: skip
+                generic_name(name),
+                type(module).__qualname__,
+                own,
+                type(parent).__qualname__,
+                parent.extra_repr(),
+            )
         return self._signatures[module]
 
 

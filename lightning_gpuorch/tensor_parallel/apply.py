@@ -58,7 +58,8 @@ def apply_plan(
     communicator = process_group if isinstance(process_group, Communicator) else Communicator(process_group)
     if (communicator.rank, communicator.size) != (rank, plan.tensor_parallel_size):
         raise TensorParallelError(
-            f"The plan is for {plan.tensor_parallel_size} ranks and is applied on rank {rank}, but the process group has "
+            f"The plan is for {plan.tensor_parallel_size} ranks and is applied on rank {rank}, but the process "
+            "group has "
             f"{communicator.size} ranks and this process is rank {communicator.rank} in it."
         )
     modules = dict(model.named_modules())
@@ -66,7 +67,7 @@ def apply_plan(
     for name, layer in plan.layers.items():
         _swap_layer(modules[name], layer.kind)
         if layer.kind not in UNCHANGED_KINDS:
-            modules[name].bind(layer, communicator)  # type: ignore[operator]
+            modules[name].bind(layer, communicator)
     for patch in plan.attributes:
         set_attribute(modules[patch.module], patch.attribute, patch.values[rank])
     for module in modules.values():
@@ -113,13 +114,13 @@ def _cut_tensors(model: nn.Module, plan: TensorParallelPlan, rank: int) -> None:
                     continue
                 name = f"{prefix}.{key}" if prefix else key
                 if id(value) in local:
-                    own[key] = local[id(value)]  # type: ignore[assignment]
+                    own[key] = local[id(value)]
                     continue
                 keep_ids_unique.append(value)
                 piece = local_parameter(value, plan.parameters[name], rank) if name in plan.parameters else value
                 if own is module._parameters:
                     piece = nn.Parameter(piece.detach(), requires_grad=False)
-                local[id(value)] = own[key] = piece  # type: ignore[assignment]
+                local[id(value)] = own[key] = piece
 
 
 def set_attribute(module: nn.Module, attribute: str, value: Any) -> None:
@@ -154,6 +155,8 @@ def mismatches(model: nn.Module, plan: TensorParallelPlan) -> list[str]:
             problems.append(f"{name} has shape {tuple(tensors[name].shape)}, the plan is for {parameter.shape}")
         elif parameter.dim is not None and len(parameter.intervals) != plan.tensor_parallel_size:
             problems.append(f"{name} is cut for {len(parameter.intervals)} ranks, not {plan.tensor_parallel_size}")
+        elif parameter.dim is not None and not all(parameter.intervals):
+            problems.append(f"{name} has a rank that keeps nothing of it")
         elif any(stop > parameter.shape[parameter.dim or 0] for own in parameter.intervals for _, stop in own):
             problems.append(f"{name} is cut beyond its size {parameter.shape}")
     for name, layer in plan.layers.items():

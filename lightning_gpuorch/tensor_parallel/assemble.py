@@ -84,7 +84,7 @@ def assemble(anatomy: Anatomy, decisions: Decisions, num_ranks: int) -> TensorPa
     for module, name in anatomy.names.items():
         prefix = f"{name}." if name else ""
         if module in anatomy.attentions:
-            role, cuts = plan_attention(module, num_ranks)  # type: ignore[arg-type]
+            role, cuts = plan_attention(module, num_ranks)
             layers[name] = decisions.roles.get(module, role)
             if layers[name].kind is not LayerKind.REPLICATED:
                 parameters.update({prefix + key: cut for key, cut in cuts.items()})

@@ -127,7 +127,7 @@ class HeadShardedAttention(nn.MultiheadAttention):
             projections = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (
-            F.linear(source, weight, bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            F.linear(source, weight, bias).view(*source.shape[:2], -1, self.head_dim).transpose(1, 2)
             for source, weight, bias in zip((query, key, value), projections, biases, strict=True)
         )
         return q, k, v
@@ -143,7 +143,7 @@ class HeadShardedAttention(nn.MultiheadAttention):
                 mask = mask[None, None]
             else:
                 ((start, stop),) = self._own_heads
-                mask = mask.unflatten(0, (q.shape[0], self.num_heads))[:, start:stop]
+                mask = mask.view(q.shape[0], self.num_heads, *mask.shape[1:])[:, start:stop]
         if key_padding_mask is not None:
             padding = _additive(key_padding_mask, q.dtype)[:, None, None, :]
             mask = padding if mask is None else mask + padding
@@ -151,7 +151,8 @@ class HeadShardedAttention(nn.MultiheadAttention):
 
     def _join_weights(self, probabilities: torch.Tensor, average: bool) -> torch.Tensor:
         if average:
-            return self.communicator.all_reduce(probabilities.sum(1)) / self.num_heads
+            averaged: torch.Tensor = self.communicator.all_reduce(probabilities.sum(1)).div(self.num_heads)
+            return averaged
         sizes = [length(own) for own in self.layer_plan.intervals]
         return self.communicator.all_gather_last(probabilities.movedim(1, -1), sizes).movedim(-1, 1)
 

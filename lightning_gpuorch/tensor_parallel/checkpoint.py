@@ -27,10 +27,19 @@ INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 _SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 
 class Checkpoint(abc.ABC):
@@ -82,7 +91,8 @@ def open_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -> Check
     if path.suffix in TORCH_SUFFIXES:
         return TensorMapping(_load_mapped(path), str(path))
     raise TensorParallelError(
-        f"{path} is no checkpoint this release reads: .safetensors, .bin, .pt, .pth, .ckpt, an index.json, or a directory "
+        f"{path} is no checkpoint this release reads: .safetensors, .bin, .pt, .pth, .ckpt, an index.json, or a "
+        "directory "
         "with one of them or a torch distributed checkpoint."
     )
 
@@ -102,7 +112,8 @@ def _open_directory(path: Path) -> Checkpoint:
     if files:
         return SafetensorsFiles(files)
     raise TensorParallelError(
-        f"The directory {path} holds no checkpoint: none of {', '.join((*INDEX_FILES, *SINGLE_FILES))}, no .metadata and no "
+        f"The directory {path} holds no checkpoint: none of {', '.join((*INDEX_FILES, *SINGLE_FILES))}, no "
+        ".metadata and no "
         "*.safetensors file."
     )
 
@@ -116,7 +127,8 @@ def _open_index(path: Path) -> Checkpoint:
     absent = [file.name for file in files if not file.exists()]
     if absent:
         raise TensorParallelError(
-            f"The checkpoint {path} names {len(files)} files, of which {len(absent)} are missing: {', '.join(absent[:8])}."
+            f"The checkpoint {path} names {len(files)} files, of which {len(absent)} are missing: "
+            f"{', '.join(absent[:8])}."
         )
     if files[0].suffix == ".safetensors":
         checkpoint: Checkpoint = SafetensorsFiles(files)
@@ -156,7 +168,9 @@ class SafetensorsFiles(Checkpoint):
                 self._shapes[key] = tuple(part.get_shape())
                 dtype = _SAFETENSORS_DTYPES.get(part.get_dtype())
                 if dtype is None:
-                    raise TensorParallelError(f"{key} in {file} has the dtype {part.get_dtype()}, which cannot be read.")
+                    raise TensorParallelError(
+                        f"{key} in {file} has the dtype {part.get_dtype()}, which cannot be read."
+                    )
                 self._itemsizes[key] = dtype.itemsize
 
     def _open(self, file: Path) -> Any:
@@ -165,7 +179,8 @@ class SafetensorsFiles(Checkpoint):
         opened: dict[Path, Any] = self._handles.__dict__.setdefault("opened", {})
         if file not in opened:
             try:
-                opened[file] = safe_open(str(file), framework="pt", device="cpu").__enter__()
+                opener: Any = safe_open(str(file), framework="pt", device="cpu")
+                opened[file] = opener.__enter__()
             except (SafetensorError, OSError, ValueError) as error:
                 raise TensorParallelError(f"The checkpoint file {file} is damaged: {error}.") from error
         return opened[file]
@@ -220,7 +235,8 @@ def _load_mapped(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise TensorParallelError(
-            f"{path} holds more than tensors and plain values, and is not unpickled because that could run code: {error}. "
+            f"{path} holds more than tensors and plain values, and is not unpickled because that could run code: "
+            f"{error}. "
             "Save its state_dict alone, or allow the classes with torch.serialization.add_safe_globals."
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:

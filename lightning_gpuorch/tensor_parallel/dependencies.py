@@ -3,20 +3,29 @@
 In the reference run every layer's output is a graph leaf, so the gradient of one input channel of a layer shows exactly
 which output channels of the layers before it that channel depends on. A layer whose input falls into blocks of channels
 that depend on separate channels of its producers can be row-wise with those producers column-wise; the index sets per
-rank are the non-zero positions. Packed projections in any order, grouped key/value heads and gated MLPs are all the same
-case, and so are small tensors in between (bias tables, temperatures, depthwise convolutions).
+rank are the non-zero positions. Packed projections in any order, grouped key/value heads and gated MLPs are all the
+same case, and so are small tensors in between (bias tables, temperatures, depthwise convolutions).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_gpuorch.tensor_parallel.intervals import Intervals, RankIntervals, from_mask, length, shift, split_aligned, split_evenly
+from lightning_gpuorch.tensor_parallel.intervals import (
+    Intervals,
+    RankIntervals,
+    from_mask,
+    length,
+    shift,
+    split_aligned,
+    split_evenly,
+)
 from lightning_gpuorch.tensor_parallel.layers import features
 from lightning_gpuorch.tensor_parallel.stubs import LayerCall, Reference, StubbedModel
 
@@ -144,9 +153,7 @@ class _Consumer:
         self.num_layers = len(before)
         self.active = list(range(len(self.leaves)))
         gradients = self._gradients(range(self.num_channels), seed=0)
-        self.active = [
-            index for index, gradient in zip(self.active, gradients, strict=True) if gradient is not None
-        ]
+        self.active = [index for index, gradient in zip(self.active, gradients, strict=True) if gradient is not None]
         self._patterns: dict[int, list[torch.Tensor]] = {}
         self._shared: list[int] = []
         self._common: torch.Tensor | None = None
@@ -272,7 +279,10 @@ class _Consumer:
             # Two draws: a product of gradients that happens to cancel does not do so twice.
             first, second = self._dependence(listed, 1), self._dependence(listed, 2)
             by_rank.append(
-                [tuple(a | b for a, b in zip(one, other, strict=True)) for one, other in zip(first, second, strict=True)]
+                [
+                    tuple(a | b for a, b in zip(one, other, strict=True))
+                    for one, other in zip(first, second, strict=True)
+                ]
             )
         partition = Partition(channels, {}, set(), {})
         for position, index in enumerate(self.active):
@@ -324,7 +334,7 @@ def _any_except(nonzero: torch.Tensor, dim: int) -> torch.Tensor:
 
 def _overlap(cuts: tuple[Intervals, ...]) -> bool:
     starts = sorted(interval for own in cuts for interval in own)
-    return any(second[0] < first[1] for first, second in zip(starts, starts[1:], strict=False))
+    return any(second[0] < first[1] for first, second in itertools.pairwise(starts))
 
 
 def _overlapping(partition: Partition) -> bool:

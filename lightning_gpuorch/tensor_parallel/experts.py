@@ -1,9 +1,9 @@
 """How are fused experts cut? A module that holds all experts in stacked weights, of which each rank keeps a slice.
 
-Such a module (``(num_experts, out, in)`` weights, a forward that takes hidden states and routing) is linear in the output
-of its inner dimension: with that dimension cut, the ranks' outputs sum up to the whole. Which dimension it is, and how
-gate and up are packed in it, is found by trying, never by name: a layout counts only if the sum over the ranks of the
-module's own forward on cut random weights equals its forward on the whole ones.
+Such a module (``(num_experts, out, in)`` weights, a forward that takes hidden states and routing) is linear in the
+output of its inner dimension: with that dimension cut, the ranks' outputs sum up to the whole. Which dimension it is,
+and how gate and up are packed in it, is found by trying, never by name: a layout counts only if the sum over the
+ranks of the module's own forward on cut random weights equals its forward on the whole ones.
 """
 
 from __future__ import annotations

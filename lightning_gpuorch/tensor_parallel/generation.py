@@ -1,7 +1,8 @@
 """How do all ranks of a group generate the same tokens? By starting from the same inputs and the same random state.
 
 The ranks of a tensor-parallel group compute the same logits. If one of them sampled another token, or stopped a step
-earlier, the others would wait in a collective for ever; so what decides about tokens is taken from the group's first rank.
+earlier, the others would wait in a collective for ever; so what decides about tokens is taken from the group's first
+rank.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ def synchronize_random_state(communicator: Communicator, device: torch.device | 
         communicator: The group.
         device: The accelerator in use; None or the CPU synchronises the CPU's generator only.
     """
-    on_cuda = device is not None and device.type == "cuda"
-    states = (torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_cuda else None)
+    cuda = device if device is not None and device.type == "cuda" else None
+    states = (torch.get_rng_state(), None if cuda is None else torch.cuda.get_rng_state(cuda))
     cpu_state, cuda_state = from_first_rank(states, communicator)
     torch.set_rng_state(cpu_state)
-    if cuda_state is not None and device is not None:
-        torch.cuda.set_rng_state(cuda_state, device)
+    if cuda is not None and cuda_state is not None:
+        torch.cuda.set_rng_state(cuda_state, cuda)
 
 
 def generate(model: nn.Module, inputs: torch.Tensor | Mapping[str, Any], **options: Any) -> Any:
@@ -66,7 +67,8 @@ def generate(model: nn.Module, inputs: torch.Tensor | Mapping[str, Any], **optio
         What ``generate`` returns.
 
     Raises:
-        TensorParallelError: If the model is not sharded or cannot generate, or an option would let ranks stop at different
+        TensorParallelError: If the model is not sharded or cannot generate, or an option would let ranks stop at
+        different
             times.
     """
     run = getattr(model, "generate", None)
@@ -75,7 +77,8 @@ def generate(model: nn.Module, inputs: torch.Tensor | Mapping[str, Any], **optio
     communicator = group_of(model)
     if options.get("max_time") is not None:
         raise TensorParallelError(
-            "max_time stops each rank by its own clock, and ranks that stop at different steps wait for each other for ever. "
+            "max_time stops each rank by its own clock, and ranks that stop at different steps wait for each "
+            "other for ever. "
             "Use max_new_tokens."
         )
     device = next(model.parameters()).device

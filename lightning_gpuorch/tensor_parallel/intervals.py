@@ -1,12 +1,12 @@
 """Which indices of a dimension does a rank keep? Half-open, ascending, disjoint intervals, and what is done with them.
 
-Packed projections (query, key and value in one matrix), grouped key/value heads and uneven head counts all come down to
-"this rank keeps these intervals of that dimension", so nothing else in the package knows how a layer packs its channels.
+Packed projections (query, key and value in one matrix), grouped key/value heads and uneven head counts all come down
+to "this rank keeps these intervals of that dimension": nothing else here knows how a layer packs its channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ RankIntervals: TypeAlias = tuple[Intervals, ...]
 """The intervals of every rank, by rank."""
 
 ALIGNMENT = 8
-"""Channels that need no staying together are cut in multiples of this: 16 bytes of bfloat16, which fast kernels ask for."""
+"""Channels that need not stay together are cut in multiples of this: 16 bytes of bfloat16, as fast kernels ask."""
 
 
 def from_indices(indices: Iterable[int]) -> Intervals:
@@ -100,7 +100,11 @@ def take(source: Any, dim: int, intervals: Intervals) -> torch.Tensor:
     Returns:
         The piece. It is a view when ``source`` is a tensor and there is one interval.
     """
-    parts: Sequence[torch.Tensor] = [
-        source[(*(slice(None),) * dim, slice(start, stop))] for start, stop in intervals or ((0, 0),)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+    before = (slice(None),) * dim
+    parts: list[torch.Tensor] = []
+    for start, stop in intervals:
+        place = (*before, slice(start, stop))
+        parts.append(source[place])
+    if not parts:
+        raise ValueError("There is nothing to take.")
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -57,8 +57,8 @@ class Sharded(nn.Module):
 
     layer_plan: LayerPlan
     communicator: Communicator
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any
+    bias: Any
 
     def bind(self, layer_plan: LayerPlan, communicator: Communicator) -> None:
         """Tell the layer its role and its group."""
@@ -179,10 +179,31 @@ def behaviour_for(module: nn.Module, kind: LayerKind) -> type | None:
 @functools.cache
 def _conv1d_behaviour(kind: LayerKind) -> type | None:
     role = _ROLE.get(kind)
-    return None if role is None else type(f"{role.__name__}Conv1D", (role, _TransposedProject, conv1d_class()), {})
+    base: Any = conv1d_class()
+    return None if role is None else type(f"{role.__name__}Conv1D", (role, _TransposedProject, base), {})
 
 
 @functools.cache
+def _computes_linear(cls: Any) -> bool:
+    generator = torch.Generator().manual_seed(1)
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    module.in_features, module.out_features = 12, 20
+    weight, bias = torch.randn(20, 12, generator=generator), torch.randn(20, generator=generator)
+    module.weight, module.bias = nn.Parameter(weight), nn.Parameter(bias)
+    value = torch.randn(3, 5, 12, generator=generator)
+    try:
+        with torch.no_grad():
+            return torch.allclose(module.eval().forward(value), F.linear(value, weight, bias), atol=1e-5)
+    except Exception:  # noqa: BLE001 - a forward of unknown code may raise anything; then it is not a plain Linear
+        return False
+
+
+def _same_as_linear(cls: type[nn.Module]) -> bool:
+    hashable: Any = cls
+    return _computes_linear(hashable)
+
+
 def runs_inside(cls: type[nn.Module]) -> bool:
     """Tell where the sharded form of a subclass of a library layer belongs.
 
@@ -192,7 +213,7 @@ def runs_inside(cls: type[nn.Module]) -> bool:
         library layer's forward, which the class reaches through ``super().forward(...)``.
     """
     base = library_class(cls)
-    return cls.forward is not base.forward and not (base is nn.Linear and _computes_linear(cls))
+    return cls.forward is not base.forward and not (base is nn.Linear and _same_as_linear(cls))
 
 
 def library_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -201,18 +222,3 @@ def library_class(cls: type[nn.Module]) -> type[nn.Module]:
         if base is not None and issubclass(cls, base):
             return base
     raise TypeError(f"{cls.__name__} is not a Linear, Conv1D or Embedding.")
-
-
-def _computes_linear(cls: type[nn.Module]) -> bool:
-    generator = torch.Generator().manual_seed(1)
-    module = cls.__new__(cls)
-    nn.Module.__init__(module)
-    module.in_features, module.out_features = 12, 20  # type: ignore[assignment]
-    weight, bias = torch.randn(20, 12, generator=generator), torch.randn(20, generator=generator)
-    module.weight, module.bias = nn.Parameter(weight), nn.Parameter(bias)
-    value = torch.randn(3, 5, 12, generator=generator)
-    try:
-        with torch.no_grad():
-            return torch.allclose(module.eval().forward(value), F.linear(value, weight, bias), atol=1e-5)
-    except Exception:  # noqa: BLE001 - a forward of unknown code may raise anything; then it is not a plain Linear
-        return False

@@ -153,7 +153,8 @@ def _targets(model: nn.Module, plan: TensorParallelPlan, rank: int) -> list[_Tar
             raise TensorParallelError(f"The plan does not know the parameter {name}: it belongs to another model.")
         if own is not None and own.local_shape(rank) != tuple(value.shape):
             raise TensorParallelError(
-                f"{name} has shape {tuple(value.shape)}; rank {rank} of the plan keeps {own.local_shape(rank)}. Apply the plan "
+                f"{name} has shape {tuple(value.shape)}; rank {rank} of the plan keeps {own.local_shape(rank)}. "
+                "Apply the plan "
                 "with apply_plan before loading."
             )
         target = found.setdefault(id(value), _Target([], value, own))
@@ -234,7 +235,8 @@ def _check(checkpoint: Checkpoint, targets: list[_Target], strict: bool, model: 
     lost = [name for name, value in model.named_buffers() if value.is_meta and name not in known]
     if lost:
         raise TensorParallelError(
-            f"{len(lost)} buffers are on meta and in no checkpoint, such as {lost[0]}: their values are lost. Build the model "
+            f"{len(lost)} buffers are on meta and in no checkpoint, such as {lost[0]}: their values are lost. "
+            "Build the model "
             "with empty_parameters(), which leaves buffers real, instead of torch.device('meta')."
         )
     if problems:
@@ -245,7 +247,8 @@ def _check(checkpoint: Checkpoint, targets: list[_Target], strict: bool, model: 
     if missing and strict:
         listed = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise TensorParallelError(
-            f"{checkpoint.location} lacks {len(missing)} of the model's {len(targets)} tensors: {listed}. Its keys look like "
+            f"{checkpoint.location} lacks {len(missing)} of the model's {len(targets)} tensors: {listed}. Its "
+            "keys look like "
             f"{', '.join(checkpoint.keys()[:3])}."
         )
     return missing

@@ -41,7 +41,7 @@ class LayerKind(str, enum.Enum):
     EXPERTS = "experts"
     """Fused experts cut in their inner dimension: one all-reduce."""
     LOCAL = "local"
-    """Runs its own forward on parameters that are cut along with a block, because other code reads them: no collective."""
+    """Runs its own forward on parameters cut along with a block, because other code reads them: no collective."""
     REPLICATED = "replicated"
     """Whole on every rank: no collective."""
 

@@ -1,4 +1,4 @@
-"""How is a plan found for a model nobody described? By probing: pair layers, cut blocks, run every rank, keep what agrees."""
+"""How is a plan found for a model nobody described? Layers are paired, blocks cut, every rank run, what agrees kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from lightning_gpuorch.tensor_parallel.assemble import Decisions, replicated
 from lightning_gpuorch.tensor_parallel.dependencies import Dependencies, Pair, Signature, analyze
 from lightning_gpuorch.tensor_parallel.experts import plan_experts
-from lightning_gpuorch.tensor_parallel.plan import LayerKind, LayerPlan, generic_name
+from lightning_gpuorch.tensor_parallel.plan import AttributePatch, LayerKind, LayerPlan, generic_name
 from lightning_gpuorch.tensor_parallel.search import Block, BlockSearch, Solution
 from lightning_gpuorch.tensor_parallel.stubs import Deviation, LocalPlan, StubbedModel, WeightReadDirectly
 
@@ -119,9 +119,7 @@ def _share_producer(first: Pair, second: Pair) -> bool:
     return bool(set(first.partitions[0].producers) & set(second.partitions[0].producers))
 
 
-def _keep_compatible(
-    stubbed: StubbedModel, solutions: list[Solution], num_ranks: int, decisions: Decisions
-) -> None:
+def _keep_compatible(stubbed: StubbedModel, solutions: list[Solution], num_ranks: int, decisions: Decisions) -> None:
     """Run all solutions together on every rank; drop the one to blame until they agree."""
     kept = list(solutions)
     while True:
@@ -151,7 +149,7 @@ def _keep_compatible(
 
 def _merge(solutions: list[Solution]) -> tuple[Decisions, Solution | None]:
     merged = Decisions()
-    attributes = {}
+    attributes: dict[tuple[str, str], AttributePatch] = {}
     for solution in solutions:
         own = solution.decisions
         if any(merged.roles.get(module, role) != role for module, role in own.roles.items()):

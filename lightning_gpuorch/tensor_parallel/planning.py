@@ -32,8 +32,9 @@ def plan_tensor_parallel(
 
     No weights are read (they may be on meta), no process group or GPU is needed, and the same call gives the same plan.
     Sources, in order: shipped handlers (``nn.MultiheadAttention``, fused experts), the model's published plan
-    (transformers' ``_tp_plan``), probing, and per block column-wise layers with gathered output. What cannot be cut stays
-    whole on every rank, with the reason in the plan. Every plan passes :func:`verify_plan`'s check before it is returned.
+    (transformers' ``_tp_plan``), probing, and per block column-wise layers with gathered output. What cannot be cut
+    stays whole on every rank, with the reason in the plan. Every plan passes :func:`verify_plan`'s check before it is
+    returned.
 
     Args:
         model: The whole model.
@@ -103,7 +104,8 @@ def _from_probe(stubbed: StubbedModel, num_ranks: int) -> TensorParallelPlan:
         if not heal(stubbed, decisions, failure, num_ranks):
             break
     raise TensorParallelError(
-        f"No tensor-parallel plan for {type(stubbed.model).__name__} on {num_ranks} ranks passes verification; the last "
+        f"No tensor-parallel plan for {type(stubbed.model).__name__} on {num_ranks} ranks passes verification; "
+        "the last "
         f"failure was {failure}. Run it with tensor_parallel_size=1, or pass your own plan or parallelize_fn."
     )
 
@@ -123,7 +125,11 @@ def heal(stubbed: StubbedModel, decisions: Decisions, failure: VerificationFailu
     place = failure.where
     while True:
         scope = generic_name(place)
-        inside = [name for name in cut if not scope or generic_name(name) == scope or generic_name(name).startswith(f"{scope}.")]
+        inside = [
+            name
+            for name in cut
+            if not scope or generic_name(name) == scope or generic_name(name).startswith(f"{scope}.")
+        ]
         if len(inside) >= 2 or (inside and not scope):
             break
         if not place:
@@ -159,5 +165,3 @@ def _heal_rest(stubbed: StubbedModel, decisions: Decisions, failure: Verificatio
         for name in [name for name in decisions.expert_cuts if name.startswith(prefix)]:
             del decisions.expert_cuts[name]
     return bool(targets)
-
-

@@ -1,8 +1,9 @@
 """Does the sharded model compute what the whole one does, with its real weights on real data? One block is asked.
 
-The plan was verified without weights. What remains are things only a real run shows: a kernel that misbehaves on a local
-shape, a checkpoint read into the wrong place, ranks with different weights or inputs. On the first batch, the first cut
-block is computed a second time, unsharded: its weights are gathered from the ranks, its classes and attributes put back.
+The plan was verified without weights. What remains are things only a real run shows: a kernel that misbehaves on a
+local shape, a checkpoint read into the wrong place, ranks with different weights or inputs. On the first batch, the
+first cut block is computed a second time, unsharded: its weights are gathered from the ranks, its classes and
+attributes put back.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class FirstBatchCheck:
 def check_first_batch(model: nn.Module) -> FirstBatchCheck | None:
     """Check a sharded model's first cut block when it is first called; every rank of the group does the same.
 
-    The block's call is a collective operation then. It raises :class:`TensorParallelError` on every rank if any rank finds
-    a difference. Attach it before ``torch.compile``, and compile after the first batch.
+    The block's call is a collective operation then. It raises :class:`TensorParallelError` on every rank if any rank
+    finds a difference. Attach it before ``torch.compile``, and compile after the first batch.
 
     Args:
         model: A sharded model with its weights loaded.
@@ -97,15 +98,16 @@ def _first_block(model: nn.Module, plan: TensorParallelPlan) -> str | None:
             parent = name.rpartition(".")[0]
             while parent:
                 inside = (role.kind for other, role in plan.layers.items() if other.startswith(f"{parent}."))
-                if LayerKind.COLUMN in inside and type(model.get_submodule(parent)) not in (nn.ModuleList, nn.ModuleDict):
+                if LayerKind.COLUMN in inside and type(model.get_submodule(parent)) not in (
+                    nn.ModuleList,
+                    nn.ModuleDict,
+                ):
                     return parent
                 parent = parent.rpartition(".")[0]
     return None
 
 
-def _compare(
-    model: nn.Module, plan: TensorParallelPlan, name: str, call: tuple[Any, Any], output: Any
-) -> float:
+def _compare(model: nn.Module, plan: TensorParallelPlan, name: str, call: tuple[Any, Any], output: Any) -> float:
     communicator = group_of(model)
     whole = _whole_block(model, plan, name, communicator)
     args, kwargs = call
@@ -126,11 +128,12 @@ def _compare(
     if not worst <= tolerance:
         raise TensorParallelError(
             f"On the first batch, {name} differs from the unsharded block by {worst:.1e} of its largest value (at most "
-            f"{tolerance:.0e} is rounding). The ranks hold different weights or inputs, or a kernel fails on local shapes; run "
+            f"{tolerance:.0e} is rounding). The ranks hold different weights or inputs, or a kernel fails on "
+            "local shapes; run "
             "with verify='off' only if you know why."
         )
     logger.info("First batch: %s agrees with the unsharded block to %.1e.", name, worst)
-    return worst
+    return float(worst)
 
 
 def _whole_block(model: nn.Module, plan: TensorParallelPlan, name: str, communicator: Communicator) -> nn.Module:
@@ -153,10 +156,14 @@ def _whole_block(model: nn.Module, plan: TensorParallelPlan, name: str, communic
                 if value is None or cut is None:
                     continue
                 gathered = _gather(value.detach(), cut, communicator)
-                own[key] = nn.Parameter(gathered, requires_grad=False) if own is module._parameters else gathered  # type: ignore[assignment]
+                if own is module._parameters:
+                    gathered = nn.Parameter(gathered, requires_grad=False)
+                own[key] = gathered
     for patch in plan.attributes:
         if patch.module == name or patch.module.startswith(prefix):
-            set_attribute(whole.get_submodule(patch.module.removeprefix(name).removeprefix(".")), patch.attribute, patch.whole)
+            set_attribute(
+                whole.get_submodule(patch.module.removeprefix(name).removeprefix(".")), patch.attribute, patch.whole
+            )
     return whole
 
 
@@ -171,4 +178,3 @@ def _gather(value: torch.Tensor, cut: ParameterPlan, communicator: Communicator)
     whole = joined.new_empty((*joined.shape[:-1], cut.shape[cut.dim]))
     whole[..., order] = joined  # indices that several ranks keep are written with equal values
     return whole.movedim(-1, cut.dim).contiguous()
-

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_gpuorch.tensor_parallel.assemble import Decisions
@@ -158,7 +159,7 @@ class BlockSearch:
         for signature, role in roles.items():
             decisions.roles.update(dict.fromkeys(self.instances[signature], role))
         reference = self.anatomy.names[block.pairs[0].consumer]
-        known = dict(self.anatomy.model.named_parameters(remove_duplicate=False))
+        known: dict[str, torch.Tensor] = dict(self.anatomy.model.named_parameters(remove_duplicate=False))
         known.update(self.anatomy.model.named_buffers(remove_duplicate=False))
         attributes: dict[tuple[str, str], AttributePatch] = {}
         for instance in self.instances[block.pairs[0].signature]:
@@ -243,9 +244,9 @@ class BlockSearch:
             for signature in partition.broadcast:  # replicated key/value heads: only the ratio changes
                 whole = features(self.first_called[signature])[1]
                 heads = whole // pair.unit
-                if whole % pair.unit == 0 and heads and pair.num_units % heads == 0:
-                    if all(count % heads == 0 for count in units):
-                        note(pair.num_units // heads, [count // heads for count in units], ratios)
+                divides = whole % pair.unit == 0 and heads > 0 and pair.num_units % heads == 0
+                if divides and all(count % heads == 0 for count in units):
+                    note(pair.num_units // heads, [count // heads for count in units], ratios)
             divisors = range(2, pair.num_units) if pair.unit > 1 else ()
             for divisor in divisors:  # key/value heads, or their width, inside a packed projection
                 if pair.num_units % divisor == 0 and all(count * divisor % pair.num_units == 0 for count in units):
@@ -310,10 +311,12 @@ def _local_values(
             yield (0 if value in likely else 1), sizes[value]
         if value in ratios:
             yield 1, ratios[value]
-    elif isinstance(value, (tuple, list)) and value and all(type(item) is int for item in value):
-        if any(item in sizes for item in value):
-            columns = [sizes.get(item, (item,) * len(next(iter(sizes.values())))) for item in value]
-            yield 2, tuple(tuple(row) for row in zip(*columns, strict=True))
+    elif isinstance(value, (tuple, list)) and all(type(item) is int for item in value):
+        if not any(item in sizes for item in value):
+            return
+        num_ranks = len(next(iter(sizes.values())))
+        columns = [sizes.get(item, (item,) * num_ranks) for item in value]
+        yield 2, tuple(tuple(row) for row in zip(*columns, strict=True))
 
 
 def _combinations(candidates: Sequence[tuple[int, AttributePatch]]) -> Iterator[list[AttributePatch]]:

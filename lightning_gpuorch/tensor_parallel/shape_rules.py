@@ -147,5 +147,3 @@ def swap_shape_ruled(module: nn.Module, rules: tuple[ShapeRule, ...], rank: int)
     """Make a module's forward run under shape rules, in place."""
     module.__class__ = subclass_of(type(module), ShapeRuled, False)
     module.shape_rules, module.shape_rules_rank = rules, rank  # type: ignore[assignment]
-
-

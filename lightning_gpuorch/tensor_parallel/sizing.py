@@ -68,7 +68,8 @@ def smallest_tensor_parallel_size(
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     lines = [
-        f"{format_bytes(weights)} of weights + {format_bytes(buffers)} of buffers; a device has {format_bytes(budget_bytes)}, "
+        f"{format_bytes(weights)} of weights + {format_bytes(buffers)} of buffers; a device has "
+        f"{format_bytes(budget_bytes)}, "
         f"{format_bytes(headroom)} of it for activations, {format_bytes(usable)} usable"
     ]
     smallest = weights + buffers

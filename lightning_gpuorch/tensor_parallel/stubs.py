@@ -1,10 +1,10 @@
 """How does a model run without its weights? Every layer that could be cut is a stub that returns pseudo-random numbers.
 
-Stubs make a forward cheap at any size (weights may be on meta, nothing is multiplied) and make each layer's output known
-in advance. A *reference run* records what every layer receives in the whole model. A *local run* is the same forward as
-one rank would do it: stubs return only that rank's channels, attributes have the rank's values, and every layer must
-receive exactly its slice of what it received in the reference run. A local run that ends without a deviation, for every
-rank, proves the plan for this input without weights, processes or a GPU.
+Stubs make a forward cheap at any size (weights may be on meta, nothing is multiplied) and make each layer's output
+known in advance. A *reference run* records what every layer receives in the whole model. A *local run* is the same
+forward as one rank would do it: stubs return only that rank's channels, attributes have the rank's values, and every
+layer must receive exactly its slice of what it received in the reference run. A local run that ends without a
+deviation, for every rank, proves the plan for this input without weights, processes or a GPU.
 """
 
 from __future__ import annotations
@@ -100,9 +100,8 @@ class HiddenWeight(torch.Tensor):
 
     @staticmethod
     def make(layer: str, shape: tuple[int, ...], dtype: torch.dtype) -> HiddenWeight:
-        weight: HiddenWeight = torch.Tensor._make_subclass(  # type: ignore[assignment]
-            HiddenWeight, torch.empty(shape, dtype=dtype)
-        )
+        """Make the stand-in of a layer's weight."""
+        weight: HiddenWeight = torch.Tensor._make_subclass(HiddenWeight, torch.empty(shape, dtype=dtype))
         weight.__dict__.update(_layer=layer, _is_param=True)
         return weight
 
@@ -225,7 +224,8 @@ class StubbedModel:
                 self._unstub(error)
             except Exception as error:
                 raise TensorParallelError(
-                    f"{type(self.model).__name__} failed on the example input, before anything was sharded: {error!r}. Pass "
+                    f"{type(self.model).__name__} failed on the example input, before anything was sharded: "
+                    f"{error!r}. Pass "
                     "an example_input the model accepts."
                 ) from error
 
@@ -234,9 +234,7 @@ class StubbedModel:
         if module is None:
             raise error
         ids = {id(parameter) for parameter in module.parameters()}
-        tied = [
-            other for other in self.stubbed if other is module or any(id(own) in ids for own in other.parameters())
-        ]
+        tied = [other for other in self.stubbed if other is module or any(id(own) in ids for own in other.parameters())]
         signatures = {self.anatomy.signature(other) for other in tied}
         found = [other for other in self.stubbed if self.anatomy.signature(other) in signatures]
         if not found:
@@ -340,7 +338,7 @@ class StubbedModel:
                 raise Deviation(name, f"called with {len(inputs)} tensors instead of {len(expected)}")
             for position, (value, whole) in enumerate(zip(inputs, expected, strict=True)):
                 if role.kind is LayerKind.ROW and position == 0:
-                    whole = take(whole, whole.dim() - 1, role.intervals[rank])  # noqa: PLW2901
+                    whole = take(whole, whole.dim() - 1, role.intervals[rank])
                 problem = difference(value, whole)
                 if problem:
                     raise Deviation(name, f"input has {problem}")
@@ -475,6 +473,7 @@ class StubbedModel:
     def _trace_fields(self, stack: contextlib.ExitStack, value: Any) -> None:
         """Record which fields of a configuration-like object are read."""
         own_class = type(value)
+        original: Any = own_class.__getattribute__
         plain = isinstance(value, (nn.Module, torch.Tensor, dict, list, tuple, set)) or callable(value)
         if plain or not hasattr(value, "__dict__") or id(value) in self.fields_read:
             return
@@ -482,7 +481,7 @@ class StubbedModel:
 
         def read(self: Any, name: str) -> Any:
             reads.add(name)
-            return own_class.__getattribute__(self, name)
+            return original(self, name)
 
         try:
             value.__class__ = type(own_class.__name__, (own_class,), {"__getattribute__": read})
@@ -557,7 +556,7 @@ class StubbedModel:
                                 if own is module._parameters:
                                     substitute = nn.Parameter(substitute, requires_grad=False)
                         replaced[id(value)] = substitute
-                    stack.callback(own.__setitem__, key, value)  # type: ignore[attr-defined]
+                    stack.callback(_restore, own, key, value)
                     own[key] = replaced[id(value)]  # type: ignore[assignment]
 
     def _substitute(self, name: str, value: torch.Tensor, is_parameter: bool, differentiable: bool) -> torch.Tensor:
@@ -597,7 +596,7 @@ class StubbedModel:
 _ABSENT = object()
 
 
-def _restore(namespace: dict[str, Any], key: str, value: Any) -> None:
+def _restore(namespace: Any, key: str, value: Any) -> None:
     if value is _ABSENT or (key == "forward" and value is None):
         namespace.pop(key, None)
     else:

@@ -6,32 +6,36 @@ instance attribute ``forward`` or a wrapper module would not give.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import nn
 
+_subclasses: dict[tuple[Any, ...], type[nn.Module]] = {}
 
-@functools.cache
+
 def subclass_of(original: type[nn.Module], behaviour: type, inside: bool) -> type[nn.Module]:
-    """Make the class that joins a module's class with a behaviour.
+    """Give the class that joins a module's class with a behaviour.
 
     Args:
         original: The module's class.
         behaviour: A class whose ``forward`` is wanted.
-        inside: False: the behaviour's forward replaces the module's. True: the behaviour goes between the module's class
+        inside: False: the behaviour's forward replaces the module's. True: the behaviour goes between the module's
+        class
             and the library class both derive from, so that the module's own forward runs and meets the behaviour at its
             ``super().forward(...)``.
     """
-    bases = (original, behaviour) if inside else (behaviour, original)
-    namespace = {
-        "__module__": original.__module__,
-        "__doc__": original.__doc__,
-        "__reduce_ex__": _reduce,
-        "_gpuorch_swap": (original, behaviour, inside),
-    }
-    name = behaviour.__name__ if original in behaviour.__mro__ else f"{behaviour.__name__}Of{original.__name__}"
-    return type(name, bases, namespace)
+    key = (original, behaviour, inside)
+    if key not in _subclasses:
+        bases = (original, behaviour) if inside else (behaviour, original)
+        namespace = {
+            "__module__": original.__module__,
+            "__doc__": original.__doc__,
+            "__reduce_ex__": _reduce,
+            "_gpuorch_swap": key,
+        }
+        name = behaviour.__name__ if original in behaviour.__mro__ else f"{behaviour.__name__}Of{original.__name__}"
+        _subclasses[key] = type(name, bases, namespace)
+    return _subclasses[key]
 
 
 def swap_class(module: nn.Module, behaviour: type, inside: bool = False) -> None:

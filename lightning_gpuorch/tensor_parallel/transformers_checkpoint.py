@@ -17,7 +17,7 @@ from lightning_gpuorch.tensor_parallel.checkpoint import Checkpoint
 from lightning_gpuorch.tensor_parallel.intervals import Intervals, take
 
 
-def converted_checkpoint(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+def converted_checkpoint(checkpoint: Checkpoint, model: Any) -> Checkpoint:
     """See a checkpoint under a transformers model's names; unchanged if this transformers has no conversion mapping."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -26,7 +26,7 @@ def converted_checkpoint(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint
         return checkpoint
     transforms = get_model_conversion_mapping(model)
     converters = [item for item in transforms if isinstance(item, WeightConverter)]
-    renamings = [item for item in transforms if not isinstance(item, WeightConverter)]
+    renamings: list[Any] = [item for item in transforms if not isinstance(item, WeightConverter)]
     by_pattern = {pattern: item for item in converters for pattern in item.source_patterns}
     known: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     known.update(model.named_buffers(remove_duplicate=False))

@@ -3,8 +3,8 @@
 1. The plan is read against the model: names, shapes, kinds, index sets that tile what they must tile, tied parameters
    that agree.
 2. Fused experts are run by themselves: the sum over the ranks must equal the whole.
-3. The whole model runs once with stubs, then once per rank as that rank would run it (see :mod:`stubs`): every layer must
-   receive exactly its slice of the whole model's input, and the caller the same outputs.
+3. The whole model runs once with stubs, then once per rank as that rank would run it (see :mod:`stubs`): every layer
+   must receive exactly its slice of the whole model's input, and the caller the same outputs.
 
 The check covers the code path the example input takes. A layer it does not reach may be cut only like a layer of the
 same kind in a sibling block that it does reach.
@@ -13,6 +13,7 @@ same kind in a sibling block that it does reach.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -141,7 +142,9 @@ def _failures_of_layers(stubbed: StubbedModel, plan: TensorParallelPlan) -> list
         if layer.kind is LayerKind.REPLICATED:
             problem = _cut_parameter(name, plan)
         elif layer.kind is LayerKind.LOCAL:
-            problem = "" if module in stubbed.read_directly else "only a layer whose weight other code reads can be local"
+            problem = (
+                "" if module in stubbed.read_directly else "only a layer whose weight other code reads can be local"
+            )
         elif module in stubbed.read_directly:
             problem = "its weight is read by other code, so it cannot be cut"
         elif module not in stubbed.stubbed:
@@ -154,9 +157,10 @@ def _failures_of_layers(stubbed: StubbedModel, plan: TensorParallelPlan) -> list
                 problem = _other_cut(name, cuts, plan)
         elif layer.kind is not LayerKind.EXPERTS:
             problem = _wrong_intervals(module, layer) or _other_cut(name, layer_parameters(module, layer), plan)
-        if not problem and module not in called and layer.kind in (LayerKind.COLUMN, LayerKind.ROW, LayerKind.EXPERTS):
-            if (anatomy.signature(module), layer.kind, layer.intervals) not in verified_kinds:
-                problem = "the example input does not reach it or a layer of its kind, so its cut cannot be checked"
+        needs_call = layer.kind in (LayerKind.COLUMN, LayerKind.ROW, LayerKind.EXPERTS)
+        kind = (anatomy.signature(module), layer.kind, layer.intervals)
+        if not problem and needs_call and module not in called and kind not in verified_kinds:
+            problem = "the example input does not reach it or a layer of its kind, so its cut cannot be checked"
         if problem:
             failures.append(VerificationFailure(name, problem))
     return failures
@@ -191,7 +195,7 @@ def _wrong_intervals(module: nn.Module, layer: LayerPlan) -> str:
     if any(length(own) == 0 for own in layer.intervals):
         return "a rank keeps nothing of it"
     for own in layer.intervals:
-        if any(start >= stop for start, stop in own) or any(a[1] > b[0] for a, b in zip(own, own[1:], strict=False)):
+        if any(start >= stop for start, stop in own) or any(a[1] > b[0] for a, b in itertools.pairwise(own)):
             return "its intervals are not ascending and disjoint"
     if layer.kind is LayerKind.COLUMN:
         return "" if covers(layer.intervals, columns) else "its output channels are not all kept by some rank"
@@ -265,5 +269,7 @@ def verified(stubbed: StubbedModel, plan: TensorParallelPlan) -> TensorParallelP
     """
     report = verify_recorded(stubbed, plan)
     if not report.ok:
-        raise TensorParallelError(f"The plan for {type(stubbed.model).__name__} fails verification: {report.failures[0]}")
+        raise TensorParallelError(
+            f"The plan for {type(stubbed.model).__name__} fails verification: {report.failures[0]}"
+        )
     return plan

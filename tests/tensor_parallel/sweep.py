@@ -4,9 +4,10 @@ Run from the repository root::
 
     python tests/tensor_parallel/sweep.py --results sweep.jsonl --table docs/tensor-parallel-models.md
 
-Types whose result is in the file already are skipped, so an interrupted sweep goes on where it stopped. Ranks are threads of
-one process with the real sharded layers; a result counts as equal if every output tensor of every rank is within 1e-5 of
-the unsharded model's, relative to its largest value (in float64 if float32's rounding does not allow that judgement).
+Types whose result is in the file already are skipped, so an interrupted sweep goes on where it stopped. Ranks are
+threads of one process with the real sharded layers; a result counts as equal if every output tensor of every rank is
+within 1e-5 of the unsharded model's, relative to its largest value (in float64 if float32's rounding does not allow
+that judgement).
 """
 
 from __future__ import annotations
@@ -46,39 +47,164 @@ SECONDS_PER_TYPE = 120
 WIDTH, INNER, HEADS, LAYERS = 64, 128, 8, 2
 SMALL: dict[str, Any] = {
     **dict.fromkeys(
-        ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "hidden_dim", "encoder_hidden_size", "decoder_hidden_size",
-         "embedding_size", "projection_dim", "projection_size", "proj_codevector_dim", "word_embed_proj_dim", "encoder_embed_dim",
-         "decoder_embed_dim", "text_embed_dim", "d_embed", "attention_hidden_size", "pooler_hidden_size", "text_hidden_size",
-         "emb_dim", "out_hidden_size", "d_inner_size", "lru_width", "mamba_d_inner", "fusion_hidden_size"), WIDTH),
+        (
+            "hidden_size",
+            "d_model",
+            "n_embd",
+            "dim",
+            "embed_dim",
+            "hidden_dim",
+            "encoder_hidden_size",
+            "decoder_hidden_size",
+            "embedding_size",
+            "projection_dim",
+            "projection_size",
+            "proj_codevector_dim",
+            "word_embed_proj_dim",
+            "encoder_embed_dim",
+            "decoder_embed_dim",
+            "text_embed_dim",
+            "d_embed",
+            "attention_hidden_size",
+            "pooler_hidden_size",
+            "text_hidden_size",
+            "emb_dim",
+            "out_hidden_size",
+            "d_inner_size",
+            "lru_width",
+            "mamba_d_inner",
+            "fusion_hidden_size",
+        ),
+        WIDTH,
+    ),
     **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "n_inner", "d_inner", "mlp_dim",
-         "ffn_hidden_size", "encoder_intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size",
-         "encoder_feedforward_dim", "dim_feedforward", "moe_shared_expert_intermediate_size", "feed_forward_size",
-         "mlp_hidden_size", "decoder_intermediate_size", "expert_ffn_hidden_size", "shared_intermediate_size"), INNER),
+        (
+            "intermediate_size",
+            "ffn_dim",
+            "encoder_ffn_dim",
+            "decoder_ffn_dim",
+            "d_ff",
+            "n_inner",
+            "d_inner",
+            "mlp_dim",
+            "ffn_hidden_size",
+            "encoder_intermediate_size",
+            "moe_intermediate_size",
+            "shared_expert_intermediate_size",
+            "encoder_feedforward_dim",
+            "dim_feedforward",
+            "moe_shared_expert_intermediate_size",
+            "feed_forward_size",
+            "mlp_hidden_size",
+            "decoder_intermediate_size",
+            "expert_ffn_hidden_size",
+            "shared_intermediate_size",
+        ),
+        INNER,
+    ),
     **dict.fromkeys(
-        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
-         "num_encoder_layers", "depth", "num_hidden_groups", "num_blocks", "encoder_num_layers", "decoder_num_layers",
-         "perceiver_depth", "num_block"), LAYERS),
+        (
+            "num_hidden_layers",
+            "n_layer",
+            "n_layers",
+            "num_layers",
+            "encoder_layers",
+            "decoder_layers",
+            "num_decoder_layers",
+            "num_encoder_layers",
+            "depth",
+            "num_hidden_groups",
+            "num_blocks",
+            "encoder_num_layers",
+            "decoder_num_layers",
+            "perceiver_depth",
+            "num_block",
+        ),
+        LAYERS,
+    ),
     **dict.fromkeys(
-        ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads",
-         "encoder_num_attention_heads", "decoder_num_attention_heads", "attention_heads", "num_attn_heads"), HEADS),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "encoder_num_key_value_heads",
-                     "decoder_num_key_value_heads", "multi_query_group_num", "num_key_value_groups_"), HEADS // 2),
+        (
+            "num_attention_heads",
+            "n_head",
+            "n_heads",
+            "num_heads",
+            "encoder_attention_heads",
+            "decoder_attention_heads",
+            "encoder_num_attention_heads",
+            "decoder_num_attention_heads",
+            "attention_heads",
+            "num_attn_heads",
+        ),
+        HEADS,
+    ),
+    **dict.fromkeys(
+        (
+            "num_key_value_heads",
+            "num_kv_heads",
+            "encoder_num_key_value_heads",
+            "decoder_num_key_value_heads",
+            "multi_query_group_num",
+            "num_key_value_groups_",
+        ),
+        HEADS // 2,
+    ),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"), 2),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_source_positions", "max_target_positions", "n_ctx",
-                     "max_seq_len", "seq_length", "model_max_length"), 128),
-    "vocab_size": 512, "head_dim": 8, "d_kv": 8, "kv_channels": 8, "attention_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8, "kv_lora_rank": 16, "q_lora_rank": 24, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-    "image_size": 32, "patch_size": 8, "num_channels": 3, "num_mel_bins": 16, "num_labels": 3, "vocab_size_per_layer_input": 512,
-    "hidden_size_per_layer_input": 16, "state_size": 8, "time_step_rank": 8, "conv_dim": [32, 32], "conv_kernel": [3, 3],
-    "conv_stride": [2, 2], "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2,
-    "codebook_size": 64, "num_codebooks": 2, "tubelet_size": 2, "num_frames": 4, "rotary_dim": 4, "num_queries": 8,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
-}  # fmt: skip
+    **dict.fromkeys(
+        (
+            "max_position_embeddings",
+            "n_positions",
+            "max_source_positions",
+            "max_target_positions",
+            "n_ctx",
+            "max_seq_len",
+            "seq_length",
+            "model_max_length",
+        ),
+        128,
+    ),
+    "vocab_size": 512,
+    "head_dim": 8,
+    "d_kv": 8,
+    "kv_channels": 8,
+    "attention_head_dim": 8,
+    "v_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_channels": 3,
+    "num_mel_bins": 16,
+    "num_labels": 3,
+    "vocab_size_per_layer_input": 512,
+    "hidden_size_per_layer_input": 16,
+    "state_size": 8,
+    "time_step_rank": 8,
+    "conv_dim": [32, 32],
+    "conv_kernel": [3, 3],
+    "conv_stride": [2, 2],
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+    "codebook_size": 64,
+    "num_codebooks": 2,
+    "tubelet_size": 2,
+    "num_frames": 4,
+    "rotary_dim": 4,
+    "num_queries": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
 
 
-class TooLong(Exception):
+class TypeTookTooLongError(Exception):
     """A type took too long."""
 
 
@@ -147,14 +273,19 @@ def candidate_inputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:
     frames = 2 * (getattr(config, "max_source_positions", None) or 64)
     known: dict[str, list[torch.Tensor]] = {
         "input_ids": [ids(16, vocabulary)],
-        "pixel_values": [noise(2, channels, height, width), noise(2, getattr(vision, "num_frames", 4), channels, height, width)],
+        "pixel_values": [
+            noise(2, channels, height, width),
+            noise(2, getattr(vision, "num_frames", 4), channels, height, width),
+        ],
         "input_features": [noise(2, mels, frames), noise(2, 64, mels)],
         "input_values": [noise(2, 800), noise(2, 1, 800), noise(2, 64, mels)],
         "decoder_input_ids": [ids(12, vocabulary, 3)],
     }
     parameters = list(inspect.signature(model.forward).parameters)
     main = getattr(model, "main_input_name", "input_ids")
-    second = [name for name in ("input_ids", "pixel_values", "decoder_input_ids") if name in parameters and name != main]
+    second = [
+        name for name in ("input_ids", "pixel_values", "decoder_input_ids") if name in parameters and name != main
+    ]
     for value in known.get(main, [ids(16, vocabulary)]):
         yield {main: value}
     for other in second:
@@ -189,7 +320,7 @@ def runnable(model_type: str, config_class: Any) -> tuple[Any, dict[str, torch.T
                 problem = "not tiny with these settings"
                 continue
             model = randomized(model)
-        except TooLong:
+        except TypeTookTooLongError:
             raise
         except Exception as error:  # noqa: BLE001 - any type may refuse these sizes
             problem = f"{type(error).__name__}: {str(error)[:120]}"
@@ -198,7 +329,7 @@ def runnable(model_type: str, config_class: Any) -> tuple[Any, dict[str, torch.T
             try:
                 with torch.no_grad():
                     first, second = tensors_of(model(**inputs)), tensors_of(model(**inputs))
-            except TooLong:
+            except TypeTookTooLongError:
                 raise
             except Exception as error:  # noqa: BLE001 - the inputs do not suit the model
                 problem = f"{type(error).__name__}: {str(error)[:120]}"
@@ -251,7 +382,9 @@ def judge(model_type: str) -> dict[str, Any]:
         finally:
             result["plan_seconds"] = round(time.monotonic() - started, 3)
         kinds = Counter(role.kind.value for role in plan.layers.values())
-        inner = [role for role in plan.layers.values() if role.kind in (LayerKind.COLUMN, LayerKind.HEADS, LayerKind.EXPERTS)]
+        inner = [
+            role for role in plan.layers.values() if role.kind in (LayerKind.COLUMN, LayerKind.HEADS, LayerKind.EXPERTS)
+        ]
         result.update(sharded=round(plan.sharded_fraction, 4), kinds=dict(kinds), cut=bool(inner))
         error = compare(model, inputs, plan)
         if TOLERANCE < error < 1e-2:
@@ -266,7 +399,7 @@ def serve(types: list[str], results: Path) -> None:
     """Judge types one after another, one JSON line each."""
 
     def too_long(*_: Any) -> None:
-        raise TooLong
+        raise TypeTookTooLongError
 
     signal.signal(signal.SIGALRM, too_long)
     torch.set_num_threads(1)
@@ -277,10 +410,15 @@ def serve(types: list[str], results: Path) -> None:
         signal.alarm(SECONDS_PER_TYPE)
         try:
             row = judge(model_type)
-        except TooLong:
+        except TypeTookTooLongError:
             row = {"type": model_type, "status": "not built", "why": f"more than {SECONDS_PER_TYPE} s", "sizes": {}}
         except Exception as error:  # noqa: BLE001 - one type must not end the sweep; it shows in the table
-            row = {"type": model_type, "status": "error", "why": f"{type(error).__name__}: {str(error)[:200]}", "sizes": {}}
+            row = {
+                "type": model_type,
+                "status": "error",
+                "why": f"{type(error).__name__}: {str(error)[:200]}",
+                "sizes": {},
+            }
         finally:
             signal.alarm(0)
         row["seconds"] = round(time.monotonic() - started, 2)
@@ -310,11 +448,14 @@ def table(rows: dict[str, dict[str, Any]], version: str) -> str:
     lines = [
         "# transformers models, tensor-parallel",
         "",
-        f"Written by `tests/tensor_parallel/sweep.py` with transformers {version} and torch {torch.__version__}. Every model type is "
-        f"built from a tiny random config, planned for {', '.join(map(str, SIZES))} ranks, sharded, and compared with the unsharded "
+        f"Written by `tests/tensor_parallel/sweep.py` with transformers {version} and torch {torch.__version__}. "
+        "Every model type is "
+        f"built from a tiny random config, planned for {', '.join(map(str, SIZES))} ranks, sharded, and compared "
+        "with the unsharded "
         "model: equal means every output of every rank is within 1e-5.",
         "",
-        f"- {len(judged)} of {len(rows)} types build and run here; {counts['equal']} are equal at all sizes, {counts['refused']} are "
+        f"- {len(judged)} of {len(rows)} types build and run here; {counts['equal']} are equal at all sizes, "
+        f"{counts['refused']} are "
         f"refused at some size, {counts['WRONG']} are wrong.",
         f"- {sum(runs.values())} plans: {runs['equal']} equal, {runs['refused']} refused, {runs['WRONG']} wrong.",
         f"- Median share of the parameters that is cut at 2 ranks: {100 * fractions[len(fractions) // 2]:.1f}%.",
@@ -329,17 +470,22 @@ def table(rows: dict[str, dict[str, Any]], version: str) -> str:
         sizes = row["sizes"]
         verdicts = " / ".join(sizes[str(size)]["verdict"] for size in SIZES)
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(sizes["2"].get("kinds", {}).items()))
-        lines.append(
-            f"| {name} | {row['class']} | {', '.join(row['inputs'])} | {verdicts} | {100 * sizes['2'].get('sharded', 0):.1f}% | {kinds} |"
-        )
-    lines += ["", "Types that do not build or run from a generic tiny config here, and so say nothing about planning:", ""]
+        cut = f"{100 * sizes['2'].get('sharded', 0):.1f}%"
+        lines.append(f"| {name} | {row['class']} | {', '.join(row['inputs'])} | {verdicts} | {cut} | {kinds} |")
+    lines += [
+        "",
+        "Types that do not build or run from a generic tiny config here, and so say nothing about planning:",
+        "",
+    ]
     others = [f"`{name}`" for name in sorted(rows) if rows[name]["status"] != "judged"]
     return "\n".join([*lines, ", ".join(others) + "."]) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, required=True, help="JSON lines, one per type; extended, not overwritten")
+    parser.add_argument(
+        "--results", type=Path, required=True, help="JSON lines, one per type; extended, not overwritten"
+    )
     parser.add_argument("--table", type=Path, help="where to write the page")
     parser.add_argument("--types", nargs="*", help="types to judge; all by default")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)

@@ -185,7 +185,9 @@ def test_wrong_checkpoints_are_named_before_anything_changes(tmp_path: Path) -> 
     refused(tmp_path, "holds no checkpoint")
     (tmp_path / "notes.txt").write_text("no")
     refused(tmp_path / "notes.txt", "no checkpoint this release reads")
-    refused({key: value for key, value in state.items() if "query" not in key}, r"lacks 4 of the model's .*mixers\.0\.query")
+    refused(
+        {key: value for key, value in state.items() if "query" not in key}, r"lacks 4 of the model's .*mixers\.0\.query"
+    )
     refused({**state, "head.weight": torch.zeros(11, 64)}, r"another model.*\n.*head.weight has shape \(11, 64\)")
     refused({"hyper_parameters": 3}, "holds no tensors")
     other, _ = build("einsum")
@@ -259,7 +261,7 @@ def test_smallest_size() -> None:
     assert two.plan is not None
     assert two.rank_bytes == two.plan.max_rank_bytes <= 0.9 * int(weights * 0.75)
     assert "2 ranks" in two.describe()
-    with pytest.raises(ModelDoesNotFitError, match="8 ranks: .* too much") as caught:
+    with pytest.raises(ModelDoesNotFitError, match=r"8 ranks: .* too much") as caught:
         smallest_tensor_parallel_size(model, weights // 20, inputs)
     assert caught.value.needed_bytes > caught.value.budget_bytes
     with pytest.raises(TensorParallelError, match="example_input"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tp_models
 import torch
+import tp_models
 from torch import nn
 from tp_models import EXAMPLES, Network, build, hidden, randomized, with_random_names
 from tp_ranks import relative_error, sharded_outputs
@@ -46,7 +46,16 @@ def test_sharded_equals_whole(name: str, num_ranks: int) -> None:
         assert gathered
 
 
-MIXERS = ["Separate", "PackedThirds", "PackedStacked", "PackedPerHead", "HardCoded", "Grouped", "PackedGrouped", "MultiQuery"]
+MIXERS = [
+    "Separate",
+    "PackedThirds",
+    "PackedStacked",
+    "PackedPerHead",
+    "HardCoded",
+    "Grouped",
+    "PackedGrouped",
+    "MultiQuery",
+]
 MIXERS += ["Einsum", "RelativeTable", "Slopes", "LinearAttention", "StateSpace", "ParallelBlock", "GatedPairs"]
 
 

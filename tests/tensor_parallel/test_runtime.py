@@ -52,11 +52,12 @@ def check_on_threads(name: str, size: int, damage: Any = None, **cast: Any) -> l
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(
-    "name", ["packed_thirds", "hard_coded", "packed_grouped", "configured", "slopes", "interleaved_experts", "nn_encoder"]
+    "name",
+    ["packed_thirds", "hard_coded", "packed_grouped", "configured", "slopes", "interleaved_experts", "nn_encoder"],
 )
 def test_a_right_model_passes(name: str, size: int) -> None:
     results = check_on_threads(name, size)
-    assert len({result for result in results}) == 1  # all ranks learn the same
+    assert len(set(results)) == 1  # all ranks learn the same
     block, error = results[0]
     assert block
     assert error is not None
@@ -138,9 +139,13 @@ def test_the_fingerprint_sees_what_matters() -> None:
     tied.mixers[0].query.weight = tied.mixers[0].key.weight  # type: ignore[index,union-attr]
     half = copy.deepcopy(base).bfloat16()
     others = {
-        digest(changed, 2, (hidden(),)), digest(tied, 2, (hidden(),)), digest(half, 2, (hidden(),)),
-        digest(base, 3, (hidden(),)), digest(base, 2, (hidden(length=8),)), digest(base, 2, (hidden(), torch.ones(2, dtype=torch.int64))),
-    }  # fmt: skip
+        digest(changed, 2, (hidden(),)),
+        digest(tied, 2, (hidden(),)),
+        digest(half, 2, (hidden(),)),
+        digest(base, 3, (hidden(),)),
+        digest(base, 2, (hidden(length=8),)),
+        digest(base, 2, (hidden(), torch.ones(2, dtype=torch.int64))),
+    }
     assert len(others | {same}) == 7
 
 
@@ -192,7 +197,9 @@ def test_planning_is_deterministic_and_leaves_the_model_alone() -> None:
         first = plan_tensor_parallel(model, inputs, 2)
         assert torch.equal(torch.get_rng_state(), state)
         assert plan_tensor_parallel(model, inputs, 2) == first
-        assert dataclasses.replace(plan_tensor_parallel(model, inputs, 2, seed=7), notes=()) == dataclasses.replace(first, notes=())
+        assert dataclasses.replace(plan_tensor_parallel(model, inputs, 2, seed=7), notes=()) == dataclasses.replace(
+            first, notes=()
+        )
         assert [type(module) for module in model.modules()] == classes
         assert all(module.training for module in model.modules())
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

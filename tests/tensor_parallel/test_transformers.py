@@ -27,7 +27,13 @@ pytestmark = pytest.mark.filterwarnings(
 )
 pytest.importorskip("transformers")
 
-TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8}
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -41,22 +47,40 @@ class Case:
 
 CASES = {
     "llama": Case("LlamaConfig", "LlamaForCausalLM", {**TINY, **TOKENS, "num_key_value_heads": 2}),
-    "gpt2": Case("GPT2Config", "GPT2LMHeadModel", {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 8, **TOKENS}),
+    "gpt2": Case(
+        "GPT2Config", "GPT2LMHeadModel", {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 8, **TOKENS}
+    ),
     "phi3": Case("Phi3Config", "Phi3ForCausalLM", {**TINY, **TOKENS, "num_key_value_heads": 4}),
-    "falcon": Case("FalconConfig", "FalconForCausalLM", {**TINY, **TOKENS, "num_kv_heads": 4, "new_decoder_architecture": True}),
+    "falcon": Case(
+        "FalconConfig", "FalconForCausalLM", {**TINY, **TOKENS, "num_kv_heads": 4, "new_decoder_architecture": True}
+    ),
     "bloom": Case("BloomConfig", "BloomForCausalLM", {**TINY, **TOKENS, "n_layer": 2, "n_head": 8}, False),
-    "mixtral": Case("MixtralConfig", "MixtralForCausalLM", {**TINY, **TOKENS, "num_key_value_heads": 4, "num_local_experts": 4}),
+    "mixtral": Case(
+        "MixtralConfig", "MixtralForCausalLM", {**TINY, **TOKENS, "num_key_value_heads": 4, "num_local_experts": 4}
+    ),
     "gpt_oss": Case(
-        "GptOssConfig", "GptOssForCausalLM",
+        "GptOssConfig",
+        "GptOssForCausalLM",
         {**TINY, **TOKENS, "num_key_value_heads": 4, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
-    "mamba": Case("MambaConfig", "MambaForCausalLM", {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, **TOKENS}),
+    "mamba": Case(
+        "MambaConfig", "MambaForCausalLM", {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, **TOKENS}
+    ),
     "t5": Case(
-        "T5Config", "T5ForConditionalGeneration",
-        {"vocab_size": 512, "d_model": 64, "d_kv": 8, "d_ff": 128, "num_layers": 2, "num_heads": 8, "decoder_start_token_id": 0},
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {
+            "vocab_size": 512,
+            "d_model": 64,
+            "d_kv": 8,
+            "d_ff": 128,
+            "num_layers": 2,
+            "num_heads": 8,
+            "decoder_start_token_id": 0,
+        },
     ),
     "bert": Case("BertConfig", "BertForMaskedLM", TINY),
-}  # fmt: skip
+}
 ENCODERS = {"bert"}
 
 
@@ -142,9 +166,20 @@ def generate_on_rank(rank: int, name: str, search: str) -> tuple[list[list[int]]
 
 @pytest.mark.parametrize(
     ("name", "search"),
-    [("llama", "greedy"), ("llama", "sampling"), ("llama", "beam"), ("llama", "static_cache"), ("gpt2", "sampling"),
-     ("phi3", "beam"), ("falcon", "greedy"), ("mixtral", "greedy"), ("mamba", "greedy"), ("t5", "beam"), ("bloom", "greedy")],
-)  # fmt: skip
+    [
+        ("llama", "greedy"),
+        ("llama", "sampling"),
+        ("llama", "beam"),
+        ("llama", "static_cache"),
+        ("gpt2", "sampling"),
+        ("phi3", "beam"),
+        ("falcon", "greedy"),
+        ("mixtral", "greedy"),
+        ("mamba", "greedy"),
+        ("t5", "beam"),
+        ("bloom", "greedy"),
+    ],
+)
 def test_all_ranks_generate_the_same_tokens(two_ranks: ProcessRanks, name: str, search: str) -> None:
     results = two_ranks.run(generate_on_rank, name, search)
     for tokens, expected in results:

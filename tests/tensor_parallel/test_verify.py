@@ -43,14 +43,17 @@ def mutate(model: nn.Module, plan: TensorParallelPlan, chooser: random.Random) -
         parameters.update({prefix + key: cut for key, cut in layer_parameters(modules[name], role).items()})
 
     plain = [name for name in layers if isinstance(modules[name], nn.Linear)]
-    kind = chooser.choice(["role", "role", "shuffle", "rotate", "attribute", "value", "block", "even", "tensor", "rule"])
+    kind = chooser.choice(
+        ["role", "role", "shuffle", "rotate", "attribute", "value", "block", "even", "tensor", "rule"]
+    )
     if kind == "attribute" and plan.attributes:
         victim = chooser.choice(plan.attributes)
         return dataclasses.replace(plan, attributes=tuple(patch for patch in plan.attributes if patch != victim))
     if kind == "value" and plan.attributes:
         victim = chooser.choice(plan.attributes)
         values = tuple(
-            value if isinstance(value, tuple) else max(1, value + chooser.choice([-1, 1, value])) for value in victim.values
+            value if isinstance(value, tuple) else max(1, value + chooser.choice([-1, 1, value]))
+            for value in victim.values
         )
         patches = tuple(dataclasses.replace(p, values=values) if p == victim else p for p in plan.attributes)
         return dataclasses.replace(plan, attributes=patches)
@@ -89,7 +92,9 @@ def mutate(model: nn.Module, plan: TensorParallelPlan, chooser: random.Random) -
         if chooser.random() < 0.7:
             plan = dataclasses.replace(plan, attributes=kept)
     else:
-        choice = chooser.choice([k for k in LayerKind if k not in (LayerKind.HEADS, LayerKind.EXPERTS, LayerKind.LOCAL)])
+        choice = chooser.choice(
+            [k for k in LayerKind if k not in (LayerKind.HEADS, LayerKind.EXPERTS, LayerKind.LOCAL)]
+        )
         cut = linear.in_features if choice in (LayerKind.ROW, LayerKind.ROW_SPLIT) else linear.out_features
         if choice is LayerKind.VOCABULARY or cut < size:
             choice = LayerKind.REPLICATED

@@ -415,9 +415,7 @@ class Translator(nn.Module):
 
     def forward(self, source: torch.Tensor, target: torch.Tensor, padding: torch.Tensor) -> dict[str, torch.Tensor]:
         mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
-        y = self.core(
-            source, target, tgt_mask=mask, src_key_padding_mask=padding, memory_key_padding_mask=padding
-        )
+        y = self.core(source, target, tgt_mask=mask, src_key_padding_mask=padding, memory_key_padding_mask=padding)
         return {"hidden": y, "logits": self.head(y)}
 
 
@@ -528,13 +526,17 @@ def with_random_names(cls: type[nn.Module], seed: int) -> type[nn.Module]:
     bases = cls.__mro__[1:]
     lineage = [c for c in (cls, *bases) if c.__module__ == __name__]
     sources = "\n".join(inspect.getsource(c) for c in reversed(lineage))
-    assigned = {name for line in re.findall(r"^\s+((?:self\.\w+,? ?)+)=", sources, re.M) for name in re.findall(r"self\.(\w+)", line)}
+    assigned = {
+        name
+        for line in re.findall(r"^\s+((?:self\.\w+,? ?)+)=", sources, re.M)
+        for name in re.findall(r"self\.(\w+)", line)
+    }
     buffers = set(re.findall(r"register_buffer\(\"(\w+)\"", sources))
     names = {name: "z" + "".join(chooser.choices("abcdefghijkl", k=9)) for name in sorted(assigned | buffers)}
     for old, new in names.items():
         sources = re.sub(rf"\bself\.{old}\b", f"self.{new}", sources)
         sources = sources.replace(f'register_buffer("{old}"', f'register_buffer("{new}"')
     namespace = dict(vars(sys.modules[__name__]))
-    exec(compile(sources, f"<renamed {cls.__name__}>", "exec"), namespace)  # noqa: S102
+    exec(compile(sources, f"<renamed {cls.__name__}>", "exec"), namespace)
     renamed: type[nn.Module] = namespace[cls.__name__]
     return renamed
