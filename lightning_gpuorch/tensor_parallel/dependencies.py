@@ -100,16 +100,20 @@ def analyze(stubbed: StubbedModel, reference: Reference, num_ranks: int) -> Depe
     leaves = [call for call in reference.calls if call.output is not None]
     if reference.output_tensors and leaves:
         generator = torch.Generator().manual_seed(11)
-        gradients = torch.autograd.grad(
-            reference.output_tensors,
-            [_leaf(call) for call in leaves],
-            [torch.randn(tensor.shape, generator=generator) for tensor in reference.output_tensors],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        for call, gradient in zip(leaves, gradients, strict=True):
-            if gradient is not None:
-                found.visible.add(anatomy.signature(call.module))
+        weights = [torch.randn(tensor.shape, generator=generator) for tensor in reference.output_tensors]
+        try:
+            gradients = torch.autograd.grad(
+                reference.output_tensors,
+                [_leaf(call) for call in leaves],
+                weights,
+                retain_graph=True,
+                allow_unused=True,
+            )
+        except RuntimeError as error:
+            found.notes.append(f"the outputs cannot be differentiated ({error})")
+        else:
+            reaching = (call for call, gradient in zip(leaves, gradients, strict=True) if gradient is not None)
+            found.visible.update(anatomy.signature(call.module) for call in reaching)
     seen: set[Signature] = set()
     for position, call in enumerate(reference.calls):
         signature = anatomy.signature(call.module)
@@ -120,11 +124,15 @@ def analyze(stubbed: StubbedModel, reference: Reference, num_ranks: int) -> Depe
         if isinstance(call.module, nn.Embedding) or not value.requires_grad:
             continue
         before = [earlier for earlier in reference.calls[:position] if earlier.output is not None]
-        probe = _Consumer(stubbed, call, before, reference.tensors)
+        try:
+            probe = _Consumer(stubbed, call, before, reference.tensors)
+            pair, note = probe.pair(num_ranks) if call.output is not None else (None, "")
+        except RuntimeError as error:  # code that changes tensors in place, say: no analysis, so no cut along blocks
+            found.notes.append(f"{signature[0]}: its input cannot be differentiated ({error})")
+            continue
         for producer in probe.reached():
             found.consumers_of[producer].add(signature)
         if call.output is not None:
-            pair, note = probe.pair(num_ranks)
             if pair is not None:
                 found.pairs.append(pair)
             if note:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import math
 import warnings
 from collections import Counter, defaultdict
@@ -37,6 +38,7 @@ from lightning_gpuorch.tensor_parallel.plan import (
 from lightning_gpuorch.tensor_parallel.shape_rules import ShapeRuleMode, index_rules
 from lightning_gpuorch.tensor_parallel.swap import subclass_of
 from lightning_gpuorch.tensor_parallel.values import (
+    detached,
     difference,
     plain_outputs,
     pseudo_random,
@@ -95,13 +97,21 @@ _METADATA: frozenset[Any] = frozenset(
 )
 
 
+_ON_CPU: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.device.__get__: lambda *_: torch.device("cpu"),  # type: ignore[attr-defined]
+    torch.Tensor.is_meta.__get__: lambda *_: False,  # type: ignore[attr-defined]
+    torch.Tensor.get_device: lambda *_: -1,
+}
+"""What a hidden weight says about its place: it takes no memory, but code that asks must not move its input to meta."""
+
+
 class HiddenWeight(torch.Tensor):
     """Stands in for a stubbed layer's weight: has a shape and a dtype, no values. Reading it is reported."""
 
     @staticmethod
     def make(layer: str, shape: tuple[int, ...], dtype: torch.dtype) -> HiddenWeight:
         """Make the stand-in of a layer's weight."""
-        weight: HiddenWeight = torch.Tensor._make_subclass(HiddenWeight, torch.empty(shape, dtype=dtype))
+        weight: HiddenWeight = torch.Tensor._make_subclass(HiddenWeight, torch.empty(shape, dtype=dtype, device="meta"))
         weight.__dict__.update(_layer=layer, _is_param=True)
         return weight
 
@@ -112,7 +122,7 @@ class HiddenWeight(torch.Tensor):
         kwargs = kwargs or {}
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+                return _ON_CPU.get(func, func)(*args, **kwargs)
         for item in (*args, *kwargs.values()):
             for value in item if isinstance(item, (list, tuple)) else (item,):
                 if isinstance(value, HiddenWeight):
@@ -127,8 +137,9 @@ class LayerCall:
     Attributes:
         module: The layer.
         index: How many times it was called before.
-        inputs: The tensors it received; the first is its input, with the autograd graph that led to it.
-        output: The graph leaf behind its output, None for layers with fixed roles.
+        inputs: The tensors it received; the first is its input, for the first call of a kind of layer with the autograd
+            graph that led to it.
+        output: The graph leaf behind its output; None for layers with fixed roles and later calls of a kind.
     """
 
     module: nn.Module
@@ -202,6 +213,11 @@ class StubbedModel:
         self.stubbed: dict[nn.Module, str] = {module: anatomy.names[module] for module in anatomy.leaves}
         self.read_directly: set[nn.Module] = set()
         self._experts = set(anatomy.experts)
+        kinds: dict[tuple[Any, ...], nn.Module] = {}
+        for name, module in anatomy.modules.items():
+            shapes = tuple((key, tuple(value.shape)) for key, value in module.named_parameters())
+            kinds.setdefault((generic_name(name), type(module), shapes), module)
+        self._first_of_kind = set(kinds.values())
         self.attributes_read: dict[nn.Module, set[str]] = defaultdict(set)
         self.fields_read: dict[int, set[str]] = {}
         self.reference = Reference()
@@ -246,6 +262,7 @@ class StubbedModel:
     def _record(self) -> Reference:
         record = Reference()
         counts: Counter[nn.Module] = Counter()
+        kinds: set[tuple[Any, ...]] = set()
 
         def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             index = counts[module]
@@ -259,8 +276,14 @@ class StubbedModel:
             if self._has_fixed_role(module):
                 record.calls.append(LayerCall(module, index, inputs, None))
                 return self._fixed_output(module, index, args, kwargs)
-            value = self.whole_output(module, index, inputs[0]).clone().requires_grad_()
-            record.calls.append(LayerCall(module, index, inputs, value))
+            value = self.whole_output(module, index, inputs[0]).clone()
+            signature = self.anatomy.signature(module)
+            if signature in kinds:
+                # One of each kind is enough for the analysis; graphs through all blocks would fill the memory.
+                record.calls.append(LayerCall(module, index, tuple(record.inputs[module, index]), None))
+                return value
+            kinds.add(signature)
+            record.calls.append(LayerCall(module, index, inputs, value.requires_grad_()))
             return value * 1.0
 
         with self.installed(on_call, record.tensors, trace=True), self._recording_scopes(record), torch.enable_grad():
@@ -274,16 +297,19 @@ class StubbedModel:
 
     @contextlib.contextmanager
     def _recording_scopes(self, record: Reference) -> Iterator[None]:
-        first_of_kind: dict[tuple[str, type], nn.Module] = {}
         handles = []
+        uncopied: set[nn.Module] = set()
 
-        def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kind = (generic_name(self.anatomy.names[module]), type(module))
-            if first_of_kind.setdefault(kind, module) is module and module not in record.scope_calls:
+        def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if module not in self._first_of_kind:
+                # One block of each kind is analysed; the graph through the others would only fill the memory.
+                return detached(args), detached(kwargs)
+            if module not in record.scope_calls and module not in uncopied:
                 try:
                     record.scope_calls[module] = (snapshot(args), snapshot(kwargs))
                 except Exception:  # noqa: BLE001 - arguments of any type; what cannot be copied is replayed from outside
-                    first_of_kind[kind] = self.model
+                    uncopied.add(module)
+            return None
 
         for module in self._composites():
             handles.append(module.register_forward_pre_hook(remember, with_kwargs=True))
@@ -474,7 +500,7 @@ class StubbedModel:
         """Record which fields of a configuration-like object are read."""
         own_class = type(value)
         original: Any = own_class.__getattribute__
-        plain = isinstance(value, (nn.Module, torch.Tensor, dict, list, tuple, set)) or callable(value)
+        plain = isinstance(value, (nn.Module, torch.Tensor, dict, list, tuple, set, enum.Enum)) or callable(value)
         if plain or not hasattr(value, "__dict__") or id(value) in self.fields_read:
             return
         reads: set[str] = set()
@@ -546,6 +572,7 @@ class StubbedModel:
                         else:
                             # Running statistics take no gradient.
                             wanted = differentiable and not isinstance(module, nn.modules.batchnorm._NormBase)
+                            wanted = wanted and module in self._first_of_kind
                             substitute = self._substitute(name, value, own is module._parameters, wanted)
                             if substitute.requires_grad:
                                 tensors[name] = substitute

@@ -283,6 +283,7 @@ def candidate_inputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:
     }
     parameters = list(inspect.signature(model.forward).parameters)
     main = getattr(model, "main_input_name", "input_ids")
+    main = main[0] if isinstance(main, list) else main
     second = [
         name for name in ("input_ids", "pixel_values", "decoder_input_ids") if name in parameters and name != main
     ]
