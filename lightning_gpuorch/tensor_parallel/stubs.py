@@ -98,7 +98,7 @@ _METADATA: frozenset[Any] = frozenset(
 
 
 _ON_CPU: dict[Any, Callable[..., Any]] = {
-    torch.Tensor.device.__get__: lambda *_: torch.device("cpu"),  # type: ignore[attr-defined]
+    torch.Tensor.device.__get__: lambda *_: torch.device("cpu"),
     torch.Tensor.is_meta.__get__: lambda *_: False,  # type: ignore[attr-defined]
     torch.Tensor.get_device: lambda *_: -1,
 }
@@ -595,7 +595,8 @@ class StubbedModel:
         if not is_parameter and not value.is_meta:
             real = value.detach().to("cpu", torch.float32, copy=True)
             return real.requires_grad_(differentiable)
-        scale = 1.0 / math.sqrt(max(value.shape[-1], 1)) if value.dim() > 1 else 1.0
+        # Scaled by the fan-in, so that values stay finite through many layers.
+        scale = 1.0 / math.sqrt(max(value[0].numel(), 1)) if value.dim() > 1 else 1.0
         large = value.numel() > MAX_DISTINCT_ELEMENTS
         shape = value.shape[-1:] if large else value.shape
         numbers = (self.numbers.tensor(("tensor", name), shape) * scale).expand(value.shape)
