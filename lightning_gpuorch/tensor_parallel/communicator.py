@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 
+# torch renamed the collective in 2.13.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Communicator:
     """The collectives of one tensor-parallel group, shared by all sharded layers of a model.
@@ -51,7 +54,7 @@ class Communicator:
             tensor = F.pad(tensor, (0, widest - tensor.shape[-1]))
         tensor = tensor.contiguous()
         flat = tensor.new_empty((self.size * tensor.numel(),))
-        dist.all_gather_into_tensor(flat, tensor.view(-1), group=self.process_group)
+        _all_gather(flat, tensor.view(-1), group=self.process_group)
         pieces = flat.view(self.size, *tensor.shape)
         if all(size == widest for size in sizes):
             return pieces.movedim(0, -2).flatten(-2)

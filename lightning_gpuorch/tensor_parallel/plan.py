@@ -259,8 +259,8 @@ class TensorParallelPlan:
         return {"format_version": FORMAT_VERSION, **_plain(self)}
 
     def to_json(self) -> str:
-        """Write the plan as JSON, the same text for equal plans."""
-        return json.dumps(self.to_dict(), sort_keys=True)
+        """Write the plan as JSON."""
+        return json.dumps(self.to_dict())
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TensorParallelPlan:
