@@ -3,6 +3,7 @@
 from lightning_gpuorch.tensor_parallel.apply import applied_plan, apply_plan
 from lightning_gpuorch.tensor_parallel.checkpoint import Checkpoint, open_checkpoint
 from lightning_gpuorch.tensor_parallel.communicator import Communicator
+from lightning_gpuorch.tensor_parallel.example_input import cut_small, find_example_input
 from lightning_gpuorch.tensor_parallel.generation import from_first_rank, generate, synchronize_random_state
 from lightning_gpuorch.tensor_parallel.loading import LoadReport, load_sharded
 from lightning_gpuorch.tensor_parallel.meta import empty_parameters
@@ -38,7 +39,9 @@ __all__ = [
     "applied_plan",
     "apply_plan",
     "check_first_batch",
+    "cut_small",
     "empty_parameters",
+    "find_example_input",
     "from_first_rank",
     "generate",
     "load_sharded",

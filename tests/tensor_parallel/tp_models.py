@@ -504,6 +504,7 @@ EXAMPLES: dict[str, Example] = {
     "stacked_experts": Example(lambda: Network(Separate, RoutedStack)),
     "interleaved_experts": Example(lambda: Network(Grouped, lambda: RoutedStack(True))),
     "language": Example(lambda: Language(PackedThirds), lambda: (tokens(),)),
+    "language_hard_coded": Example(lambda: Language(HardCoded), lambda: (tokens(),)),
     "language_reads_weight": Example(lambda: Language(Separate, True), lambda: (tokens(),), min_sharded=0.6),
     "nn_transformer": Example(Translator, lambda: (hidden(1), hidden(2)[:, :12], _padding())),
     "nn_encoder": Example(Encoder),
