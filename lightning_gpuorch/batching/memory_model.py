@@ -117,7 +117,9 @@ class MemoryModel:
         self._weights = best / scale
 
 
-def _features(count: float | npt.NDArray[np.float64], length: float | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _features(
+    count: float | npt.NDArray[np.float64], length: float | npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
     one = np.ones_like(count, dtype=np.float64)
     return np.stack([one, one * count, one * count * length, one * count * length * length], axis=-1)
 
