@@ -117,7 +117,9 @@ class MemoryModel:
         self._weights = best / scale
 
 
-def _features(count: float | npt.NDArray[np.float64], length: float | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _features(
+    count: float | npt.NDArray[np.float64], length: float | npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
     one = np.ones_like(count, dtype=np.float64)
     return np.stack([one, one * count, one * count * length, one * count * length * length], axis=-1)
 
@@ -162,9 +164,11 @@ class BatchSizer:
         self._nominal_bytes = self._budget_bytes = float(budget_bytes)
         self._max_count, self._start, self._growth, self._forget_after = max_count, start, growth, forget_after
         self._most_tokens = self._most_squares = 0
+        self._highest_peak_bytes = 0.0
         self._failures: dict[int, _Failure] = {}
         self._step = 0
         self._last_shrink = 0
+        self._shrink = 0.0
 
     @property
     def budget_bytes(self) -> float:
@@ -181,6 +185,8 @@ class BatchSizer:
         count = self._start
         if self.model.is_ready:
             count = min(self.model.largest_count(length, self._budget_bytes), self._max_count)
+        elif self._growth * self._highest_peak_bytes <= self._budget_bytes:
+            count = self._max_count  # one shape is no model, but a bounded step from it is safe
         trusted = min(self._most_tokens / length, self._most_squares / length**2)
         count = min(count, max(self._start, int(self._growth * trusted)), self._ceiling(length))
         return max(1, count)
@@ -196,6 +202,7 @@ class BatchSizer:
         self._step += 1
         length = max(1, length)
         self.model.observe(count, length, peak_bytes)
+        self._highest_peak_bytes = max(self._highest_peak_bytes, peak_bytes)
         self._most_tokens = max(self._most_tokens, count * length)
         self._most_squares = max(self._most_squares, count * length**2)
         if peak_bytes > self._budget_bytes:
@@ -218,9 +225,11 @@ class BatchSizer:
         length = max(1, length)
         self._failures[_bucket(length)] = _Failure(count, self._step)
         if self.model.is_confident:
-            # With a good fit, what did not fit here was the budget. A step beyond the limit says little about by how
-            # much; the prediction is where the limit is at most.
-            self._budget_bytes = min(self._budget_bytes, self.model.predict(count, length))
+            # With a good fit, what did not fit here was the budget: it ends below the prediction. How far below shows
+            # only when that fails as well, so further failures take ever larger steps.
+            again = bool(self._last_shrink) and self._step - self._last_shrink < self._forget_after
+            self._shrink = min(0.25, max(0.04, 2 * self._shrink)) if again else 0.0
+            self._budget_bytes = min(self._budget_bytes, self.model.predict(count, length) * (1 - self._shrink))
             self._last_shrink = self._step
         return min(max(1, count // 2), self.choose(length))
 
