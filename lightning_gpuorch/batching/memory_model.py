@@ -21,6 +21,7 @@ _SUPPORTS = [
     for support in itertools.combinations(range(_NUM_FEATURES), count)
 ]
 _ENOUGH_POINTS = 6
+_GOOD_POINTS = 32
 
 
 class MemoryModel:
@@ -35,7 +36,8 @@ class MemoryModel:
     def __init__(self, margin: float = 0.03, early_margin: float = 0.15, max_points: int = 256):
         self._margin, self._early_margin, self._max_points = margin, early_margin, max_points
         self._peaks: dict[tuple[int, int], float] = {}
-        self._weights: npt.NDArray[np.float64] | None = None
+        self._weights: tuple[float, ...] | None = None
+        self._num_new = 0
         self._error = early_margin
         self._stale = False
 
@@ -71,7 +73,12 @@ class MemoryModel:
         self._peaks[shape] = peak_bytes
         if len(self._peaks) > self._max_points:
             del self._peaks[next(iter(self._peaks))]
-        self._stale = True
+        self._num_new += 1
+        # A fit takes up to a millisecond: once the model is good, it waits until it was wrong or much is new.
+        if self._weights is None or len(self._peaks) < _GOOD_POINTS or self._num_new >= _GOOD_POINTS:
+            self._stale = True
+        else:
+            self._stale = self._stale or 1 - self._value(count, length) / peak_bytes > max(0.0, self._error)
 
     def predict(self, count: int, length: int) -> float:
         """The peak to expect, in bytes, without margin.
@@ -82,7 +89,7 @@ class MemoryModel:
         self._fit()
         if self._weights is None:
             raise ValueError("the memory model has seen no batch yet.")
-        return float(_features(count, length) @ self._weights)
+        return self._value(count, length)
 
     def largest_count(self, length: int, budget_bytes: float) -> int:
         """The largest batch of samples of this length whose prediction, with margin, fits; 0 if none does."""
@@ -96,6 +103,7 @@ class MemoryModel:
         if not self._stale:
             return
         self._stale = False
+        self._num_new = 0
         shapes = np.array(list(self._peaks), dtype=np.float64)
         peaks = np.array(list(self._peaks.values()))
         relative = _features(shapes[:, 0], shapes[:, 1]) / peaks[:, None]
@@ -114,14 +122,16 @@ class MemoryModel:
             if loss < best_loss - 1e-12:
                 best, best_loss = weights, loss
         self._error = float(np.max(1 - relative @ best))  # only being too low can hurt
-        self._weights = best / scale
+        self._weights = tuple((best / scale).tolist())
+
+    def _value(self, count: int, length: int) -> float:
+        assert self._weights is not None
+        empty, per_sample, per_token, per_square = self._weights
+        return empty + count * (per_sample + length * (per_token + length * per_square))
 
 
-def _features(
-    count: float | npt.NDArray[np.float64], length: float | npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
-    one = np.ones_like(count, dtype=np.float64)
-    return np.stack([one, one * count, one * count * length, one * count * length * length], axis=-1)
+def _features(counts: npt.NDArray[np.float64], lengths: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.stack([np.ones_like(counts), counts, counts * lengths, counts * lengths * lengths], axis=-1)
 
 
 @dataclass
