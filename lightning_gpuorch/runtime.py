@@ -78,6 +78,11 @@ class Runtime:
         return self.world.generation
 
     @property
+    def is_leader(self) -> bool:
+        """Whether this process speaks for its tensor-parallel group."""
+        return self.world.topology.is_leader
+
+    @property
     def run_directory(self) -> Path | None:
         """Where logs, events and metrics of the run go, if anywhere."""
         return self.world.run_directory

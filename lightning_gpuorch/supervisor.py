@@ -37,7 +37,8 @@ from lightning_gpuorch.errors import (
     MissingPredictionsError,
 )
 from lightning_gpuorch.head import Head
-from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits, Row
+from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits, Row, main_thread_of_dump
+from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 from lightning_gpuorch.recovery import Action, FailureKind, FailureRecoveryManager
 from lightning_gpuorch.spawn import Process, Spawner
 from lightning_gpuorch.world import new_run_id, remove_ephemeral
@@ -306,7 +307,7 @@ class Supervisor:
         while time.monotonic() < deadline and any(_size(w.dump_file) == before[w.rank] for w in members):
             time.sleep(0.01)
         time.sleep(0.05)  # the last one may still be writing
-        return _main_thread(self._workers[culprit].dump_file)
+        return main_thread_of_dump(self._workers[culprit].dump_file)
 
     def _blame(self, group: Sequence[int]) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], tuple[int, int]]]:
         """The chunk and the position a group was computing, by (job, loader)."""
@@ -416,6 +417,9 @@ class Supervisor:
         log.debug("event %s %s", kind, fields)
 
     def _clean_up(self) -> None:
+        for job in self.head.jobs.values():
+            for loader in range(len(job.queues)):  # every writer is gone: what it left half-written can go
+                PartStore(loader_directory(job.directory, loader)).sweep_temporaries(0.0)
         self._table.close()
         Path(self._table.path).unlink(missing_ok=True)
         if not self.keep_results:
@@ -441,18 +445,6 @@ def _signal(pid: int, number: int) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _main_thread(dump: Path) -> str:
-    """The main thread's innermost frames, out of what faulthandler wrote."""
-    try:
-        blocks = dump.read_text(encoding="utf-8", errors="replace").strip().split("\n\n")
-    except OSError:
-        return ""
-    if not blocks or not blocks[-1].strip():
-        return ""
-    frames = [line for line in blocks[-1].splitlines() if line.strip().startswith("File")]
-    return "\n".join(frames[:6])
 
 
 def _signal_group(pid: int, number: int) -> None:

@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+# Before torch is imported anywhere: a forked child must not wait for its parent's OpenMP threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SCRIPTS = Path(__file__).parent / "scripts"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from typing import Any
 
 import click
 
@@ -15,7 +16,7 @@ def predictions() -> None:
     """Verify, show and export the predictions in a directory."""
 
 
-def _loaders(directory: str) -> list[object]:
+def _loaders(directory: str) -> list[Any]:
     from lightning_gpuorch.predictions import Predictions, read_predictions
 
     found = read_predictions(directory, allow_missing=True)
@@ -29,9 +30,9 @@ def verify(directory: str) -> None:
     bad = False
     try:
         for number, found in enumerate(_loaders(directory)):
-            samples = sum(1 for _ in found.samples())  # type: ignore[attr-defined]
-            missing = list(found.missing)  # type: ignore[attr-defined]
-            click.echo(f"dataloader {number}: {len(found)} batches, {samples} samples read and intact")  # type: ignore[arg-type]
+            samples = sum(1 for _ in found.samples())
+            missing = list(found.missing)
+            click.echo(f"dataloader {number}: {len(found)} batches, {samples} samples read and intact")
             if missing:
                 bad = True
                 click.echo(f"dataloader {number}: {len(missing)} missing: {format_indices(missing)}", err=True)
@@ -48,7 +49,7 @@ def show(directory: str, count: int) -> None:
     try:
         for number, found in enumerate(_loaders(directory)):
             click.echo(f"dataloader {number}: {found!r}")
-            rows = zip(found.indices, found.samples(), strict=False)  # type: ignore[attr-defined]
+            rows = zip(found.indices, found.samples(), strict=False)
             for index, sample in itertools.islice(rows, count):
                 click.echo(f"  {index}: {sample!r}")
     except GPUOrchError as error:

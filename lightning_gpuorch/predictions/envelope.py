@@ -1,299 +1,242 @@
-"""A prediction of any structure as checksummed bytes, and back.
+"""What are the bytes of a part file, and how is every damaged bit noticed?
 
-The structure becomes a JSON tree; tensors and arrays become safetensors columns. Around both stands an envelope with
-CRC-32 sums of its own, because neither torch nor safetensors notices a flipped bit::
+::
 
-    magic | header length, header CRC, body length, body CRC | CRC of all before | header (JSON) | body (safetensors)
+    offset    bytes
+    0         4      magic "GPQ1"
+    4         2      format version, little-endian like all that follows
+    6         2      reserved, 0
+    8         4      H, bytes of the header
+    12        4      CRC-32 of bytes 0-11 and the header
+    16        H      header: JSON, padded with spaces so that the body begins at a multiple of 64
+    16+H      T      structure: JSON, one node per prediction, padded likewise
+    16+H+T    C      columns: a safetensors blob with tensors named "0", "1", ...
+
+The header holds the writer's fields, ``structure_bytes`` (T), ``columns_bytes`` (C) and ``body_crc32`` over both. Every
+byte is under one of the two checksums and the file must end where the header says. CRC-32 finds every error burst of
+up to 32 bits and all but one in 4 billion others; ``torch.load`` and safetensors would hand out a flipped bit.
+
+Encoding copies no tensor that is contiguous on the CPU: :attr:`EncodedEnvelope.buffers` are views, to be written one
+after the other. Decoding copies a prediction's columns out of the file's buffer when that prediction is asked for, so
+what a caller keeps does not keep the rest of the file in memory. How a prediction becomes nodes and columns is told in
+:mod:`lightning_gpuorch.predictions.codec`.
 """
 
 from __future__ import annotations
 
-import base64
-import collections
 import dataclasses
+import io
 import json
 import struct
-import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import safetensors.torch
-import torch
+from lightning_gpuorch.errors import CorruptPartError, PredictionStorageError
+from lightning_gpuorch.predictions.codec import Column, Node, TreeEncoder
+from lightning_gpuorch.predictions.decoder import decode_tree
 
-from lightning_gpuorch.errors import CorruptPartError, UnsupportedPredictionError
+FORMAT_VERSION = 1
 
-MAGIC = b"GPUORCH\x01"
-_PREFIX = struct.Struct("<8sIIQI")
-_PREFIX_CRC = struct.Struct("<I")
-PREFIX_BYTES = _PREFIX.size + _PREFIX_CRC.size
+_MAGIC = b"GPQ1"
+_COVERED = struct.Struct("<4sHHI")
+_PRELUDE_BYTES = _COVERED.size + 4
+_ALIGNMENT_BYTES = 64
+_FIRST_READ_BYTES = 4096
+"""Enough for the header of most parts: one read instead of two."""
+_OWN_FIELDS = frozenset({"structure_bytes", "columns_bytes", "body_crc32"})
 
 
-def encode(metadata: Mapping[str, Any], tree: Any) -> bytes:
-    """Serialise a pytree.
+@dataclasses.dataclass(frozen=True)
+class EncodedEnvelope:
+    """An envelope ready to be written.
 
-    Args:
-        metadata: JSON-serialisable fields for the header.
-        tree: Tensors, arrays, text, numbers, None, and containers of them.
-
-    Raises:
-        UnsupportedPredictionError: A value has no durable form; its place and type are named.
+    Attributes:
+        buffers: Its bytes, to be written in order. They view the tensors that were encoded.
+        num_bytes: Their total length.
     """
-    writer = _TreeWriter()
-    structure = writer.write(tree, "output")
-    header = json.dumps({"metadata": metadata, "tree": structure}, separators=(",", ":")).encode()
-    body = safetensors.torch.save(writer.columns)
-    prefix = _PREFIX.pack(MAGIC, len(header), zlib.crc32(header), len(body), zlib.crc32(body))
-    return b"".join((prefix, _PREFIX_CRC.pack(zlib.crc32(prefix)), header, body))
+
+    buffers: Sequence[memoryview]
+    num_bytes: int
 
 
-def decode(data: bytes, source: str) -> tuple[dict[str, Any], Any]:
-    """Read what :func:`encode` wrote.
+def encode_envelope(fields: Mapping[str, Any], predictions: Sequence[Any]) -> EncodedEnvelope:
+    """Encode predictions and what is known about them.
 
     Args:
-        data: The bytes.
-        source: Where they come from, for error messages.
+        fields: Plain JSON for the header, which can be read without the rest.
+        predictions: Predictions; each can be decoded alone.
 
     Returns:
-        Metadata and tree.
+        The bytes, as views of the predictions' tensors wherever these are contiguous and on the CPU.
 
     Raises:
-        CorruptPartError: Any byte is missing, added or changed.
+        UnsupportedPredictionError: A prediction contains a type without a durable form.
+        PredictionStorageError: ``fields`` is not plain JSON.
     """
-    header, body = check(data, source)
-    columns = safetensors.torch.load(body)
-    return header["metadata"], _TreeReader(columns).read(header["tree"])
-
-
-def read_header(data: bytes, source: str) -> dict[str, Any]:
-    """The metadata alone; ``data`` must hold at least prefix and header.
-
-    Raises:
-        CorruptPartError: The header is damaged.
-    """
-    header_bytes, _, _ = _check_prefix(data, source)
-    return dict(_check_header(data, header_bytes, source)["metadata"])
-
-
-def header_bytes(prefix: bytes, source: str) -> int:
-    """Length of the header, from the first :data:`PREFIX_BYTES` bytes."""
-    return _check_prefix(prefix, source)[0]
-
-
-def check(data: bytes, source: str) -> tuple[dict[str, Any], bytes]:
-    """Verify all checksums; returns the parsed header and the body."""
-    length, body_length, body_crc = _check_prefix(data, source)
-    expected = PREFIX_BYTES + length + body_length
-    if len(data) != expected:
-        raise CorruptPartError(f"{source} has {len(data)} bytes, its header says {expected}; it was cut or added to.")
-    header = _check_header(data, length, source)
-    body = data[PREFIX_BYTES + length :]
-    if zlib.crc32(body) != body_crc:
-        raise CorruptPartError(f"{source}: the checksum of its data does not match; it is damaged.")
-    return header, body
-
-
-def _check_prefix(data: bytes, source: str) -> tuple[int, int, int]:
-    if len(data) < PREFIX_BYTES:
-        raise CorruptPartError(f"{source} has only {len(data)} bytes; it was cut.")
-    prefix = data[: _PREFIX.size]
-    (crc,) = _PREFIX_CRC.unpack_from(data, _PREFIX.size)
-    magic, length, _, body_length, body_crc = _PREFIX.unpack(prefix)
-    if zlib.crc32(prefix) != crc:
-        raise CorruptPartError(f"{source}: the checksum of its first bytes does not match; it is damaged.")
-    if magic != MAGIC:
-        raise CorruptPartError(f"{source} is no part file of this version.")
-    return length, body_length, body_crc
-
-
-def _check_header(data: bytes, length: int, source: str) -> dict[str, Any]:
-    crc = _PREFIX.unpack_from(data)[2]
-    header = data[PREFIX_BYTES : PREFIX_BYTES + length]
-    if len(header) != length or zlib.crc32(header) != crc:
-        raise CorruptPartError(f"{source}: the checksum of its header does not match; it is damaged.")
-    return dict(json.loads(header))
-
-
-class _TreeWriter:
-    """Turns a pytree into JSON; each container that JSON does not have is an object with one telling key."""
-
-    def __init__(self) -> None:
-        self.columns: dict[str, torch.Tensor] = {}
-
-    def write(self, value: Any, path: str) -> Any:
-        if value is None or type(value) in (bool, int, float, str):
-            return value
-        if isinstance(value, torch.Tensor):
-            return self._tensor(value, path)
-        if isinstance(value, np.ndarray):
-            return self._array(value, path)
-        if isinstance(value, np.generic):
-            return {"scalar": self._array(np.asarray(value), path)}
-        if type(value) is list:
-            return [self.write(item, f"{path}[{i}]") for i, item in enumerate(value)]
-        if isinstance(value, tuple):
-            return self._tuple(value, path)
-        if isinstance(value, Mapping):
-            return self._mapping(value, path)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = {f.name: self.write(getattr(value, f.name), f"{path}.{f.name}") for f in dataclasses.fields(value)}
-            return {"dataclass": _qualified_name(value), "fields": fields}
-        if type(value) is bytes:
-            return {"bytes": base64.b64encode(value).decode()}
-        if type(value) is complex:
-            return {"complex": [value.real, value.imag]}
-        raise UnsupportedPredictionError(
-            f"{path} is a {_qualified_name(value)}, which has no durable form. Return tensors, numpy arrays, text, "
-            "numbers, None, or dicts, lists, tuples and dataclasses of them."
+    if not _OWN_FIELDS.isdisjoint(fields):
+        raise PredictionStorageError(
+            f"{sorted(_OWN_FIELDS)} are fields of the envelope itself; rename those of {fields}."
         )
-
-    def _column(self, tensor: torch.Tensor) -> str:
-        name = str(len(self.columns))
-        own = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-        shared = any(tensor.data_ptr() == other.data_ptr() for other in self.columns.values() if tensor.numel())
-        self.columns[name] = tensor if own and not shared else tensor.clone(memory_format=torch.contiguous_format)
-        return name
-
-    def _tensor(self, tensor: torch.Tensor, path: str) -> dict[str, Any]:
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
-            raise UnsupportedPredictionError(
-                f"{path} is a {_qualified_name(tensor)} of layout {tensor.layout}; return a dense torch.Tensor "
-                "(.to_dense(), .full_tensor() or .dequantize())."
-            )
-        if tensor.is_quantized or tensor.is_meta:
-            raise UnsupportedPredictionError(f"{path} is a quantized or meta tensor; return a dense one with values.")
-        tensor = tensor.detach().cpu()
-        if tensor.is_complex():
-            return {"tensor": self._column(torch.view_as_real(tensor.resolve_conj())), "complex": True}
-        return {"tensor": self._column(tensor.resolve_neg())}
-
-    def _array(self, array: np.ndarray[Any, Any], path: str) -> dict[str, Any]:
-        kind = array.dtype.kind
-        if kind == "U":
-            return {"array": array.ravel().tolist(), "dtype": array.dtype.str, "shape": list(array.shape)}
-        if kind in "Mm":
-            integers = np.ascontiguousarray(array).view(np.int64)
-            return {"array": self._column(torch.from_numpy(integers.copy())), "dtype": array.dtype.str}
-        if kind not in "biufc" or array.dtype.names:
-            raise UnsupportedPredictionError(
-                f"{path} is a numpy array of dtype {array.dtype}, which has no durable form; convert it to numbers or text."
-            )
-        plain = np.array(array, dtype=array.dtype.newbyteorder("="), order="C", copy=True)
-        try:
-            tensor = torch.from_numpy(plain)
-        except TypeError:
-            raise UnsupportedPredictionError(
-                f"{path} is a numpy array of dtype {array.dtype}; use one torch has."
-            ) from None
-        if tensor.is_complex():
-            return {"array": self._column(torch.view_as_real(tensor)), "dtype": array.dtype.str, "complex": True}
-        return {"array": self._column(tensor), "dtype": array.dtype.str}
-
-    def _tuple(self, value: tuple[Any, ...], path: str) -> dict[str, Any]:
-        if hasattr(value, "_fields"):
-            fields = value._fields
-            items = [self.write(item, f"{path}.{name}") for name, item in zip(fields, value, strict=True)]
-            return {"namedtuple": _qualified_name(value), "fields": list(fields), "items": items}
-        if type(value) is not tuple:
-            raise UnsupportedPredictionError(
-                f"{path} is a {_qualified_name(value)}, a tuple of its own kind; use a tuple."
-            )
-        return {"tuple": [self.write(item, f"{path}[{i}]") for i, item in enumerate(value)]}
-
-    def _mapping(self, value: Mapping[Any, Any], path: str) -> dict[str, Any]:
-        pairs = []
-        for key, item in value.items():
-            if key is not None and type(key) not in (str, int, float, bool):
-                raise UnsupportedPredictionError(
-                    f"{path} has the key {key!r}, a {type(key).__name__}; use text or numbers."
-                )
-            pairs.append([key, self.write(item, f"{path}[{key!r}]")])
-        return {"dict": pairs} if type(value) is dict else {"mapping": _qualified_name(value), "dict": pairs}
-
-
-class _TreeReader:
-    """Turns the JSON of :class:`_TreeWriter` back into the pytree."""
-
-    def __init__(self, columns: Mapping[str, torch.Tensor]):
-        self._columns = columns
-
-    def read(self, node: Any) -> Any:
-        if isinstance(node, list):
-            return [self.read(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        if "tensor" in node:
-            column = self._columns[node["tensor"]]
-            return torch.view_as_complex(column) if node.get("complex") else column
-        if "array" in node:
-            return self._array(node)
-        if "tuple" in node:
-            return tuple(self.read(item) for item in node["tuple"])
-        if "scalar" in node:
-            return self._array(node["scalar"])[()]
-        if "namedtuple" in node:
-            return _named_tuple(node["namedtuple"], node["fields"], [self.read(item) for item in node["items"]])
-        if "dataclass" in node:
-            return _data_class(node["dataclass"], {name: self.read(item) for name, item in node["fields"].items()})
-        if "bytes" in node:
-            return base64.b64decode(node["bytes"])
-        if "complex" in node:
-            return complex(*node["complex"])
-        plain = {key: self.read(item) for key, item in node["dict"]}
-        return _mapping(node["mapping"], plain) if "mapping" in node else plain
-
-    def _array(self, node: dict[str, Any]) -> np.ndarray[Any, Any]:
-        if "shape" in node:
-            return np.array(node["array"], dtype=node["dtype"]).reshape(node["shape"])
-        column = self._columns[node["array"]]
-        if node.get("complex"):
-            column = torch.view_as_complex(column)
-        array: np.ndarray[Any, Any] = column.numpy()
-        dtype = np.dtype(node["dtype"])
-        return array.view(dtype) if dtype.kind in "Mm" else array.astype(dtype, copy=False)
-
-
-def _qualified_name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def _loaded_class(name: str) -> Any:
-    """A class by name, only if its module is loaded already: nothing named in a file is ever imported."""
-    module_name, _, path = name.rpartition(".")
-    while module_name:
-        found: Any = sys.modules.get(module_name)
-        if found is not None:
-            for attribute in path.split("."):
-                found = getattr(found, attribute, None)
-            return found if isinstance(found, type) else None
-        module_name, _, outer = module_name.rpartition(".")
-        path = f"{outer}.{path}"
-    return None
-
-
-def _named_tuple(name: str, fields: list[str], items: list[Any]) -> Any:
-    kind = _loaded_class(name)
-    if kind is None or getattr(kind, "_fields", None) != tuple(fields):
-        kind = collections.namedtuple(name.rpartition(".")[2], fields)
-    return kind(*items)
-
-
-def _data_class(name: str, fields: dict[str, Any]) -> Any:
-    kind = _loaded_class(name)
-    if kind is None or not dataclasses.is_dataclass(kind) or {f.name for f in dataclasses.fields(kind)} != set(fields):
-        return fields
-    value = object.__new__(kind)
-    for field_name, item in fields.items():
-        object.__setattr__(value, field_name, item)
-    return value
-
-
-def _mapping(name: str, plain: dict[Any, Any]) -> Any:
-    kind = _loaded_class(name)
-    if kind is None or not issubclass(kind, Mapping):
-        return plain
+    encoder = TreeEncoder()
+    structure = _padded([encoder.encode(prediction) for prediction in predictions], 0)
+    columns = _safetensors(encoder.columns)
+    body = [memoryview(structure), *columns]
+    checksum = 0
+    for buffer in body:
+        checksum = zlib.crc32(buffer, checksum)
+    columns_bytes = sum(buffer.nbytes for buffer in columns)
+    own = {"structure_bytes": len(structure), "columns_bytes": columns_bytes, "body_crc32": checksum}
     try:
-        return kind(**plain) if dataclasses.is_dataclass(kind) else kind(plain)
-    except TypeError:  # its constructor wants something else
-        return plain
+        header = _padded({**fields, **own}, _PRELUDE_BYTES)
+    except (TypeError, ValueError) as error:
+        raise PredictionStorageError(f"The metadata of a part must be plain JSON, got {fields!r}: {error}.") from error
+    covered = _COVERED.pack(_MAGIC, FORMAT_VERSION, 0, len(header))
+    prelude = covered + struct.pack("<I", zlib.crc32(header, zlib.crc32(covered)))
+    num_bytes = len(prelude) + len(header) + len(structure) + columns_bytes
+    return EncodedEnvelope([memoryview(prelude + header), *body], num_bytes)
+
+
+def _padded(data: Any, offset_bytes: int) -> bytes:
+    """JSON that ends at an aligned position if it begins at ``offset_bytes``."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
+    return text + b" " * (-(offset_bytes + len(text)) % _ALIGNMENT_BYTES)
+
+
+def _safetensors(columns: Sequence[Column]) -> list[memoryview]:
+    """Lay columns out as one safetensors blob; the library's own writer would copy each of them twice."""
+    entries: dict[str, Any] = {}
+    # Widest elements first keeps every tensor aligned to its element, as safetensors' own writer does.
+    order = sorted(range(len(columns)), key=lambda position: -columns[position].element_bytes)
+    offset = 0
+    buffers = []
+    for position in order:
+        column = columns[position]
+        end = offset + column.num_bytes
+        entries[str(position)] = {"dtype": column.dtype, "shape": column.shape, "data_offsets": [offset, end]}
+        if end > offset:
+            buffers.append(column.buffer())
+        offset = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return [memoryview(struct.pack("<Q", len(header)) + header), *buffers]
+
+
+class Envelope:
+    """An envelope in memory, verified.
+
+    Args:
+        raw: The whole file.
+        source: Its name, for error messages.
+
+    Attributes:
+        fields: The writer's fields.
+        num_predictions: Number of predictions in it.
+
+    Raises:
+        CorruptPartError: A checksum, a length or the magic does not fit.
+    """
+
+    def __init__(self, raw: bytearray | bytes, source: str):
+        view = memoryview(raw)
+        header_bytes = _check_prelude(view[:_PRELUDE_BYTES], len(view), source)
+        header = _check_header(view, header_bytes, len(view), source)
+        body = view[_PRELUDE_BYTES + header_bytes :]
+        if zlib.crc32(body) != header["body_crc32"]:
+            raise damage(source, "the checksum of its body does not fit")
+        structure, columns = body[: header["structure_bytes"]], body[header["structure_bytes"] :]
+        self.fields = _without_own_fields(header)
+        self._source = source
+        self._nodes: list[Node] = json.loads(bytes(structure))
+        self.num_predictions = len(self._nodes)
+        (entries_bytes,) = struct.unpack("<Q", columns[:8])
+        self._entries: dict[str, Any] = json.loads(bytes(columns[8 : 8 + entries_bytes]))
+        self._data = columns[8 + entries_bytes :]
+
+    def prediction(self, position: int) -> Any:
+        """Decode one prediction. It owns its memory; its tensors are writable.
+
+        Raises:
+            CorruptPartError: It uses a construct that this version does not know.
+        """
+        try:
+            return decode_tree(self._nodes[position], self)
+        except CorruptPartError as error:
+            raise damage(self._source, str(error)) from None
+
+    def dtype(self, column: int) -> str:
+        """Return the safetensors dtype of a column."""
+        return str(self._entries[str(column)]["dtype"])
+
+    def shape(self, column: int) -> tuple[int, ...]:
+        """Return the shape of a column."""
+        return tuple(self._entries[str(column)]["shape"])
+
+    def buffer(self, column: int) -> memoryview:
+        """Return the bytes of a column, in the file's buffer."""
+        start, end = self._entries[str(column)]["data_offsets"]
+        return self._data[start:end]
+
+
+def read_fields(file: io.FileIO, file_bytes: int, source: str) -> dict[str, Any]:
+    """Read the writer's fields only.
+
+    Args:
+        file: The file, at its beginning.
+        file_bytes: Its length.
+        source: Its name, for error messages.
+
+    Returns:
+        The fields. The header's checksum and the file's length are verified, the body's checksum is not.
+
+    Raises:
+        CorruptPartError: A checksum, a length or the magic does not fit.
+    """
+    raw = file.read(_FIRST_READ_BYTES)
+    header_bytes = _check_prelude(memoryview(raw)[:_PRELUDE_BYTES], file_bytes, source)
+    if len(raw) < _PRELUDE_BYTES + header_bytes:
+        raw += file.read(_PRELUDE_BYTES + header_bytes - len(raw))
+    return _without_own_fields(_check_header(memoryview(raw), header_bytes, file_bytes, source))
+
+
+def damage(source: str, what: str) -> CorruptPartError:
+    """Return the error to raise for a damaged file: which one, what is wrong with it, and the way out."""
+    return CorruptPartError(
+        f"{source} is damaged: {what}. Restore it from a copy; or delete it and run the same command again, which "
+        "computes only what it held."
+    )
+
+
+def _check_prelude(prelude: memoryview, file_bytes: int, source: str) -> int:
+    """Check the first bytes as far as can be without the header; returns the header's length."""
+    if len(prelude) < _PRELUDE_BYTES:
+        raise damage(source, f"it ends after {file_bytes} bytes")
+    magic, version, _, header_bytes = _COVERED.unpack(prelude[: _COVERED.size])
+    if magic != _MAGIC:
+        raise damage(source, f"it begins with {bytes(magic)!r} in place of {_MAGIC!r}")
+    if file_bytes < _PRELUDE_BYTES + header_bytes:
+        raise damage(source, f"it ends after {file_bytes} bytes, within its header")
+    if version > FORMAT_VERSION:
+        raise CorruptPartError(
+            f"{source} says it has format {version}, and this version of lightning_gpuorch reads formats up to "
+            f"{FORMAT_VERSION}. It is damaged, or a newer version has written it."
+        )
+    return int(header_bytes)
+
+
+def _check_header(view: memoryview, header_bytes: int, file_bytes: int, source: str) -> dict[str, Any]:
+    end = _PRELUDE_BYTES + header_bytes
+    if len(view) < end:
+        raise damage(source, f"it ends after {len(view)} bytes, within its header")
+    (expected,) = struct.unpack("<I", view[_COVERED.size : _PRELUDE_BYTES])
+    if zlib.crc32(view[_PRELUDE_BYTES:end], zlib.crc32(view[: _COVERED.size])) != expected:
+        raise damage(source, "the checksum of its header does not fit")
+    header: dict[str, Any] = json.loads(bytes(view[_PRELUDE_BYTES:end]))
+    expected_bytes = end + header["structure_bytes"] + header["columns_bytes"]
+    if file_bytes != expected_bytes:
+        raise damage(source, f"it has {file_bytes} bytes in place of {expected_bytes}")
+    return header
+
+
+def _without_own_fields(header: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in header.items() if name not in _OWN_FIELDS}

@@ -1,253 +1,291 @@
-"""Part files: durable, first writer wins. The set of committed parts is the journal of a job."""
+"""What holds the predictions of a chunk, and which chunks are there?
+
+A part is one committed file per chunk. The set of committed parts *is* the journal of a job: leases and messages only
+avoid work being done twice. Whoever commits a chunk first wins; a second copy, from a replica that was thought dead,
+is dropped.
+
+Nothing here imports torch until a part is written or read: the supervisor lists parts and must stay light.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
-import secrets
-import shutil
-import socket
-import time
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_gpuorch.errors import CorruptPartError, PredictionStorageError, StorageFullError
+from lightning_gpuorch.errors import CorruptPartError, MissingPredictionsError
+from lightning_gpuorch.predictions.files import (
+    content_path,
+    create_once,
+    make_directory,
+    remove,
+    storage_error,
+    sweep_temporaries,
+)
+from lightning_gpuorch.predictions.layout import StoredBatch
 
 if TYPE_CHECKING:
-    from lightning_gpuorch.predictions.layout import StoredBatch
+    from lightning_gpuorch.predictions.envelope import Envelope
 
-_PREFIX, _SUFFIX, _TEMPORARY = "part-", ".gpq", ".tmp-"
-_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+_PART_NAME = re.compile(r"part-(\d{9,})\.gpq")
 
 
 def loader_directory(directory: str | os.PathLike[str], loader: int) -> Path:
-    """Where the parts of one dataloader of a job are."""
+    """Return where the parts of one dataloader of a job are."""
     return Path(directory) / f"dataloader_{loader}"
 
 
-@dataclass
-class Part:
-    """A decoded part.
+@dataclass(frozen=True)
+class BatchEntry:
+    """What a part's header tells of one stored batch; the fields are those of :class:`StoredBatch`."""
+
+    first_unit: int
+    indices: Sequence[int] | None
+    size: int | None
+    units: Sequence[int] | None
+    num_lost: int = 0
+
+
+@dataclass(frozen=True)
+class PartHeader:
+    """What is known of a part without its predictions.
 
     Attributes:
-        metadata: What was committed with it.
-        batches: Its predictions, in order.
+        metadata: The fields that were committed with it.
+        entries: Its stored batches, in order.
     """
 
-    metadata: dict[str, Any]
-    batches: list[StoredBatch]
+    metadata: Mapping[str, Any]
+    entries: Sequence[BatchEntry]
+
+
+class Part:
+    """A verified part in memory; predictions are decoded when they are asked for.
+
+    Attributes:
+        header: Everything but the predictions.
+    """
+
+    def __init__(self, envelope: Envelope, header: PartHeader):
+        self._envelope = envelope
+        self.header = header
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The fields that were committed with it."""
+        return self.header.metadata
+
+    @property
+    def batches(self) -> list[StoredBatch]:
+        """All stored batches, decoded."""
+        return [
+            StoredBatch(entry.first_unit, entry.indices, entry.size, self.output(position), entry.units, entry.num_lost)
+            for position, entry in enumerate(self.header.entries)
+        ]
+
+    def output(self, position: int) -> Any:
+        """Decode one prediction; it owns its memory."""
+        return self._envelope.prediction(position)
 
 
 class PartStore:
     """The parts of one dataloader.
 
     Args:
-        directory: Where they are; made when the first one is written.
-        fsync: Wait until the disk has them. False only for tests of speed.
+        directory: Where they are. It is made by the first commit; the directory above it must exist by then.
+        fsync: Wait until the disk has each part. Without it a power cut may lose parts that were reported durable.
     """
 
     def __init__(self, directory: str | os.PathLike[str], fsync: bool = True):
         self.directory = Path(directory)
         self._fsync = fsync
+        self._made = False
 
     def path(self, chunk: int) -> Path:
-        """The file of a chunk."""
-        return self.directory / f"{_PREFIX}{chunk:09d}{_SUFFIX}"
+        """Return the file of a chunk."""
+        return self.directory / f"part-{chunk:09d}.gpq"
 
     def commit(self, chunk: int, batches: Sequence[StoredBatch], metadata: Mapping[str, Any]) -> bool:
         """Make a chunk's predictions durable.
 
         Args:
             chunk: Which chunk.
-            batches: Its predictions, in order.
-            metadata: JSON-serialisable fields to keep with them.
+            batches: Its predictions, in ascending order of their units.
+            metadata: Plain JSON to keep with them.
 
         Returns:
-            True if this call made the part visible, False if somebody else's copy already is.
+            True if this call made the part visible, False if somebody else's copy is there already. Either way the
+            chunk is durable, and no part of a part is ever visible.
 
         Raises:
-            UnsupportedPredictionError: A prediction has no durable form.
+            UnsupportedPredictionError: A prediction contains a type without a durable form.
             StorageFullError: No space is left.
-            PredictionStorageError: The directory cannot be written.
+            PredictionStorageError: The directory cannot be written, or has vanished.
         """
-        from lightning_gpuorch.predictions.envelope import encode
+        from lightning_gpuorch.predictions.envelope import encode_envelope
 
-        header = {
-            **metadata,
-            "chunk": chunk,
-            "batches": [
-                {
-                    "first_unit": b.first_unit,
-                    "indices": _pack_indices(b.indices),
-                    "size": b.size,
-                    "units": _pack_indices(b.units),
-                }
-                for b in batches
-            ],
-        }
-        return self.commit_bytes(chunk, encode(header, [b.output for b in batches]))
-
-    def commit_bytes(self, chunk: int, data: bytes) -> bool:
-        """Make encoded bytes visible as a chunk's part; see :meth:`commit`."""
+        fields = {"chunk": chunk, "metadata": dict(metadata), "batches": [_pack_entry(batch) for batch in batches]}
+        encoded = encode_envelope(fields, [batch.output for batch in batches])
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            return first_writer_wins(self.path(chunk), data, self._fsync)
+            if not self._made:
+                # Once only, and not its parents: a directory removed under way is an error, not to be made again.
+                if not self.directory.parent.is_dir():
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.directory.parent))
+                make_directory(self.directory)
+                self._made = True
+            return create_once(self.path(chunk), encoded.buffers, fsync=self._fsync)
         except OSError as error:
-            raise storage_error(error, self.directory, len(data)) from error
+            raise storage_error(error, self.directory, encoded.num_bytes) from error
 
     def done(self) -> set[int]:
-        """Chunks that are durable."""
+        """Return the chunks that are durable.
+
+        Raises:
+            PredictionStorageError: The directory exists and cannot be listed.
+        """
         try:
-            with os.scandir(self.directory) as entries:
-                names = [entry.name for entry in entries]
+            names = os.listdir(self.directory)
         except FileNotFoundError:
             return set()
-        return {
-            int(name[len(_PREFIX) : -len(_SUFFIX)])
-            for name in names
-            if name.startswith(_PREFIX) and name.endswith(_SUFFIX)
-        }
+        except OSError as error:
+            raise storage_error(error, self.directory) from error
+        return {int(match[1]) for match in map(_PART_NAME.fullmatch, names) if match}
 
     def read(self, chunk: int) -> Part:
-        """Read and check a part.
+        """Read and verify a part.
 
         Raises:
             CorruptPartError: It is damaged, or holds another chunk.
+            MissingPredictionsError: There is no such part.
         """
-        from lightning_gpuorch.predictions.envelope import decode
-        from lightning_gpuorch.predictions.layout import StoredBatch
+        from lightning_gpuorch.predictions.envelope import Envelope
 
-        path = self.path(chunk)
-        metadata, outputs = decode(path.read_bytes(), str(path))
-        self._check_chunk(metadata, chunk)
-        batches = [
-            StoredBatch(
-                entry["first_unit"],
-                unpack_indices(entry["indices"]),
-                entry["size"],
-                output,
-                unpack_indices(entry["units"]),
-            )
-            for entry, output in zip(metadata["batches"], outputs, strict=True)
-        ]
-        return Part(metadata, batches)
+        with _opened(self.path(chunk)) as (file, file_bytes, source):
+            raw = bytearray(file_bytes)
+            view = memoryview(raw)
+            position = 0
+            while position < file_bytes and (count := file.readinto(view[position:])):
+                position += count
+        envelope = Envelope(raw if position == file_bytes else raw[:position], source)
+        return Part(envelope, self._unpack_header(envelope.fields, chunk, envelope.num_predictions))
 
-    def header(self, chunk: int) -> dict[str, Any]:
-        """The metadata of a part, without reading its predictions.
+    def header(self, chunk: int) -> PartHeader:
+        """Read and verify what is known of a part, without its predictions.
 
         Raises:
-            CorruptPartError: The header is damaged.
+            CorruptPartError: The header is damaged, the file has not its length, or it holds another chunk.
+            MissingPredictionsError: There is no such part.
         """
-        from lightning_gpuorch.predictions import envelope
+        from lightning_gpuorch.predictions.envelope import read_fields
 
-        path = self.path(chunk)
-        with open(path, "rb") as file:
-            prefix = file.read(envelope.PREFIX_BYTES)
-            data = prefix + file.read(envelope.header_bytes(prefix, str(path)))
-        metadata = envelope.read_header(data, str(path))
-        self._check_chunk(metadata, chunk)
-        return metadata
+        with _opened(self.path(chunk)) as (file, file_bytes, source):
+            return self._unpack_header(read_fields(file, file_bytes, source), chunk)
+
+    def verify(self, chunks: Iterable[int] | None = None) -> Iterator[tuple[int, CorruptPartError | None]]:
+        """Read parts and check every byte and that every prediction can be decoded.
+
+        Args:
+            chunks: Which; by default all there are.
+
+        Yields:
+            Each chunk, ascending, with what is wrong with it, or None.
+        """
+        for chunk in sorted(self.done() if chunks is None else chunks):
+            try:
+                part = self.read(chunk)
+                for position in range(len(part.header.entries)):
+                    part.output(position)
+            except CorruptPartError as error:
+                yield chunk, error
+            else:
+                yield chunk, None
+
+    def discard(self, chunk: int) -> None:
+        """Remove a part durably, so that a rerun computes its chunk again. Not while a job runs.
+
+        Raises:
+            PredictionStorageError: It cannot be removed.
+        """
+        try:
+            remove(self.path(chunk))
+        except OSError as error:
+            raise storage_error(error, self.directory) from error
 
     def sweep_temporaries(self, older_than_seconds: float = 3600.0) -> int:
-        """Remove what killed writers left; returns how many files. Young ones may belong to a living writer."""
-        removed = 0
-        if self.directory.is_dir():
-            for path in self.directory.glob(f"{_TEMPORARY}*"):
-                if time.time() - path.stat().st_mtime > older_than_seconds:
-                    path.unlink(missing_ok=True)
-                    removed += 1
-        return removed
+        """Remove what killed writers left.
 
-    def _check_chunk(self, metadata: Mapping[str, Any], chunk: int) -> None:
-        if metadata["chunk"] != chunk:
-            raise CorruptPartError(f"{self.path(chunk)} holds chunk {metadata['chunk']}; the file was renamed.")
+        Args:
+            older_than_seconds: Younger files may belong to a living writer.
 
+        Returns:
+            How many files were removed.
+        """
+        return sweep_temporaries(self.directory, older_than_seconds)
 
-def first_writer_wins(path: Path, data: bytes, fsync: bool = True) -> bool:
-    """Create a file with all its content at once, unless it exists.
-
-    1. Write a temporary file nobody else uses, and wait for the disk.
-    2. Link it to its final name, which fails if that exists.
-    3. Wait for the directory, remove the temporary name.
-
-    Returns:
-        Whether this call created it.
-    """
-    temporary = path.parent / f"{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(6)}"
-    try:
-        write_durably(temporary, data, fsync)
+    def _unpack_header(self, fields: Mapping[str, Any], chunk: int, num_predictions: int | None = None) -> PartHeader:
+        path = self.path(chunk)
         try:
-            os.link(temporary, path)
-            won = True
-        except FileExistsError:
-            # Over NFS a repeated request may find its own success: then the temporary file has two names.
-            won = os.stat(temporary).st_nlink == 2
-        except OSError as error:
-            if error.errno not in _NO_HARD_LINKS:
-                raise
-            won = _claim_and_rename(temporary, path)
-        if fsync:
-            _fsync_directory(path.parent)
-        return won
-    finally:
-        temporary.unlink(missing_ok=True)
+            stored, metadata = fields["chunk"], fields["metadata"]
+            entries = [_unpack_entry(entry) for entry in fields["batches"]]
+        except (KeyError, TypeError) as error:
+            raise CorruptPartError(f"{path} is an envelope, but not of a part: {error!r}.") from error
+        if stored != chunk:
+            raise CorruptPartError(f"{path} holds chunk {stored}: somebody renamed or copied it. Delete it.")
+        if num_predictions is not None and num_predictions != len(entries):
+            raise CorruptPartError(
+                f"{path} has {num_predictions} predictions, and its header describes {len(entries)}."
+            )
+        return PartHeader(metadata, entries)
 
 
-def _claim_and_rename(temporary: Path, path: Path) -> bool:
-    """Without hard links: rename, which replaces what another writer may have put there in the same moment.
-
-    Both files are whole and hold the same chunk, so a reader sees one of them; only the answer "who won" may be wrong.
-    """
-    if path.exists():
-        return False
-    os.rename(temporary, path)
-    return True
-
-
-def write_durably(path: Path, data: bytes, fsync: bool = True) -> None:
-    """Write a new file and wait for the disk."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[io.FileIO, int, str]]:
+    """Open a part's file; yields it with its length and its name."""
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(descriptor, view) :]
-        if fsync:
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with open(content_path(path), "rb", buffering=0) as file:
+            yield file, os.fstat(file.fileno()).st_size, str(path)
+    except FileNotFoundError as error:
+        raise MissingPredictionsError(f"there is no part {path}: it was removed, or never written.") from error
+    except OSError as error:
+        raise storage_error(error, path.parent) from error
 
 
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _pack_entry(batch: StoredBatch) -> dict[str, Any]:
+    entry = {
+        "first_unit": batch.first_unit,
+        "size": batch.size,
+        "indices": _pack_integers(batch.indices),
+        "units": _pack_integers(batch.units),
+        "num_lost": batch.num_lost or None,
+    }
+    return {name: value for name, value in entry.items() if value is not None}
 
 
-def storage_error(error: OSError, directory: Path, wanted_bytes: int = 0) -> PredictionStorageError:
-    """The error to raise for a failed write: which directory, and what to do."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        existing = next((p for p in (directory, *directory.parents) if p.exists()), Path("/"))
-        free = shutil.disk_usage(existing).free
-        return StorageFullError(
-            f"no space left in {directory}: {wanted_bytes} bytes wanted, {free} free. What is written so far is kept; free "
-            "some space and run the same command again."
-        )
-    return PredictionStorageError(f"cannot write predictions to {directory}: {error.strerror or error}.")
+def _unpack_entry(entry: Mapping[str, Any]) -> BatchEntry:
+    return BatchEntry(
+        first_unit=entry["first_unit"],
+        indices=_unpack_integers(entry.get("indices")),
+        size=entry.get("size"),
+        units=_unpack_integers(entry.get("units")),
+        num_lost=entry.get("num_lost", 0),
+    )
 
 
-def _pack_indices(indices: Sequence[int] | None) -> Any:
-    if indices is None:
+def _pack_integers(integers: Sequence[int] | None) -> list[int] | dict[str, int] | None:
+    """Write consecutive integers as their borders."""
+    if integers is None:
         return None
-    listed = list(indices)
+    listed = [int(integer) for integer in integers]
     if listed and listed == list(range(listed[0], listed[0] + len(listed))):
         return {"start": listed[0], "stop": listed[0] + len(listed)}
     return listed
 
 
-def unpack_indices(packed: Any) -> Sequence[int] | None:
-    """The indices that a part's header holds."""
+def _unpack_integers(packed: Any) -> Sequence[int] | None:
     return range(packed["start"], packed["stop"]) if isinstance(packed, dict) else packed

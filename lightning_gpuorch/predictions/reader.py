@@ -1,19 +1,32 @@
-"""Predictions read back: lazily, in dataset order, as the loader's batches or sample by sample."""
+"""How are a job's predictions read back: lazily, in dataset order, as a single device would have returned them?"""
 
 from __future__ import annotations
 
 import collections
+import itertools
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 
-from lightning_gpuorch.errors import ConfigurationError, CorruptPartError, MissingPredictionsError, format_indices
-from lightning_gpuorch.predictions.layout import LoaderLayout, StoredBatch
-from lightning_gpuorch.predictions.manifest import load, read_quarantine
-from lightning_gpuorch.predictions.parts import Part, PartStore, loader_directory, unpack_indices
+from lightning_gpuorch.errors import ConfigurationError, MissingPredictionsError
+from lightning_gpuorch.predictions.layout import LoaderLayout
+from lightning_gpuorch.predictions.locate import Locator, Segment, UnitRanges, locate
+from lightning_gpuorch.predictions.manifest import Quarantined, load, read_quarantine
+from lightning_gpuorch.predictions.parts import Part, PartHeader, PartStore, loader_directory
+from lightning_gpuorch.structure import (
+    CannotMergeError,
+    CannotSplitError,
+    iter_samples,
+    merge_samples,
+    slice_samples,
+)
+
+_PARTS_IN_MEMORY = 2
+_HEADERS_IN_MEMORY = 64
 
 
 def read_predictions(directory: str | os.PathLike[str], *, allow_missing: bool = False) -> Any:
@@ -21,242 +34,292 @@ def read_predictions(directory: str | os.PathLike[str], *, allow_missing: bool =
 
     Args:
         directory: The job's output directory.
-        allow_missing: Open an incomplete job: batches without any prediction are None, batches that lack some samples
-            hold the others.
+        allow_missing: Open an incomplete job as well. A batch of which nothing is there is None then, and a batch that
+            lacks some samples holds the others; :attr:`Predictions.missing` names what is not there.
 
     Returns:
-        A :class:`Predictions` for one dataloader, a list of them for several: what a single-device
-        ``Trainer.predict`` returns, read from disk as it is used.
+        What a single-device ``Trainer.predict`` returns, read from disk as it is used: a :class:`Predictions` for one
+        dataloader, a list of them for several.
 
     Raises:
         ConfigurationError: There are no predictions in this directory.
-        MissingPredictionsError: Samples are missing, and ``allow_missing`` is False; they are named.
-        CorruptPartError: A file is damaged. Parts are checked when they are read.
+        MissingPredictionsError: Predictions are missing, and ``allow_missing`` is False; they are named.
+        CorruptPartError: The manifest or the header of a part is damaged. All of a part is checked when it is read.
     """
-    manifest = load(directory)
+    root = Path(directory).absolute()
+    manifest = load(root)
     if manifest is None:
-        raise ConfigurationError(f"{directory} holds no predictions: there is no manifest.json in it.")
-    quarantined = read_quarantine(directory)
+        raise ConfigurationError(f"{root} holds no predictions: there is no manifest.json in it.")
     found = [
-        Predictions(
-            Path(directory).absolute(),
-            number,
-            layout,
-            [
-                unit
-                for entry in quarantined
-                if entry["loader"] == number
-                for unit in range(entry["start"], entry["stop"])
-            ],
-        )
-        for number, layout in enumerate(manifest.loaders)
+        Predictions(root, loader, layout, locate(PartStore(loader_directory(root, loader)), layout))
+        for loader, layout in enumerate(manifest.loaders)
     ]
     if not allow_missing:
-        for predictions in found:
-            predictions.raise_if_missing()
+        _refuse_gaps(root, found, read_quarantine(root))
     return found[0] if len(found) == 1 else found
 
 
 class Predictions(Sequence[Any]):
-    """The predictions of one dataloader: a lazy sequence of the loader's batches, in dataset order.
+    """The predictions of one dataloader: a sequence of the loader's batches, in dataset order.
 
-    Memory does not grow with what is read: the last few parts are kept decoded.
+    Whatever cut the work took (another batch size before a resume, halved batches, shares of other ranks), an item is
+    the output of the loader's own batch. Items are read when they are used; two parts are kept in memory, so that
+    reading in order reads each part once and memory does not grow. Each access returns a new object that the caller
+    owns. A slice is as lazy as the whole, and both can be pickled (they keep the directory's path) and read by several
+    threads.
+
+    Made by :func:`read_predictions`.
     """
 
-    def __init__(self, directory: Path, loader: int, layout: LoaderLayout, quarantined: Sequence[int] = ()):
-        self._directory, self._loader, self._layout = directory, loader, layout
+    def __init__(
+        self, directory: Path, loader: int, layout: LoaderLayout, locator: Locator, batches: range | None = None
+    ):
+        self._directory, self._loader, self._layout, self._locator = directory, loader, layout, locator
+        self._batches = range(locator.num_batches) if batches is None else batches
         self._store = PartStore(loader_directory(directory, loader))
-        self._done = self._store.done()
-        self._given_up = frozenset(quarantined)
-        self._decoded: collections.OrderedDict[int, Part] = collections.OrderedDict()
-        self._places = _Places(self._store, self._done, layout) if layout.unit == "scattered" else None
+        self._parts: _Recent[Part] = _Recent(_PARTS_IN_MEMORY)
+        self._headers: _Recent[PartHeader] = _Recent(_HEADERS_IN_MEMORY)
 
     def __len__(self) -> int:
-        return self._layout.num_batches
+        return len(self._batches)
 
     @overload
     def __getitem__(self, index: int) -> Any: ...
 
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Any]: ...
+    def __getitem__(self, index: slice) -> Predictions: ...
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
-            return _View(self, range(len(self))[index])
-        return self._batch(range(len(self))[index])
+            return Predictions(self._directory, self._loader, self._layout, self._locator, self._batches[index])
+        return self._batch(self._batches[index])
 
     def __iter__(self) -> Iterator[Any]:
-        return (self._batch(number) for number in range(len(self)))
+        return map(self._batch, self._batches)
 
     def __repr__(self) -> str:
-        state = f", {len(self.missing)} missing" if self.missing else ""
-        return f"<{len(self)} batches of predictions in {self._store.directory}{state}>"
+        missing = f", {len(self.missing)} missing" if self.missing else ""
+        return f"<Predictions: {len(self)} batches of dataloader {self._loader} in {self._directory}{missing}>"
 
     def __reduce__(self) -> Any:
-        return Predictions, (self._directory, self._loader, self._layout, sorted(self._given_up))
+        return Predictions, (self._directory, self._loader, self._layout, self._locator, self._batches)
+
+    @property
+    def missing(self) -> UnitRanges:
+        """What has no prediction in the whole job, ascending.
+
+        Samples by their position in the sampler's order, which is the dataset index unless a custom sampler is used;
+        batches by their number where the loader's work is counted so (streams, custom batch samplers).
+        """
+        return self._locator.missing
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """Dataset index of each sample, in the order of :meth:`samples`; read when it is used.
+
+        Raises:
+            ConfigurationError: On use: the samples of a stream have no dataset indices.
+        """
+        return _SampleIndices(self)
 
     def samples(self) -> Iterator[Any]:
-        """Predictions one by one, in dataset order; what a batch holds is cut along its first dimension.
+        """Walk the predictions sample by sample, in dataset order, without the sample dimension.
 
         Raises:
             CannotSplitError: An output cannot be cut by sample.
         """
-        from lightning_gpuorch.structure import iter_samples
+        return (sample for _, sample in self.indexed_samples())
 
-        for number in range(len(self)):
-            pieces = self._pieces(number)
-            sizes = [len(indices) if indices is not None else None for indices, _ in pieces]
-            for size, (_, output) in zip(sizes, pieces, strict=True):
-                yield from iter_samples(output, size)
-
-    @property
-    def indices(self) -> Iterator[int]:
-        """Dataset index of each sample, in the order of :meth:`samples`."""
-        for number in range(len(self)):
-            for indices, _ in self._pieces(number):
-                if indices is None:
-                    raise ConfigurationError("a stream's samples have no dataset indices.")
-                yield from indices
-
-    @property
-    def missing(self) -> list[int]:
-        """Units (samples, or batches of a stream) without a prediction, ascending."""
-        if self._places is not None:
-            return self._places.missing()
-        layout = self._layout
-        if layout.num_units is None:
-            return []
-        absent = (
-            unit for chunk in range(layout.num_chunks) if chunk not in self._done for unit in layout.chunk_range(chunk)
-        )
-        given_up = (unit for unit in self._given_up if unit < (layout.num_units or 0))
-        return sorted({*absent, *given_up})
-
-    def raise_if_missing(self) -> None:
-        """Check that nothing is missing.
+    def indexed_samples(self) -> Iterator[tuple[int | None, Any]]:
+        """Walk as :meth:`samples` does, with the dataset index of each sample; None for those of a stream.
 
         Raises:
-            MissingPredictionsError: Something is; it is named.
+            CannotSplitError: An output cannot be cut by sample.
         """
-        where = f"{self._store.directory}"
-        if self._layout.num_units is None:
-            raise MissingPredictionsError(f"{where}: the end of the stream has not been reached; run the job again.")
-        missing = self.missing
-        if missing:
-            raise MissingPredictionsError(
-                f"{where}: {len(missing)} of {self._layout.num_units} predictions are missing: {format_indices(missing)}. "
-                "Run the job again to compute them, or read with allow_missing=True.",
-                missing,
-            )
+        for batch in self._batches:
+            outputs: dict[tuple[int, int], Any] = {}
+            for segment in self._segments(batch):
+                indices = itertools.repeat(None) if segment.indices is None else iter(segment.indices)
+                try:
+                    yield from zip(indices, iter_samples(self._output(segment, outputs), segment.size), strict=False)
+                except CannotSplitError as error:
+                    raise CannotSplitError(
+                        f"batch {batch} of {self!r} cannot be read sample by sample: {error}"
+                    ) from error
+
+    def stored_batches(self) -> Iterator[tuple[Sequence[int] | None, Any]]:
+        """Walk the outputs as they were computed, with the dataset indices of each; nothing is cut or merged.
+
+        The way out where outputs cannot be put together into the loader's batches. A slice is not respected.
+        """
+        for chunk in sorted(self._store.done()):
+            part = self._part(chunk)
+            for position, entry in enumerate(part.header.entries):
+                yield entry.indices, part.output(position)
+
+    def _batch(self, batch: int) -> Any:
+        segments = self._segments(batch)
+        if not segments:
+            return None
+        outputs: dict[tuple[int, int], Any] = {}
+        try:
+            pieces = [self._output(segment, outputs) for segment in segments]
+            if len(pieces) == 1:
+                return pieces[0]
+            sizes = [segment.size for segment in segments]
+            return merge_samples(pieces, [size for size in sizes if size is not None])
+        except (CannotSplitError, CannotMergeError) as error:
+            raise type(error)(
+                f"batch {batch} of {self!r} was computed in other pieces than the loader's batches, and its outputs "
+                f"cannot be put together: {error} Read them as they were computed with stored_batches()."
+            ) from error
+
+    def _segments(self, batch: int) -> list[Segment]:
+        return self._locator.segments(batch, self._header)
+
+    def _output(self, segment: Segment, outputs: dict[tuple[int, int], Any]) -> Any:
+        """Return a segment's output; ``outputs`` keeps what is decoded while one batch is put together."""
+        place = (segment.chunk, segment.position)
+        if place not in outputs:
+            # Shares of several ranks interleave: all parts that a batch takes from must stay for the next one.
+            self._parts.keep_at_least(len({chunk for chunk, _ in outputs}) + 1)
+            outputs[place] = self._part(segment.chunk).output(segment.position)
+        if segment.is_whole:
+            return outputs[place]
+        assert segment.stop is not None
+        return slice_samples(outputs[place], segment.start, segment.stop, segment.entry.size)
 
     def _part(self, chunk: int) -> Part:
-        part = self._decoded.get(chunk)
+        part = self._parts.get(chunk)
         if part is None:
-            try:
-                part = self._store.read(chunk)
-            except FileNotFoundError as error:
-                raise CorruptPartError(f"{self._store.path(chunk)} has vanished.") from error
-            keep = 2 if self._places is None else 16
-            while len(self._decoded) >= keep:
-                self._decoded.popitem(last=False)
-            self._decoded[chunk] = part
-        else:
-            self._decoded.move_to_end(chunk)
+            self._parts.make_room_for_one()  # before reading: a part may be large
+            part = self._store.read(chunk)
+            self._parts.put(chunk, part)
+            self._headers.put(chunk, part.header)
         return part
 
-    def _batch(self, number: int) -> Any:
-        pieces = self._pieces(number)
-        if not pieces:
-            return None
-        if len(pieces) == 1:
-            return pieces[0][1]
-        from lightning_gpuorch.structure import merge_samples
-
-        sizes = [len(indices) for indices, _ in pieces if indices is not None]
-        return merge_samples([output for _, output in pieces], sizes)
-
-    def _pieces(self, number: int) -> list[tuple[Sequence[int] | None, Any]]:
-        """The outputs that make up a batch of the loader: dataset indices and output of each."""
-        if self._places is not None:
-            return self._scattered_pieces(number)
-        units = self._layout.batch_range(number) if self._layout.unit == "sample" else range(number, number + 1)
-        size = self._layout.chunk_size
-        pieces: list[tuple[Sequence[int] | None, Any]] = []
-        for chunk in range(units.start // size, (units.stop - 1) // size + 1 if len(units) else 0):
-            if chunk in self._done:
-                for batch in self._part(chunk).batches:
-                    piece = _cut(batch, units, self._layout.unit)
-                    if piece is not None:
-                        pieces.append(piece)
-        return pieces
-
-    def _scattered_pieces(self, number: int) -> list[tuple[Sequence[int] | None, Any]]:
-        assert self._places is not None
-        from lightning_gpuorch.structure import slice_samples
-
-        pieces: list[tuple[Sequence[int] | None, Any]] = []
-        for index in self._layout.batch_range(number):
-            place = self._places.of(index)
-            if place is None:
-                continue
-            part, position, offset = place
-            batch = self._part(part).batches[position]
-            pieces.append(([index], slice_samples(batch.output, offset, offset + 1, batch.size)))
-        return pieces
+    def _header(self, chunk: int) -> PartHeader:
+        header = self._headers.get(chunk)
+        if header is None:
+            header = self._store.header(chunk)
+            self._headers.put(chunk, header)
+        return header
 
 
-class _View(Sequence[Any]):
-    """A slice of predictions, as lazy as they are."""
+class _SampleIndices(Sequence[int]):
+    """Dataset indices of a loader's samples. Iterating keeps nothing; random access keeps 8 bytes per batch."""
 
-    def __init__(self, predictions: Predictions, numbers: range):
-        self._predictions, self._numbers = predictions, numbers
+    def __init__(self, predictions: Predictions):
+        self._predictions = predictions
+        self._ends: np.ndarray[Any, np.dtype[np.int64]] | None = None
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        ends = self._counted()
+        return int(ends[-1]) if len(ends) else 0
 
-    def __getitem__(self, index: int | slice) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+
+    def __getitem__(self, index: int | slice) -> int | list[int]:
         if isinstance(index, slice):
-            return _View(self._predictions, self._numbers[index])
-        return self._predictions[self._numbers[index]]
+            return [self[position] for position in range(len(self))[index]]
+        position = range(len(self))[index]
+        ends = self._counted()
+        batch = int(np.searchsorted(ends, position, side="right"))
+        offset = position - (int(ends[batch - 1]) if batch else 0)
+        in_batch = self._of_batch(self._predictions._batches[batch])
+        return next(itertools.islice(in_batch, offset, None))
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.chain.from_iterable(map(self._of_batch, self._predictions._batches))
+
+    def __repr__(self) -> str:
+        return f"<dataset indices of {self._predictions!r}>"
+
+    def _of_batch(self, batch: int) -> Iterator[int]:
+        for segment in self._predictions._segments(batch):
+            if segment.indices is None:
+                raise ConfigurationError(
+                    f"the samples of a stream have no dataset indices; {self._predictions!r} is one."
+                )
+            yield from segment.indices
+
+    def _counted(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        if self._ends is None:
+            counts = (sum(1 for _ in self._of_batch(batch)) for batch in self._predictions._batches)
+            self._ends = np.cumsum(np.fromiter(counts, np.int64, len(self._predictions)))
+        return self._ends
 
 
-class _Places:
-    """Where each sample of scattered parts is; 16 bytes per sample."""
-
-    def __init__(self, store: PartStore, parts: set[int], layout: LoaderLayout):
-        count = layout.num_units or 0
-        self._part = np.full(count, -1, np.int64)
-        self._position = np.zeros(count, np.int32)
-        self._offset = np.zeros(count, np.int32)
-        for part in sorted(parts):
-            for position, entry in enumerate(store.header(part)["batches"]):
-                indices = np.asarray(unpack_indices(entry["indices"]), np.int64)
-                self._part[indices] = part
-                self._position[indices] = position
-                self._offset[indices] = np.arange(len(indices))
-
-    def of(self, index: int) -> tuple[int, int, int] | None:
-        if self._part[index] < 0:
-            return None
-        return int(self._part[index]), int(self._position[index]), int(self._offset[index])
-
-    def missing(self) -> list[int]:
-        return [int(index) for index in np.flatnonzero(self._part < 0)]
+_Value = TypeVar("_Value")
 
 
-def _cut(batch: StoredBatch, wanted: range, unit: str) -> tuple[Sequence[int] | None, Any] | None:
-    """The part of a stored batch that lies in the wanted units; None if nothing does."""
-    if unit == "batch":
-        return (batch.indices, batch.output) if batch.first_unit in wanted else None
-    assert batch.size is not None
-    assert batch.indices is not None
-    units = batch.units if batch.units is not None else range(batch.first_unit, batch.first_unit + batch.size)
-    inside = [position for position, sample in enumerate(units) if sample in wanted]
-    if not inside:
-        return None
-    if len(inside) == batch.size:
-        return batch.indices, batch.output
-    from lightning_gpuorch.structure import slice_samples
+class _Recent(Generic[_Value]):
+    """The values used last; safe to use from several threads."""
 
-    start, stop = inside[0], inside[-1] + 1  # units ascend, so what lies inside is one run
-    return batch.indices[start:stop], slice_samples(batch.output, start, stop, batch.size)
+    def __init__(self, capacity: int):
+        self._capacity = capacity
+        self._values: collections.OrderedDict[int, _Value] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: int) -> _Value | None:
+        with self._lock:
+            value = self._values.get(key)
+            if value is not None:
+                self._values.move_to_end(key)
+            return value
+
+    def put(self, key: int, value: _Value) -> None:
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            self._shrink_to(self._capacity)
+
+    def make_room_for_one(self) -> None:
+        with self._lock:
+            self._shrink_to(self._capacity - 1)
+
+    def keep_at_least(self, capacity: int) -> None:
+        with self._lock:
+            self._capacity = max(self._capacity, capacity)
+
+    def _shrink_to(self, count: int) -> None:
+        while len(self._values) > count:
+            self._values.popitem(last=False)
+
+
+def _refuse_gaps(root: Path, found: Sequence[Predictions], quarantined: Sequence[Quarantined]) -> None:
+    """Raise if anything is missing, naming it, and why where that is known."""
+    lines, missing = [], []
+    for loader, predictions in enumerate(found):
+        layout, gaps = predictions._layout, predictions.missing
+        prefix = f"dataloader {loader}: " if len(found) > 1 else ""
+        noun = "batches" if layout.unit == "batch" else "samples"
+        if layout.num_units is None and layout.unit != "scattered":
+            lines.append(f"{prefix}the end of the stream was not reached")
+        if gaps:
+            missing.append(gaps)
+            total = "" if layout.num_units is None else f" of {layout.num_units}"
+            lines.append(f"{prefix}{len(gaps)}{total} {noun}: {gaps}")
+            lines.extend(f"  {text}" for text in _reasons(gaps, [q for q in quarantined if q.loader == loader]))
+    if lines:
+        raise MissingPredictionsError(
+            f"predictions are missing in {root}:\n  " + "\n  ".join(lines) + "\nRun the same command again to compute "
+            "them, or read what there is with allow_missing=True.",
+            itertools.chain.from_iterable(missing),
+        )
+
+
+def _reasons(gaps: UnitRanges, quarantined: Sequence[Quarantined]) -> Iterator[str]:
+    """Tell why units are missing. A note about units that a later run computed after all is passed over."""
+    by_reason: dict[str, set[int]] = {}
+    for entry in quarantined:
+        for units in gaps.ranges:
+            lost = range(max(units.start, entry.start), min(units.stop, entry.stop))
+            by_reason.setdefault(entry.reason, set()).update(lost)
+    for reason, lost_units in by_reason.items():
+        if lost_units:
+            yield f"given up: {UnitRanges(range(unit, unit + 1) for unit in sorted(lost_units))} ({reason})"

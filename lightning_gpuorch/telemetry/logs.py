@@ -1,91 +1,162 @@
-"""The plugin's own log: readable lines on the console, JSON lines per rank in files."""
+"""Where do the plugin's own log records go? Readable lines to the console, JSON lines per rank to files.
+
+Only the logger ``lightning_gpuorch`` is touched: an application's logging stays as it is. Standard output is not used,
+since launchers put prefixes on it that break JSON.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
+import traceback
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
+from lightning_gpuorch.telemetry.jsonlines import encode_line
 
 LOGGER = "lightning_gpuorch"
+
 CONTEXT: dict[str, Any] = {}
-"""Fields that are added to each JSON line: the step, the chunk, the trace. Whoever knows them keeps them current."""
+"""What this process is doing, added to each JSON line: ``step``, ``chunk``, ``trace_id``. Whoever knows keeps it
+current; an assignment costs less than 0.1 us, so the loop may do it each step."""
+
+_STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+def configure_logging(
+    level: str | int,
+    *,
+    rank: int,
+    replica: int,
+    directory: str | os.PathLike[str] | None = None,
+    generation: int = 0,
+    stream: TextIO | None = None,
+    failures: FailureTally = observer_failures,
+) -> None:
+    """Set up the logger ``lightning_gpuorch``, and no other. A second call replaces the first.
+
+    Args:
+        level: Lowest level to log, by name (``"INFO"``) or number.
+        rank: Global rank. Rank 0 prints from ``level`` up; the others print warnings and worse. Files get everything.
+        replica: Data-parallel index.
+        directory: Where JSON lines go, as ``rank-<rank>.attempt-<generation>.jsonl``; None writes none.
+        generation: How often this rank was started before.
+        stream: Where console lines go; standard error by default.
+        failures: Where failing handlers are counted.
+
+    Raises:
+        ConfigurationError: There is no such level. A directory that cannot be written raises nothing: it is counted.
+    """
+    number = logging.getLevelName(level.upper()) if isinstance(level, str) else level
+    if not isinstance(number, int):
+        raise ConfigurationError(f"log_level={level!r} is no level; use DEBUG, INFO, WARNING, ERROR or CRITICAL.")
+    logger = logging.getLogger(LOGGER)
+    reset_logging()
+    logger.setLevel(number)
+    logger.propagate = False
+    console = _ConsoleHandler(stream if stream is not None else sys.stderr, failures)
+    console.setFormatter(_ConsoleFormatter(rank))
+    console.setLevel(number if rank == 0 else max(logging.WARNING, number))
+    logger.addHandler(console)
+    if directory is not None:
+        path = Path(directory) / f"rank-{rank:05d}.attempt-{generation}.jsonl"
+        logger.addHandler(
+            _JsonFileHandler(path, {"rank": rank, "replica": replica, "generation": generation}, failures)
+        )
+
+
+def reset_logging() -> None:
+    """Take down what :func:`configure_logging` has set up."""
+    logger = logging.getLogger(LOGGER)
+    for handler in [h for h in logger.handlers if isinstance(h, (_ConsoleHandler, _JsonFileHandler))]:
+        logger.removeHandler(handler)
+        handler.close()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
+
+
+def json_fields(record: logging.LogRecord, static: Mapping[str, Any] = CONTEXT) -> dict[str, Any]:
+    """The fields of a record's JSON line, ``extra=`` included.
+
+    Args:
+        record: The record.
+        static: Fields that are the same for all records of this process.
+    """
+    extra = {name: value for name, value in vars(record).items() if name not in _STANDARD_ATTRIBUTES}
+    fields: dict[str, Any] = {
+        **extra,
+        **CONTEXT,
+        **static,
+        "ts": round(record.created, 6),
+        "level": record.levelname,
+        "logger": record.name,
+        "message": record.getMessage(),
+    }
+    if record.exc_info and record.exc_info[0] is not None:
+        fields["exception"] = "".join(traceback.format_exception(*record.exc_info))
+    return fields
 
 
 class _ConsoleFormatter(logging.Formatter):
+    """``[rank 3] warning: what happened``; the level is left out where it is INFO."""
+
     def __init__(self, rank: int):
         super().__init__()
         self._rank = rank
 
     def format(self, record: logging.LogRecord) -> str:
-        where = f"gpuorch[{self._rank}]" if self._rank else "gpuorch"
-        level = "" if record.levelno == logging.INFO else f" {record.levelname.lower()}"
-        text = f"{where}{level}: {record.getMessage()}"
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        level = "" if record.levelno == logging.INFO else f" {record.levelname.lower()}:"
+        text = f"[rank {self._rank}]{level} {record.getMessage()}"
+        if record.exc_info and record.exc_info[0] is not None:
+            text += "\n" + "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
+        return text
 
 
-class _JsonFormatter(logging.Formatter):
-    def __init__(self, fields: dict[str, Any]):
-        super().__init__()
-        self._fields = fields
+class _ConsoleHandler(logging.StreamHandler[TextIO]):
+    """A console that may be closed or a broken pipe without anybody's run noticing."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "ts": round(record.created, 6),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-            **self._fields,
-            **CONTEXT,
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
-
-
-class _QuietFileHandler(logging.FileHandler):
-    """A file that may fail without anybody's run noticing; failures are counted."""
-
-    failures = 0
+    def __init__(self, stream: TextIO, failures: FailureTally):
+        super().__init__(stream)
+        self._failures = failures
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        type(self).failures += 1
+        self._failures.add("logs", sys.exc_info()[1], silent=True)
 
 
-def configure_logging(
-    level: str, *, rank: int, replica: int, directory: str | os.PathLike[str] | None = None, generation: int = 0
-) -> None:
-    """Set up the logger ``lightning_gpuorch``, and no other. A second call replaces the first.
+class _JsonFileHandler(logging.Handler):
+    """Appends each record with one write, so that ranks that die lose nothing and tear at most their last line."""
 
-    Args:
-        level: Name of the lowest level to log.
-        rank: Global rank; ranks other than 0 print warnings and worse only.
-        replica: Data-parallel index.
-        directory: Where JSON lines go, one file per rank and start; None writes none.
-        generation: How often this rank was started before.
-    """
-    logger = logging.getLogger(LOGGER)
-    for handler in list(logger.handlers):
-        if getattr(handler, "_gpuorch", False):
-            logger.removeHandler(handler)
-            handler.close()
-    logger.setLevel(level)
-    logger.propagate = False
-    console = logging.StreamHandler(sys.stderr)
-    console.setFormatter(_ConsoleFormatter(rank))
-    console.setLevel(level if rank == 0 else max(logging.WARNING, logging.getLevelName(level)))
-    handlers: list[logging.Handler] = [console]
-    if directory is not None:
+    def __init__(self, path: Path, static: dict[str, Any], failures: FailureTally):
+        super().__init__()
+        self._path, self._static, self._failures = path, static, failures
+        self._descriptor: int | None = None
+        self._torn = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Never raises and never logs: a record about a failing log would come back here.
         try:
-            path = Path(directory)
-            path.mkdir(parents=True, exist_ok=True)
-            file = _QuietFileHandler(path / f"rank-{rank:05d}.attempt-{generation}.jsonl", encoding="utf-8", delay=True)
-            file.setFormatter(_JsonFormatter({"rank": rank, "replica": replica, "generation": generation}))
-            handlers.append(file)
-        except OSError:
-            _QuietFileHandler.failures += 1
-    for handler in handlers:
-        handler._gpuorch = True  # type: ignore[attr-defined]
-        logger.addHandler(handler)
+            line = encode_line(json_fields(record, self._static))
+            if self._descriptor is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            if self._torn:
+                line = b"\n" + line
+            written = os.write(self._descriptor, line)
+            self._torn = written < len(line)
+            if self._torn:
+                self._failures.add("logs", silent=True)
+        except Exception as error:  # noqa: BLE001 - an observer never ends the run
+            self._failures.add("logs", error, silent=True)
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            try:
+                os.close(descriptor)
+            except OSError as error:
+                self._failures.add("logs", error, silent=True)
+        super().close()

@@ -58,7 +58,8 @@ class Model(pl.LightningModule):
         elif kind == "gil":
             import ctypes
 
-            ctypes.PyDLL(None).sleep(3600)
+            while True:
+                ctypes.PyDLL(None).sleep(3600)
 
 
 def main():
