@@ -253,3 +253,17 @@ def test_fabric(tmp_path: Path) -> None:
     expected = [LimitedStep("dict")(COLLATE["two_alike"](list(range(i, min(i + 13, 30))))) for i in (0, 13, 26)]
     assert equal(list(orchestrator.predictions), expected)
     assert callback.num_splits == 3
+
+
+def test_a_fabric_loop_with_another_strategy_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(devices=1, accelerator="cpu", callbacks=[OOMBatchHalving()])
+    model = fabric.setup_module(Model(LimitedStep("tensor")))
+    model.mark_forward_method("predict_step")
+    with caplog.at_level(logging.WARNING, logger="lightning_gpuorch"):
+        fabric.call("on_predict_start", trainer=fabric, pl_module=model)
+        output = model.predict_step(COLLATE["tensor"]([1, 2]), 0)
+        fabric.call("on_predict_end", trainer=fabric, pl_module=model)
+    assert output[:, 0].tolist() == [2.0, 4.0]
+    assert "use lightning_gpuorch.batching.BatchHalver" in caplog.text
