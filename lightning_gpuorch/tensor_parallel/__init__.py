@@ -1,1 +1,54 @@
-"""Tensor-parallel plans: found by probing, verified, applied, loaded."""
+"""Tensor parallelism for any module: plan, verify, apply, load."""
+
+from lightning_gpuorch.tensor_parallel.apply import applied_plan, apply_plan
+from lightning_gpuorch.tensor_parallel.checkpoint import Checkpoint, open_checkpoint
+from lightning_gpuorch.tensor_parallel.communicator import Communicator
+from lightning_gpuorch.tensor_parallel.example_input import cut_small, find_example_input
+from lightning_gpuorch.tensor_parallel.generation import from_first_rank, generate, synchronize_random_state
+from lightning_gpuorch.tensor_parallel.loading import LoadReport, load_sharded
+from lightning_gpuorch.tensor_parallel.meta import empty_parameters
+from lightning_gpuorch.tensor_parallel.plan import (
+    AttributePatch,
+    LayerKind,
+    LayerPlan,
+    ParameterPlan,
+    ShapeRule,
+    TensorParallelPlan,
+)
+from lightning_gpuorch.tensor_parallel.plan_cache import PlanCache, plan_on_first_rank
+from lightning_gpuorch.tensor_parallel.planning import plan_tensor_parallel
+from lightning_gpuorch.tensor_parallel.runtime_check import FirstBatchCheck, check_first_batch
+from lightning_gpuorch.tensor_parallel.sizing import SizeChoice, smallest_tensor_parallel_size
+from lightning_gpuorch.tensor_parallel.verify import VerificationFailure, VerificationReport, verify_plan
+
+__all__ = [
+    "AttributePatch",
+    "Checkpoint",
+    "Communicator",
+    "FirstBatchCheck",
+    "LayerKind",
+    "LayerPlan",
+    "LoadReport",
+    "ParameterPlan",
+    "PlanCache",
+    "ShapeRule",
+    "SizeChoice",
+    "TensorParallelPlan",
+    "VerificationFailure",
+    "VerificationReport",
+    "applied_plan",
+    "apply_plan",
+    "check_first_batch",
+    "cut_small",
+    "empty_parameters",
+    "find_example_input",
+    "from_first_rank",
+    "generate",
+    "load_sharded",
+    "open_checkpoint",
+    "plan_on_first_rank",
+    "plan_tensor_parallel",
+    "smallest_tensor_parallel_size",
+    "synchronize_random_state",
+    "verify_plan",
+]

@@ -1,0 +1,82 @@
+"""Puts "gpuorch" and "gpuorch_notebook" into Lightning's registries, without importing Lightning.
+
+Lightning is heavy and may never be used by a process that imports this package. So the names are entered as soon as a
+registry's module has been imported, by whoever imports it; and the strategies are made by factories that import late.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from lightning_gpuorch.errors import ConfigurationError
+
+_REGISTRIES = {
+    "lightning.fabric.strategies": ("STRATEGY_REGISTRY", "lightning_gpuorch.fabric"),
+    "lightning.pytorch.strategies": ("StrategyRegistry", "lightning_gpuorch.pytorch"),
+    # The stand-alone packages are full copies whose objects are refused by lightning's, and the other way round.
+    "lightning_fabric.strategies": ("STRATEGY_REGISTRY", None),
+    "pytorch_lightning.strategies": ("StrategyRegistry", None),
+}
+_NAMES = {"gpuorch": {}, "gpuorch_notebook": {"start_method": "fork"}}
+
+
+def register() -> None:
+    """Enter the names in every registry, now or when it comes into being. Safe to call again."""
+    for name in _REGISTRIES:
+        module = sys.modules.get(name)
+        if module is not None and hasattr(module, _REGISTRIES[name][0]):
+            _enter(module)
+    if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def _factory(home: str | None, package: str) -> Callable[..., Any]:
+    def gpuorch_strategy(**options: Any) -> Any:
+        if home is None:
+            raise ConfigurationError(
+                f"strategy='gpuorch' works with the package `lightning`, and this is `{package}`, a separate copy whose "
+                f"objects do not mix with it. Import `lightning.pytorch` or `lightning.fabric` instead of `{package}`."
+            )
+        return importlib.import_module(home).GPUOrchStrategy(**options)
+
+    return gpuorch_strategy
+
+
+def _enter(module: ModuleType) -> None:
+    attribute, home = _REGISTRIES[module.__name__]
+    registry = getattr(module, attribute)
+    for name, options in _NAMES.items():
+        if name not in registry:
+            factory = _factory(home, module.__name__.split(".")[0])
+            registry.register(name, factory, description="Orchestrated multi-GPU inference.", **options)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Enters the names right after a registry's module has been executed."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in _REGISTRIES:
+            return None
+        sys.meta_path.remove(self)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_enter(module: ModuleType) -> None:
+            execute(module)
+            _enter(module)
+
+        spec.loader.exec_module = execute_and_enter  # type: ignore[method-assign]
+        return spec

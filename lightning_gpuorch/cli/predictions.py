@@ -1,0 +1,73 @@
+"""``gpuorch predictions``: look at, check and export what a job has written."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from typing import Any
+
+import click
+
+from lightning_gpuorch.errors import GPUOrchError, format_indices
+
+
+@click.group(name="predictions")
+def predictions() -> None:
+    """Verify, show and export the predictions in a directory."""
+
+
+def _loaders(directory: str) -> list[Any]:
+    from lightning_gpuorch.predictions import Predictions, read_predictions
+
+    found = read_predictions(directory, allow_missing=True)
+    return [found] if isinstance(found, Predictions) else list(found)
+
+
+@predictions.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False))
+def verify(directory: str) -> None:
+    """Read every part and check it; name what is missing or damaged. Exit code 0 means complete and undamaged."""
+    bad = False
+    try:
+        for number, found in enumerate(_loaders(directory)):
+            samples = sum(1 for _ in found.samples())
+            missing = list(found.missing)
+            click.echo(f"dataloader {number}: {len(found)} batches, {samples} samples read and intact")
+            if missing:
+                bad = True
+                click.echo(f"dataloader {number}: {len(missing)} missing: {format_indices(missing)}", err=True)
+    except GPUOrchError as error:
+        raise click.ClickException(str(error)) from None
+    sys.exit(1 if bad else 0)
+
+
+@predictions.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False))
+@click.option("--count", default=5, show_default=True, help="Samples to show.")
+def show(directory: str, count: int) -> None:
+    """Print the first samples."""
+    try:
+        for number, found in enumerate(_loaders(directory)):
+            click.echo(f"dataloader {number}: {found!r}")
+            rows = zip(found.indices, found.samples(), strict=False)
+            for index, sample in itertools.islice(rows, count):
+                click.echo(f"  {index}: {sample!r}")
+    except GPUOrchError as error:
+        raise click.ClickException(str(error)) from None
+
+
+@predictions.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False))
+@click.argument("target", type=click.Path())
+@click.option(
+    "--format", "kind", type=click.Choice(["parquet", "jsonl"]), default=None, help="Default: by TARGET's name."
+)
+def export(directory: str, target: str, kind: str | None) -> None:
+    """Write all samples to TARGET, one row each."""
+    from lightning_gpuorch.predictions.export import export_predictions
+
+    try:
+        export_predictions(directory, target, kind or ("parquet" if target.endswith(".parquet") else "jsonl"))
+    except GPUOrchError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"wrote {target}")

@@ -1,0 +1,82 @@
+"""``gpuorch run SCRIPT``: supervise a script's workers; takes the options of ``fabric run``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from lightning_gpuorch.config import OrchestratorConfig
+from lightning_gpuorch.devices import choose_devices
+from lightning_gpuorch.errors import ConfigurationError
+
+_PRECISIONS = (
+    "transformer-engine", "transformer-engine-float16", "16-true", "16-mixed", "bf16-true", "bf16-mixed", "32-true",
+    "64-true", "64", "32", "16", "bf16",
+)  # fmt: skip
+
+
+@click.command(name="run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})
+@click.argument("script", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--accelerator", type=click.Choice(["cpu", "gpu", "cuda", "auto"]), default=None, help="Hardware to run on."
+)
+@click.option("--strategy", default="gpuorch", show_default=True, help="Other strategies are handed to `fabric run`.")
+@click.option("--devices", default="1", show_default=True, help="How many devices, which (0,2), or 'auto'.")
+@click.option("--num-nodes", "--num_nodes", type=int, default=1, show_default=True, help="Machines that take part.")
+@click.option("--node-rank", "--node_rank", type=int, default=0, show_default=True, help="Which machine this is.")
+@click.option("--main-address", "--main_address", default="127.0.0.1", show_default=True, help="Host of the head.")
+@click.option("--main-port", "--main_port", type=int, default=29400, show_default=True, help="Port of the head.")
+@click.option("--precision", type=click.Choice(_PRECISIONS), default=None, help="Numeric precision.")
+@click.argument("script_args", nargs=-1, type=click.UNPROCESSED)
+def run(script: str, script_args: tuple[str, ...], **options: Any) -> None:
+    """Run SCRIPT once per device, under a supervisor that restarts what dies.
+
+    SCRIPT_ARGS are passed to the script.
+    """
+    try:
+        code = _run(script, list(script_args), **options)
+    except ConfigurationError as error:
+        raise click.ClickException(str(error)) from None
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _run(script: str, script_args: list[str], **options: Any) -> int:
+    if options["strategy"] != "gpuorch":
+        return _fabric_run(script, script_args, options)
+    if options["num_nodes"] != 1:
+        raise ConfigurationError(
+            f"--num-nodes {options['num_nodes']}: several nodes are not supported by `gpuorch run` yet; launch with "
+            "torchrun or srun, where the strategy works as well."
+        )
+    # The supervisor is light: neither torch nor Lightning is imported in this process.
+    from lightning_gpuorch.spawn import script_spawner
+    from lightning_gpuorch.supervisor import Supervisor
+    from lightning_gpuorch.telemetry.logs import configure_logging
+
+    config = OrchestratorConfig.resolve()
+    configure_logging(config.log_level, rank=0, replica=0)
+    accelerator, count, indices = choose_devices(options["accelerator"], options["devices"])
+    environment = {
+        "LT_CLI_USED": "1",
+        "LT_ACCELERATOR": accelerator,
+        "LT_STRATEGY": "gpuorch",
+        "LT_DEVICES": str(count),
+        "LT_NUM_NODES": "1",
+    }
+    if options["precision"] is not None:
+        environment["LT_PRECISION"] = options["precision"]
+    spawner = script_spawner(["script", os.path.abspath(script), *script_args], config.enable_warm_start)
+    return Supervisor(spawner, count, config, device_indices=indices, environment=environment).run()
+
+
+def _fabric_run(script: str, script_args: list[str], options: dict[str, Any]) -> int:
+    from argparse import Namespace
+
+    from lightning.fabric.cli import main
+
+    main(args=Namespace(script=script, **options), script_args=script_args)
+    return 0

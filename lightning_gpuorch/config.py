@@ -1,0 +1,210 @@
+"""What can be configured, where each value comes from, and what is checked before anything starts.
+
+A field is taken from the argument if one was given, else from the environment variable ``GPUORCH_<FIELD>``, else from
+its default. The environment is read here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_gpuorch.errors import ConfigurationError
+
+ENVIRONMENT_PREFIX = "GPUORCH_"
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"0", "false", "no", "off"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrchestratorConfig:
+    """Settings of an orchestrated job. Immutable; see :meth:`resolve` for the precedence of sources."""
+
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Data-plane backend of a tensor-parallel group; ``auto`` takes nccl on CUDA and gloo elsewhere."""
+    timeout_sec: float = 30.0
+    """Longest wait for one data-plane collective, and for the head to answer one request."""
+    collective_timeout_sec: float = 1800.0
+    """Longest wait for all ranks to arrive at a job-wide collective of the control plane."""
+    memory_fraction: float = 0.9
+    """Share of a device's memory that the job may use."""
+    health_check_interval_sec: float = 5.0
+    """Time between two readings of the devices."""
+    heartbeat_timeout_sec: float = 10.0
+    """A rank whose heartbeat is older than this, once it is past its first step, counts as stuck."""
+    start_timeout_sec: float = 900.0
+    """Longest time from process start to the first completed step."""
+    step_timeout_sec: float = 60.0
+    """Smallest progress limit of a step; the limit in force is the larger of this and 10 x the slowest recent step."""
+    exit_timeout_sec: float = 60.0
+    """Longest time a worker may take to leave after its work is done, or to drain after SIGTERM."""
+    enable_auto_restart: bool = True
+    """Restart a replica whose rank died or got stuck."""
+    enable_warm_start: bool = True
+    """Fork workers from a process that has imported torch and Lightning already."""
+    max_restart_attempts: int = 3
+    """Restarts of one replica without progress before it is retired."""
+    max_chunk_failures: int = 3
+    """Deaths blamed on one chunk before it is quarantined."""
+    batch_size: int = 32
+    """Samples per batch where the plugin itself builds the batches."""
+    enable_dynamic_batching: bool = False
+    """Form batches by token budget instead of a fixed count."""
+    tensor_parallel_size: int | Literal["auto"] = "auto"
+    """Ranks that share one copy of the model."""
+    data_parallel_size: int | Literal["auto"] = "auto"
+    """Replicas; ``auto`` takes all devices divided by the tensor-parallel size."""
+    chunk_size: int | Literal["auto"] = "auto"
+    """Batches per chunk, the unit that is leased, computed and made durable."""
+    max_pending_bytes: int = 256 * 2**20
+    """Predictions that may wait for the disk before the loop has to."""
+    model_fingerprint: str = "auto"
+    """Identity of the weights: ``auto`` samples them, ``off`` skips the check, any other text is taken as it is."""
+    metrics_port: int = 9400
+    """Port of the node's Prometheus endpoint; 0 takes a free one."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+    """Level of the plugin's own log."""
+    enable_profiling: bool = False
+    """Record a bounded PyTorch profile on each rank."""
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            ConfigurationError: A value has the wrong type or lies outside its range.
+        """
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not _accepts(hints[field.name], value):
+                raise ConfigurationError(
+                    f"{field.name}={value!r} is a {type(value).__name__}; expected {_describe(hints[field.name])}."
+                )
+            check = _RANGES.get(field.name)
+            if check is not None and not isinstance(value, str) and not check[0](value):
+                raise ConfigurationError(f"{field.name}={value!r} is out of range: it must be {check[1]}.")
+
+    @classmethod
+    def resolve(cls, config: OrchestratorConfig | None = None, /, **overrides: Any) -> OrchestratorConfig:
+        """Combine arguments, environment and defaults.
+
+        Args:
+            config: A ready configuration; fields that differ from their default count as given arguments.
+            **overrides: Single fields; they beat ``config``.
+
+        Returns:
+            The configuration in force.
+
+        Raises:
+            ConfigurationError: An unknown field or environment variable, a wrong type or a value out of range.
+        """
+        names = {field.name: field for field in dataclasses.fields(cls)}
+        for name in overrides:
+            if name not in names:
+                raise ConfigurationError(f"unknown configuration field {name!r}{_nearest(name, names)}.")
+        values = _read_environment(os.environ, cls)
+        if config is not None:
+            if not isinstance(config, OrchestratorConfig):
+                raise ConfigurationError(
+                    f"config={config!r} is a {type(config).__name__}; expected OrchestratorConfig."
+                )
+            for name, field in names.items():
+                if getattr(config, name) != field.default:
+                    values[name] = getattr(config, name)
+        values.update(overrides)
+        return cls(**values)
+
+
+_positive = (lambda v: v > 0, "greater than 0")
+_at_least_one = (lambda v: v >= 1, "1 or more")
+_not_negative = (lambda v: v >= 0, "0 or more")
+
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "timeout_sec": _positive,
+    "collective_timeout_sec": _positive,
+    "memory_fraction": (lambda v: 0 < v <= 1, "greater than 0 and at most 1"),
+    "health_check_interval_sec": _positive,
+    "heartbeat_timeout_sec": _positive,
+    "start_timeout_sec": _positive,
+    "step_timeout_sec": _positive,
+    "exit_timeout_sec": _positive,
+    "max_restart_attempts": _not_negative,
+    "max_chunk_failures": _at_least_one,
+    "batch_size": _at_least_one,
+    "tensor_parallel_size": _at_least_one,
+    "data_parallel_size": _at_least_one,
+    "chunk_size": _at_least_one,
+    "max_pending_bytes": _at_least_one,
+    "metrics_port": (lambda v: 0 <= v <= 65535, "between 0 and 65535"),
+}
+
+
+def _read_environment(environment: Mapping[str, str], cls: type[OrchestratorConfig]) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    variables = {ENVIRONMENT_PREFIX + name.upper(): name for name in hints}
+    values = {}
+    for variable, text in environment.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX):
+            continue
+        if variable not in variables:
+            raise ConfigurationError(
+                f"unknown environment variable {variable}={text!r}{_nearest(variable, variables)}; "
+                f"{ENVIRONMENT_PREFIX}* names are reserved for the fields of OrchestratorConfig."
+            )
+        name = variables[variable]
+        values[name] = _parse(hints[name], text, variable)
+    return values
+
+
+def _parse(hint: Any, text: str, variable: str) -> Any:
+    for kind in typing.get_args(hint) if _is_union(hint) else (hint,):
+        if typing.get_origin(kind) is Literal:
+            matches = [choice for choice in typing.get_args(kind) if str(choice).lower() == text.strip().lower()]
+            if matches:
+                return matches[0]
+        elif kind is bool:
+            if text.strip().lower() in _TRUE | _FALSE:
+                return text.strip().lower() in _TRUE
+        elif kind is str:
+            return text
+        elif kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    raise ConfigurationError(f"environment variable {variable}={text!r} cannot be read as {_describe(hint)}.")
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) is typing.Union or type(hint).__name__ == "UnionType"
+
+
+def _accepts(hint: Any, value: Any) -> bool:
+    if _is_union(hint):
+        return any(_accepts(kind, value) for kind in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    if _is_union(hint):
+        return " or ".join(_describe(kind) for kind in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
+    return {bool: "true or false", int: "an integer", float: "a number", str: "text"}[hint]
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

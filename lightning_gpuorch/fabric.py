@@ -1,0 +1,128 @@
+"""``strategy="gpuorch"`` for Fabric.
+
+A plain loop over ``fabric.setup_dataloaders(...)`` gets a fixed share of the batches per replica. Predictions that
+must survive anything go through :class:`~lightning_gpuorch.MultiGPUOrchestrator`, which leases chunks and writes parts.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.strategies import DDPStrategy
+from torch import Tensor
+
+from lightning_gpuorch import _compat
+from lightning_gpuorch._shell import ParallelizeFn, StrategyShell
+from lightning_gpuorch.config import OrchestratorConfig
+from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.launcher import Launcher
+from lightning_gpuorch.memory import check_model_fits, memory_budget_bytes
+
+__all__ = ["GPUOrchStrategy"]
+
+
+class GPUOrchStrategy(StrategyShell, DDPStrategy):  # type: ignore[misc]
+    """Orchestrated inference under ``Fabric``.
+
+    Args:
+        config: Settings; single fields may be given as keywords instead.
+        parallelize_fn: Called as ``parallelize_fn(module, device_mesh)`` with a mesh whose axes are named
+            ``data_parallel`` and ``tensor_parallel``; returns the parallelized module.
+        tensor_parallel_plan: A ready plan, instead of ``parallelize_fn``.
+        example_input: An input for planning, where the model has none.
+        output_dir: Where predictions are kept. A rerun with the same directory computes only what is missing. Without
+            it they live until the process ends.
+        start_method: How several devices are started: ``popen`` runs the script anew for each rank, ``fork`` forks
+            this process, as notebooks need it.
+        **options: Fields of :class:`~lightning_gpuorch.OrchestratorConfig`.
+
+    Raises:
+        ConfigurationError: An unknown option or a bad value.
+    """
+
+    def __init__(
+        self,
+        config: OrchestratorConfig | None = None,
+        *,
+        parallelize_fn: ParallelizeFn | None = None,
+        tensor_parallel_plan: Any = None,
+        example_input: Any = None,
+        output_dir: str | os.PathLike[str] | None = None,
+        start_method: Literal["popen", "fork"] = "popen",
+        **options: Any,
+    ):
+        self._init_shell(config, options, parallelize_fn, tensor_parallel_plan, example_input, output_dir)
+        super().__init__(
+            cluster_environment=self.supervised_environment,
+            process_group_backend=self.config.backend if self.config.backend != "auto" else None,
+        )
+        self._start_method = start_method
+
+    # Processes
+
+    def _configure_launcher(self) -> None:
+        self._launcher = Launcher(self, self._start_method)  # type: ignore[assignment]
+
+    def _set_world_ranks(self) -> None:
+        if self._worker is None:
+            super()._set_world_ranks()
+
+    def _setup_distributed(self) -> None:
+        # Fabric's command line forbids launch() after it has launched the script; a script that is also run with
+        # `python` has that call, so it is allowed again once the processes stand.
+        os.environ.pop("LT_CLI_USED", None)
+        _compat.reset_seed()
+        self._set_world_ranks()
+        self._start_runtime()
+
+    # Model and data
+
+    def setup_module(self, module: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]
+        """Prepare a module for inference: sharded if asked for, in eval mode, never wrapped."""
+        check_model_fits(
+            module,
+            memory_budget_bytes(self.root_device, self.config.memory_fraction),
+            tensor_parallel_size=self.tensor_parallel_size,
+        )
+        module = self._parallelize(module).eval()
+        self._sync_metrics_over_job(module)
+        return module
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Give this replica its share of a loader."""
+        return dataloader if self.world_size == 1 else self.runtime.share(dataloader)
+
+    def setup_optimizer(self, optimizer: Any) -> Any:
+        """Refuse to train.
+
+        Raises:
+            ConfigurationError: Always.
+        """
+        raise ConfigurationError(
+            "strategy='gpuorch' runs inference under Fabric and does not synchronise gradients; train with "
+            "Fabric(strategy='ddp')."
+        )
+
+    # Collectives
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for all ranks of the job."""
+        self._job_barrier(args[0] if args else kwargs.get("name"))
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return rank ``src``'s object on all ranks of the job."""
+        return self._job_broadcast(obj, src)
+
+    def all_reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce over the replicas of the job."""
+        return self._job_reduce(tensor, reduce_op)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Stack every rank's tensor; shape ``(world_size, *tensor.shape)``."""
+        return self._job_all_gather(tensor)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002 - Lightning's name
+        """Whether all ranks (or any) decided so."""
+        return self._job_decide(decision, all)

@@ -1,0 +1,417 @@
+"""The head of a job: the one place that knows the ranks, the leases, the collectives and what was lost.
+
+It lives in the supervisor; in the process itself when there is only one; in rank 0 when another launcher made the
+processes. Every request is idempotent, so a rank may repeat it after a broken connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_gpuorch.distributed import CollectiveLedger, Message, answered, refused
+from lightning_gpuorch.errors import (
+    ConfigurationError,
+    ControlPlaneError,
+    GPUOrchError,
+    MissingPredictionsError,
+    format_indices,
+)
+from lightning_gpuorch.predictions.dispatcher import LeaseQueue, Owner
+from lightning_gpuorch.predictions.layout import LoaderLayout
+from lightning_gpuorch.predictions.manifest import Manifest, open_or_create, record_quarantine, set_num_units
+from lightning_gpuorch.predictions.parts import PartStore, loader_directory
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """One predict call: its directory and one queue per dataloader."""
+
+    directory: Path
+    manifest: Manifest
+    queues: list[LeaseQueue]
+    ephemeral: bool
+    opened_by: set[int] = field(default_factory=set)
+    closed_by: set[int] = field(default_factory=set)
+    samples_done: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every chunk of every loader is durable or given up."""
+        return all(queue.finished for queue in self.queues)
+
+    @property
+    def resumed_chunks(self) -> int:
+        """Chunks that were durable before this run."""
+        return sum(len(queue.resumed) for queue in self.queues)
+
+
+class Goodbyes:
+    """Ranks that have left in good order."""
+
+    def __init__(self) -> None:
+        self.ranks: set[int] = set()
+        self._changed = threading.Condition()
+
+    def add(self, rank: int) -> None:
+        """Record that a rank has left."""
+        with self._changed:
+            self.ranks.add(rank)
+            self._changed.notify_all()
+
+    def wait_for(self, ranks: set[int], timeout_seconds: float) -> bool:
+        """Wait until all of ``ranks`` have left; False if the time runs out first."""
+        with self._changed:
+            return self._changed.wait_for(lambda: ranks <= self.ranks, timeout_seconds)
+
+
+class Head:
+    """Answers the requests of all ranks.
+
+    Args:
+        world_size: Ranks of the job.
+        max_chunk_failures: Deaths in one chunk before a sample of it is given up.
+        on_event: Told of what happened, as ``on_event(kind, **fields)``; must not raise.
+    """
+
+    def __init__(
+        self, world_size: int, max_chunk_failures: int = 3, on_event: Callable[..., None] = lambda kind, **fields: None
+    ):
+        self.world_size = world_size
+        self.tensor_parallel_size: int | None = None
+        self.gang = False
+        self.ledger = CollectiveLedger(range(world_size))
+        self.jobs: dict[int, Job] = {}
+        self.reports: list[dict[str, Any]] = []
+        self.generations: dict[int, int] = {}
+        self.goodbyes = Goodbyes()
+        self.chunks_by_replica: dict[int, int] = {}
+        self.needs_every_replica = False
+        self._max_chunk_failures = max_chunk_failures
+        self._on_event = on_event
+        self._published: dict[str, Any] = {}
+        self._lookups: dict[str, list[Future[Message]]] = {}
+        self._draining = False
+        self._lock = threading.RLock()
+
+    def handle(self, request: Message) -> Future[Message]:
+        """Take one request of a rank.
+
+        Args:
+            request: Header with ``op`` and its fields.
+
+        Returns:
+            Resolved with the answer, now or later. Errors travel inside the answer.
+        """
+        operation = getattr(self, f"_op_{request.header.get('op')}", None)
+        if operation is None:
+            return refused(ControlPlaneError(f"unknown request {request.header.get('op')!r}; versions differ?"))
+        try:
+            answer = operation(request)
+        except GPUOrchError as error:
+            return refused(error)
+        except Exception as error:
+            log.exception("request %r failed", request.header.get("op"))
+            return refused(ControlPlaneError(f"{request.header.get('op')}: {type(error).__name__}: {error}"))
+        return answer if isinstance(answer, Future) else answered(answer or {})
+
+    # What the supervisor decides
+
+    def end_generation(
+        self,
+        replica: int,
+        generation: int,
+        blamed: dict[tuple[int, int], int] | None = None,
+        positions: dict[tuple[int, int], tuple[int, int]] | None = None,
+    ) -> int:
+        """Take back the leases of a generation that is over; every path that ends one passes here. Idempotent.
+
+        Args:
+            replica: The replica.
+            generation: Which of its starts.
+            blamed: Chunk being computed at death, by (job, loader).
+            positions: Units of the step it was in, by (job, loader).
+
+        Returns:
+            Number of chunks that went back.
+        """
+        owner: Owner = (replica, generation)
+        back = 0
+        with self._lock:
+            for number, job in self.jobs.items():
+                for loader, queue in enumerate(job.queues):
+                    key = (number, loader)
+                    before = len(queue.quarantined)
+                    back += len(queue.revoke(owner, (blamed or {}).get(key), (positions or {}).get(key)))
+                    self._record_quarantine(number, loader, before)
+            for rank in self._ranks_of(replica):
+                for job in self.jobs.values():
+                    job.opened_by.discard(rank)
+        return back
+
+    def chunk_in_hand(self, replica: int, generation: int) -> dict[tuple[int, int], int]:
+        """The oldest chunk a generation holds, by (job, loader): the one it is computing."""
+        held = {}
+        with self._lock:
+            for number, job in self.jobs.items():
+                for loader, queue in enumerate(job.queues):
+                    leases = queue.leases_of((replica, generation))
+                    if leases:
+                        held[number, loader] = leases[0]
+        return held
+
+    def retire(self, replica: int) -> None:
+        """Stop waiting for a replica in collectives."""
+        self.ledger.retire(self._ranks_of(replica))
+
+    def drain(self) -> None:
+        """Hand out no more work."""
+        with self._lock:
+            self._draining = True
+            for job in self.jobs.values():
+                for queue in job.queues:
+                    queue.drain()
+
+    def unfinished_jobs_of(self, rank: int) -> list[int]:
+        """Jobs a rank has opened and not closed: it may not leave yet."""
+        with self._lock:
+            return [n for n, job in self.jobs.items() if rank in job.opened_by and rank not in job.closed_by]
+
+    def verify(self) -> None:
+        """Check that every opened job is complete, by the part files themselves.
+
+        Raises:
+            MissingPredictionsError: Units are missing; they are named.
+        """
+        for number, job in sorted(self.jobs.items()):
+            verify_complete(number, job)
+
+    # What ranks ask
+
+    def _op_hello(self, request: Message) -> dict[str, Any]:
+        size = int(request.header["tensor_parallel_size"])
+        with self._lock:
+            if self.tensor_parallel_size is None:
+                if self.world_size % size:
+                    raise ConfigurationError(
+                        f"{self.world_size} devices cannot be cut into replicas of tensor_parallel_size={size}."
+                    )
+                self.tensor_parallel_size = size
+            elif size != self.tensor_parallel_size:
+                raise ConfigurationError(
+                    f"rank {request.header['rank']} uses tensor_parallel_size={size}, the others use "
+                    f"{self.tensor_parallel_size}; all ranks must run the same script with the same options."
+                )
+            replica, generation = request.header["rank"] // size, int(request.header["generation"])
+            self.generations[replica] = max(generation, self.generations.get(replica, 0))
+        return {"draining": self._draining}
+
+    def _op_goodbye(self, request: Message) -> dict[str, Any]:
+        self.goodbyes.add(int(request.header["rank"]))
+        return {}
+
+    def _op_drain(self, request: Message) -> dict[str, Any]:
+        self.drain()
+        return {}
+
+    def _op_stage(self, request: Message) -> dict[str, Any]:
+        """A stage whose state is in memory: training restarts as a whole, evaluation needs every share."""
+        self.gang = self.gang or bool(request.header.get("gang"))
+        self.needs_every_replica = bool(request.header.get("every_replica"))
+        return {}
+
+    def _op_publish(self, request: Message) -> dict[str, Any]:
+        key, value = request.header["key"], request.header["value"]
+        with self._lock:
+            self._published[key] = value
+            for waiter in self._lookups.pop(key, []):
+                waiter.set_result(Message({"value": value}))
+        return {}
+
+    def _op_lookup(self, request: Message) -> Future[Message]:
+        key = request.header["key"]
+        with self._lock:
+            if key in self._published:
+                return answered({"value": self._published[key]})
+            waiter: Future[Message] = Future()
+            self._lookups.setdefault(key, []).append(waiter)
+            return waiter
+
+    def _op_gather(self, request: Message) -> Future[Message]:
+        header = request.header
+        return self.ledger.contribute(header["number"], header["kind"], header["rank"], request.payload)
+
+    def _op_gather_missing(self, request: Message) -> dict[str, Any]:
+        return {"missing": self.ledger.missing(request.header["number"])}
+
+    def _op_open(self, request: Message) -> dict[str, Any]:
+        header = request.header
+        number = int(header["job"])
+        with self._lock:
+            job = self.jobs.get(number)
+            wanted = Manifest.from_dict(header["manifest"])
+            if job is None:
+                job = self._create_job(Path(header["directory"]), wanted, bool(header["ephemeral"]))
+                self.jobs[number] = job
+                self._on_event(
+                    "job",
+                    job=number,
+                    directory=str(job.directory),
+                    resumed_chunks=job.resumed_chunks,
+                    loaders=[layout.to_dict() for layout in job.manifest.loaders],
+                )
+            else:
+                open_or_create(job.directory, wanted)  # the same identity on every rank, or an error that names it
+            job.opened_by.add(int(header["rank"]))
+            return {
+                "directory": str(job.directory),
+                "manifest": job.manifest.to_dict(),
+                "done": [queue.num_done for queue in job.queues],
+                "resumed": [len(queue.resumed) for queue in job.queues],
+                "finished": job.finished,
+            }
+
+    def _create_job(self, directory: Path, wanted: Manifest, ephemeral: bool) -> Job:
+        manifest = open_or_create(directory, wanted)
+        queues = []
+        for index, layout in enumerate(manifest.loaders):
+            store = PartStore(loader_directory(directory, index))
+            store.sweep_temporaries()
+            queue = LeaseQueue(
+                layout.num_chunks if layout.num_units is not None else None,
+                layout.chunk_size,
+                store.done(),
+                self._max_chunk_failures,
+            )
+            if self._draining:
+                queue.drain()
+            queues.append(queue)
+        return Job(directory, manifest, queues, ephemeral)
+
+    def _queue(self, request: Message) -> LeaseQueue:
+        return self.jobs[int(request.header["job"])].queues[int(request.header["loader"])]
+
+    def _op_next(self, request: Message) -> Future[Message]:
+        header = request.header
+        asked = self._queue(request).next(
+            (int(header["replica"]), int(header["generation"])), int(header["sequence"]), bool(header["block"])
+        )
+        answer: Future[Message] = Future()
+        asked.add_done_callback(lambda decided: answer.set_result(Message(decided.result())))
+        return answer
+
+    def _op_done(self, request: Message) -> dict[str, Any]:
+        header = request.header
+        job = self.jobs[int(header["job"])]
+        self._queue(request).report_done(int(header["chunk"]), bool(header["won"]))
+        if header["won"]:
+            replica = int(header["replica"])
+            with self._lock:
+                job.samples_done += int(header.get("samples", 0))
+                self.chunks_by_replica[replica] = self.chunks_by_replica.get(replica, 0) + 1
+        for start, stop, reason in header.get("quarantined", ()):
+            with self._lock:
+                queue = self._queue(request)
+                before = len(queue.quarantined)
+                queue.quarantine(start, stop, reason)
+                self._record_quarantine(int(header["job"]), int(header["loader"]), before)
+        return {}
+
+    def _op_end_of_stream(self, request: Message) -> dict[str, Any]:
+        number, loader, units = (int(request.header[key]) for key in ("job", "loader", "units"))
+        with self._lock:
+            job = self.jobs[number]
+            layout = job.manifest.loaders[loader]
+            if layout.num_units is None:
+                job.manifest = set_num_units(job.directory, loader, units)
+                job.queues[loader].set_num_chunks(job.manifest.loaders[loader].num_chunks)
+            elif layout.num_units != units:
+                raise ControlPlaneError(
+                    f"the stream of dataloader {loader} ended after {units} batches on rank {request.header['rank']} "
+                    f"and after {layout.num_units} elsewhere; a stream must give the same batches on every rank."
+                )
+        return {}
+
+    def _op_close(self, request: Message) -> dict[str, Any]:
+        number = int(request.header["job"])
+        with self._lock:
+            job = self.jobs[number]
+            job.closed_by.add(int(request.header["rank"]))
+        verify_complete(number, job)
+        return {"resumed_chunks": job.resumed_chunks, "seconds": time.monotonic() - job.started}
+
+    def _op_progress(self, request: Message) -> dict[str, Any]:
+        job = self.jobs.get(int(request.header["job"]))
+        if job is None:
+            return {"known": False}
+        return {
+            "known": True,
+            "chunks_done": sum(queue.num_done for queue in job.queues),
+            "chunks": sum(queue.num_chunks or 0 for queue in job.queues),
+            "samples_done": job.samples_done,
+            "restarts": sum(self.generations.values()),
+        }
+
+    def _op_report(self, request: Message) -> dict[str, Any]:
+        self.reports.append(dict(request.header))
+        self._on_event(str(request.header["kind"]), **{k: v for k, v in request.header.items() if k not in _ENVELOPE})
+        return {}
+
+    def _record_quarantine(self, number: int, loader: int, already: int) -> None:
+        job = self.jobs[number]
+        for entry in job.queues[loader].quarantined[already:]:
+            record_quarantine(job.directory, loader, entry.start, entry.stop, entry.reason)
+            self._on_event(
+                "quarantine", job=number, loader=loader, start=entry.start, stop=entry.stop, why=entry.reason
+            )
+
+    def _ranks_of(self, replica: int) -> Iterable[int]:
+        size = self.tensor_parallel_size or 1
+        return range(replica * size, (replica + 1) * size)
+
+
+_ENVELOPE = frozenset({"op", "kind", "id"})
+
+
+def verify_complete(number: int, job: Job) -> None:
+    """Check one job against its part files.
+
+    Raises:
+        MissingPredictionsError: Units are missing or were given up; they are named.
+    """
+    for loader, (layout, queue) in enumerate(zip(job.manifest.loaders, job.queues, strict=True)):
+        where = f"job {number}, dataloader {loader}" if len(job.queues) > 1 or number else "the job"
+        if queue.quarantined:
+            units = sorted({u for entry in queue.quarantined for u in range(entry.start, entry.stop)})
+            reasons = "; ".join(sorted({entry.reason for entry in queue.quarantined}))
+            noun = "samples" if layout.unit == "sample" else "batches"
+            raise MissingPredictionsError(
+                f"{where} has no prediction for {len(units)} {noun}: {format_indices(units)} ({reasons}). All others "
+                f"are durable in {job.directory}.",
+                units,
+            )
+        if layout.num_units is None:
+            raise MissingPredictionsError(f"{where} ended before the end of its stream was seen.")
+        missing = missing_units(layout, PartStore(loader_directory(job.directory, loader)).done())
+        if missing:
+            raise MissingPredictionsError(
+                f"{where} ended with {len(missing)} units missing: {format_indices(missing)}. What was computed is kept "
+                f"in {job.directory}; the same command goes on from there.",
+                missing,
+            )
+
+
+def missing_units(layout: LoaderLayout, done: set[int]) -> list[int]:
+    """Units whose chunk is not durable, ascending."""
+    if len(done) >= layout.num_chunks:
+        return []
+    return [unit for chunk in range(layout.num_chunks) if chunk not in done for unit in layout.chunk_range(chunk)]

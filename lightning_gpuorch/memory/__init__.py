@@ -1,0 +1,25 @@
+"""How much memory a device may give, what a model needs of it, and tensors allocated within that budget."""
+
+from lightning_gpuorch.memory.allocator import ResourceAllocator
+from lightning_gpuorch.memory.budget import (
+    ACTIVATION_HEADROOM,
+    ModelBytes,
+    check_model_fits,
+    memory_budget_bytes,
+    memory_summary,
+    model_bytes,
+    total_memory_bytes,
+)
+from lightning_gpuorch.memory.pool import BufferPool
+
+__all__ = [
+    "ACTIVATION_HEADROOM",
+    "BufferPool",
+    "ModelBytes",
+    "ResourceAllocator",
+    "check_model_fits",
+    "memory_budget_bytes",
+    "memory_summary",
+    "model_bytes",
+    "total_memory_bytes",
+]

@@ -1,0 +1,255 @@
+"""Who computes which chunk: one owner of all leases, in memory, rebuilt from the part files after a crash.
+
+Leases only avoid doing work twice. Correctness rests on the part files, where the first writer wins; so a lease may be
+revoked too early or a report repeated without harm.
+
+A replica asks for work by sequence number. The answer to a number is decided once and repeated to every rank of the
+replica's tensor-parallel group, so that all of them see the same chunks in the same order.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+Answer = dict[str, Any]
+Owner = tuple[int, int]
+"""Replica and its generation (how often it was started)."""
+
+STOP: Answer = {"do": "stop"}
+PAUSE: Answer = {"do": "pause"}
+DRAIN: Answer = {"do": "drain"}
+FENCED: Answer = {"do": "fenced"}
+
+
+@dataclass
+class ChunkFault:
+    """What is known of a chunk that took workers down with it.
+
+    Attributes:
+        deaths: Workers that died while computing it.
+        isolate: Units to be computed one by one from now on, as ``[start, stop)``.
+        skip: Units given up.
+    """
+
+    deaths: int = 0
+    isolate: tuple[int, int] | None = None
+    skip: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Quarantined:
+    """Units without a prediction, and why."""
+
+    start: int
+    stop: int
+    reason: str
+
+
+class LeaseQueue:
+    """The leases of one dataloader of one job. Thread-safe.
+
+    Args:
+        num_chunks: Chunks of the loader; None for a stream whose end is not known yet.
+        chunk_size: Units per chunk.
+        done: Chunks that are already durable.
+        max_chunk_failures: Deaths in one chunk until a single unit is given up.
+    """
+
+    def __init__(self, num_chunks: int | None, chunk_size: int, done: Iterable[int] = (), max_chunk_failures: int = 3):
+        self.num_chunks = num_chunks
+        self.chunk_size = chunk_size
+        self.done = set(done)
+        self.resumed = frozenset(self.done)
+        self.faults: dict[int, ChunkFault] = {}
+        self.quarantined: list[Quarantined] = []
+        self.lost_races = 0
+        self._given_up: set[int] = set()
+        self._max_chunk_failures = max_chunk_failures
+        self._fresh = 0
+        self._returned: list[int] = []
+        self._leases: dict[int, Owner] = {}
+        self._answers: dict[Owner, list[Answer]] = {}
+        self._waiting: dict[Owner, list[tuple[int, Future[Answer]]]] = {}
+        self._fenced: set[Owner] = set()
+        self._draining = False
+        self._lock = threading.RLock()
+
+    @property
+    def finished(self) -> bool:
+        """Whether every chunk is durable or given up."""
+        with self._lock:
+            return self.num_chunks is not None and len(self.done | self._given_up) >= self.num_chunks
+
+    @property
+    def num_done(self) -> int:
+        """Durable chunks."""
+        return len(self.done)
+
+    def leases_of(self, owner: Owner) -> list[int]:
+        """Chunks an owner holds, in the order it got them."""
+        with self._lock:
+            return [chunk for chunk, holder in self._leases.items() if holder == owner]
+
+    def next(self, owner: Owner, sequence: int, block: bool) -> Future[Answer]:
+        """Ask for work.
+
+        Args:
+            owner: Replica and generation.
+            sequence: Number of this request within the generation, from 0; all ranks of the replica repeat it.
+            block: Wait for work that others may still hand back, instead of answering "pause".
+
+        Returns:
+            One of ``{"do": "chunk", "chunk": c, "isolate": ..., "skip": ...}``, ``pause`` (nothing now; make your
+            own chunks durable, then ask again with ``block``), ``stop`` (all done), ``drain`` (leave, resumable) and
+            ``fenced`` (this generation was replaced; leave).
+        """
+        with self._lock:
+            future: Future[Answer] = Future()
+            if owner in self._fenced:
+                future.set_result(FENCED)
+                return future
+            answers = self._answers.setdefault(owner, [])
+            if sequence < len(answers):
+                future.set_result(answers[sequence])
+                return future
+            answer = self._decide(owner, block)
+            if answer is None:
+                self._waiting.setdefault(owner, []).append((sequence, future))
+            else:
+                answers.append(answer)
+                future.set_result(answer)
+                self._serve_waiting()  # a sibling rank may wait for the same number
+            return future
+
+    def report_done(self, chunk: int, won: bool) -> None:
+        """Record that a chunk is durable; accepted from anyone, because the file is the truth."""
+        with self._lock:
+            self.done.add(chunk)
+            self._leases.pop(chunk, None)
+            self.lost_races += not won
+            self._serve_waiting()
+
+    def set_num_chunks(self, num_chunks: int) -> None:
+        """Record where a stream ends; leases beyond the end are dropped."""
+        with self._lock:
+            self.num_chunks = num_chunks
+            for chunk in [c for c in self._leases if c >= num_chunks]:
+                del self._leases[chunk]
+            self._returned = [c for c in self._returned if c < num_chunks]
+            heapq.heapify(self._returned)
+            self._serve_waiting()
+
+    def revoke(self, owner: Owner, blamed: int | None = None, position: tuple[int, int] | None = None) -> list[int]:
+        """Take back everything an owner holds; called on every path that ends a generation. Idempotent.
+
+        Args:
+            owner: The generation that ended.
+            blamed: Chunk it was computing when it died of a fault, if it did.
+            position: Units ``[start, stop)`` of the step it was in, if known.
+
+        Returns:
+            The chunks that went back.
+        """
+        with self._lock:
+            self._fenced.add(owner)
+            for _, future in self._waiting.pop(owner, []):
+                future.set_result(FENCED)
+            back = self.leases_of(owner)
+            for chunk in back:
+                del self._leases[chunk]
+                heapq.heappush(self._returned, chunk)
+            if blamed in back:
+                self._blame(blamed, position)
+            self._answers.pop(owner, None)
+            self._serve_waiting()
+            return back
+
+    def quarantine(self, start: int, stop: int, reason: str) -> None:
+        """Record units that will have no prediction."""
+        with self._lock:
+            self.quarantined.append(Quarantined(start, stop, reason))
+
+    def give_up(self, chunk: int, reason: str) -> None:
+        """Give up a whole chunk."""
+        with self._lock:
+            self._given_up.add(chunk)
+            self._leases.pop(chunk, None)
+            self.quarantine(chunk * self.chunk_size, (chunk + 1) * self.chunk_size, reason)
+            self._serve_waiting()
+
+    def drain(self) -> None:
+        """Hand out no more work; whoever asks is told to leave."""
+        with self._lock:
+            self._draining = True
+            self._serve_waiting()
+
+    def _blame(self, chunk: int, position: tuple[int, int] | None) -> None:
+        fault = self.faults.setdefault(chunk, ChunkFault())
+        fault.deaths += 1
+        if fault.isolate is not None and position is not None and position[1] - position[0] == 1:
+            # The unit that killed a worker all by itself is the poison; the rest of the chunk is still wanted.
+            fault.skip.append(position[0])
+            self.quarantine(position[0], position[1], f"{fault.deaths} workers died computing it")
+        elif fault.deaths >= self._max_chunk_failures - 1 and position is not None:
+            fault.isolate = position
+        elif fault.deaths > self._max_chunk_failures + 2:
+            self.give_up(chunk, f"{fault.deaths} workers died in it, at no position that could be told")
+
+    def _decide(self, owner: Owner, block: bool) -> Answer | None:
+        if self.finished:
+            return STOP
+        if self._draining:
+            return DRAIN
+        chunk = self._take()
+        if chunk is None:
+            return None if block else PAUSE
+        self._leases[chunk] = owner
+        answer: Answer = {"do": "chunk", "chunk": chunk}
+        fault = self.faults.get(chunk)
+        if fault is not None and fault.isolate is not None:
+            answer.update(isolate=list(fault.isolate), skip=list(fault.skip))
+        return answer
+
+    def _take(self) -> int | None:
+        while self._returned:
+            chunk = heapq.heappop(self._returned)
+            if chunk not in self.done and chunk not in self._given_up and chunk not in self._leases:
+                return chunk
+        while self.num_chunks is None or self._fresh < self.num_chunks:
+            chunk = self._fresh
+            self._fresh += 1
+            if chunk not in self.done and chunk not in self._leases:
+                return chunk
+        return None
+
+    def _serve_waiting(self) -> None:
+        while any(self._serve(owner) for owner in list(self._waiting)):
+            pass
+
+    def _serve(self, owner: Owner) -> bool:
+        answers = self._answers.setdefault(owner, [])
+        waiting = self._waiting.get(owner, [])
+        if not waiting:
+            self._waiting.pop(owner, None)
+            return False
+        sequence = waiting[0][0]
+        if sequence == len(answers):
+            answer = self._decide(owner, block=True)
+            if answer is None:
+                return False
+            answers.append(answer)
+        still = []
+        for number, future in waiting:
+            if number < len(answers):
+                future.set_result(answers[number])
+            else:
+                still.append((number, future))
+        self._waiting[owner] = still
+        if not still:
+            del self._waiting[owner]
+        return True

@@ -1,0 +1,146 @@
+"""How is a dataloader's work counted and cut into chunks? By arithmetic alone: nothing here grows with the dataset.
+
+Work is counted in *units* and cut into *chunks* of ``chunk_size`` consecutive units. What a unit is depends on the
+loader:
+
+``sample``
+    Position in the sampler's order; for a ``SequentialSampler`` that is the dataset index. For map-style loaders with
+    torch's own ``BatchSampler``.
+``batch``
+    Number of the loader's batch. For custom batch samplers, streams and any other iterable.
+``scattered``
+    Dataset index, computed by whoever had it: for loaders that somebody else has shared out (a callback under another
+    strategy). Parts have arbitrary numbers, and each stored batch names its dataset indices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from lightning_gpuorch.errors import ConfigurationError
+
+Unit = Literal["sample", "batch", "scattered"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderLayout:
+    """The work of one dataloader.
+
+    Attributes:
+        unit: What is counted; see the module.
+        num_units: Units in all; None for a stream whose end has not been seen.
+        batch_size: Samples per batch of the loader; None where the unit is a batch.
+        chunk_size: Units per chunk. On resume it is the one the job began with, while ``batch_size`` may be another:
+            chunks then need not be multiples of batches.
+        identity: Plain values that must be equal for a run to go on in the same directory.
+
+    Raises:
+        ConfigurationError: A value is out of range, or does not go with the unit.
+    """
+
+    unit: Unit
+    num_units: int | None
+    batch_size: int | None
+    chunk_size: int
+    identity: Mapping[str, str | int | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.unit not in get_args(Unit):
+            raise ConfigurationError(f"unit must be one of {get_args(Unit)}, got {self.unit!r}")
+        if self.chunk_size < 1:
+            raise ConfigurationError(f"chunk_size must be at least 1, got {self.chunk_size}")
+        if self.num_units is not None and self.num_units < 0:
+            raise ConfigurationError(f"num_units must not be negative, got {self.num_units}")
+        if (self.batch_size is None) != (self.unit == "batch"):
+            raise ConfigurationError(f"batch_size={self.batch_size} does not go with unit {self.unit!r}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigurationError(f"batch_size must be at least 1, got {self.batch_size}")
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks in all; 0 while the end of a stream is not known."""
+        return -(-(self.num_units or 0) // self.chunk_size)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches a single device would return; 0 while the end of a stream is not known."""
+        units = self.num_units or 0
+        return units if self.batch_size is None else -(-units // self.batch_size)
+
+    def chunk_range(self, chunk: int) -> range:
+        """Units of a chunk; of a stream without a known end, those it may hold."""
+        start = chunk * self.chunk_size
+        stop = start + self.chunk_size
+        return range(start, stop if self.num_units is None else max(start, min(stop, self.num_units)))
+
+    def batches_of_chunk(self, chunk: int) -> Iterator[range]:
+        """Units of each batch of a chunk, cut where the loader's batches end and where the chunk ends."""
+        units = self.chunk_range(chunk)
+        size = self.batch_size or 1
+        start = units.start
+        while start < units.stop:
+            stop = min((start // size + 1) * size, units.stop)
+            yield range(start, stop)
+            start = stop
+
+    def batch_range(self, batch: int) -> range:
+        """Units of the loader's batch ``batch``."""
+        size = self.batch_size or 1
+        start = batch * size
+        return range(start, max(start, min(start + size, self.num_units or 0)))
+
+    def with_num_units(self, num_units: int) -> LoaderLayout:
+        """Return the layout of a stream whose end has become known."""
+        return dataclasses.replace(self, num_units=num_units)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the layout as plain JSON."""
+        return {**dataclasses.asdict(self), "identity": dict(self.identity)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LoaderLayout:
+        """Return the layout that :meth:`to_dict` described.
+
+        Raises:
+            ConfigurationError: A value is out of range.
+            TypeError: A field is unknown or missing.
+        """
+        return cls(**data)
+
+
+@dataclass
+class StoredBatch:
+    """The prediction of one batch as it was computed; it need not be a batch of the loader.
+
+    Attributes:
+        first_unit: First unit it covers.
+        indices: Dataset indices of its samples, in order; None where they are unknown (streams).
+        size: Samples in ``output``; None where unknown. Taken from ``indices`` if these are given.
+        output: The prediction.
+        units: The unit of each sample, ascending, where units in between have no prediction. None: consecutive units
+            from ``first_unit``.
+        num_lost: Samples of the batch that have no prediction. To be told where the unit is a batch: ``units`` tell it
+            where it is a sample.
+
+    Raises:
+        ValueError: ``indices`` or ``units`` do not number ``size``, or ``units`` do not ascend.
+    """
+
+    first_unit: int
+    indices: Sequence[int] | None
+    size: int | None
+    output: Any
+    units: Sequence[int] | None = None
+    num_lost: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size is None and self.indices is not None:
+            self.size = len(self.indices)
+        for name, given in (("indices", self.indices), ("units", self.units)):
+            if given is not None and len(given) != self.size:
+                raise ValueError(f"a stored batch of {self.size} samples has {len(given)} {name}")
+        if self.units is not None and any(a >= b for a, b in zip(self.units, self.units[1:], strict=False)):
+            raise ValueError(f"units of a stored batch must ascend, got {list(self.units)[:20]}")

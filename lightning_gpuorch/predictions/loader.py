@@ -1,0 +1,263 @@
+"""Iterables that hand a replica its part of a dataloader: chunks leased one after another, or a fixed share.
+
+The consumer takes batches with ``next`` and finds the ticket of each in the loader's queue of tickets, in the same
+order. It must have handed over a batch's output before it asks for the batch after; when no work is left for the
+moment, the loader waits inside ``next`` for what other replicas may still give back.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lightning_gpuorch.errors import ControlPlaneError
+from lightning_gpuorch.predictions.layout import LoaderLayout
+from lightning_gpuorch.predictions.source import BatchSource, MapSource, Source, Span, StreamSource
+
+
+class WorkQueue(Protocol):
+    """Where a replica gets its chunks from; see :class:`~lightning_gpuorch.predictions.dispatcher.LeaseQueue`."""
+
+    def next(self, block: bool) -> dict[str, Any]:
+        """Ask for work."""
+        ...
+
+    def end_of_stream(self, units: int) -> None:
+        """Report where a stream ended."""
+        ...
+
+
+class ChunkSink(Protocol):
+    """Where the outputs of a chunk are collected."""
+
+    def begin(self, chunk: int, num_batches: int | None) -> None:
+        """A chunk starts; ``num_batches`` outputs will follow, or as many as come before :meth:`end`."""
+        ...
+
+    def end(self, chunk: int) -> None:
+        """A chunk of unknown length is over."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """One batch on its way from the loader to its output.
+
+    Attributes:
+        loader: Index of the dataloader.
+        chunk: Chunk it belongs to.
+        span: Units, batch number and dataset indices.
+        collate: Builds a batch of given dataset indices anew; None in streams.
+    """
+
+    loader: int
+    chunk: int
+    span: Span
+    collate: Callable[[list[int]], Any] | None
+
+    @property
+    def size(self) -> int | None:
+        """Samples in the batch, if known."""
+        return None if self.span.indices is None else len(self.span.indices)
+
+    @property
+    def indices(self) -> list[int] | None:
+        """Dataset indices of the samples, in order."""
+        return self.span.indices
+
+    @property
+    def recollate(self) -> Callable[[int, int], Any] | None:
+        """Builds the batch of samples ``start`` to ``stop`` of this batch anew."""
+        collate, indices = self.collate, self.span.indices
+        if collate is None or indices is None:
+            return None
+        return lambda start, stop: collate(indices[start:stop])
+
+
+class LeasedLoader:
+    """Batches of the chunks a replica is given, until all work of the job is done.
+
+    Args:
+        source: The user's loader, described.
+        layout: The layout in force.
+        queue: Hands out chunks.
+        sink: Told where chunks begin and end.
+        delivered: Gets the ticket of each batch that is given out.
+        index: Index of the dataloader in the job.
+        on_ended: Called with the last answer (stop, drain or fenced) when the loader ends.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        layout: LoaderLayout,
+        queue: WorkQueue,
+        sink: ChunkSink,
+        delivered: collections.deque[Ticket],
+        index: int = 0,
+        on_ended: Callable[[str], None] = lambda answer: None,
+    ):
+        self.source, self.layout, self.index = source, layout, index
+        self.batch_sampler: Any = None
+        """Set by whoever has to satisfy a framework that looks for indices here."""
+        self._queue, self._sink, self._delivered, self._on_ended = queue, sink, delivered, on_ended
+        self._requested: collections.deque[Ticket] = collections.deque()
+        self._answer = ""
+        self._block = False
+
+    @property
+    def dataset(self) -> Any:
+        """The user's dataset, if the loader has one."""
+        return getattr(self.source.loader, "dataset", None)
+
+    def __len__(self) -> int:
+        """Batches of the whole job, as a single device would compute: the most this replica can get."""
+        if self.source.num_batches is None:
+            raise TypeError("the length of this stream is not known")
+        return self.source.num_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        self._requested.clear()
+        self._answer, self._block = "", False
+        if isinstance(self.source, StreamSource):
+            yield from self._stream(self.source)
+        else:
+            yield from self._indexed(self.source)
+        self._on_ended(self._answer)
+
+    def _indexed(self, source: MapSource | BatchSource) -> Iterator[Any]:
+        loader = source.reordered(_LeasedBatches(self))
+        try:
+            while self._answer in ("", "pause"):
+                for batch in loader:
+                    self._delivered.append(self._requested.popleft())
+                    yield batch
+                self._block = True
+        finally:
+            loader._iterator = None  # ends the workers, which outlive one iteration
+
+    def _stream(self, source: StreamSource) -> Iterator[Any]:
+        position, stream = 0, source.iterate()
+        while True:
+            answer = self._next_answer()
+            if answer["do"] == "pause":
+                self._block = True
+                continue
+            if answer["do"] != "chunk":
+                return
+            chunk = int(answer["chunk"])
+            start = chunk * self.layout.chunk_size
+            if start < position:
+                position, stream = 0, source.iterate()
+            position += _skip(stream, start - position)
+            if position < start:
+                self._queue.end_of_stream(position)
+                continue
+            self._sink.begin(chunk, None)
+            for number in range(start, start + self.layout.chunk_size):
+                try:
+                    batch = next(stream)
+                except StopIteration:
+                    self._queue.end_of_stream(number)
+                    break
+                position = number + 1
+                self._delivered.append(Ticket(self.index, chunk, Span(number, 1, number, None), None))
+                yield batch
+            self._sink.end(chunk)
+
+    def _next_answer(self) -> dict[str, Any]:
+        answer = self._queue.next(self._block)
+        self._block = False
+        self._answer = answer["do"]
+        return answer
+
+    def _leased_batches(self) -> Iterator[list[int]]:
+        """Dataset indices of one batch after another, until there is no work for the moment."""
+        assert not isinstance(self.source, StreamSource)
+        while True:
+            answer = self._next_answer()
+            if answer["do"] != "chunk":
+                return
+            chunk = int(answer["chunk"])
+            isolate = range(*answer.get("isolate", (0, 0)))
+            skip = frozenset(answer.get("skip", ()))
+            spans = list(self.source.spans(self.layout, chunk, isolate, skip))
+            self._sink.begin(chunk, len(spans))
+            for span in spans:
+                assert span.indices is not None
+                self._requested.append(Ticket(self.index, chunk, span, self.source.collate))
+                yield span.indices
+
+
+class _LeasedBatches:
+    """The batch sampler of the inner ``DataLoader``; iterated again after each pause."""
+
+    def __init__(self, owner: LeasedLoader):
+        self._owner = owner
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._owner._leased_batches()
+
+
+class SharedLoader:
+    """Every n-th batch of a loader: a fixed share, for evaluation and for loops that keep their results themselves.
+
+    Batches are the loader's own, so metrics per batch are those of a single device; none is repeated or dropped.
+
+    Args:
+        source: The user's loader, described.
+        replica: Which share.
+        num_replicas: How many shares.
+    """
+
+    def __init__(self, source: Source, replica: int, num_replicas: int):
+        self.source, self._replica, self._num_replicas = source, replica, num_replicas
+        self.batch_sampler: Any = None
+
+    @property
+    def dataset(self) -> Any:
+        """The user's dataset, if the loader has one."""
+        return getattr(self.source.loader, "dataset", None)
+
+    def __len__(self) -> int:
+        """Batches of the largest share."""
+        if self.source.num_batches is None:
+            raise TypeError("the length of this stream is not known")
+        return -(-self.source.num_batches // self._num_replicas)
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.source, StreamSource):
+            for number, batch in enumerate(self.source.iterate()):
+                if number % self._num_replicas == self._replica:
+                    yield batch
+        else:
+            yield from self.source.reordered(_SharedBatches(self.source, self._replica, self._num_replicas))
+
+
+class _SharedBatches:
+    def __init__(self, source: MapSource | BatchSource, replica: int, num_replicas: int):
+        self._source, self._replica, self._num_replicas = source, replica, num_replicas
+        self._layout = source.layout(chunk_batches=1)
+
+    def __len__(self) -> int:
+        return len(range(self._replica, self._source.num_batches, self._num_replicas))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for chunk in range(self._replica, self._source.num_batches, self._num_replicas):
+            for span in self._source.spans(self._layout, chunk, range(0), frozenset()):
+                if span.indices is None:
+                    raise ControlPlaneError("a map-style batch has no indices; this is a bug in lightning_gpuorch.")
+                yield span.indices
+
+
+def _skip(stream: Iterator[Any], count: int) -> int:
+    """Read and drop ``count`` batches; returns how many there were."""
+    for dropped in range(count):
+        if next(stream, _END) is _END:
+            return dropped
+    return count
+
+
+_END = object()

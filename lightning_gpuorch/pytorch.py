@@ -1,0 +1,310 @@
+"""``strategy="gpuorch"`` for the Trainer.
+
+``predict`` runs on leased chunks and durable parts. ``validate`` and ``test`` give each replica a fixed share of the
+batches and reduce over replicas. ``fit`` is Lightning's own DDP, in one world over the whole job.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from lightning_gpuorch import _compat
+from lightning_gpuorch._shell import ParallelizeFn, StrategyShell
+from lightning_gpuorch.config import OrchestratorConfig
+from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.launcher import Launcher
+from lightning_gpuorch.memory import check_model_fits, memory_budget_bytes
+from lightning_gpuorch.predictions.loader import LeasedLoader
+from lightning_gpuorch.predictions.source import describe
+from lightning_gpuorch.runtime import PredictionJob, fingerprint_weights
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+__all__ = ["GPUOrchStrategy"]
+
+
+class GPUOrchStrategy(StrategyShell, DDPStrategy):
+    """Orchestrated inference under ``Trainer``.
+
+    Args:
+        config: Settings; single fields may be given as keywords instead.
+        parallelize_fn: Called as ``parallelize_fn(module, device_mesh)`` with a mesh whose axes are named
+            ``data_parallel`` and ``tensor_parallel``; returns the parallelized module.
+        tensor_parallel_plan: A ready plan, instead of ``parallelize_fn``.
+        example_input: An input for planning, where the model has none.
+        output_dir: Where predictions are kept. A rerun with the same directory computes only what is missing. Without
+            it they live until the process ends.
+        start_method: How several devices are started: ``popen`` runs the script anew for each rank, ``fork`` forks
+            this process, as notebooks need it.
+        **options: Fields of :class:`~lightning_gpuorch.OrchestratorConfig`.
+
+    Raises:
+        ConfigurationError: An unknown option or a bad value.
+    """
+
+    strategy_name = "gpuorch"
+
+    def __init__(
+        self,
+        config: OrchestratorConfig | None = None,
+        *,
+        parallelize_fn: ParallelizeFn | None = None,
+        tensor_parallel_plan: Any = None,
+        example_input: Any = None,
+        output_dir: str | os.PathLike[str] | None = None,
+        start_method: Literal["popen", "fork"] = "popen",
+        **options: Any,
+    ):
+        self._init_shell(config, options, parallelize_fn, tensor_parallel_plan, example_input, output_dir)
+        super().__init__(
+            cluster_environment=self.supervised_environment,
+            process_group_backend=self.config.backend if self.config.backend != "auto" else None,
+        )
+        self._start_method = start_method
+        self._pending: list[_PendingLoader] = []
+        self._undo: list[Callable[[], None]] = []
+        self._fingerprint: str | None = None
+        self._wants_predictions = False
+        self._results: Any = None
+
+    # Processes
+
+    def _configure_launcher(self) -> None:
+        self._launcher = Launcher(self, self._start_method)  # type: ignore[assignment]
+
+    @property
+    def num_processes(self) -> int:
+        """Ranks on this node."""
+        return StrategyShell.num_processes.fget(self)  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """What training's sampler needs; other stages are shared out without one."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    def set_world_ranks(self) -> None:
+        """Leave the ranks as the supervisor or the launcher assigned them."""
+        if self._worker is None:
+            super().set_world_ranks()
+
+    def setup_distributed(self) -> None:
+        """Join the job; training forms one world over all ranks, everything else one per replica."""
+        _compat.reset_seed()
+        self.set_world_ranks()
+        trainer = self._trainer
+        training = trainer.state.fn == TrainerFn.FITTING
+        self._start_runtime(training=training, evaluating=trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING))
+        if training and self.tensor_parallel_size > 1:
+            raise ConfigurationError(
+                "strategy='gpuorch' does not train with tensor parallelism; use Lightning's ModelParallelStrategy for fit."
+            )
+        if self.runtime.mesh is not None and self.lightning_module is not None:
+            self.lightning_module._device_mesh = self.runtime.mesh
+        if not training:
+            self._undo.append(_compat.keep_user_dataloaders(trainer))
+        if trainer.state.fn == TrainerFn.PREDICTING:
+            self._undo.append(_compat.own_predict_loop(trainer))
+            self._pending, self._results, self.runtime.job = [], None, None
+
+    @property
+    def _trainer(self) -> pl.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    @property
+    def _training(self) -> bool:
+        module = self.lightning_module
+        return module is not None and module._trainer is not None and module._trainer.state.fn == TrainerFn.FITTING
+
+    # Model
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Put the model on its device, sharded if asked for; nothing is broadcast outside training."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().setup(trainer)
+            return
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        if trainer.state.fn == TrainerFn.PREDICTING:
+            setting = self.config.model_fingerprint
+            self._fingerprint = {"off": None, "auto": None}.get(setting, setting)
+            if setting == "auto":
+                self._fingerprint = fingerprint_weights(self.model)
+        self.model = self.precision_plugin.convert_module(self.model)
+        check_model_fits(
+            self.model,
+            memory_budget_bytes(self.root_device, self.config.memory_fraction),
+            tensor_parallel_size=self.tensor_parallel_size,
+        )
+        self.model = self._parallelize(self.model)
+        self.model_to_device()
+        self.setup_precision_plugin()
+        self._sync_metrics_over_job(self.model)
+
+    # Data
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Give this replica its part of a loader."""
+        trainer = self._trainer
+        if trainer.state.fn == TrainerFn.FITTING:
+            return dataloader
+        _compat.add_worker_seeding(dataloader, self.global_rank)
+        if trainer.state.fn == TrainerFn.PREDICTING:
+            pending = _PendingLoader(self, dataloader, _limit(trainer.limit_predict_batches, dataloader))
+            self._pending.append(pending)
+            return pending
+        if self.world_size == 1:
+            return dataloader
+        share = self.runtime.share(dataloader)
+        replicas = self.runtime.world.topology.num_replicas
+        batches = share.source.num_batches
+        if batches is not None and batches < replicas:
+            raise ConfigurationError(
+                f"{trainer.state.fn} has {batches} batches for {replicas} replicas; a replica without a batch would leave "
+                f"its metrics out of step. Use at most {max(batches, 1)} devices or a smaller batch size."
+            )
+        return share
+
+    def _open_job(self) -> PredictionJob:
+        if self.runtime.job is None:
+            self.runtime.open_job(
+                [pending.dataloader for pending in self._pending],
+                Path(self._trainer.default_root_dir),
+                [pending.limit for pending in self._pending],
+                self._fingerprint,
+            )
+        assert self.runtime.job is not None
+        return self.runtime.job
+
+    # Predict
+
+    def on_predict_start(self) -> None:
+        """Keep no predictions in memory: they are read back from the parts."""
+        loop = self._trainer.predict_loop
+        self._wants_predictions = loop.return_predictions
+        loop.return_predictions = False
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute one batch and keep its output."""
+        job = self._open_job()
+        if _compat.takes_dataloader_iter(args[0]):
+            return self._predict_step_on_iterator(job, *args)
+        ticket = job.take()
+        rest = list(args[1:])
+        if len(args) == 3 or (len(args) == 2 and len(self._pending) == 1):
+            rest[0] = ticket.span.batch_index  # as a single device would count
+        step = super().predict_step
+        return job.run_step(lambda batch: step(batch, *rest, **kwargs), args[0], ticket)
+
+    def _predict_step_on_iterator(self, job: PredictionJob, *args: Any) -> Any:
+        output = super().predict_step(*args)
+        if len(job.delivered) != 1:
+            raise ConfigurationError(
+                f"predict_step(dataloader_iter) took {len(job.delivered)} batches in one call; it must take exactly one, "
+                "so that its output can be matched to samples."
+            )
+        return job.run_step(lambda batch: output, _compat.consumed_batch(self._trainer), job.take())
+
+    def on_predict_end(self) -> None:
+        """Make everything durable and wait until the job is complete."""
+        self._results = self._open_job().finish()
+
+    def results(self) -> Any:
+        """What ``trainer.predict`` returns: every prediction of the job, or None if none were asked for."""
+        if self._results is None and self._pending:  # an empty dataset: Lightning skips the loop and its hooks
+            self._wants_predictions = self._trainer.predict_loop.return_predictions
+            self._results = self._open_job().finish()
+        return self._results if self._wants_predictions else None
+
+    # Collectives
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for all ranks of the job."""
+        if self._training:
+            super().barrier(*args, **kwargs)
+        else:
+            self._job_barrier(args[0] if args else kwargs.get("name"))
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return rank ``src``'s object on all ranks of the job."""
+        return super().broadcast(obj, src) if self._training else self._job_broadcast(obj, src)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce over the replicas of the job."""
+        return super().reduce(tensor, group, reduce_op) if self._training else self._job_reduce(tensor, reduce_op)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Stack every rank's tensor; shape ``(world_size, *tensor.shape)``."""
+        return super().all_gather(tensor, group, sync_grads) if self._training else self._job_all_gather(tensor)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002 - Lightning's name
+        """Whether all ranks (or any) decided so."""
+        return super().reduce_boolean_decision(decision, all) if self._training else self._job_decide(decision, all)
+
+    # End
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Keep what is computed: whole chunks are written before the error goes on."""
+        super().on_exception(exception)
+        if self.runtime.job is not None:
+            self.runtime.job.close()
+
+    def teardown(self) -> None:
+        """Undo what was changed on the Trainer. The model stays where it is: moving it back serves nobody."""
+        while self._undo:
+            self._undo.pop()()
+        if self._training:
+            super().teardown()
+            return
+        assert self.accelerator is not None
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
+class _PendingLoader:
+    """Stands in for a loader until all of a predict call's loaders are known and the job can be opened."""
+
+    def __init__(self, strategy: GPUOrchStrategy, dataloader: Any, limit: int | None):
+        self.strategy, self.dataloader, self.limit = strategy, dataloader, limit
+        self.batch_sampler = _compat.LeasedIndices()
+        describe(dataloader, limit)  # bad loaders are refused here, before anything starts
+
+    @property
+    def dataset(self) -> Any:
+        """The user's dataset, if the loader has one."""
+        return getattr(self.dataloader, "dataset", None)
+
+    def __len__(self) -> int:
+        """Batches of the uncut loader; Lightning applies its limit to it."""
+        count = describe(self.dataloader).num_batches
+        if count is None:
+            raise TypeError("the length of this stream is not known")
+        return count
+
+    def __iter__(self) -> Iterator[Any]:
+        job = self.strategy._open_job()
+        leased: LeasedLoader = job.loaders[self.strategy._pending.index(self)]
+        self.batch_sampler.reset()
+        for batch in leased:
+            self.batch_sampler.append(job.delivered[-1].indices)
+            yield batch
+
+
+def _limit(limit: int | float, dataloader: Any) -> int | None:
+    """Batches to take, by Lightning's rules: a float is a share of the loader, an int a count."""
+    if isinstance(limit, int):
+        return limit
+    if limit >= 1.0:
+        return None
+    count = describe(dataloader).num_batches
+    return None if count is None else int(count * limit)

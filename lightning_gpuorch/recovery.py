@@ -1,0 +1,155 @@
+"""The one place where a failure becomes a decision.
+
+The rules are a table: kind of failure to what is done, and to what is done once the restart budget is spent. Nothing
+here touches a process; whoever asked carries the decision out.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from enum import Enum
+
+log = logging.getLogger(__name__)
+
+
+class FailureKind(Enum):
+    """What went wrong."""
+
+    OUT_OF_MEMORY = "out of memory"
+    COMMUNICATION_TIMEOUT = "communication timeout"
+    COLLECTIVE_ERROR = "collective error"
+    RANK_DEATH = "rank death"
+    EARLY_EXIT = "left with exit code 0 in the middle of a job"
+    STUCK = "no progress"
+    GPU_FAILED = "GPU failed"
+    GPU_DRAIN = "GPU is about to fail"
+    POISON = "a chunk that kills its workers"
+    CONFIGURATION = "bad input"
+    STORAGE = "predictions cannot be written"
+    MISSING_DATA = "predictions are missing"
+    STOP_REQUESTED = "asked to stop"
+
+
+class Action(Enum):
+    """What is done about it."""
+
+    RETRY_IN_PLACE = "retry in place"
+    RESTART_REPLICA = "restart the replica"
+    RETIRE_REPLICA = "retire the replica"
+    DRAIN = "drain"
+    FAIL = "fail the job"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a kind of failure leads to.
+
+    Attributes:
+        action: While the budget lasts.
+        when_spent: Once it does not.
+        costs_budget: Whether it counts against the replica's restarts.
+    """
+
+    action: Action
+    when_spent: Action
+    costs_budget: bool = True
+
+
+RULES: dict[FailureKind, Rule] = {
+    FailureKind.OUT_OF_MEMORY: Rule(Action.RETRY_IN_PLACE, Action.RETRY_IN_PLACE, costs_budget=False),
+    FailureKind.COMMUNICATION_TIMEOUT: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
+    FailureKind.COLLECTIVE_ERROR: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
+    FailureKind.RANK_DEATH: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
+    FailureKind.EARLY_EXIT: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
+    FailureKind.STUCK: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
+    FailureKind.GPU_FAILED: Rule(Action.RETIRE_REPLICA, Action.RETIRE_REPLICA, costs_budget=False),
+    FailureKind.GPU_DRAIN: Rule(Action.RETIRE_REPLICA, Action.RETIRE_REPLICA, costs_budget=False),
+    # A poison chunk has a budget of its own, in the lease queue; it ends in quarantine.
+    FailureKind.POISON: Rule(Action.RESTART_REPLICA, Action.RESTART_REPLICA, costs_budget=False),
+    FailureKind.CONFIGURATION: Rule(Action.FAIL, Action.FAIL, costs_budget=False),
+    FailureKind.STORAGE: Rule(Action.FAIL, Action.FAIL, costs_budget=False),
+    FailureKind.MISSING_DATA: Rule(Action.FAIL, Action.FAIL, costs_budget=False),
+    FailureKind.STOP_REQUESTED: Rule(Action.DRAIN, Action.DRAIN, costs_budget=False),
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A failure and what follows from it.
+
+    Attributes:
+        kind: What went wrong.
+        action: What is done.
+        replica: Whose failure it is.
+        attempt: Restarts of this replica since it last made progress, this one included.
+        reason: For the log.
+    """
+
+    kind: FailureKind
+    action: Action
+    replica: int
+    attempt: int
+    reason: str
+
+
+class FailureRecoveryManager:
+    """Decides about failures and keeps the restart budgets.
+
+    Args:
+        max_restart_attempts: Restarts of one replica without progress in between.
+        enable_auto_restart: False turns every restart into a retirement.
+        tensor_parallel_size: Ranks per replica, to find a rank's replica.
+    """
+
+    def __init__(self, max_restart_attempts: int = 3, enable_auto_restart: bool = True, tensor_parallel_size: int = 1):
+        self.max_restart_attempts = max_restart_attempts
+        self.enable_auto_restart = enable_auto_restart
+        self.tensor_parallel_size = tensor_parallel_size
+        self.counts: Counter[FailureKind] = Counter()
+        self._attempts: Counter[int] = Counter()
+        self._lock = threading.Lock()
+
+    def decide(self, kind: FailureKind, rank: int, evidence: str = "") -> Decision:
+        """Turn a failure into a decision.
+
+        Args:
+            kind: What went wrong.
+            rank: Global rank it was seen on.
+            evidence: What shows it, for the log.
+        """
+        replica = rank // self.tensor_parallel_size
+        rule = RULES[kind]
+        with self._lock:
+            self.counts[kind] += 1
+            action = rule.action
+            if action is Action.RESTART_REPLICA and not self.enable_auto_restart:
+                action = Action.RETIRE_REPLICA
+            elif rule.costs_budget:
+                self._attempts[replica] += 1
+                if self._attempts[replica] > self.max_restart_attempts:
+                    action = rule.when_spent
+            attempt = self._attempts[replica]
+        reason = f"rank {rank}: {kind.value}" + (f" ({evidence})" if evidence else "")
+        return Decision(kind, action, replica, attempt, reason)
+
+    def handle_gpu_oom(self, rank: int) -> Decision:
+        """Decide about an out-of-memory error on a rank: free, halve, retry where it happened."""
+        return self.decide(FailureKind.OUT_OF_MEMORY, rank)
+
+    def handle_communication_timeout(self, rank: int) -> Decision:
+        """Decide about a collective that did not complete in time: restart the ranks concerned."""
+        return self.decide(FailureKind.COMMUNICATION_TIMEOUT, rank)
+
+    def record_progress(self, replica: int) -> None:
+        """Refill a replica's restart budget: it has made something durable."""
+        with self._lock:
+            self._attempts[replica] = 0
+
+    def reset(self) -> None:
+        """Forget all failures and refill all budgets."""
+        with self._lock:
+            self.counts.clear()
+            self._attempts.clear()

@@ -1,0 +1,342 @@
+"""This process's place among the others: its rank, its line to the head, and how it got both.
+
+There is one per process, as there is one torch.distributed world. It comes about in one of three ways: the supervisor
+started this process and says so in the environment; another launcher did (torchrun, SLURM), then rank 0 hosts the
+head; or the process is alone and hosts the head for itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_gpuorch.config import OrchestratorConfig
+from lightning_gpuorch.distributed import (
+    Channel,
+    ControlCollectives,
+    ControlServer,
+    LocalChannel,
+    ProcessGroupManager,
+    RemoteChannel,
+    Topology,
+)
+from lightning_gpuorch.environment import WorkerEnvironment
+from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError
+from lightning_gpuorch.head import Head
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class World:
+    """A process's connection to its job.
+
+    Attributes:
+        topology: Ranks and replicas.
+        channel: Line to the head.
+        collectives: Collectives over all ranks, through the head.
+        groups: torch.distributed of this replica.
+        generation: How often this replica was started before.
+        run_id: Identifies the launch.
+        head: The head, if this process hosts it.
+        supervised: Whether a supervisor restarts ranks.
+        spans_job: Whether torch.distributed's world is the whole job rather than one replica.
+    """
+
+    topology: Topology
+    channel: Channel
+    collectives: ControlCollectives
+    groups: ProcessGroupManager
+    generation: int
+    run_id: str
+    head: Head | None
+    supervised: bool
+    run_directory: Path | None = None
+    spans_job: bool = False
+    _jobs: Iterator[int] = field(default_factory=itertools.count)
+    _directory_uses: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def owner(self) -> dict[str, int]:
+        """Fields that tell the head on whose behalf a request is made."""
+        return {"replica": self.topology.replica, "generation": self.generation, "rank": self.topology.rank}
+
+    def next_job(self) -> int:
+        """Number of the next predict call; the same on every rank, since all run the same script."""
+        return next(self._jobs)
+
+    def job_directory(self, wanted: str | os.PathLike[str] | None, default_root: Path) -> tuple[Path, bool]:
+        """Where a predict call keeps its results.
+
+        Args:
+            wanted: The user's ``output_dir``; a second predict call with the same one gets a folder inside.
+            default_root: Where results go that the user did not ask for.
+
+        Returns:
+            The directory, and whether it is to be removed at the end.
+        """
+        base = Path(wanted) if wanted is not None else default_root / "gpuorch" / self.run_id
+        use = self._directory_uses.get(str(base), 0)
+        self._directory_uses[str(base)] = use + 1
+        directory = base / f"predict-{use}" if use or wanted is None else base
+        return directory.absolute(), wanted is None
+
+    def form_world(self, topology: Topology, *, whole_job: bool) -> None:
+        """Form torch.distributed's world: this replica's ranks, or all ranks of the job.
+
+        Args:
+            topology: The topology in force.
+            whole_job: Form one world over all ranks, as training needs it.
+        """
+        rank, size = (
+            (topology.rank, topology.world_size)
+            if whole_job
+            else (topology.tensor_parallel_rank, topology.tensor_parallel_size)
+        )
+        if size == 1 or self.groups.initialized:
+            return
+        scope = "world" if whole_job else f"replica-{topology.replica}"
+        key = f"store/{scope}/{self.generation}"
+        timeout = self.collectives_timeout
+        if rank == 0:
+            host = (WorkerEnvironment.read() or _NO_WORKER).host
+            store: Any = self.groups.create_store(host, 0, True, size)
+            self.channel.call({"op": "publish", "key": key, "value": [host, store.port]}, timeout_seconds=timeout)
+        else:
+            answer = self.channel.call({"op": "lookup", "key": key}, timeout_seconds=timeout)
+            host, port = answer.header["value"]
+            store = self.groups.create_store(host, port, False, size)
+        self.groups.initialize(rank, size, store=store)
+        self.spans_job = whole_job
+
+    collectives_timeout: float = 1800.0
+
+    def hello(self, topology: Topology) -> None:
+        """Tell the head which topology this rank's script asked for; all ranks must agree."""
+        header = {"op": "hello", "tensor_parallel_size": topology.tensor_parallel_size, **self.owner}
+        self.channel.call(header, timeout_seconds=30)
+
+
+_NO_WORKER = WorkerEnvironment(0, 1, 0, 0, "", "", 0, None, "", "127.0.0.1", None, None)
+_world: World | None = None
+
+
+def current_world() -> World | None:
+    """This process's world, if it has joined one."""
+    return _world
+
+
+def join(config: OrchestratorConfig, device: torch.device, external: ExternalRanks | None = None) -> World:
+    """Join the job this process belongs to. A second call returns the same world.
+
+    Args:
+        config: Settings.
+        device: Device this rank computes on.
+        external: Ranks given by another launcher, if one made the processes.
+
+    Raises:
+        ConfigurationError: The ranks cannot be cut into replicas.
+        ControlPlaneError: The head cannot be reached.
+    """
+    global _world
+    worker = WorkerEnvironment.read()
+    if worker is not None:
+        external = None
+        ranks = (worker.rank, worker.world_size, worker.local_rank)
+    elif external is not None and external.world_size > 1:
+        ranks = (external.rank, external.world_size, external.local_rank)
+    else:
+        external, ranks = None, (0, 1, 0)
+    topology = Topology(*ranks, tensor_parallel_size=_tensor_parallel_size(config, ranks[1]))
+    if _world is not None:
+        if _world.topology != topology:
+            raise ConfigurationError(
+                f"this process is already {_world.topology}; a script cannot change the number of ranks or the "
+                f"tensor-parallel size between two uses of gpuorch (asked for {topology})."
+            )
+        return _world
+    groups = ProcessGroupManager(config.backend, config.timeout_sec, device)
+    if worker is not None:
+        _world = _join_supervised(config, topology, groups, worker)
+    elif external is not None:
+        _world = _join_external(config, topology, groups, external)
+    else:
+        _world = _alone(config, topology, groups)
+    _world.hello(topology)
+    return _world
+
+
+def leave() -> None:
+    """Leave the job and forget the world; the next :func:`join` starts afresh."""
+    global _world
+    if _world is None:
+        return
+    world, _world = _world, None
+    world.groups.finalize()
+    world.channel.close()
+
+
+@dataclass(frozen=True)
+class ExternalRanks:
+    """Ranks as another launcher assigned them.
+
+    Attributes:
+        rank: Global rank.
+        world_size: Ranks in the job.
+        local_rank: Rank within the node.
+        main_address: Host of rank 0.
+        main_port: Port at which rank 0, or the launcher, offers a store.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    main_address: str
+    main_port: int
+
+
+def _tensor_parallel_size(config: OrchestratorConfig, world_size: int) -> int:
+    tensor, data = config.tensor_parallel_size, config.data_parallel_size
+    if tensor == "auto":
+        size = 1 if data == "auto" else world_size // data
+    else:
+        size = tensor
+    if data != "auto" and size * data != world_size:
+        raise ConfigurationError(
+            f"tensor_parallel_size={tensor!r} x data_parallel_size={data} does not make up {world_size} devices."
+        )
+    return size
+
+
+def _join_supervised(
+    config: OrchestratorConfig, topology: Topology, groups: ProcessGroupManager, worker: WorkerEnvironment
+) -> World:
+    channel = RemoteChannel(worker.control, worker.token, connect_timeout_seconds=config.timeout_sec)
+    return World(
+        topology=topology,
+        channel=channel,
+        collectives=ControlCollectives(channel, topology.rank, config.collective_timeout_sec),
+        groups=groups,
+        generation=worker.generation,
+        run_id=worker.run_id,
+        head=None,
+        supervised=True,
+        run_directory=Path(worker.run_directory) if worker.run_directory else None,
+        collectives_timeout=config.collective_timeout_sec,
+    )
+
+
+def _alone(config: OrchestratorConfig, topology: Topology, groups: ProcessGroupManager) -> World:
+    head = Head(1, config.max_chunk_failures)
+    channel = LocalChannel(head)
+    atexit.register(remove_ephemeral, head)
+    return World(
+        topology=topology,
+        channel=channel,
+        collectives=ControlCollectives(channel, 0, config.collective_timeout_sec),
+        groups=groups,
+        generation=0,
+        run_id=new_run_id(),
+        head=head,
+        supervised=False,
+    )
+
+
+def _join_external(
+    config: OrchestratorConfig, topology: Topology, groups: ProcessGroupManager, external: ExternalRanks
+) -> World:
+    import torch.distributed as dist
+
+    # 1. One store for this attempt: torch's launcher reuses its store over restarts, with the dead ranks' keys in it
+    #    (pytorch#135712), so every attempt gets a prefix of its own.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") or os.environ.get("SLURM_RESTART_COUNT") or "0"
+    hosted_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    raw = groups.create_store(
+        external.main_address, external.main_port, topology.rank == 0 and not hosted_by_launcher, topology.world_size
+    )
+    store = dist.PrefixStore(f"gpuorch/attempt-{attempt}", raw)
+    # 2. Rank 0 hosts the head and says where.
+    head: Head | None = None
+    if topology.rank == 0:
+        head = Head(topology.world_size, config.max_chunk_failures)
+        local_only = external.main_address in ("127.0.0.1", "localhost")
+        token, run_id = secrets.token_hex(16), new_run_id()
+        server = ControlServer(head, "127.0.0.1" if local_only else "0.0.0.0", token=token)
+        address = f"{'127.0.0.1' if local_only else external.main_address}:{server.port}"
+        store.set("head", f"{address} {token} {run_id}")
+        channel: Channel = LocalChannel(head)
+        atexit.register(_outlive_the_others, head, config.collective_timeout_sec)
+    else:
+        address, token, run_id = store.get("head").decode().split()
+        channel = RemoteChannel(address, token, connect_timeout_seconds=config.timeout_sec)
+        atexit.register(_say_goodbye, channel, topology.rank)
+    # 3. One torch.distributed world over all ranks, as that launcher's users expect.
+    groups.initialize(topology.rank, topology.world_size, store=dist.PrefixStore("world", store))
+    return World(
+        topology=topology,
+        channel=channel,
+        collectives=ControlCollectives(channel, topology.rank, config.collective_timeout_sec),
+        groups=groups,
+        generation=0,
+        run_id=run_id,
+        head=head,
+        supervised=False,
+        spans_job=True,
+        collectives_timeout=config.collective_timeout_sec,
+    )
+
+
+def new_run_id() -> str:
+    """A name for a launch: when it began, and something that makes it unique."""
+    return f"run-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+
+
+def remove_ephemeral(head: Head) -> None:
+    """Remove result directories nobody asked to keep, if their job is complete."""
+    for job in head.jobs.values():
+        if not job.ephemeral:
+            continue
+        if job.finished and not any(queue.quarantined for queue in job.queues):
+            shutil.rmtree(job.directory, ignore_errors=True)
+            for parent in list(job.directory.parents)[:2]:  # the run's folder, and "gpuorch" around it
+                _remove_if_empty(parent)
+        elif job.directory.exists():
+            log.warning(
+                "incomplete predictions are kept in %s; pass output_dir=%r to go on from there",
+                job.directory,
+                str(job.directory),
+            )
+
+
+def _remove_if_empty(directory: Path) -> None:
+    try:
+        directory.rmdir()
+    except OSError as error:  # another run is using it, or it is gone: both are fine
+        log.debug("%s stays: %s", directory, error)
+
+
+def _outlive_the_others(head: Head, timeout_seconds: float) -> None:
+    """Rank 0 serves the head until all ranks are done with it."""
+    others = set(range(1, head.world_size))
+    if not head.goodbyes.wait_for(others, timeout_seconds):
+        log.warning("rank 0 leaves although ranks %s have not", sorted(others - head.goodbyes.ranks))
+    remove_ephemeral(head)
+
+
+def _say_goodbye(channel: Channel, rank: int) -> None:
+    try:
+        channel.call({"op": "goodbye", "rank": rank}, timeout_seconds=5)
+    except ControlPlaneError as error:  # the head is gone already, nobody is waiting
+        log.debug("rank %d could not say goodbye: %s", rank, error)

@@ -1,0 +1,64 @@
+"""predict on real processes: every output kind, every loader kind, metrics, tensor parallelism, Fabric."""
+
+import pytest
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_every_output_kind_comes_back_complete_and_ordered_on_every_rank(runner, devices):
+    verdict = runner.run("output_types.py", "--devices", devices, timeout=170).result
+    assert verdict
+    assert [kind for kind, right in verdict.items() if not right] == []
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_every_loader_kind_gives_what_one_device_gives(runner, devices):
+    verdict = runner.run("loaders.py", "--devices", devices, timeout=170).result
+    assert len(verdict) == 17
+    assert [kind for kind, right in verdict.items() if not right] == []
+
+
+@pytest.mark.parametrize(("devices", "tp"), [(2, 1), (2, 2), (4, 1), (4, 2)])
+def test_metrics_and_synced_logs_give_the_numbers_of_one_device(runner, devices, tp):
+    result = runner.run("metrics.py", "--devices", devices, "--tp", tp, timeout=170).result
+    expected = result["expected"]
+    assert result["predict"] == pytest.approx(expected["accuracy"], abs=1e-6)
+    assert result["test"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("devices", "tp"), [(2, 2), (4, 2)])
+def test_tensor_parallel_trainer_equals_the_unsharded_model(runner, devices, tp):
+    result = runner.run("tp_trainer.py", "--devices", devices, "--tp", tp, timeout=170).result
+    assert max(result["differences"]) < 1e-5
+    assert result["same_batches"]
+    assert result["each_once"]
+    assert (result["world"], result["torch_world"]) == (devices, tp)
+
+
+@pytest.mark.parametrize(("devices", "tp"), [(1, 1), (2, 1), (4, 2)])
+def test_fabric_collectives_shares_and_orchestrator(runner, devices, tp):
+    result = runner.run("fabric_job.py", "--devices", devices, "--tp", tp, timeout=170).result
+    replicas = devices // tp
+    assert result["world"] == devices
+    assert result["broadcast"] == f"from {devices - 1}"
+    assert result["gathered"] == list(range(devices))
+    assert result["sum"] == sum(range(replicas))
+    assert result["mean"] == sum(range(replicas)) / replicas
+    assert result["shares"]
+    assert result["difference"] < 1e-5
+    assert result["hooks"]
+    assert result["batches"] == 6
+    if tp > 1:
+        assert "ranks [1] of replica 0 were given another batch" in result["mismatch"]
+
+
+def test_memory_stays_flat_over_700_mib_of_predictions(runner):
+    result = runner.run("flat_memory.py", "--devices", 1, timeout=170).result
+    assert result["predicted_mib"] > 700
+    assert result["growth_mib"] < 30, result
+
+
+def test_fit_then_predict_in_one_script(runner):
+    result = runner.run("fit.py", "--devices", 2, timeout=170).result
+    assert result["weights_agree"]
+    assert result["gradients_synced"]
+    assert result["complete"]

@@ -1,0 +1,164 @@
+"""Real faults on real processes: nothing lost, nothing twice, nothing left behind."""
+
+import collections
+import itertools
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from lightning_gpuorch import read_predictions
+
+LIMITS = {"GPUORCH_HEARTBEAT_TIMEOUT_SEC": "2.5", "GPUORCH_STEP_TIMEOUT_SEC": "4", "GPUORCH_EXIT_TIMEOUT_SEC": "20"}
+SLOW = "slow_predict.py"
+
+
+def _notes(tmp_path):
+    path = tmp_path / "notes.txt"
+    if not path.exists():
+        return []
+    return [line.split() for line in path.read_text().splitlines() if line.count(" ") == 3]
+
+
+def _wait_for_notes(process, tmp_path, count, timeout=90):
+    deadline = time.monotonic() + timeout
+    while len(_notes(tmp_path)) < count:
+        assert process.poll() is None, "the job ended too early"
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.02)
+
+
+def _recomputed(tmp_path):
+    counts = collections.Counter(note[3] for note in _notes(tmp_path))
+    return sum(count - 1 for count in counts.values())
+
+
+@pytest.mark.parametrize(
+    ("harm", "victim", "tp", "devices"),
+    [
+        ("kill", 1, 1, 2),
+        ("kill", 0, 1, 2),
+        ("exit0", 0, 1, 2),
+        ("exception", 1, 1, 2),
+        ("stop", 1, 1, 2),
+        ("hang", 1, 1, 2),
+        ("gil", 0, 1, 2),
+        ("kill", 1, 2, 2),
+        ("hang", 3, 2, 4),
+    ],
+)
+def test_a_fault_costs_at_most_a_chunk(runner, tmp_path, harm, victim, tp, devices):
+    finished = runner.run(
+        SLOW, "--output", "out", "--harm", harm, "--victim", victim, "--tp", tp, "--devices", devices, "--at", 2,
+        "--samples", 400, environment=LIMITS, timeout=170,
+    )  # fmt: skip
+    assert finished.result["right"]
+    assert "restarting replica" in finished.output
+    # Chunks of 2 batches; each of the tp ranks notes every batch of its replica.
+    twice_per_batch = tp - 1
+    batches = 100
+    assert len(_notes(tmp_path)) <= batches * (1 + twice_per_batch) + 2 * tp * 2
+    assert not list(tmp_path.glob("out/**/.tmp-*"))
+    if harm in ("hang", "gil"):
+        assert f"rank {victim} is stuck" in finished.output
+        assert "in _harm" in finished.output, "the culprit's line is shown"
+
+
+def test_the_other_replica_does_not_notice(runner, tmp_path):
+    runner.run(SLOW, "--output", "out", "--harm", "kill", "--victim", 1, "--at", 2, "--samples", 800, timeout=170)
+    notes = _notes(tmp_path)
+    other = [(int(pid), float(when)) for rank, pid, when, _ in notes if rank == "0"]
+    assert len({pid for pid, _ in other}) == 1, "rank 0 was restarted too"
+    gaps = [b - a for (_, a), (_, b) in itertools.pairwise(other)]
+    assert max(gaps) < 0.05 + 1.0, f"rank 0 paused for {max(gaps):.2f} s"
+    assert len({pid for rank, pid, _, _ in notes if rank == "1"}) == 2, "rank 1 came back and worked on"
+
+
+def test_a_replica_that_always_fails_is_retired(runner):
+    finished = runner.run(
+        SLOW, "--output", "out", "--harm", "exception", "--victim", 1, "--at", 0, "--every-time", "--samples", 4000,
+        environment={"GPUORCH_MAX_RESTART_ATTEMPTS": "1"}, timeout=170,
+    )  # fmt: skip
+    assert finished.result["right"]
+    assert "replica 1 is retired, 1 workers go on" in finished.output
+
+
+def test_when_all_replicas_fail_the_cause_is_shown_and_the_work_kept(runner, tmp_path):
+    finished = runner.run(
+        SLOW, "--output", "out", "--harm", "exception", "--victim", 0, "--at", 5, "--every-time", "--devices", 2, "--tp", 2,
+        "--samples", 400, environment={"GPUORCH_ENABLE_AUTO_RESTART": "false"}, code=None, timeout=170,
+    )  # fmt: skip
+    assert finished.code not in (0, 75)
+    assert "first failure: rank 0, generation 0" in finished.output
+    assert "RuntimeError: harmed on purpose" in finished.output
+    kept = read_predictions(tmp_path / "out", allow_missing=True)
+    assert 0 < len(kept.missing) < 400
+
+
+def test_a_poison_sample_costs_only_itself(runner, tmp_path):
+    finished = runner.run(SLOW, "--output", "out", "--poison", 50, code=65, timeout=170)
+    assert "no prediction for 1 samples: 50" in finished.output
+    found = read_predictions(tmp_path / "out", allow_missing=True)
+    assert found.missing == [50]
+    values = [float(v) for batch in found if batch is not None for v in batch[:, 0]]
+    assert values == [2.0 * i for i in range(120) if i != 50]
+
+
+def test_sigkill_of_the_supervisor_leaves_no_orphan_and_the_same_command_resumes(runner, tmp_path):
+    process = runner.start(SLOW, "--output", "out", "--samples", 400)
+    _wait_for_notes(process, tmp_path, 20)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(workers, timeout=2)
+    assert not [w for w in alive if w.status() != psutil.STATUS_ZOMBIE], "orphans after 2 s"
+    runner.wait(process)
+    before = len(_notes(tmp_path))
+    assert runner.run(SLOW, "--output", "out", "--samples", 400).result["right"]
+    assert _recomputed(tmp_path) <= 2 * 2 * 2, "at most the chunks in hand are computed again"
+    again = runner.run(SLOW, "--output", "out", "--samples", 400)
+    assert again.result["right"]
+    assert "nothing to do" in again.output
+    assert len(_notes(tmp_path)) < 2 * before + 400
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_drain_recomputes_nothing(runner, tmp_path, number):
+    process = runner.start(SLOW, "--output", "out", "--samples", 400)
+    _wait_for_notes(process, tmp_path, 20)
+    os.kill(process.pid, number)
+    assert runner.wait(process, 60) == 75
+    assert runner.run(SLOW, "--output", "out", "--samples", 400, "--devices", 1, "--batch", 6).result["right"]
+    process_batches = [int(batch) for _, _, _, batch in _notes(tmp_path)]
+    assert process_batches
+    assert runner.run(SLOW, "--output", "out", "--samples", 400).result["right"]
+
+
+def test_drain_of_a_single_process(runner, tmp_path):
+    process = runner.start(SLOW, "--output", "out", "--samples", 400, "--devices", 1)
+    _wait_for_notes(process, tmp_path, 20)
+    os.kill(process.pid, signal.SIGTERM)
+    assert runner.wait(process, 60) == 75
+    assert runner.run(SLOW, "--output", "out", "--samples", 400, "--devices", 1).result["right"]
+    assert _recomputed(tmp_path) == 0
+
+
+def test_torchrun_restarts_the_whole_group_and_nothing_is_lost(runner, tmp_path):
+    import sys
+
+    torchrun = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "2",
+    )
+    finished = runner.run(
+        SLOW, "--output", "out", "--harm", "kill", "--victim", 1, "--at", 4, launcher=torchrun, timeout=170
+    )
+    assert finished.result["right"]
+    assert _recomputed(tmp_path) <= 2 * 2 * 2

@@ -1,0 +1,87 @@
+"""A predict run slow enough to be interrupted; notes every batch it computes, and can harm itself on purpose."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from common import Rows, parser, quiet_trainer, write_result
+from torch.utils.data import DataLoader
+
+from lightning_gpuorch.pytorch import GPUOrchStrategy
+
+
+class Model(pl.LightningModule):
+    def __init__(self, options):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.options = options
+        self.steps = 0
+
+    def predict_step(self, batch, batch_idx):
+        options = self.options
+        rank = self.trainer.global_rank
+        time.sleep(options.step)
+        if options.poison is not None and float(options.poison) in batch[:, 0].tolist():
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == options.victim and self.steps == options.at and self._once():
+            self._harm(options.harm)
+        self.steps += 1
+        with open(options.notes, "a") as notes:
+            notes.write(f"{rank} {os.getpid()} {time.monotonic():.4f} {batch_idx}\n")
+        return batch * 2
+
+    def _once(self):
+        if self.options.every_time:
+            return True
+        try:
+            Path(self.options.notes + ".harmed").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def _harm(self, kind):
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif kind == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif kind == "exception":
+            raise RuntimeError("harmed on purpose")
+        elif kind == "exit0":
+            os._exit(0)
+        elif kind == "hang":
+            while True:
+                time.sleep(1)
+        elif kind == "gil":
+            import ctypes
+
+            ctypes.PyDLL(None).sleep(3600)
+
+
+def main():
+    options = parser()
+    options.add_argument("--samples", type=int, default=120)
+    options.add_argument("--batch", type=int, default=4)
+    options.add_argument("--chunk", type=int, default=2)
+    options.add_argument("--step", type=float, default=0.05)
+    options.add_argument("--notes", default="notes.txt")
+    options.add_argument("--harm", default=None)
+    options.add_argument("--victim", type=int, default=-1)
+    options.add_argument("--at", type=int, default=3)
+    options.add_argument("--every-time", action="store_true")
+    options.add_argument("--poison", type=int, default=None)
+    options = options.parse_args()
+    strategy = GPUOrchStrategy(tensor_parallel_size=options.tp, output_dir=options.output, chunk_size=options.chunk)
+    trainer = quiet_trainer(strategy, options.devices)
+    predictions = trainer.predict(Model(options), DataLoader(Rows(options.samples), batch_size=options.batch))
+    values = [float(v) for batch in predictions for v in batch[:, 0]]
+    if trainer.is_global_zero and options.result:
+        write_result(options, {"values": values, "right": values == [2.0 * i for i in range(options.samples)]})
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Every style of model: planned, sharded over threads that stand for ranks, equal to the whole model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import tp_models
+from torch import nn
+from tp_models import EXAMPLES, Network, build, hidden, randomized, with_random_names
+from tp_ranks import relative_error, sharded_outputs
+
+from lightning_gpuorch.tensor_parallel import LayerKind, plan_tensor_parallel
+from lightning_gpuorch.tensor_parallel.values import tensors_within
+
+GATHERED = {LayerKind.COLUMN_GATHER, LayerKind.ROW_SPLIT}
+
+
+def assert_equal_to_whole(model: nn.Module, inputs: tuple[Any, ...], plan: Any) -> None:
+    with torch.no_grad():
+        expected = list(tensors_within(model(*inputs)))
+    for outputs in sharded_outputs(model, plan, lambda part: model_call(part, inputs)):
+        values = list(tensors_within(outputs))
+        assert len(values) == len(expected)
+        for value, whole in zip(values, expected, strict=True):
+            assert relative_error(value, whole) < 1e-5
+
+
+def model_call(part: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    return part(*inputs)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("name", list(EXAMPLES))
+def test_sharded_equals_whole(name: str, num_ranks: int) -> None:
+    model, inputs = build(name)
+    plan = plan_tensor_parallel(model, inputs, num_ranks)
+    assert_equal_to_whole(model, inputs, plan)
+    gathered = [layer for layer, role in plan.layers.items() if role.kind in GATHERED]
+    if EXAMPLES[name].cut:
+        assert set(gathered) <= {"lm_head"}, plan.describe()
+        assert plan.sharded_fraction > EXAMPLES[name].min_sharded, plan.describe()
+    else:
+        assert gathered
+
+
+MIXERS = [
+    "Separate",
+    "PackedThirds",
+    "PackedStacked",
+    "PackedPerHead",
+    "HardCoded",
+    "Grouped",
+    "PackedGrouped",
+    "MultiQuery",
+]
+MIXERS += ["Einsum", "RelativeTable", "Slopes", "LinearAttention", "StateSpace", "ParallelBlock", "GatedPairs"]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_names_do_not_matter(mixer: str) -> None:
+    original = getattr(tp_models, mixer)
+    renamed = with_random_names(original, seed=3)
+    assert not set(dict(renamed().named_children())) & set(dict(original().named_children()))
+    for num_ranks in (2, 3):
+        plans = []
+        for cls in (original, renamed):
+            model = randomized(Network(cls))
+            plans.append(plan_tensor_parallel(model, hidden(), num_ranks))
+            assert_equal_to_whole(model, (hidden(),), plans[-1])
+        expected, found = (sorted(role.kind.value for role in plan.layers.values()) for plan in plans)
+        assert found == expected
+        assert "column_gather" not in found
+
+
+def test_blocks_without_common_names() -> None:
+    class Flat(nn.Module):
+        """Blocks held under unrelated names, so that no two layers look like siblings."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            for index, cls in enumerate((tp_models.Separate, tp_models.PackedThirds, tp_models.Mlp, tp_models.Grouped)):
+                self.add_module("abcd"[index] * (index + 1), cls())
+            self.norm = nn.LayerNorm(tp_models.WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for name in ("a", "bb", "ccc", "dddd"):
+                x = x + getattr(self, name)(self.norm(x))
+            return x
+
+    model = randomized(Flat())
+    plan = plan_tensor_parallel(model, hidden(), 2)
+    assert_equal_to_whole(model, (hidden(),), plan)
+    assert {role.kind for role in plan.layers.values()} == {LayerKind.COLUMN, LayerKind.ROW}

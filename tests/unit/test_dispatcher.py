@@ -1,0 +1,143 @@
+"""The lease queue as a state machine: whatever the order of events, every chunk is done once."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from lightning_gpuorch.predictions.dispatcher import LeaseQueue
+
+CHUNKS, SIZE = 12, 4
+
+
+class Fleet(RuleBasedStateMachine):
+    """Replicas take, finish, repeat, die and come back, in any order."""
+
+    def __init__(self):
+        super().__init__()
+        self.queue = LeaseQueue(CHUNKS, SIZE, done={3})
+        self.generation = [0, 0, 0]
+        self.sequence = [0, 0, 0]
+        self.held = [[], [], []]
+        self.answers = [[], [], []]
+
+    def owner(self, replica):
+        return replica, self.generation[replica]
+
+    @rule(replica=st.integers(0, 2))
+    def take(self, replica):
+        answer = self.queue.next(self.owner(replica), self.sequence[replica], block=False).result(0)
+        self.sequence[replica] += 1
+        self.answers[replica].append(answer)
+        if answer["do"] == "chunk":
+            others = [c for r in range(3) for c in self.held[r]]
+            assert answer["chunk"] not in others, "leased twice"
+            assert answer["chunk"] not in self.queue.done, "leased although it is done"
+            self.held[replica].append(answer["chunk"])
+
+    @precondition(lambda self: any(self.answers))
+    @rule(replica=st.integers(0, 2), data=st.data())
+    def a_sibling_rank_repeats_a_number(self, replica, data):
+        if self.answers[replica]:
+            number = data.draw(st.integers(0, len(self.answers[replica]) - 1))
+            assert self.queue.next(self.owner(replica), number, block=False).result(0) == self.answers[replica][number]
+
+    @rule(replica=st.integers(0, 2), won=st.booleans())
+    def finish(self, replica, won):
+        if self.held[replica]:
+            self.queue.report_done(self.held[replica].pop(0), won)
+
+    @rule(replica=st.integers(0, 2), blame=st.booleans())
+    def die(self, replica, blame):
+        owner = self.owner(replica)
+        blamed = self.held[replica][0] if blame and self.held[replica] else None
+        back = self.queue.revoke(owner, blamed, (blamed * SIZE, blamed * SIZE + 2) if blamed is not None else None)
+        assert sorted(back) == sorted(self.held[replica])
+        assert self.queue.revoke(owner) == [], "revoking again takes nothing"
+        assert self.queue.next(owner, self.sequence[replica], block=True).result(0) == {"do": "fenced"}
+        self.held[replica], self.answers[replica] = [], []
+        self.sequence[replica] = 0
+        self.generation[replica] += 1
+
+    @invariant()
+    def leases_are_what_replicas_hold(self):
+        for replica in range(3):
+            assert self.queue.leases_of(self.owner(replica)) == self.held[replica]
+
+    def teardown(self):
+        for replica in range(3):
+            while self.held[replica]:
+                self.finish(replica, True)
+        while True:
+            answer = self.queue.next((9, 0), self._steps(), block=True).result(0)
+            if answer["do"] == "stop":
+                break
+            self.queue.report_done(answer["chunk"], True)
+        assert self.queue.done >= set(range(CHUNKS))
+
+    def _steps(self):
+        self._count = getattr(self, "_count", -1) + 1
+        return self._count
+
+
+TestFleet = Fleet.TestCase
+TestFleet.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_blocked_request_is_answered_when_a_chunk_comes_back():
+    queue = LeaseQueue(1, SIZE)
+    assert queue.next((0, 0), 0, block=False).result(0)["chunk"] == 0
+    leader, follower = queue.next((1, 0), 0, block=True), queue.next((1, 0), 0, block=True)
+    assert not leader.done()
+    queue.revoke((0, 0))
+    assert leader.result(0) == follower.result(0) == {"do": "chunk", "chunk": 0}
+
+
+def test_blocked_request_is_answered_stop_when_all_is_done():
+    queue = LeaseQueue(1, SIZE)
+    queue.next((0, 0), 0, block=False)
+    waiting = queue.next((1, 0), 0, block=True)
+    queue.report_done(0, True)
+    assert waiting.result(0) == {"do": "stop"}
+
+
+def test_drain_tells_everybody_to_leave():
+    queue = LeaseQueue(2, SIZE)
+    queue.next((0, 0), 0, block=False)
+    queue.next((0, 0), 1, block=False)
+    waiting = queue.next((1, 0), 0, block=True)
+    queue.drain()
+    assert waiting.result(0) == {"do": "drain"}
+    assert queue.next((0, 0), 2, block=False).result(0) == {"do": "drain"}
+
+
+def test_poison_is_isolated_then_given_up_and_the_rest_of_the_chunk_is_still_wanted():
+    queue = LeaseQueue(2, SIZE, max_chunk_failures=3)
+    steps = [(4, 8), (4, 8), (6, 7)]  # deaths in a batch twice, then in a single sample of it
+    for generation, position in enumerate(steps):
+        answers = [queue.next((0, generation), n, block=False).result(0) for n in range(2)]
+        assert any(a["chunk"] == 1 for a in answers)
+        queue.revoke((0, generation), blamed=1, position=position)
+    chunk = next(a for n in range(2) if (a := queue.next((0, 9), n, block=False).result(0))["chunk"] == 1)
+    assert chunk["isolate"] == [4, 8]
+    assert chunk["skip"] == [6]
+    assert [(q.start, q.stop) for q in queue.quarantined] == [(6, 7)]
+
+
+def test_a_stream_ends_where_it_is_said_to():
+    queue = LeaseQueue(None, SIZE)
+    assert [queue.next((0, 0), n, block=False).result(0)["chunk"] for n in range(3)] == [0, 1, 2]
+    queue.set_num_chunks(2)
+    assert queue.leases_of((0, 0)) == [0, 1]
+    queue.report_done(0, True)
+    queue.report_done(1, True)
+    assert queue.finished
+
+
+@pytest.mark.parametrize("done", [set(), {0, 1}, {0, 1, 2}])
+def test_resume_hands_out_only_what_is_missing(done):
+    queue = LeaseQueue(3, SIZE, done=done)
+    taken = []
+    while (answer := queue.next((0, 0), len(taken), block=False).result(0))["do"] == "chunk":
+        taken.append(answer["chunk"])
+    assert sorted(taken) == sorted({0, 1, 2} - done)

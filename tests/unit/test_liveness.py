@@ -1,0 +1,134 @@
+"""The judge, with a clock and process states of our own; the table with real processes."""
+
+import random
+
+import pytest
+
+from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits, Phase
+
+LIMITS = Limits(alive=2.0, start=100.0, step=4.0, commit=30.0, exit=10.0)
+PID = 4242
+
+
+class Scene:
+    def __init__(self, tmp_path, ranks=1):
+        self.now = 1_000_000_000_000
+        self.state = dict.fromkeys(range(ranks), "R")
+        self.table = HeartbeatTable(str(tmp_path / "table"), ranks, create=True)
+        self.judge = Judge(self.table, LIMITS, lambda: self.now, lambda pid: self.state[pid - PID])
+        self.pids = {rank: PID + rank for rank in range(ranks)}
+        self.started = dict.fromkeys(range(ranks), self.now)
+        self.progress = [0] * ranks
+
+    def beat(self, rank=0, phase=None, step=False):
+        values = {"pid": PID + rank, "alive_ns": self.now}
+        if phase is not None:
+            values |= {"phase": phase, "phase_ns": self.now, "progress_ns": self.now}
+        if step:
+            self.progress[rank] += 1
+            values |= {"progress": self.progress[rank], "progress_ns": self.now}
+        self.table.write(rank, **values)
+
+    def pass_time(self, seconds, beating=()):
+        for _ in range(max(1, int(seconds * 10))):
+            self.now += int(seconds * 1e9 / max(1, int(seconds * 10)))
+            for rank in beating:
+                self.beat(rank)
+        return self.judge.check(self.pids, self.started)
+
+
+def test_a_slow_start_is_no_alarm_but_no_start_is(tmp_path):
+    scene = Scene(tmp_path)
+    assert scene.pass_time(99) is None
+    assert "no sign of life 1" in scene.pass_time(2).reason
+
+
+def test_imports_may_hold_the_gil(tmp_path):
+    scene = Scene(tmp_path)
+    scene.beat(phase=Phase.STARTING)
+    assert scene.pass_time(60) is None
+
+
+def test_a_silent_rank_is_found_once_it_runs(tmp_path):
+    scene = Scene(tmp_path)
+    scene.beat(phase=Phase.RUN, step=True)
+    assert scene.pass_time(1.9) is None
+    assert "holds the GIL" in scene.pass_time(0.3).reason
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+def test_a_stopped_process_is_found_in_every_phase(tmp_path, phase):
+    scene = Scene(tmp_path)
+    scene.beat(phase=phase)
+    scene.state[0] = "T"
+    assert scene.judge.check(scene.pids, scene.started) is None
+    assert "stopped for" in scene.pass_time(2.5).reason
+
+
+def test_a_hang_is_found_although_the_thread_beats(tmp_path):
+    scene = Scene(tmp_path)
+    scene.beat(phase=Phase.RUN, step=True)
+    assert scene.pass_time(3.9, beating=[0]) is None
+    assert "no progress for 4." in scene.pass_time(0.2, beating=[0]).reason
+
+
+def test_waiting_for_work_has_no_limit(tmp_path):
+    scene = Scene(tmp_path)
+    scene.beat(phase=Phase.WAIT)
+    assert scene.pass_time(500, beating=[0]) is None
+
+
+def test_leaving_has_a_limit(tmp_path):
+    scene = Scene(tmp_path)
+    scene.beat(phase=Phase.DONE)
+    assert scene.pass_time(9) is None
+    assert "has not left" in scene.pass_time(2).reason
+
+
+def test_the_culprit_is_the_one_without_life_then_the_one_furthest_behind(tmp_path):
+    scene = Scene(tmp_path, ranks=3)
+    for rank, steps in enumerate((5, 3, 5)):
+        for _ in range(steps):
+            scene.beat(rank, phase=Phase.RUN, step=True)
+    assert scene.pass_time(4.5, beating=[0, 1, 2]).rank == 1
+    scene = Scene(tmp_path, ranks=3)
+    for rank, steps in enumerate((5, 3, 5)):
+        for _ in range(steps):
+            scene.beat(rank, phase=Phase.RUN, step=True)
+    assert scene.pass_time(4.5, beating=[0, 1]).rank == 2
+
+
+def test_100_000_jittered_steps_and_a_slow_first_one_raise_no_alarm(tmp_path):
+    scene = Scene(tmp_path)
+    rng = random.Random(7)
+    scene.beat(phase=Phase.WARMUP)
+    assert scene.pass_time(90, beating=[0]) is None
+    scene.beat(phase=Phase.RUN, step=True)
+    for _ in range(100_000):
+        scene.now += int(min(rng.lognormvariate(-2, 1.0), 3.5) * 1e9)
+        scene.beat(step=True)
+        assert scene.judge.check(scene.pids, scene.started) is None
+
+
+def test_slow_steps_raise_the_limit_and_it_decays(tmp_path):
+    scene = Scene(tmp_path)
+    scene.beat(phase=Phase.RUN, step=True)
+    scene.judge.check(scene.pids, scene.started)
+    scene.now += int(3e9)
+    scene.beat(step=True)
+    scene.judge.check(scene.pids, scene.started)
+    assert scene.judge.step_limit(0) == pytest.approx(30.0)
+    for _ in range(300):
+        scene.now += int(1e7)
+        scene.beat(step=True)
+        scene.judge.check(scene.pids, scene.started)
+    assert scene.judge.step_limit(0) == LIMITS.step
+
+
+def test_a_restarted_rank_is_judged_afresh(tmp_path):
+    scene = Scene(tmp_path)
+    scene.beat(phase=Phase.RUN, step=True)
+    scene.table.clear(0)
+    scene.judge.forget(0)
+    scene.started[0] = scene.now
+    assert scene.pass_time(50) is None
