@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 WIDTH, LEFT, RIGHT = 1120, 74, 12
 _MAX_LINES = 8
@@ -141,7 +142,10 @@ def _path(points: Sequence[Point]) -> str:
 
 
 def _band(axis: TimeAxis, series: dict[str, Sequence[Point]], y: Callable[[float], float]) -> str:
-    num_bins = 140
+    # A bin shorter than the time between two readings would hold other ranks than its neighbour, and show a comb.
+    gaps = sorted(b[0] - a[0] for points in series.values() for a, b in pairwise(points))
+    pause = gaps[int(0.9 * (len(gaps) - 1))] if gaps else 0.0
+    num_bins = max(1, min(140, int((axis.end - axis.begin) / (1.5 * pause)) if pause > 0 else 140))
     bins: list[list[tuple[float, str]]] = [[] for _ in range(num_bins)]
     width = (axis.end - axis.begin) / num_bins
     for name, points in series.items():

@@ -135,7 +135,7 @@ def summarize(events: Sequence[Event]) -> RunSummary:
         lost=[
             (e["start"], e["stop"], str(e.get("reason", e.get("why", "unknown"))))
             for e in events
-            if e["kind"] == "quarantine"
+            if e["kind"] == "quarantine" and isinstance(e.get("start"), int) and isinstance(e.get("stop"), int)
         ],
         slowest_chunks=sorted(chunks, key=lambda e: -e["seconds"])[:10],
         observer_failures=failures,
