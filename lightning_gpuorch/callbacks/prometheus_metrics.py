@@ -86,7 +86,9 @@ class PrometheusMetrics(Callback):
             return
         info = self._info = RankInfo.of(trainer)
         if self._metrics is None:
-            self._metrics = RankMetrics(info.rank, generation=info.generation, counts_samples=info.is_leader)
+            self._metrics = RankMetrics(
+                info.rank, generation=info.generation, replica=info.replica, counts_samples=info.is_leader
+            )
         use_metrics(self._metrics)
         directory = self._directory
         if directory is None and info.run_directory is not None:
