@@ -14,10 +14,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning_gpuorch.callbacks._rank import RankInfo, batch_length
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.telemetry.current import current_metrics, use_metrics
+from lightning_gpuorch.telemetry.efficiency import Baseline, ScalingEfficiency
 from lightning_gpuorch.telemetry.exporter import MetricsExporter
 from lightning_gpuorch.telemetry.exposition import snapshot_name
 from lightning_gpuorch.telemetry.failures import observer_failures
 from lightning_gpuorch.telemetry.metrics import RankMetrics
+
+_PROGRESS_INTERVAL_SECONDS = 2.0
 
 
 class PrometheusMetrics(Callback):
@@ -40,6 +43,8 @@ class PrometheusMetrics(Callback):
         address: Interface to serve on.
         textfile: A ``.prom`` file that is kept up to date, for node_exporter's textfile collector.
         interval_seconds: Time between two snapshots.
+        baseline: Of one device, for ``distributed_scaling_efficiency_percent``; without it the series is absent. Only
+            this plugin's strategy knows the progress of the whole job.
 
     Raises:
         ConfigurationError: An argument cannot be used.
@@ -53,6 +58,7 @@ class PrometheusMetrics(Callback):
         address: str = "0.0.0.0",
         textfile: str | os.PathLike[str] | None = None,
         interval_seconds: float = 1.0,
+        baseline: Baseline | None = None,
     ):
         if port is not None and not 0 <= port <= 65535:
             raise ConfigurationError(f"port={port} must be between 0 and 65535, or None to serve nothing.")
@@ -62,6 +68,9 @@ class PrometheusMetrics(Callback):
             raise ConfigurationError(f"interval_seconds={interval_seconds} must be greater than 0.")
         self._port, self._directory, self._address = port, directory, address
         self._textfile, self._interval_seconds = textfile, interval_seconds
+        self._baseline = baseline
+        self._efficiency: ScalingEfficiency | None = None
+        self._looked_at = 0.0
         self._info: RankInfo | None = None
         self._metrics: RankMetrics | None = None
         self._exporter: MetricsExporter | None = None
@@ -86,13 +95,17 @@ class PrometheusMetrics(Callback):
             return
         info = self._info = RankInfo.of(trainer)
         if self._metrics is None:
-            self._metrics = RankMetrics(info.rank, generation=info.generation, counts_samples=info.is_leader)
+            self._metrics = RankMetrics(
+                info.rank, generation=info.generation, replica=info.replica, counts_samples=info.is_leader
+            )
         use_metrics(self._metrics)
         directory = self._directory
         if directory is None and info.run_directory is not None:
             directory = info.run_directory / "metrics"
         if directory is None:
             directory = self._temporary = info.node_directory()
+        if self._baseline is not None and info.rank == 0:
+            self._efficiency = ScalingEfficiency(self._baseline, info.world_size)
         self._exporter = MetricsExporter(
             self._metrics.registry,
             directory,
@@ -102,7 +115,7 @@ class PrometheusMetrics(Callback):
             address=self._address,
             textfile=self._textfile,
             interval_seconds=self._interval_seconds,
-            before_snapshot=self._observe_memory,
+            before_snapshot=self._before_snapshot,
         )
 
     def on_predict_batch_start(
@@ -153,6 +166,20 @@ class PrometheusMetrics(Callback):
             use_metrics(None)
         if self._temporary is not None and self._info is not None:
             _remove(self._temporary, self._info)
+
+    def _before_snapshot(self) -> None:
+        self._observe_memory()
+        self._observe_efficiency()
+
+    def _observe_efficiency(self) -> None:
+        now = time.monotonic()
+        if self._efficiency is None or self._metrics is None or now - self._looked_at < _PROGRESS_INTERVAL_SECONDS:
+            return
+        self._looked_at = now
+        job = getattr(self._info.runtime, "job", None) if self._info is not None else None
+        progress = job.progress() if job is not None else {}
+        if "samples_done" in progress:
+            self._metrics.set_scaling_efficiency(self._efficiency.update(now, progress["samples_done"]))
 
     def _observe_memory(self) -> None:
         """In the exporting thread: memory figures, unless a health monitor provides better ones."""

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
     from lightning_gpuorch.telemetry.logs import CONTEXT, configure_logging
     from lightning_gpuorch.telemetry.metrics import RankMetrics
+    from lightning_gpuorch.telemetry.report import write_report
+    from lightning_gpuorch.telemetry.run_summary import RunSummary, summarize
+    from lightning_gpuorch.telemetry.steps import StepRecorder
 
 _HOMES = {
     "CONTEXT": "logs",
@@ -21,6 +24,8 @@ _HOMES = {
     "FailureTally": "failures",
     "MetricsExporter": "exporter",
     "RankMetrics": "metrics",
+    "RunSummary": "run_summary",
+    "StepRecorder": "steps",
     "check_event": "event_schema",
     "configure_logging": "logs",
     "current_events": "current",
@@ -29,8 +34,10 @@ _HOMES = {
     "observer_failures": "failures",
     "read_endpoint": "exporter",
     "read_events": "events",
+    "summarize": "run_summary",
     "use_events": "current",
     "use_metrics": "current",
+    "write_report": "report",
 }
 
 __all__ = [
@@ -40,6 +47,8 @@ __all__ = [
     "FailureTally",
     "MetricsExporter",
     "RankMetrics",
+    "RunSummary",
+    "StepRecorder",
     "check_event",
     "configure_logging",
     "current_events",
@@ -48,8 +57,10 @@ __all__ = [
     "observer_failures",
     "read_endpoint",
     "read_events",
+    "summarize",
     "use_events",
     "use_metrics",
+    "write_report",
 ]
 
 

@@ -21,6 +21,7 @@ import os
 import socket
 import socketserver
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -117,6 +118,10 @@ class MetricsExporter:
                     self._failures.add("metrics", error)
             if not self._ended:
                 self._stop.wait(self._interval_seconds)
+        try:
+            self._see_to_textfile()
+        except OSError as error:
+            self._failures.add("metrics", error)
         self._step_down()
 
     def _call_back(self) -> None:
@@ -181,6 +186,24 @@ class MetricsExporter:
         if self._textfile is not None and self._election is not None:
             self._textfile.parent.mkdir(parents=True, exist_ok=True)
             _replace(self._textfile, merge_directory(self.directory, self._stale_after_seconds))
+
+    def _see_to_textfile(self) -> None:
+        """At the end of a rank that was not elected: its last figures must get into the text file.
+
+        Either the elected rank goes on and merges again, twice to be sure that it began after our last snapshot, or it
+        ends as well, and we are elected.
+        """
+        if self._textfile is None or self._election is not None:
+            return
+        deadline = time.monotonic() + 2 * self._interval_seconds + 1
+        versions = {_version(self._textfile)}
+        while time.monotonic() < deadline and len(versions) < 3:
+            self._election = _elect(self.directory)
+            if self._election is not None:
+                self._write_textfile()
+                return
+            time.sleep(0.02)
+            versions.add(_version(self._textfile))
 
     def _step_down(self) -> None:
         server, self._server = self._server, None
@@ -270,6 +293,10 @@ def _elect(directory: Path) -> socket.socket | None:
             return None
         raise
     return election
+
+
+def _version(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -54,6 +54,7 @@ class RankMetrics:
     Args:
         rank: Global rank.
         generation: How often this rank was started before; each start after the first counts as a restart.
+        replica: Data-parallel index; the rank itself where there are no replicas of several ranks.
         counts_samples: Whether this rank counts samples: one rank of a tensor-parallel group does.
         failures: Tally shown as ``gpuorch_observer_failures_total``.
     """
@@ -63,6 +64,7 @@ class RankMetrics:
         rank: int,
         *,
         generation: int = 0,
+        replica: int | None = None,
         counts_samples: bool = True,
         failures: FailureTally = observer_failures,
     ):
@@ -126,6 +128,12 @@ class RankMetrics:
             "gpuorch_build_info", "Constant 1; what is running.", ("version", "torch", "python"), registry=registry
         ).labels(__version__, torch.__version__, platform.python_version()).set(1)
         registry.register(_FailuresCollector(label, failures))
+        Gauge(
+            "distributed_inference_rank_info",
+            "Constant 1; which replica a rank belongs to.",
+            ("rank", "replica"),
+            registry=registry,
+        ).labels(label, str(rank if replica is None else replica)).set(1)
         self.device_is_observed = False
         if generation:
             self.restarts.inc()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import threading
 import time
 import types
 import urllib.request
@@ -17,7 +19,15 @@ from lightning_gpuorch.callbacks.gpu_health import GPUHealthMonitor
 from lightning_gpuorch.callbacks.prometheus_metrics import PrometheusMetrics
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.health import HealthReport, Verdict
-from lightning_gpuorch.telemetry import EventLog, check_event, current_metrics, read_events, use_events
+from lightning_gpuorch.telemetry import (
+    EventLog,
+    check_event,
+    current_metrics,
+    observer_failures,
+    read_events,
+    use_events,
+)
+from lightning_gpuorch.telemetry.efficiency import Baseline
 from lightning_gpuorch.testing.nvml import FakeNVML
 from tests.health.conftest import eventually
 from tests.telemetry.test_metrics import Series, parse, value
@@ -140,6 +150,48 @@ def test_under_our_strategy_samples_directory_and_restarts_come_from_the_runtime
     job.run([metrics], steps=1)
     series = parse((tmp_path / "run" / "metrics" / "rank1.1.prom").read_bytes())
     assert value(series, "distributed_inference_samples_total", rank="1") == 42
+
+
+def test_scaling_efficiency_is_shown_with_a_baseline_by_rank_0_and_follows_the_whole_job(tmp_path: Path) -> None:
+    metrics = [
+        PrometheusMetrics(0, address="127.0.0.1", interval_seconds=0.02, baseline=Baseline(100.0)) for _ in range(2)
+    ]
+    began = time.monotonic()
+    jobs = [Job(tmp_path / str(rank), rank=rank) for rank in range(2)]
+    for job in jobs:
+        job.runtime.job.progress = lambda: {"known": True, "samples_done": int((time.monotonic() - began) * 150)}
+
+    def look() -> None:
+        eventually(lambda: metrics[0].endpoint)
+        eventually(lambda: value(scrape(metrics[0]), "distributed_scaling_efficiency_percent") is not None)
+        percent = value(scrape(metrics[0]), "distributed_scaling_efficiency_percent")
+        assert percent == pytest.approx(75, abs=3)  # 150 of 2 x 100 samples per second
+
+    jobs[0].run([metrics[0]], look=look)
+    jobs[1].run([metrics[1]])
+    text = (tmp_path / "1" / "run" / "metrics" / "rank1.1.prom").read_text()
+    assert "distributed_scaling_efficiency_percent " not in text
+
+
+@pytest.mark.parametrize("function", ["write_bytes", "mkdir", "iterdir", "read_text"])
+def test_a_run_whose_disk_fails_all_the_time_has_all_its_predictions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    real = getattr(Path, function)
+    failed: list[str] = []
+
+    def fail(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if threading.current_thread().name.startswith("gpuorch-"):
+            failed.append(function)
+            raise OSError(errno.EIO, "injected")
+        return real(path, *args, **kwargs)
+
+    before = observer_failures.count("metrics")
+    monkeypatch.setattr(Path, function, fail)
+    metrics, health = exporting(tmp_path, textfile=tmp_path / "text" / "job.prom"), GPUHealthMonitor(0.02)
+    outputs = predict([metrics, health], lambda: eventually(lambda: len(failed) > 3))
+    assert torch.cat(outputs).flatten().tolist() == [2.0 * i for i in range(20)]
+    assert observer_failures.count("metrics") > before
 
 
 def test_a_sick_gpu_is_told_to_the_job_shown_in_metrics_and_recorded(tmp_path: Path, gpus: FakeNVML) -> None:

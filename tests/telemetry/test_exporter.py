@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -174,6 +175,31 @@ def test_textfile_mode_serves_nothing_and_leaves_the_final_totals(tmp_path: Path
     assert [value(series, "distributed_inference_samples_total", rank=r) for r in "01"] == [8, 8]
     assert value(series, "distributed_inference_rank_up", rank="0") is None  # ended, not dead
     assert tally.counts() == {}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_whoever_ends_last_the_text_file_has_everybodys_last_figures(
+    tmp_path: Path, tally: FailureTally, first: int
+) -> None:
+    text = tmp_path / "job.prom"
+    registries = [RankMetrics(rank, failures=tally) for rank in range(2)]
+    exporters = [
+        MetricsExporter(
+            metrics.registry, tmp_path / "m", rank=rank, port=None, textfile=text, interval_seconds=0.2, failures=tally
+        )
+        for rank, metrics in enumerate(registries)
+    ]
+    eventually(lambda: text.exists() and len(list((tmp_path / "m").glob("rank*.prom"))) == 2)
+    for metrics in registries:
+        metrics.observe_step(0.1, 8)
+    closing = [threading.Thread(target=each.close) for each in exporters]
+    for thread in closing if first == 0 else closing[::-1]:
+        thread.start()  # at the same time, in either order
+    for thread in closing:
+        thread.join(10)
+    series = parse(text.read_bytes())
+    assert [value(series, "distributed_inference_samples_total", rank=r) for r in "01"] == [8, 8]
+    assert [value(series, "distributed_inference_rank_up", rank=r) for r in "01"] == [None, None]
 
 
 def test_a_forked_child_does_not_keep_the_port_of_a_dead_parent(ranks: Ranks, tmp_path: Path) -> None:
