@@ -24,10 +24,12 @@ from lightning_gpuorch.tensor_parallel.anatomy import Anatomy, ModelCall, layer_
 from lightning_gpuorch.tensor_parallel.apply import mismatches
 from lightning_gpuorch.tensor_parallel.attention import plan_attention
 from lightning_gpuorch.tensor_parallel.experts import experts_plan_is_right
+from lightning_gpuorch.tensor_parallel.hidden_weight import WeightReadDirectly
 from lightning_gpuorch.tensor_parallel.intervals import covers, length, tiles
 from lightning_gpuorch.tensor_parallel.layers import features
 from lightning_gpuorch.tensor_parallel.plan import LayerKind, LayerPlan, ParameterPlan, TensorParallelPlan
-from lightning_gpuorch.tensor_parallel.stubs import Deviation, LocalPlan, StubbedModel, WeightReadDirectly
+from lightning_gpuorch.tensor_parallel.records import Deviation, LocalPlan
+from lightning_gpuorch.tensor_parallel.stubs import StubbedModel
 
 
 @dataclasses.dataclass(frozen=True)
