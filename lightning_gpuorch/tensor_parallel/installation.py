@@ -216,7 +216,7 @@ class StubInstaller:
             real = value.detach().to("cpu", torch.float32, copy=True)
             return real.requires_grad_(differentiable)
         # Scaled by the fan-in, so that values stay finite through many layers.
-        scale = 1.0 / math.sqrt(max(value[0].numel(), 1)) if value.dim() > 1 else 1.0
+        scale = 1.0 / math.sqrt(max(value.shape[1:].numel(), 1)) if value.dim() > 1 else 1.0
         large = value.numel() > MAX_DISTINCT_ELEMENTS
         shape = value.shape[-1:] if large else value.shape
         numbers = (self.numbers.tensor(("tensor", name), shape) * scale).expand(value.shape)
