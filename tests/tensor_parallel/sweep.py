@@ -28,8 +28,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
@@ -178,7 +176,8 @@ SMALL: dict[str, Any] = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
     "image_size": 32,
-    "patch_size": 8,
+    "patch_size": 4,
+    "window_size": 4,
     "num_channels": 3,
     "num_mel_bins": 16,
     "num_labels": 3,
@@ -209,6 +208,11 @@ class TypeTookTooLongError(Exception):
     """A type took too long."""
 
 
+def power_of_two(value: int) -> int:
+    """The largest head count that divides the width."""
+    return max(size for size in (1, 2, 4, HEADS) if size <= value)
+
+
 def shrunk(config_class: Any, depth: int = 0) -> Any:
     """Build a config class with every size this module knows made small, in sub-configs too."""
     config = config_class()
@@ -218,15 +222,21 @@ def shrunk(config_class: Any, depth: int = 0) -> Any:
             continue
         if name in SMALL and isinstance(value, (int, list, tuple)):
             small = SMALL[name]
+            if name == "head_dim" and hasattr(config, "qk_rope_head_dim"):
+                continue  # follows from the others
             if isinstance(value, int) and isinstance(small, int):
-                values[name] = min(value, small) if value > 0 else value
+                # Head counts have to divide the width: 6 becomes 4.
+                values[name] = value if value <= 0 else power_of_two(value) if small == HEADS else min(value, small)
             elif isinstance(value, (list, tuple)) and isinstance(small, int) and all(isinstance(v, int) for v in value):
-                values[name] = type(value)(min(v, small) for v in value)
+                values[name] = type(value)(power_of_two(v) if small == HEADS else min(v, small) for v in value)
             elif isinstance(value, (list, tuple)) and isinstance(small, list):
                 values[name] = small
         elif depth < 2 and hasattr(value, "to_dict") and hasattr(type(value), "model_type"):
             values[name] = shrunk(type(value), depth + 1).to_dict()
-    if isinstance(getattr(config, "layer_types", None), (list, tuple)):
+    if hasattr(config, "kv_lora_rank") and "num_key_value_heads" in values:
+        values["num_key_value_heads"] = HEADS  # latent attention has as many as query heads
+    derived = isinstance(getattr(config_class, "layer_types", None), property)
+    if isinstance(getattr(config, "layer_types", None), (list, tuple)) and not derived:
         kinds = list(dict.fromkeys(config.layer_types))
         values["layer_types"] = (kinds * LAYERS)[: max(LAYERS, len(kinds))]
         values["num_hidden_layers"] = len(values["layer_types"])
@@ -384,7 +394,7 @@ def rounding_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> float:
         return max(relative_error(value, whole) for value, whole in pairs)
 
 
-def judge(model_type: str) -> dict[str, Any]:
+def judge(model_type: str, sizes: tuple[int, ...] = SIZES) -> dict[str, Any]:
     """Sweep one type."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -395,7 +405,7 @@ def judge(model_type: str) -> dict[str, Any]:
     model, inputs = built
     row["class"] = type(model).__name__
     row["inputs"] = sorted(inputs)
-    for size in SIZES:
+    for size in sizes:
         started = time.monotonic()
         result: dict[str, Any] = {}
         row["sizes"][str(size)] = result
@@ -518,6 +528,8 @@ def main() -> int:
     parser.add_argument("--types", nargs="*", help="types to judge; all by default")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
