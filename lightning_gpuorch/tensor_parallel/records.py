@@ -52,6 +52,7 @@ class Reference:
     Attributes:
         calls: Layer calls in order.
         inputs: Inputs of every layer call, without graph.
+        versions: Version counters of those inputs at the time of the call.
         output_tensors: The model's output tensors with graph.
         outputs: The tensors a caller sees, by path, without graph.
         hidden_outputs: Tensors inside opaque output objects (caches), without graph.
@@ -62,6 +63,7 @@ class Reference:
 
     calls: list[LayerCall] = dataclasses.field(default_factory=list)
     inputs: dict[tuple[nn.Module, int], tuple[torch.Tensor, ...]] = dataclasses.field(default_factory=dict)
+    versions: dict[tuple[nn.Module, int], tuple[int, ...]] = dataclasses.field(default_factory=dict)
     output_tensors: list[torch.Tensor] = dataclasses.field(default_factory=list)
     outputs: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
     hidden_outputs: list[torch.Tensor] = dataclasses.field(default_factory=list)

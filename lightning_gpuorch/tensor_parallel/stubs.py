@@ -51,6 +51,7 @@ class StubbedModel(StubInstaller):
         self.call = ModelCall(to_float32(call.args), to_float32(dict(call.kwargs)), call.method)
         self.read_directly: set[nn.Module] = set()
         self.reference = Reference()
+        self._copy_inputs = False
 
     # -- reference run ------------------------------------------------------------------------------------------------
 
@@ -65,15 +66,24 @@ class StubbedModel(StubInstaller):
         while True:
             try:
                 self.reference = self._record()
-                return self.reference
+                if self._copy_inputs or not self._inputs_changed():
+                    return self.reference
+                self._copy_inputs = True  # the model writes into tensors its layers were given
             except WeightReadDirectly as error:
                 self._unstub(error)
             except Exception as error:
                 raise TensorParallelError(
-                    f"{type(self.model).__name__} failed on the example input, before anything was sharded: "
-                    f"{error!r}. Pass "
-                    "an example_input the model accepts."
+                    f"{type(self.model).__name__} failed on the example input, before anything was sharded: {error!r}. "
+                    "Pass an example_input the model accepts."
                 ) from error
+
+    def _inputs_changed(self) -> bool:
+        record = self.reference
+        return any(
+            value._version != version
+            for key, values in record.inputs.items()
+            for value, version in zip(values, record.versions[key], strict=True)
+        )
 
     def _unstub(self, error: WeightReadDirectly) -> None:
         module = self.anatomy.modules.get(error.layer)
@@ -102,7 +112,9 @@ class StubbedModel(StubInstaller):
                 if module in self._experts and not keeps_shape(module, record.layer_arguments[module]):
                     raise WeightReadDirectly(self.stubbed[module])  # no experts after all: it runs for real
             inputs = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-            record.inputs[module, index] = tuple(value.detach() for value in inputs)
+            copies = (value.detach().clone() for value in inputs) if self._copy_inputs else map(torch.detach, inputs)
+            record.inputs[module, index] = tuple(copies)
+            record.versions[module, index] = tuple(value._version for value in record.inputs[module, index])
             if self._has_fixed_role(module):
                 record.calls.append(LayerCall(module, index, inputs, None))
                 return self._fixed_output(module, index, args, kwargs)
@@ -219,6 +231,9 @@ class StubbedModel(StubInstaller):
                 raise Deviation("", f"{where}: {type(error).__name__}: {str(error)[:160]}") from error
         if scope is None:
             self._compare_outputs(result)
+            for module, index in self.reference.inputs:
+                if counts[module] <= index:
+                    raise Deviation(self.stubbed[module], "called less often than in the whole model")
         return set(counts)
 
     def _run_scope(self, scope: nn.Module) -> Any:

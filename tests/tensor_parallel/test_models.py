@@ -147,3 +147,24 @@ def test_layers_with_a_forward_on_the_instance_stay_whole() -> None:
     report = verify_plan(model, plain, hidden())
     assert "mixers.0.query has a forward of its own" in str(report.failures[0])
     assert expected.isfinite().all()
+
+
+class InPlace(nn.Module):
+    """Adds to the residual stream in place, after layers have been given it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = tp_models.Mlp(), tp_models.Mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x += self.first(x)
+        x += self.second(x)
+        return x
+
+
+def test_changes_in_place() -> None:
+    model = randomized(InPlace())
+    plan = plan_tensor_parallel(model, hidden(), 2)
+    assert {role.kind for role in plan.layers.values()} == {LayerKind.COLUMN, LayerKind.ROW}
+    assert_equal_to_whole(model, (hidden(),), plan)
