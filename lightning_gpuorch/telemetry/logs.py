@@ -41,7 +41,8 @@ def configure_logging(
 
     Args:
         level: Lowest level to log, by name (``"INFO"``) or number.
-        rank: Global rank; None for the supervisor. Rank 0 prints from ``level`` up; the others print warnings and worse. Files get everything.
+        rank: Global rank; None for the supervisor. Rank 0 and the supervisor print from ``level`` up; the others print
+            warnings and worse. Files get everything.
         replica: Data-parallel index.
         directory: Where JSON lines go, as ``rank-<rank>.attempt-<generation>.jsonl``; None writes none.
         generation: How often this rank was started before.
