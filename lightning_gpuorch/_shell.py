@@ -20,6 +20,7 @@ from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.distributed import one_per_replica
 from lightning_gpuorch.environment import WorkerEnvironment
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.exit_codes import exit_with_codes
 from lightning_gpuorch.runtime import Runtime
 from lightning_gpuorch.world import ExternalRanks
 
@@ -102,6 +103,7 @@ class StrategyShell:
         example_input: Any,
         output_dir: str | os.PathLike[str] | None,
     ) -> None:
+        exit_with_codes()
         resolved = OrchestratorConfig.resolve(config, **options)
         if parallelize_fn is not None and tensor_parallel_plan is not None:
             raise ConfigurationError("pass parallelize_fn or tensor_parallel_plan, not both.")

@@ -108,14 +108,14 @@ class MissingPredictionsError(GPUOrchError):
     """The job is over and some samples have no prediction.
 
     Attributes:
-        indices: Dataset indices without a prediction, ascending.
+        indices: Dataset indices without a prediction, ascending; compact where they are many.
     """
 
     exit_code = EXIT_DATA_MISSING
 
     def __init__(self, message: str, indices: Iterable[int] = ()):
         super().__init__(message)
-        self.indices = tuple(indices)
+        self.indices: Sequence[int] = indices if isinstance(indices, Sequence) else tuple(indices)
 
 
 class ControlPlaneError(GPUOrchError):

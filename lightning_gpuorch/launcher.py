@@ -58,7 +58,6 @@ class Launcher:
         strategy = self._strategy
         configure_logging(strategy.config.log_level, rank=_rank(), replica=0)
         if self._runs_here():
-            _exit_with_codes()
             return self._call(function, args, kwargs, trainer)
         config = strategy.config
         tensor_parallel = config.tensor_parallel_size if isinstance(config.tensor_parallel_size, int) else None
@@ -135,18 +134,3 @@ def _predicting(trainer: Any) -> bool:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
-
-
-def _exit_with_codes() -> None:
-    """Let an uncaught error of ours end the process with its own exit code, where no supervisor stands around it."""
-    if getattr(sys.excepthook, "_gpuorch", False):
-        return
-    previous = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-        previous(kind, error, traceback)
-        if isinstance(error, GPUOrchError):
-            raise SystemExit(error.exit_code)
-
-    hook._gpuorch = True  # type: ignore[attr-defined]
-    sys.excepthook = hook

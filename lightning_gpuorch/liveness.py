@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 INTERVAL_SECONDS = 0.2
@@ -316,3 +317,13 @@ def read_process_state(pid: int) -> str:
             return file.read().rsplit(")", 1)[1].split()[0]
     except (OSError, IndexError):
         return "?"
+
+
+def main_thread_of_dump(dump: Path, most_frames: int = 6) -> str:
+    """The main thread's innermost frames, out of what faulthandler wrote; empty if it wrote nothing."""
+    try:
+        blocks = dump.read_text(encoding="utf-8", errors="replace").strip().split("\n\n")
+    except OSError:
+        return ""
+    frames = [line for line in blocks[-1].splitlines() if line.strip().startswith("File")]
+    return "\n".join(frames[:most_frames])

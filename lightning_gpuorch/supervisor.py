@@ -37,7 +37,7 @@ from lightning_gpuorch.errors import (
     MissingPredictionsError,
 )
 from lightning_gpuorch.head import Head
-from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits, Row
+from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits, Row, main_thread_of_dump
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 from lightning_gpuorch.recovery import Action, FailureKind, FailureRecoveryManager
 from lightning_gpuorch.spawn import Process, Spawner
@@ -245,6 +245,7 @@ class Supervisor:
         blamed, positions = self._blame(group)
         if self._killed_before(blamed):
             kind = FailureKind.POISON
+        unfinished = self.head.unfinished_jobs_of(rank)
         decision = self.recovery.decide(kind, rank, evidence)
         self._remember_failure(worker, evidence)
         self._kill(group)
@@ -252,6 +253,14 @@ class Supervisor:
             self.head.end_generation(member, generation, blamed, positions)
         if self._drain_deadline is not None:
             self._ended.update(dict.fromkeys(group, EXIT_RESUMABLE))
+            return
+        if any(self._ended.get(peer) == 0 for peer in self._group_of(rank, size, with_ended=True)):
+            # Its peers have left in good order, so they cannot form a group with it again, nor did they need it.
+            complete = bool(unfinished) and all(self.head.jobs[number].finished for number in unfinished)
+            self._ended[rank] = 0 if complete else EXIT_FAILURE
+            log.warning(
+                "%s; the others of replica %d are done, so it is ended, not restarted", decision.reason, replica
+            )
             return
         if decision.action is Action.RESTART_REPLICA:
             self._restarts += 1
@@ -307,7 +316,7 @@ class Supervisor:
         while time.monotonic() < deadline and any(_size(w.dump_file) == before[w.rank] for w in members):
             time.sleep(0.01)
         time.sleep(0.05)  # the last one may still be writing
-        return _main_thread(self._workers[culprit].dump_file)
+        return main_thread_of_dump(self._workers[culprit].dump_file)
 
     def _blame(self, group: Sequence[int]) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], tuple[int, int]]]:
         """The chunk and the position a group was computing, by (job, loader)."""
@@ -318,12 +327,14 @@ class Supervisor:
                 return {key: row.chunk}, {key: (row.unit_start, row.unit_stop)}
         return {}, {}
 
-    def _group_of(self, rank: int, size: int | None) -> list[int]:
+    def _group_of(self, rank: int, size: int | None, with_ended: bool = False) -> list[int]:
         """Ranks that share a fate: a replica; everybody while it is not known, or when training."""
         if size is None or self.head.gang:
-            return [r for r in range(self._world_size) if r not in self._ended]
-        first = rank // size * size
-        return [r for r in range(first, first + size) if r not in self._ended or r == rank]
+            group = range(self._world_size)
+        else:
+            first = rank // size * size
+            group = range(first, first + size)
+        return [r for r in group if with_ended or r not in self._ended or r == rank]
 
     def _killed_before(self, blamed: dict[tuple[int, int], int]) -> bool:
         for (job, loader), chunk in blamed.items():
@@ -445,18 +456,6 @@ def _signal(pid: int, number: int) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _main_thread(dump: Path) -> str:
-    """The main thread's innermost frames, out of what faulthandler wrote."""
-    try:
-        blocks = dump.read_text(encoding="utf-8", errors="replace").strip().split("\n\n")
-    except OSError:
-        return ""
-    if not blocks or not blocks[-1].strip():
-        return ""
-    frames = [line for line in blocks[-1].splitlines() if line.strip().startswith("File")]
-    return "\n".join(frames[:6])
 
 
 def _signal_group(pid: int, number: int) -> None:

@@ -2,16 +2,31 @@
 
 from lightning_gpuorch.batching.halving import BatchHalver, HalvedOutput, OOMEvent, SingleSampleOOMError
 from lightning_gpuorch.batching.limits import SizeLimits, shape_bucket
+from lightning_gpuorch.batching.memory_model import BatchSizer, MemoryModel
 from lightning_gpuorch.batching.oom import free_memory, is_out_of_memory, release
+from lightning_gpuorch.batching.token_budget import (
+    TokenBudgetBatcher,
+    batch_stream,
+    length_of,
+    length_sorted_order,
+    measure_lengths,
+)
 
 __all__ = [
     "BatchHalver",
+    "BatchSizer",
     "HalvedOutput",
+    "MemoryModel",
     "OOMEvent",
     "SingleSampleOOMError",
     "SizeLimits",
+    "TokenBudgetBatcher",
+    "batch_stream",
     "free_memory",
     "is_out_of_memory",
+    "length_of",
+    "length_sorted_order",
+    "measure_lengths",
     "release",
     "shape_bucket",
 ]

@@ -4,8 +4,9 @@ What happens on an out-of-memory error, in this order:
 
 1. Inside the handler, the error's frames and causes are let go, and the handler is left: while it runs, it keeps the
    failed step's activations alive.
-2. Outputs of parts that are done move to the host; cycles are collected, cached blocks go back to the device.
-3. The size is halved, or falls back to one that is known to fit, and what is left of the batch is cut anew.
+2. Cycles are collected, cached blocks go back to the device. Outputs of parts that are done and lie on the device move
+   to the host; then the same size is tried again, and later batches move theirs at once.
+3. Otherwise the size is halved, or falls back to one that is known to fit, and what is left of the batch is cut anew.
 4. A single sample that does not fit is tried once more, built anew without the padding of its batch; then it is lost.
 
 In the end the outputs are merged in order. Sizes that fit are remembered per bucket of sample shapes, so that the next
@@ -19,18 +20,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lightning_gpuorch.batching.limits import SizeLimits, shape_bucket
 from lightning_gpuorch.batching.oom import free_memory, is_out_of_memory, release
+from lightning_gpuorch.batching.outputs import PartOutputs
 from lightning_gpuorch.errors import GPUOrchError
 from lightning_gpuorch.structure import (
     AmbiguousStructureError,
     CannotSplitError,
     OutputLayout,
     batch_size_of,
-    map_arrays,
-    merge_samples,
     slice_samples,
 )
 
@@ -115,6 +113,7 @@ class BatchHalver:
         self.num_lost = 0
         """Samples given up."""
         self._on_oom, self._describe_memory = on_oom, describe_memory
+        self._outputs_to_host = False
 
     def run(self, step: Step, batch: Any, *, size: int | None = None, recollate: Recollate | None = None) -> Any:
         """Compute a batch.
@@ -209,11 +208,8 @@ class _Run:
         self._limits = halver.limits
         self._before = self._limits.snapshot(self._bucket)
         self._cap = self._limits.limit(self._bucket) or size
-        self._spans: list[tuple[int, int]] = []
-        self._outputs: list[Any] = []
-        self._sizes: list[int] = []
+        self._outputs = PartOutputs(to_host=halver._outputs_to_host)
         self._lost: list[int] = []
-        self._devices: dict[str, torch.device] = {}
         self._num_failures = 0
         self._rebuild = False
 
@@ -228,7 +224,7 @@ class _Run:
             output, failure = self._attempt(position, stop)
             if failure is None:
                 self._limits.fitted(self._bucket, length)
-                self._keep(position, stop, output)
+                self._outputs.keep(position, stop, output)
                 position = stop
                 if self._lost:
                     self._cap = min(2 * self._cap, self._size)
@@ -239,7 +235,7 @@ class _Run:
                 position = stop
             output = None
         self._limits.end_step(self._bucket, self._size, calm=not self._num_failures)
-        return HalvedOutput(self._merged(), tuple(self._lost))
+        return HalvedOutput(self._merged(), tuple(sorted(self._lost)))
 
     def _next_length(self, position: int) -> int:
         """Parts of equal length, as few as the cap allows."""
@@ -263,30 +259,29 @@ class _Run:
                 ) from error
         return self._recollate(start, stop)
 
-    def _keep(self, start: int, stop: int, output: Any) -> None:
-        self._spans.append((start, stop))
-        self._outputs.append(output)
-        self._sizes.append(stop - start)
-
     def _on_failure(self, position: int, length: int, message: str) -> None:
         self._num_failures += 1
-        self._limits.failed(self._bucket, length)
-        self._cap = max(1, min(self._limits.limit(self._bucket) or self._size, length - 1))
+        if self._outputs.move_to_host():
+            self._halver._outputs_to_host = True  # they were in the way: try the same size without them
+        else:
+            self._limits.failed(self._bucket, length)
+            self._cap = max(1, min(self._limits.limit(self._bucket) or self._size, length - 1))
         # Old garbage is worth a full collection when the young one was not enough, but not at every size on the way.
-        self._make_room(thorough=self._num_failures == 2)
+        free_memory(thorough=self._num_failures == 2)
         self._halver._report(OOMEvent(position, length, self._cap, self._bucket, message, self._halver._memory()))
 
     def _on_single_failure(self, position: int, message: str) -> None:
         self._num_failures += 1
-        self._make_room(thorough=True)
+        self._outputs.move_to_host()
+        free_memory()
         # Its own batch may have padded it, and the others, to a length that is not theirs.
         self._rebuild = True
         output, failure = self._attempt(position, position + 1)
         if failure is None:
             self._halver._report(OOMEvent(position, 1, 1, self._bucket, message, self._halver._memory()))
-            self._keep(position, position + 1, output)
+            self._outputs.keep(position, position + 1, output)
             return
-        self._make_room(thorough=False)
+        free_memory(thorough=False)
         self._halver._report(OOMEvent(position, 1, 0, self._bucket, failure, self._halver._memory()))
         # One sample that is too large says nothing of the others.
         self._limits.restore(self._bucket, self._before)
@@ -298,65 +293,50 @@ class _Run:
             )
         self._lost.append(position)
 
-    def _make_room(self, *, thorough: bool) -> None:
-        self._outputs = [map_arrays(output, self._to_host) for output in self._outputs]
-        free_memory(thorough=thorough)
-
-    def _to_host(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "meta"):
-            self._devices[value.device.type] = value.device
-            return value.detach().to("cpu")
-        return value
-
     def _merged(self) -> Any:
-        if not self._outputs:
+        outputs, layout = self._outputs, self._halver.layout
+        if not outputs:
             return None
-        if len(self._outputs) > 1:
+        if len(outputs) > 1:
             self._halver.num_splits += 1
-        elif self._sizes[0] == self._size:
-            self._halver.layout.learn(self._outputs[0], self._size)
-        if self._devices:  # some parts were moved: bring all of them together there
-            self._outputs = [map_arrays(output, self._to_host) for output in self._outputs]
+        elif outputs.sizes[0] == self._size:
+            outputs.learn(layout)
         try:
             merged = self._merge()
         except AmbiguousStructureError:
             if not self._resplit_last():
                 raise
             merged = self._merge()
-        return self._restored(merged)
+        back, failure = _attempt(outputs.back, merged)
+        return back if failure is None else merged
 
     def _merge(self) -> Any:
-        sizes, layout = self._sizes, self._halver.layout
-        merged, failure = _attempt(lambda outputs: merge_samples(outputs, sizes, layout), self._outputs)
+        merged, failure = _attempt(self._outputs.merged, self._halver.layout)
         if failure is None:
             return merged
-        self._make_room(thorough=True)  # parts and whole at once are too much for the device
-        return merge_samples(self._outputs, sizes, layout)
+        self._outputs.move_to_host()  # parts and whole at once are too much for the device
+        free_memory()
+        return self._outputs.merged(self._halver.layout)
 
     def _resplit_last(self) -> bool:
         """Compute the last part again in two, so that parts of unequal size tell what equal ones leave open."""
-        start, stop = self._spans[-1]
-        if len(set(self._sizes)) > 1 or stop - start < 2:
+        start, stop = self._outputs.spans[-1]
+        if len(set(self._outputs.sizes)) > 1 or stop - start < 2:
             return False
+        self._outputs.drop_last()
         middle = (start + stop + 1) // 2
-        for list_ in (self._spans, self._outputs, self._sizes):
-            list_.pop()
-        for low, high in ((start, middle), (middle, stop)):
+        pending = [(middle, stop), (start, middle)]
+        while pending:
+            low, high = pending.pop()
             output, failure = self._attempt(low, high)
-            if failure is not None:  # less than what did fit a moment ago
-                raise torch.OutOfMemoryError(failure)
-            self._keep(low, high, output if not self._devices else map_arrays(output, self._to_host))
-        return True
-
-    def _restored(self, merged: Any) -> Any:
-        """Outputs go back to their device, where the undisturbed step would have left them."""
-        if len(self._devices) != 1:
-            return merged
-        (device,) = self._devices.values()
-        back, failure = _attempt(
-            lambda tree: map_arrays(tree, lambda v: v.to(device) if isinstance(v, torch.Tensor) else v), merged
-        )
-        return merged if failure is not None else back
+            if failure is None:
+                self._outputs.keep(low, high, output)
+            elif high - low == 1:
+                self._on_single_failure(low, failure)
+            else:  # less memory than a moment ago
+                self._on_failure(low, high - low, failure)
+                pending += [((low + high + 1) // 2, high), (low, (low + high + 1) // 2)]
+        return len(set(self._outputs.sizes)) > 1
 
 
 def _attempt(step: Step, batch: Any) -> tuple[Any, str | None]:

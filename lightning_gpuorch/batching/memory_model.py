@@ -21,6 +21,7 @@ _SUPPORTS = [
     for support in itertools.combinations(range(_NUM_FEATURES), count)
 ]
 _ENOUGH_POINTS = 6
+_GOOD_POINTS = 32
 
 
 class MemoryModel:
@@ -35,7 +36,8 @@ class MemoryModel:
     def __init__(self, margin: float = 0.03, early_margin: float = 0.15, max_points: int = 256):
         self._margin, self._early_margin, self._max_points = margin, early_margin, max_points
         self._peaks: dict[tuple[int, int], float] = {}
-        self._weights: npt.NDArray[np.float64] | None = None
+        self._weights: tuple[float, ...] | None = None
+        self._num_new = 0
         self._error = early_margin
         self._stale = False
 
@@ -71,7 +73,12 @@ class MemoryModel:
         self._peaks[shape] = peak_bytes
         if len(self._peaks) > self._max_points:
             del self._peaks[next(iter(self._peaks))]
-        self._stale = True
+        self._num_new += 1
+        # A fit takes up to a millisecond: once the model is good, it waits until it was wrong or much is new.
+        if self._weights is None or len(self._peaks) < _GOOD_POINTS or self._num_new >= _GOOD_POINTS:
+            self._stale = True
+        else:
+            self._stale = self._stale or 1 - self._value(count, length) / peak_bytes > max(0.0, self._error)
 
     def predict(self, count: int, length: int) -> float:
         """The peak to expect, in bytes, without margin.
@@ -82,7 +89,7 @@ class MemoryModel:
         self._fit()
         if self._weights is None:
             raise ValueError("the memory model has seen no batch yet.")
-        return float(_features(count, length) @ self._weights)
+        return self._value(count, length)
 
     def largest_count(self, length: int, budget_bytes: float) -> int:
         """The largest batch of samples of this length whose prediction, with margin, fits; 0 if none does."""
@@ -96,6 +103,7 @@ class MemoryModel:
         if not self._stale:
             return
         self._stale = False
+        self._num_new = 0
         shapes = np.array(list(self._peaks), dtype=np.float64)
         peaks = np.array(list(self._peaks.values()))
         relative = _features(shapes[:, 0], shapes[:, 1]) / peaks[:, None]
@@ -114,12 +122,16 @@ class MemoryModel:
             if loss < best_loss - 1e-12:
                 best, best_loss = weights, loss
         self._error = float(np.max(1 - relative @ best))  # only being too low can hurt
-        self._weights = best / scale
+        self._weights = tuple((best / scale).tolist())
+
+    def _value(self, count: int, length: int) -> float:
+        assert self._weights is not None
+        empty, per_sample, per_token, per_square = self._weights
+        return empty + count * (per_sample + length * (per_token + length * per_square))
 
 
-def _features(count: float | npt.NDArray[np.float64], length: float | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    one = np.ones_like(count, dtype=np.float64)
-    return np.stack([one, one * count, one * count * length, one * count * length * length], axis=-1)
+def _features(counts: npt.NDArray[np.float64], lengths: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.stack([np.ones_like(counts), counts, counts * lengths, counts * lengths * lengths], axis=-1)
 
 
 @dataclass
@@ -162,9 +174,11 @@ class BatchSizer:
         self._nominal_bytes = self._budget_bytes = float(budget_bytes)
         self._max_count, self._start, self._growth, self._forget_after = max_count, start, growth, forget_after
         self._most_tokens = self._most_squares = 0
+        self._highest_peak_bytes = 0.0
         self._failures: dict[int, _Failure] = {}
         self._step = 0
         self._last_shrink = 0
+        self._shrink = 0.0
 
     @property
     def budget_bytes(self) -> float:
@@ -181,6 +195,8 @@ class BatchSizer:
         count = self._start
         if self.model.is_ready:
             count = min(self.model.largest_count(length, self._budget_bytes), self._max_count)
+        elif self._growth * self._highest_peak_bytes <= self._budget_bytes:
+            count = self._max_count  # one shape is no model, but a bounded step from it is safe
         trusted = min(self._most_tokens / length, self._most_squares / length**2)
         count = min(count, max(self._start, int(self._growth * trusted)), self._ceiling(length))
         return max(1, count)
@@ -196,6 +212,7 @@ class BatchSizer:
         self._step += 1
         length = max(1, length)
         self.model.observe(count, length, peak_bytes)
+        self._highest_peak_bytes = max(self._highest_peak_bytes, peak_bytes)
         self._most_tokens = max(self._most_tokens, count * length)
         self._most_squares = max(self._most_squares, count * length**2)
         if peak_bytes > self._budget_bytes:
@@ -218,9 +235,11 @@ class BatchSizer:
         length = max(1, length)
         self._failures[_bucket(length)] = _Failure(count, self._step)
         if self.model.is_confident:
-            # With a good fit, what did not fit here was the budget. A step beyond the limit says little about by how
-            # much; the prediction is where the limit is at most.
-            self._budget_bytes = min(self._budget_bytes, self.model.predict(count, length))
+            # With a good fit, what did not fit here was the budget: it ends below the prediction. How far below shows
+            # only when that fails as well, so further failures take ever larger steps.
+            again = bool(self._last_shrink) and self._step - self._last_shrink < self._forget_after
+            self._shrink = min(0.25, max(0.04, 2 * self._shrink)) if again else 0.0
+            self._budget_bytes = min(self._budget_bytes, self.model.predict(count, length) * (1 - self._shrink))
             self._last_shrink = self._step
         return min(max(1, count // 2), self.choose(length))
 

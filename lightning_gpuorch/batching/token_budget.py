@@ -73,7 +73,9 @@ def measure_lengths(
     return np.fromiter((length_fn(dataset[position]) for position in wanted), dtype=np.int64)
 
 
-def length_sorted_order(lengths: Sequence[int] | npt.NDArray[np.int64], window: int | None = None) -> npt.NDArray[np.int64]:
+def length_sorted_order(
+    lengths: Sequence[int] | npt.NDArray[np.int64], window: int | None = None
+) -> npt.NDArray[np.int64]:
     """Positions, longest first within each window; equal lengths keep their order.
 
     Args:

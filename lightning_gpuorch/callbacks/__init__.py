@@ -11,29 +11,52 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
     from lightning_gpuorch.callbacks.durable_writer import DurablePredictionWriter
+    from lightning_gpuorch.callbacks.gpu_health import GPUHealthMonitor
+    from lightning_gpuorch.callbacks.heartbeat import HeartbeatMonitor
+    from lightning_gpuorch.callbacks.oom_batch_halving import OOMBatchHalving
     from lightning_gpuorch.callbacks.progress_bar import JobProgressBar
     from lightning_gpuorch.callbacks.prometheus_metrics import PrometheusMetrics
 
 _HOMES = {
     "DurablePredictionWriter": "lightning_gpuorch.callbacks.durable_writer",
+    "GPUHealthMonitor": "lightning_gpuorch.callbacks.gpu_health",
+    "HeartbeatMonitor": "lightning_gpuorch.callbacks.heartbeat",
     "JobProgressBar": "lightning_gpuorch.callbacks.progress_bar",
+    "OOMBatchHalving": "lightning_gpuorch.callbacks.oom_batch_halving",
     "PrometheusMetrics": "lightning_gpuorch.callbacks.prometheus_metrics",
 }
 
-__all__ = ["DurablePredictionWriter", "JobProgressBar", "PrometheusMetrics", "default_callbacks"]
+__all__ = [
+    "DurablePredictionWriter",
+    "GPUHealthMonitor",
+    "HeartbeatMonitor",
+    "JobProgressBar",
+    "OOMBatchHalving",
+    "PrometheusMetrics",
+    "default_callbacks",
+]
 
 
 def default_callbacks(config: OrchestratorConfig | None = None) -> list[Callback]:
-    """The callbacks most jobs want: one progress bar for the whole job, and metrics for Prometheus.
+    """All callbacks that need no further choice: progress, liveness, OOM halving, device health and metrics.
 
     Args:
         config: Settings; default from the environment.
     """
+    from lightning_gpuorch.callbacks.gpu_health import GPUHealthMonitor
+    from lightning_gpuorch.callbacks.heartbeat import HeartbeatMonitor
+    from lightning_gpuorch.callbacks.oom_batch_halving import OOMBatchHalving
     from lightning_gpuorch.callbacks.progress_bar import JobProgressBar
     from lightning_gpuorch.callbacks.prometheus_metrics import PrometheusMetrics
 
     resolved = OrchestratorConfig.resolve(config)
-    return [JobProgressBar(), PrometheusMetrics(port=resolved.metrics_port)]
+    return [
+        JobProgressBar(),
+        HeartbeatMonitor(resolved.heartbeat_timeout_sec, resolved.step_timeout_sec, resolved.start_timeout_sec),
+        OOMBatchHalving(),
+        GPUHealthMonitor(),
+        PrometheusMetrics(port=resolved.metrics_port),
+    ]
 
 
 def __getattr__(name: str) -> Any:

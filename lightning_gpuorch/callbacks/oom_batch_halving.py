@@ -59,8 +59,10 @@ class OOMBatchHalving(Callback):
             self._wrap_runtime(trainer, pl_module, runtime)
         elif trainer.world_size > 1 and isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
             log.warning("OOMBatchHalving: inactive, %s communicates inside of a step", type(strategy).__name__)
-        elif step is None:
-            log.warning("OOMBatchHalving: inactive, %s has no predict_step", type(pl_module).__name__)
+        elif step is None or not _is_trainer(trainer):
+            log.warning(
+                "OOMBatchHalving: inactive, this is a loop of its own; use lightning_gpuorch.batching.BatchHalver"
+            )
         else:
             self._wrap_module(trainer, pl_module, step)
 
@@ -161,6 +163,10 @@ class OOMBatchHalving(Callback):
         self._undo = undo
 
 
+def _is_trainer(trainer: Any) -> bool:
+    return hasattr(trainer, "predict_loop")
+
+
 def _loader(trainer: Any, number: int) -> Any:
     return tree_leaves(trainer.predict_dataloaders)[number]
 
@@ -194,7 +200,7 @@ def _on_device(trainer: Any, pl_module: Any, ticket: Any) -> Callable[[int, int]
 
 def _transfer(trainer: Any, pl_module: Any, batch: Any, loader: int) -> Any:
     """Bring a batch to the device the way the loop does."""
-    if not hasattr(trainer, "predict_loop"):  # Fabric, or a plain loop
+    if not _is_trainer(trainer):  # Fabric, or a plain loop
         return move_data_to_device(batch, trainer.strategy.root_device)
     batch = trainer.precision_plugin.convert_input(batch)
     batch = pl_module.on_before_batch_transfer(batch, loader)

@@ -49,7 +49,7 @@ class ChunkCollector:
             units = [span.first_unit + position for position in kept] if span.num_units > 1 else None
         entry = self._open[ticket.chunk]
         if size != 0:
-            entry.batches.append(StoredBatch(span.first_unit, indices, size, output, units))
+            entry.batches.append(StoredBatch(span.first_unit, indices, size, output, units, num_lost=len(lost)))
         if entry.expected is not None:
             entry.expected -= 1
             if entry.expected == 0:

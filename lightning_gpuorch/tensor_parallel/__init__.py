@@ -1,5 +1,6 @@
 """Tensor parallelism for any module: plan, verify, apply, load."""
 
+from lightning_gpuorch.tensor_parallel.anatomy import ModelCall
 from lightning_gpuorch.tensor_parallel.apply import applied_plan, apply_plan
 from lightning_gpuorch.tensor_parallel.checkpoint import Checkpoint, open_checkpoint
 from lightning_gpuorch.tensor_parallel.communicator import Communicator
@@ -29,6 +30,7 @@ __all__ = [
     "LayerKind",
     "LayerPlan",
     "LoadReport",
+    "ModelCall",
     "ParameterPlan",
     "PlanCache",
     "ShapeRule",

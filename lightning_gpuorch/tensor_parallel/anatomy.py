@@ -61,14 +61,18 @@ class Anatomy:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+        if any(_is_compiled(module) for module in model.modules()):
             raise TensorParallelError("The model is compiled already: plan and shard it first, then torch.compile it.")
         if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
             raise TensorParallelError("TorchScript modules cannot be sharded; pass the eager model.")
         self.model = model
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.names: dict[nn.Module, str] = {module: name for name, module in self.modules.items()}
-        self.attentions = [module for module in self.names if type(module) is nn.MultiheadAttention]
+        self.attentions = [
+            module
+            for module in self.names
+            if type(module) is nn.MultiheadAttention and "forward" not in module.__dict__
+        ]
         inside = {part for attention in self.attentions for part in attention.modules()}
         self.linears = [
             module
@@ -78,7 +82,7 @@ class Anatomy:
         self.embeddings = [
             module for module in self.names if isinstance(module, nn.Embedding) and _plain_weight(module)
         ]
-        self.experts = [module for module in self.names if looks_fused(module)]
+        self.experts = [module for module in self.names if looks_fused(module) and "forward" not in module.__dict__]
         self._signatures: dict[nn.Module, tuple[Any, ...]] = {}
         self.ties = _ties(model)
 
@@ -105,8 +109,15 @@ class Anatomy:
         return self._signatures[module]
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or module.__dict__.get("_compiled_call_impl") is not None
+
+
 def _plain_weight(module: nn.Module) -> bool:
+    """Tell whether a layer holds an ordinary weight and runs its class's forward, not one put on the instance."""
     weight = module._parameters.get("weight")
+    if "forward" in module.__dict__:
+        return False
     return weight is not None and weight.dim() == 2 and weight.is_floating_point() and type(weight) is nn.Parameter
 
 

@@ -166,6 +166,12 @@ def mismatches(model: nn.Module, plan: TensorParallelPlan) -> list[str]:
             problems.append(f"{name}, a {type(modules[name]).__name__}, cannot be {layer.kind.value}")
     problems.extend(_patch_problem(modules, patch) for patch in plan.attributes if _patch_problem(modules, patch))
     problems.extend(f"module {scope} does not exist in the model" for scope in plan.shape_rules if scope not in modules)
+    changed = [*plan.shape_rules, *(name for name, layer in plan.layers.items() if layer.kind not in UNCHANGED_KINDS)]
+    problems.extend(
+        f"{name} has a forward of its own on the instance, which would hide the sharded one"
+        for name in changed
+        if name in modules and "forward" in modules[name].__dict__
+    )
     return problems
 
 

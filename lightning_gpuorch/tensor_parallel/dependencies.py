@@ -27,7 +27,8 @@ from lightning_gpuorch.tensor_parallel.intervals import (
     split_evenly,
 )
 from lightning_gpuorch.tensor_parallel.layers import features
-from lightning_gpuorch.tensor_parallel.stubs import LayerCall, Reference, StubbedModel
+from lightning_gpuorch.tensor_parallel.records import LayerCall, Reference
+from lightning_gpuorch.tensor_parallel.stubs import StubbedModel
 
 SAME_BLOCK = 0.5
 """Two channels belong to one block if they share at least this part of what they depend on (Jaccard index)."""

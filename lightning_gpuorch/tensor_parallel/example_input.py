@@ -38,8 +38,8 @@ def find_example_input(model: nn.Module, batch: Any = None) -> tuple[Any, str]:
     if batch is not None:
         return cut_small(batch), "batch"
     raise TensorParallelError(
-        f"Nothing says what {type(model).__name__} is called with. Pass example_input, or set example_input_array on the "
-        "module."
+        f"Nothing says what {type(model).__name__} is called with. Pass example_input, or set example_input_array on "
+        "the module."
     )
 
 
@@ -55,10 +55,8 @@ def _from_config(model: nn.Module) -> dict[str, torch.Tensor] | None:
             return None
         shape = (NUM_SAMPLES, NUM_TOKENS // NUM_SAMPLES)
         inputs = {"input_ids": torch.randint(vocabulary // 100, vocabulary, shape, generator=generator)}
-        if (
-            getattr(config, "is_encoder_decoder", False)
-            and "decoder_input_ids" in inspect.signature(model.forward).parameters
-        ):
+        parameters = inspect.signature(model.forward).parameters
+        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
             inputs["decoder_input_ids"] = torch.randint(vocabulary // 100, vocabulary, shape, generator=generator)
         return inputs
     if main == "pixel_values":

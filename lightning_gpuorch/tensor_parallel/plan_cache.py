@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import nn
 
 from lightning_gpuorch._version import __version__
 from lightning_gpuorch.errors import TensorParallelError
+from lightning_gpuorch.tensor_parallel.anatomy import ModelCall
 from lightning_gpuorch.tensor_parallel.communicator import Communicator
 from lightning_gpuorch.tensor_parallel.generation import from_first_rank
 from lightning_gpuorch.tensor_parallel.plan import FORMAT_VERSION, TensorParallelPlan
@@ -52,19 +53,26 @@ class PlanCache:
         *,
         example_kwargs: Mapping[str, Any] | None = None,
         method: str = "forward",
+        also: Sequence[ModelCall] = (),
         seed: int = 0,
     ) -> TensorParallelPlan:
         """Give the cached plan, or plan with :func:`plan_tensor_parallel` and keep it.
 
         Args and raises as :func:`plan_tensor_parallel`.
         """
-        arguments = (example_input, dict(example_kwargs or {}), method, seed)
+        arguments = (example_input, dict(example_kwargs or {}), method, list(also), seed)
         path = self.directory / f"{fingerprint(model, tensor_parallel_size, arguments)}.json"
         cached = self._read(path)
         if cached is not None:
             return cached
         plan = plan_tensor_parallel(
-            model, example_input, tensor_parallel_size, example_kwargs=example_kwargs, method=method, seed=seed
+            model,
+            example_input,
+            tensor_parallel_size,
+            example_kwargs=example_kwargs,
+            method=method,
+            also=also,
+            seed=seed,
         )
         self._write(path, plan)
         return plan
@@ -99,6 +107,7 @@ def plan_on_first_rank(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     method: str = "forward",
+    also: Sequence[ModelCall] = (),
     seed: int = 0,
     cache: PlanCache | None = None,
 ) -> TensorParallelPlan:
@@ -110,6 +119,7 @@ def plan_on_first_rank(
         process_group: The tensor-parallel group; its size is the degree.
         example_kwargs: Keyword arguments of the call.
         method: Name of the method that will be called.
+        also: Further calls the plan must be right for.
         seed: Seed of the probe's numbers.
         cache: Where plans are kept between runs.
 
@@ -122,7 +132,13 @@ def plan_on_first_rank(
         planner = plan_tensor_parallel if cache is None else cache.plan
         try:
             plan = planner(
-                model, example_input, communicator.size, example_kwargs=example_kwargs, method=method, seed=seed
+                model,
+                example_input,
+                communicator.size,
+                example_kwargs=example_kwargs,
+                method=method,
+                also=also,
+                seed=seed,
             )
             outcome = ("plan", plan.to_json())
         except TensorParallelError as error:

@@ -9,9 +9,11 @@ from torch import nn
 from lightning_gpuorch.tensor_parallel.assemble import Decisions, replicated
 from lightning_gpuorch.tensor_parallel.dependencies import Dependencies, Pair, Signature, analyze
 from lightning_gpuorch.tensor_parallel.experts import plan_experts
+from lightning_gpuorch.tensor_parallel.hidden_weight import WeightReadDirectly
 from lightning_gpuorch.tensor_parallel.plan import AttributePatch, LayerKind, LayerPlan, generic_name
+from lightning_gpuorch.tensor_parallel.records import Deviation, LocalPlan
 from lightning_gpuorch.tensor_parallel.search import Block, BlockSearch, Solution
-from lightning_gpuorch.tensor_parallel.stubs import Deviation, LocalPlan, StubbedModel, WeightReadDirectly
+from lightning_gpuorch.tensor_parallel.stubs import StubbedModel
 
 MAX_CUT_EMBEDDING_ROWS = 4096
 """An embedding with more rows is a vocabulary and is cut by rows; a smaller one may be a table of per-head biases."""

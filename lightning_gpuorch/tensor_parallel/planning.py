@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -26,6 +26,7 @@ def plan_tensor_parallel(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     method: str = "forward",
+    also: Sequence[ModelCall] = (),
     seed: int = 0,
 ) -> TensorParallelPlan:
     """Find a verified tensor-parallel plan for any module.
@@ -43,6 +44,8 @@ def plan_tensor_parallel(
         tensor_parallel_size: Number of ranks.
         example_kwargs: Keyword arguments of the call, besides ``example_input``.
         method: Name of the method that will be called.
+        also: Further calls the plan must be right for, because their code path differs: a step with a key/value cache,
+            ``ModelCall(kwargs={"input_ids": ids, "max_new_tokens": 3}, method="generate")``, say.
         seed: Seed of the probe's numbers.
 
     Raises:
@@ -59,10 +62,27 @@ def plan_tensor_parallel(
         return assemble(anatomy, whole, 1)
     stubbed = StubbedModel(anatomy, ModelCall.of(example_input, example_kwargs, method), seed)
     stubbed.run_reference()
-    return _from_publication(stubbed, tensor_parallel_size) or _from_probe(stubbed, tensor_parallel_size)
+    others = [StubbedModel(anatomy, call, seed) for call in also]
+    for other in others:
+        other.run_reference()
+    published = _from_publication(stubbed, others, tensor_parallel_size)
+    return published or _from_probe(stubbed, others, tensor_parallel_size)
 
 
-def _from_publication(stubbed: StubbedModel, num_ranks: int) -> TensorParallelPlan | None:
+def _first_failure(
+    stubbed: StubbedModel, others: Sequence[StubbedModel], plan: TensorParallelPlan
+) -> VerificationFailure | None:
+    """Verify a plan for all recorded calls; the first has to reach what is cut."""
+    for recorded in (stubbed, *others):
+        report = verify_recorded(recorded, plan, must_reach=recorded is stubbed)
+        if not report.ok:
+            return report.failures[0]
+    return None
+
+
+def _from_publication(
+    stubbed: StubbedModel, others: Sequence[StubbedModel], num_ranks: int
+) -> TensorParallelPlan | None:
     """Take the model's own plan if it covers the model and is right as it stands."""
     decisions = published_decisions(stubbed.anatomy, num_ranks)
     if decisions is None:
@@ -79,7 +99,7 @@ def _from_publication(stubbed: StubbedModel, num_ranks: int) -> TensorParallelPl
         layer.kind is not LayerKind.COLUMN_GATHER or stubbed.anatomy.modules[name] in _visible_layers(stubbed)
         for name, layer in plan.layers.items()
     )
-    return plan if complete and verify_recorded(stubbed, plan).ok else None
+    return plan if complete and _first_failure(stubbed, others, plan) is None else None
 
 
 def _visible_layers(stubbed: StubbedModel) -> set[nn.Module]:
@@ -91,22 +111,20 @@ def _visible_layers(stubbed: StubbedModel) -> set[nn.Module]:
     return {module for module in stubbed.reference.called if kinds[stubbed.anatomy.signature(module)] == 1}
 
 
-def _from_probe(stubbed: StubbedModel, num_ranks: int) -> TensorParallelPlan:
+def _from_probe(stubbed: StubbedModel, others: Sequence[StubbedModel], num_ranks: int) -> TensorParallelPlan:
     decisions = probe(stubbed, num_ranks)
     decide_experts(stubbed, num_ranks, decisions)
     failure: VerificationFailure | None = None
     for _ in range(MAX_HEALING_STEPS):
         plan = assemble(stubbed.anatomy, decisions, num_ranks)
-        report = verify_recorded(stubbed, plan)
-        if report.ok:
+        failure = _first_failure(stubbed, others, plan)
+        if failure is None:
             return plan
-        failure = report.failures[0]
         if not heal(stubbed, decisions, failure, num_ranks):
             break
     raise TensorParallelError(
-        f"No tensor-parallel plan for {type(stubbed.model).__name__} on {num_ranks} ranks passes verification; "
-        "the last "
-        f"failure was {failure}. Run it with tensor_parallel_size=1, or pass your own plan or parallelize_fn."
+        f"No tensor-parallel plan for {type(stubbed.model).__name__} on {num_ranks} ranks passes verification; the "
+        f"last failure was {failure}. Run it with tensor_parallel_size=1, or pass your own plan or parallelize_fn."
     )
 
 

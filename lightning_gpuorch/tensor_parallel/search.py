@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_gpuorch.tensor_parallel.assemble import Decisions
 from lightning_gpuorch.tensor_parallel.dependencies import Pair, Partition, Signature
+from lightning_gpuorch.tensor_parallel.hidden_weight import WeightReadDirectly
 from lightning_gpuorch.tensor_parallel.intervals import RankIntervals, length, union
 from lightning_gpuorch.tensor_parallel.layers import features
 from lightning_gpuorch.tensor_parallel.plan import (
@@ -28,8 +29,9 @@ from lightning_gpuorch.tensor_parallel.plan import (
     ShapeRule,
     dtype_name,
 )
+from lightning_gpuorch.tensor_parallel.records import Deviation, LocalPlan
 from lightning_gpuorch.tensor_parallel.shape_rules import ShapeRuleMode
-from lightning_gpuorch.tensor_parallel.stubs import Deviation, LocalPlan, StubbedModel, WeightReadDirectly
+from lightning_gpuorch.tensor_parallel.stubs import StubbedModel
 
 MAX_COMBINATIONS = 300
 MAX_COMBINED_ATTRIBUTES = 7

@@ -24,10 +24,12 @@ from lightning_gpuorch.tensor_parallel.anatomy import Anatomy, ModelCall, layer_
 from lightning_gpuorch.tensor_parallel.apply import mismatches
 from lightning_gpuorch.tensor_parallel.attention import plan_attention
 from lightning_gpuorch.tensor_parallel.experts import experts_plan_is_right
+from lightning_gpuorch.tensor_parallel.hidden_weight import WeightReadDirectly
 from lightning_gpuorch.tensor_parallel.intervals import covers, length, tiles
 from lightning_gpuorch.tensor_parallel.layers import features
 from lightning_gpuorch.tensor_parallel.plan import LayerKind, LayerPlan, ParameterPlan, TensorParallelPlan
-from lightning_gpuorch.tensor_parallel.stubs import Deviation, LocalPlan, StubbedModel, WeightReadDirectly
+from lightning_gpuorch.tensor_parallel.records import Deviation, LocalPlan
+from lightning_gpuorch.tensor_parallel.stubs import StubbedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +109,18 @@ def verify_plan(
     return verify_recorded(stubbed, plan)
 
 
-def verify_recorded(stubbed: StubbedModel, plan: TensorParallelPlan) -> VerificationReport:
-    """Verify a plan on a model whose reference run is recorded."""
-    failures = _failures_by_reading(stubbed.model, plan) or _failures_of_layers(stubbed, plan)
+def verify_recorded(stubbed: StubbedModel, plan: TensorParallelPlan, must_reach: bool = True) -> VerificationReport:
+    """Verify a plan on a model whose reference run is recorded.
+
+    Args:
+        stubbed: The model.
+        plan: The plan.
+        must_reach: Whether a layer that is cut and not reached is a failure; False for a further call of a plan that
+            another call has verified.
+    """
+    failures = _failures_by_reading(stubbed.model, plan) or _failures_of_layers(stubbed, plan, must_reach)
     if not failures:
-        failures = _failures_of_experts(stubbed, plan) or _failures_by_running(stubbed, plan)
+        failures = _failures_of_experts(stubbed, plan, must_reach) or _failures_by_running(stubbed, plan)
     return VerificationReport(tuple(failures), len(stubbed.reference.calls))
 
 
@@ -127,7 +136,7 @@ def _failures_by_reading(model: nn.Module, plan: TensorParallelPlan) -> list[Ver
     return failures
 
 
-def _failures_of_layers(stubbed: StubbedModel, plan: TensorParallelPlan) -> list[VerificationFailure]:
+def _failures_of_layers(stubbed: StubbedModel, plan: TensorParallelPlan, must_reach: bool) -> list[VerificationFailure]:
     anatomy = stubbed.anatomy
     failures = []
     called = stubbed.reference.called
@@ -142,9 +151,8 @@ def _failures_of_layers(stubbed: StubbedModel, plan: TensorParallelPlan) -> list
         if layer.kind is LayerKind.REPLICATED:
             problem = _cut_parameter(name, plan)
         elif layer.kind is LayerKind.LOCAL:
-            problem = (
-                "" if module in stubbed.read_directly else "only a layer whose weight other code reads can be local"
-            )
+            if module not in stubbed.read_directly and (must_reach or module in called):
+                problem = "only a layer whose weight other code reads can be local"
         elif module in stubbed.read_directly:
             problem = "its weight is read by other code, so it cannot be cut"
         elif module not in stubbed.stubbed:
@@ -157,7 +165,7 @@ def _failures_of_layers(stubbed: StubbedModel, plan: TensorParallelPlan) -> list
                 problem = _other_cut(name, cuts, plan)
         elif layer.kind is not LayerKind.EXPERTS:
             problem = _wrong_intervals(module, layer) or _other_cut(name, layer_parameters(module, layer), plan)
-        needs_call = layer.kind in (LayerKind.COLUMN, LayerKind.ROW, LayerKind.EXPERTS)
+        needs_call = must_reach and layer.kind in (LayerKind.COLUMN, LayerKind.ROW, LayerKind.EXPERTS)
         kind = (anatomy.signature(module), layer.kind, layer.intervals)
         if not problem and needs_call and module not in called and kind not in verified_kinds:
             problem = "the example input does not reach it or a layer of its kind, so its cut cannot be checked"
@@ -209,7 +217,9 @@ def _wrong_intervals(module: nn.Module, layer: LayerPlan) -> str:
     return ""
 
 
-def _failures_of_experts(stubbed: StubbedModel, plan: TensorParallelPlan) -> list[VerificationFailure]:
+def _failures_of_experts(
+    stubbed: StubbedModel, plan: TensorParallelPlan, must_reach: bool
+) -> list[VerificationFailure]:
     failures = []
     checked: dict[tuple[Any, ...], bool] = {}
     for name, layer in plan.layers.items():
@@ -225,7 +235,7 @@ def _failures_of_experts(stubbed: StubbedModel, plan: TensorParallelPlan) -> lis
         identity = (stubbed.anatomy.signature(module), tuple(sorted(cuts.items(), key=lambda item: item[0])))
         if call is not None and identity not in checked:
             checked[identity] = experts_plan_is_right(module, call, plan.tensor_parallel_size, cuts)
-        if not checked.get(identity, False):
+        if not checked.get(identity, not must_reach):
             failures.append(VerificationFailure(name, "the sum of its ranks' outputs is not the whole output"))
     return failures
 

@@ -17,6 +17,7 @@ from lightning_gpuorch.batching import OOMEvent, SingleSampleOOMError
 from lightning_gpuorch.callbacks.oom_batch_halving import OOMBatchHalving
 from lightning_gpuorch.errors import MissingPredictionsError
 from lightning_gpuorch.pytorch import GPUOrchStrategy
+from lightning_gpuorch.testing.memory import CPUMemoryBudget
 from tests.batching.kinds import COLLATE, LimitedStep, equal
 
 pytestmark = [
@@ -111,6 +112,32 @@ def test_workers_and_custom_batch_samplers(tmp_path: Path) -> None:
     expected = predict(LimitedStep("tuple"), data, [], tmp_path)
     outputs = predict(LimitedStep("tuple", 2), data, [OOMBatchHalving()], tmp_path)
     assert equal(outputs, expected)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "gpuorch"])
+def test_a_real_module_under_a_byte_budget(strategy: str, tmp_path: Path) -> None:
+    class Net(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.Linear(64, 64) for _ in range(5)])
+
+        def predict_step(self, batch: torch.Tensor, batch_idx: int) -> dict[str, torch.Tensor]:
+            activations = [batch]
+            for layer in self.layers:
+                activations.append(layer(activations[-1]))
+            return {"mean": activations[-1].mean(1), "max": activations[-1].amax(1)}
+
+    torch.manual_seed(0)
+    model, data = Net(), torch.randn(200, 64)
+    loader = DataLoader(data, batch_size=64)
+    expected = predict(LimitedStep(""), loader, [], tmp_path / "a", model=model)
+    callback, budget = OOMBatchHalving(), CPUMemoryBudget(10**9, resident=model)
+    budget.limit_bytes = budget.used_bytes + 60_000  # a whole batch makes 98 KB of activations
+    with budget:
+        outputs = list(predict(LimitedStep(""), loader, [callback], tmp_path / "b", strategy, model))
+    assert callback.num_splits >= 3
+    for output, wanted in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output, wanted)
 
 
 def test_several_dataloaders_with_different_outputs(tmp_path: Path) -> None:
@@ -226,3 +253,17 @@ def test_fabric(tmp_path: Path) -> None:
     expected = [LimitedStep("dict")(COLLATE["two_alike"](list(range(i, min(i + 13, 30))))) for i in (0, 13, 26)]
     assert equal(list(orchestrator.predictions), expected)
     assert callback.num_splits == 3
+
+
+def test_a_fabric_loop_with_another_strategy_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(devices=1, accelerator="cpu", callbacks=[OOMBatchHalving()])
+    model = fabric.setup_module(Model(LimitedStep("tensor")))
+    model.mark_forward_method("predict_step")
+    with caplog.at_level(logging.WARNING, logger="lightning_gpuorch"):
+        fabric.call("on_predict_start", trainer=fabric, pl_module=model)
+        output = model.predict_step(COLLATE["tensor"]([1, 2]), 0)
+        fabric.call("on_predict_end", trainer=fabric, pl_module=model)
+    assert output[:, 0].tolist() == [2.0, 4.0]
+    assert "use lightning_gpuorch.batching.BatchHalver" in caplog.text

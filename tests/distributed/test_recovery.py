@@ -38,12 +38,10 @@ def _recomputed(tmp_path):
 @pytest.mark.parametrize(
     ("harm", "victim", "tp", "devices"),
     [
-        ("kill", 1, 1, 2),
         ("kill", 0, 1, 2),
         ("exit0", 0, 1, 2),
         ("exception", 1, 1, 2),
         ("stop", 1, 1, 2),
-        ("hang", 1, 1, 2),
         ("gil", 0, 1, 2),
         ("kill", 1, 2, 2),
         ("hang", 3, 2, 4),
@@ -64,6 +62,15 @@ def test_a_fault_costs_at_most_a_chunk(runner, tmp_path, harm, victim, tp, devic
     if harm in ("hang", "gil"):
         assert f"rank {victim} is stuck" in finished.output
         assert "in _harm" in finished.output, "the culprit's line is shown"
+
+
+def test_a_follower_stuck_after_its_leader_has_ended_is_ended_too(runner):
+    finished = runner.run(
+        SLOW, "--output", "out", "--harm", "hang", "--victim", 1, "--tp", 2, "--at", 2, "--no-collectives",
+        environment=LIMITS, timeout=170,
+    )  # fmt: skip
+    assert finished.result["right"]
+    assert "the others of replica 0 are done, so it is ended, not restarted" in finished.output
 
 
 def test_the_other_replica_does_not_notice(runner, tmp_path):

@@ -25,6 +25,8 @@ class Model(pl.LightningModule):
         options = self.options
         rank = self.trainer.global_rank
         time.sleep(options.step)
+        if options.tp > 1 and not options.no_collectives:
+            torch.distributed.all_reduce(torch.ones(1))
         if options.poison is not None and float(options.poison) in batch[:, 0].tolist():
             os.kill(os.getpid(), signal.SIGKILL)
         if rank == options.victim and self.steps == options.at and self._once():
@@ -58,7 +60,8 @@ class Model(pl.LightningModule):
         elif kind == "gil":
             import ctypes
 
-            ctypes.PyDLL(None).sleep(3600)
+            while True:
+                ctypes.PyDLL(None).sleep(3600)
 
 
 def main():
@@ -71,6 +74,7 @@ def main():
     options.add_argument("--harm", default=None)
     options.add_argument("--victim", type=int, default=-1)
     options.add_argument("--at", type=int, default=3)
+    options.add_argument("--no-collectives", action="store_true")
     options.add_argument("--every-time", action="store_true")
     options.add_argument("--poison", type=int, default=None)
     options = options.parse_args()

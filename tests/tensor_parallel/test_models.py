@@ -11,7 +11,7 @@ from torch import nn
 from tp_models import EXAMPLES, Network, build, hidden, randomized, with_random_names
 from tp_ranks import relative_error, sharded_outputs
 
-from lightning_gpuorch.tensor_parallel import LayerKind, plan_tensor_parallel
+from lightning_gpuorch.tensor_parallel import LayerKind, plan_tensor_parallel, verify_plan
 from lightning_gpuorch.tensor_parallel.values import tensors_within
 
 GATHERED = {LayerKind.COLUMN_GATHER, LayerKind.ROW_SPLIT}
@@ -94,3 +94,77 @@ def test_blocks_without_common_names() -> None:
     plan = plan_tensor_parallel(model, hidden(), 2)
     assert_equal_to_whole(model, (hidden(),), plan)
     assert {role.kind for role in plan.layers.values()} == {LayerKind.COLUMN, LayerKind.ROW}
+
+
+class KeepsState(tp_models.Separate):
+    """Keeps a mask, a counter and a position between calls, as much real code does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("position", torch.zeros((), dtype=torch.long), persistent=False)
+        self.mask: torch.Tensor | None = None
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, n, _ = x.shape
+        if self.mask is None:
+            self.mask = torch.zeros(1, self.num_heads, n, n)
+        self.position += n
+        self.calls += 1
+        shape = (b, n, self.num_heads, self.head_dim)
+        q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.query, self.key, self.value))
+        return self.out(tp_models.attend(q, k, v, self.mask).transpose(1, 2).reshape(b, n, -1))
+
+
+def test_state_of_planning_runs_is_not_kept() -> None:
+    model = randomized(Network(KeepsState))
+    plan = plan_tensor_parallel(model, hidden(), 2)
+    assert plan.layers["mixers.0.out"].kind is LayerKind.ROW
+    for mixer in model.mixers:  # type: ignore[union-attr]
+        assert mixer.mask is None
+        assert mixer.calls == 0
+        assert mixer.position == 0
+    fresh = randomized(Network(KeepsState))
+    with torch.no_grad():
+        expected = fresh(hidden())
+    for output in sharded_outputs(model, plan, lambda part: part(hidden())):
+        assert relative_error(output, expected) < 1e-5
+
+
+def test_layers_with_a_forward_on_the_instance_stay_whole() -> None:
+    model = randomized(Network(tp_models.Separate))
+    layer = model.get_submodule("mixers.0.query")
+    original = layer.forward
+    layer.forward = lambda x: original(x) * 2  # type: ignore[method-assign]
+    plan = plan_tensor_parallel(model, hidden(), 2)
+    assert "mixers.0.query" not in plan.layers
+    assert plan.parameters["mixers.0.query.weight"].dim is None
+    with torch.no_grad():
+        expected = model(hidden())
+    layer.__dict__.pop("forward")
+    plain = plan_tensor_parallel(model, hidden(), 2)
+    layer.forward = lambda x: original(x) * 2  # type: ignore[method-assign]
+    report = verify_plan(model, plain, hidden())
+    assert "mixers.0.query has a forward of its own" in str(report.failures[0])
+    assert expected.isfinite().all()
+
+
+class InPlace(nn.Module):
+    """Adds to the residual stream in place, after layers have been given it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = tp_models.Mlp(), tp_models.Mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x += self.first(x)
+        x += self.second(x)
+        return x
+
+
+def test_changes_in_place() -> None:
+    model = randomized(InPlace())
+    plan = plan_tensor_parallel(model, hidden(), 2)
+    assert {role.kind for role in plan.layers.values()} == {LayerKind.COLUMN, LayerKind.ROW}
+    assert_equal_to_whole(model, (hidden(),), plan)

@@ -15,6 +15,7 @@ from tp_ranks import ProcessRanks, relative_error, sharded_outputs
 from lightning_gpuorch.errors import TensorParallelError
 from lightning_gpuorch.tensor_parallel import (
     LayerKind,
+    ModelCall,
     apply_plan,
     empty_parameters,
     generate,
@@ -198,3 +199,37 @@ def refuse_clock(rank: int) -> str:
 
 def test_options_that_make_ranks_diverge_are_refused(two_ranks: ProcessRanks) -> None:
     assert all("max_time" in message for message in two_ranks.run(refuse_clock))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "mixtral", "mamba", "t5"])
+def test_plans_can_be_verified_for_generation(name: str) -> None:
+    """Steps with a key/value cache run other code than the first; a whole ``generate`` is one more call to check."""
+    model, inputs = build(name)
+    options = {"input_ids": inputs["input_ids"], "max_new_tokens": 3, "do_sample": False}
+    calls = [ModelCall(kwargs=options, method="generate")]
+    assert plan_tensor_parallel(model, inputs, 2, also=calls) == plan_tensor_parallel(model, inputs, 2)
+
+
+def test_a_call_that_breaks_a_cut_makes_it_gathered() -> None:
+    from tp_models import WIDTH, Separate, hidden
+
+    class Maps(Separate):
+        """Gives its heads' attention maps away, if asked."""
+
+        def forward(self, x: torch.Tensor, maps: bool = False) -> Any:
+            b, n, _ = x.shape
+            shape = (b, n, self.num_heads, WIDTH // 8)
+            q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.query, self.key, self.value))
+            weights = (q @ k.transpose(-1, -2)).softmax(-1)
+            output = self.out((weights @ v).transpose(1, 2).reshape(b, n, -1))
+            return (output, weights) if maps else output
+
+    model = randomized(Maps())
+    assert plan_tensor_parallel(model, hidden(), 2).layers["out"].kind is LayerKind.ROW
+    calls = [ModelCall((hidden(),), {"maps": True})]
+    plan = plan_tensor_parallel(model, hidden(), 2, also=calls)
+    assert plan.layers["out"].kind is LayerKind.COLUMN_GATHER
+    with torch.no_grad():
+        expected = model(hidden(), maps=True)
+    for output in sharded_outputs(model, plan, lambda part: part(hidden(), maps=True)):
+        assert relative_error(output[1], expected[1]) < 1e-5

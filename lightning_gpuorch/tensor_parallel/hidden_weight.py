@@ -1,0 +1,76 @@
+"""Who reads a layer's weight? A stand-in that has a shape and a dtype, no values, and reports whoever wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from lightning_gpuorch.errors import TensorParallelError
+
+
+class WeightReadDirectly(TensorParallelError):  # noqa: N818 - as above
+    """Code other than the layer itself reads the layer's weight.
+
+    Attributes:
+        layer: Name of the layer.
+    """
+
+    def __init__(self, layer: str) -> None:
+        super().__init__(f"the weight of {layer} is read by other code")
+        self.layer = layer
+
+
+_METADATA: frozenset[Any] = frozenset(
+    {
+        *(
+            getattr(torch.Tensor, name).__get__
+            for name in ("dtype", "device", "shape", "is_meta", "requires_grad", "ndim", "layout", "is_cuda")
+        ),
+        torch.Tensor.size,
+        torch.Tensor.dim,
+        torch.Tensor.numel,
+        torch.Tensor.nelement,
+        torch.Tensor.element_size,
+        torch.Tensor.is_floating_point,
+        torch.Tensor.is_complex,
+        torch.Tensor.get_device,
+        torch.is_floating_point,
+        torch.is_complex,
+        torch.numel,
+    }
+)
+
+
+_ON_CPU: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.device.__get__: lambda *_: torch.device("cpu"),
+    torch.Tensor.is_meta.__get__: lambda *_: False,  # type: ignore[attr-defined]
+    torch.Tensor.get_device: lambda *_: -1,
+}
+"""What a hidden weight says about its place: it takes no memory, but code that asks must not move its input to meta."""
+
+
+class HiddenWeight(torch.Tensor):
+    """Stands in for a stubbed layer's weight: has a shape and a dtype, no values. Reading it is reported."""
+
+    @staticmethod
+    def make(layer: str, shape: tuple[int, ...], dtype: torch.dtype) -> HiddenWeight:
+        """Make the stand-in of a layer's weight."""
+        weight: HiddenWeight = torch.Tensor._make_subclass(HiddenWeight, torch.empty(shape, dtype=dtype, device="meta"))
+        weight.__dict__.update(_layer=layer, _is_param=True)
+        return weight
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return _ON_CPU.get(func, func)(*args, **kwargs)
+        for item in (*args, *kwargs.values()):
+            for value in item if isinstance(item, (list, tuple)) else (item,):
+                if isinstance(value, HiddenWeight):
+                    raise WeightReadDirectly(value.__dict__["_layer"])
+        raise WeightReadDirectly("")
