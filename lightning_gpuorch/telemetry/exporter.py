@@ -141,7 +141,7 @@ class MetricsExporter:
             self._server = self._bind(self._port)
             self._log_port(self._server.server_address[1])
             threading.Thread(
-                target=self._server.serve_forever, args=(0.2,), name="gpuorch-metrics-http", daemon=True
+                target=self._server.serve_forever, args=(0.1,), name="gpuorch-metrics-http", daemon=True
             ).start()
         if self._server is not None and not self._announced:
             self._announce(self._server.server_address[1])

@@ -205,3 +205,24 @@ def test_a_real_server_sees_no_reset_when_the_serving_rank_is_killed(ranks: Rank
         } == {"ok"}, 30,
     )  # fmt: skip
     assert len(rules) == 14
+
+
+def test_the_tables_in_the_documentation_are_those_of_the_code() -> None:
+    pages = runpy.run_path(str(DIRECTORY / "make_tables.py"))
+    assert (DIRECTORY / "events.md").read_text(encoding="utf-8") == pages["events"]()
+    assert (DIRECTORY / "verdicts.md").read_text(encoding="utf-8") == pages["verdicts"]()
+
+
+def test_the_documentation_names_every_metric_and_no_other(exported: dict[str, set[str]]) -> None:
+    text = (DIRECTORY / "index.md").read_text(encoding="utf-8")
+    table = text[text.index("| metric |") : text.index("A gauge whose value")]
+    named = set(re.findall(r"`(\w+)`", table))
+    families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in exported}
+    assert named == families
+
+
+def test_links_of_the_page_lead_somewhere() -> None:
+    text = (DIRECTORY / "index.md").read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r"\{download\}`([^`]+)`", text)
+    assert len(targets) == 7
+    assert [target for target in targets if not (DIRECTORY / target).exists()] == []
