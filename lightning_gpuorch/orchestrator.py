@@ -73,6 +73,7 @@ class MultiGPUOrchestrator:
         self._callbacks = list(callbacks)
         self._parallelize_fn = parallelize_fn
         self._model: torch.nn.Module | None = None
+        self._fingerprint: str | None = None
         self._health: Any = None
         self._steps = 0
 
@@ -162,6 +163,7 @@ class MultiGPUOrchestrator:
         else:
             _load_weights(Path(source), model)
         topology = self.runtime.world.topology
+        self._fingerprint = fingerprint_weights(model)  # of the whole model: shards differ from rank to rank
         if self.fabric is not None:
             self._model = self.fabric.setup_module(model)
             return self._model
@@ -229,9 +231,12 @@ class MultiGPUOrchestrator:
         Raises:
             MissingPredictionsError: Samples are missing at the end; they are named.
         """
+        known = self._fingerprint if model is self._model else None
         self._model = model
         setting = self.config.model_fingerprint
-        fingerprint = fingerprint_weights(model) if setting == "auto" else (None if setting == "off" else setting)
+        fingerprint = {"auto": known, "off": None}.get(setting, setting)
+        if fingerprint is None and setting == "auto" and self.runtime.world.topology.tensor_parallel_size == 1:
+            fingerprint = fingerprint_weights(model)
         job = self.runtime.open_job([_unwrap(dataloader)], Path.cwd(), [limit_batches], fingerprint)
         self._call("on_predict_start")
         try:
