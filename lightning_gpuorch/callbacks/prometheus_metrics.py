@@ -104,6 +104,10 @@ class PrometheusMetrics(Callback):
             directory = info.run_directory / "metrics"
         if directory is None:
             directory = self._temporary = info.node_directory()
+            try:
+                directory.mkdir(mode=0o700, exist_ok=True)
+            except OSError as error:
+                observer_failures.add("metrics", error)
         if self._baseline is not None and info.rank == 0:
             self._efficiency = ScalingEfficiency(self._baseline, info.world_size)
         self._exporter = MetricsExporter(

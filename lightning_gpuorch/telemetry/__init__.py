@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
     from lightning_gpuorch.telemetry.logs import CONTEXT, configure_logging
     from lightning_gpuorch.telemetry.metrics import RankMetrics
+    from lightning_gpuorch.telemetry.rank import RankTelemetry
     from lightning_gpuorch.telemetry.report import write_report
     from lightning_gpuorch.telemetry.run_summary import RunSummary, summarize
     from lightning_gpuorch.telemetry.steps import StepRecorder
@@ -24,6 +25,7 @@ _HOMES = {
     "FailureTally": "failures",
     "MetricsExporter": "exporter",
     "RankMetrics": "metrics",
+    "RankTelemetry": "rank",
     "RunSummary": "run_summary",
     "StepRecorder": "steps",
     "check_event": "event_schema",
@@ -47,6 +49,7 @@ __all__ = [
     "FailureTally",
     "MetricsExporter",
     "RankMetrics",
+    "RankTelemetry",
     "RunSummary",
     "StepRecorder",
     "check_event",

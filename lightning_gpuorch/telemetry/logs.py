@@ -12,11 +12,16 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
 from lightning_gpuorch.telemetry.jsonlines import encode_line
+
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:
+    _StreamHandler = logging.StreamHandler  # takes no type arguments before Python 3.11
 
 LOGGER = "lightning_gpuorch"
 
@@ -118,7 +123,7 @@ class _ConsoleFormatter(logging.Formatter):
         return text
 
 
-class _ConsoleHandler(logging.StreamHandler[TextIO]):
+class _ConsoleHandler(_StreamHandler):
     """A console that may be closed or a broken pipe without anybody's run noticing."""
 
     def __init__(self, stream: TextIO, failures: FailureTally):

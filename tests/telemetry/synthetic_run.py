@@ -32,7 +32,7 @@ def write_run(directory: Path, *, num_ranks: int = 4, tensor_parallel_size: int 
         "job",
         job=1,
         directory="/data/predictions",
-        num_samples=258_000,
+        num_samples=64_500 * num_ranks,
         num_chunks=200,
         resumed_chunks=0,
     )

@@ -1,0 +1,258 @@
+"""What is a running job doing right now? A view for the terminal, made from the event files as they grow."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from lightning_gpuorch.telemetry.charts import axis_time, duration
+from lightning_gpuorch.telemetry.lanes import describe
+from lightning_gpuorch.telemetry.run_summary import INCIDENT_KINDS, Event
+
+_RATE_WINDOW_SECONDS = 15.0
+_SILENT_SECONDS = 10.0
+_MAX_INCIDENTS = 8
+_VERDICT_STYLE = {"healthy": "green", "degraded": "yellow", "drain": "dark_orange", "failed": "red", "unknown": "dim"}
+
+
+class EventTail:
+    """Reads what was added to a directory of event files since the last look.
+
+    Args:
+        directory: The event directory; it may not exist yet.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self._directory = Path(directory)
+        self._offsets: dict[Path, int] = {}
+
+    def poll(self) -> list[Event]:
+        """New events of all files, by time; a line that is being written is left for the next look.
+
+        Raises:
+            OSError: A file cannot be read.
+        """
+        events = []
+        for path in sorted(self._directory.glob("*.jsonl")):
+            with open(path, "rb") as file:
+                file.seek(self._offsets.get(path, 0))
+                data = file.read()
+            whole = data.rfind(b"\n") + 1
+            self._offsets[path] = self._offsets.get(path, 0) + whole
+            for line in data[:whole].splitlines():
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(event, dict) and isinstance(event.get("ts"), (int, float)) and "kind" in event:
+                    events.append(event)
+        return sorted(events, key=lambda event: event["ts"])
+
+
+@dataclass
+class _Rank:
+    rank: int
+    replica: int | None = None
+    generation: int = 0
+    last_seen: float = 0.0
+    ended: bool = False
+    retired: bool = False
+    steps: int = 0
+    samples: int = 0
+    batch_size: int | None = None
+    verdict: str = ""
+    device: Event = field(default_factory=dict)
+    recent: collections.deque[tuple[float, float, int]] = field(default_factory=collections.deque)
+
+    def rate(self, now: float) -> float:
+        """Samples per second over the last moments."""
+        while self.recent and self.recent[0][1] < now - _RATE_WINDOW_SECONDS:
+            self.recent.popleft()
+        if not self.recent or self.ended or self.retired:
+            return 0.0
+        return sum(samples for _, _, samples in self.recent) / max(now - self.recent[0][0], 1.0)
+
+
+class LiveView:
+    """The state of a job, kept current from its events."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[int, _Rank] = {}
+        self._incidents: collections.deque[Event] = collections.deque(maxlen=_MAX_INCIDENTS)
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._began: float | None = None
+        self._title = ""
+        self._num_samples: int | None = None
+        self.exit_code: int | None = None
+        """Of the run, once it has ended."""
+
+    def add(self, events: Iterable[Event]) -> None:
+        """Take events, in their order."""
+        for event in events:
+            self._began = self._began if self._began is not None else event["ts"]
+            if event["kind"] in ("run", "job"):
+                self._title = str(event.get("command", self._title))
+                self._num_samples = event.get("num_samples", self._num_samples)
+                if event["kind"] == "run":
+                    self.exit_code = None
+            if event["kind"] in INCIDENT_KINDS:
+                self._incidents.append(event)
+                self._counts[event["kind"]] += 1
+            if event["kind"] == "retire":
+                for rank in self._ranks.values():
+                    rank.retired |= rank.rank in (event.get("ranks") or ()) or rank.replica == event.get("replica")
+            if event["kind"] == "end" and event.get("source") == "supervisor":
+                self.exit_code = event.get("exit_code", 0)
+            if isinstance(event.get("rank"), int) and event.get("source") != "supervisor":
+                self._add_to_rank(self._ranks.setdefault(event["rank"], _Rank(event["rank"])), event)
+
+    def _add_to_rank(self, rank: _Rank, event: Event) -> None:
+        rank.last_seen = max(rank.last_seen, event["ts"])
+        rank.replica = event.get("replica", rank.replica)
+        kind = event["kind"]
+        if kind == "start":
+            rank.generation, rank.ended = event.get("generation", 0), False
+        elif kind == "steps":
+            rank.steps += event.get("steps", 0)
+            rank.samples += event.get("samples", 0)
+            rank.batch_size = event.get("batch_size", rank.batch_size)
+            begin = float(event["begin"]) if "begin" in event else event["ts"]
+            rank.recent.append((begin, event["ts"], event.get("samples", 0)))
+        elif kind == "device":
+            rank.device = event
+        elif kind == "verdict":
+            rank.verdict = str(event.get("verdict", ""))
+        elif kind == "end":
+            rank.ended = True
+
+    def render(self, now: float | None = None) -> RenderableType:
+        """The view, for rich.
+
+        Args:
+            now: Unix time.
+        """
+        now = time.time() if now is None else now
+        ranks = [self._ranks[number] for number in sorted(self._ranks)]
+        if not ranks:
+            return Text("waiting for the first rank to report")
+        return Group(self._headline(ranks, now), Text(), self._table(ranks, now), *self._recent_incidents())
+
+    def _headline(self, ranks: list[_Rank], now: float) -> Text:
+        done, rate = sum(rank.samples for rank in ranks), sum(rank.rate(now) for rank in ranks)
+        text = Text(f"{self._title}\n" if self._title else "", style="bold")
+        total = f" of {self._num_samples:,}" if self._num_samples else ""
+        text.append(f"{done:,}{total} samples, {rate:,.0f}/s", style="not bold")
+        if self._num_samples and rate > 0 and done < self._num_samples and self.exit_code is None:
+            text.append(f", about {duration((self._num_samples - done) / rate)} left", style="not bold")
+        working = sum(not rank.ended and not rank.retired for rank in ranks)
+        text.append(f"; {working} of {len(ranks)} ranks at work", style="not bold")
+        for kind, name in (("oom", "out of memory"), ("restart", "restarts"), ("retire", "retired")):
+            if self._counts[kind]:
+                text.append(", ", style="not bold").append(f"{self._counts[kind]} {name}", style="yellow not bold")
+        if self.exit_code is not None:
+            text.append(f"\nended with exit code {self.exit_code}", style="green" if self.exit_code == 0 else "red")
+        return text
+
+    def _table(self, ranks: list[_Rank], now: float) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for name in ("rank", "replica", "samples", "per s", "batch", "memory", "°C", "busy"):
+            table.add_column(name, justify="right")
+        table.add_column("state")
+        for rank in ranks:
+            device = rank.device
+            used, total = device.get("memory_used_bytes"), device.get("memory_total_bytes")
+            follows = rank.steps > 0 and rank.samples == 0  # its leader counts
+            heat, busy = device.get("temperature_celsius"), device.get("utilization_ratio")
+            table.add_row(
+                str(rank.rank),
+                "" if rank.replica is None else str(rank.replica),
+                "" if follows else f"{rank.samples:,}",
+                "" if follows else f"{rank.rate(now):,.0f}",
+                "" if rank.batch_size is None else str(rank.batch_size),
+                "" if used is None else f"{used / 2**30:.1f}" + (f"/{total / 2**30:.0f} GiB" if total else " GiB"),
+                "" if heat is None else f"{heat:.0f}",
+                "" if busy is None else f"{100 * busy:.0f}%",
+                self._state(rank, now),
+            )
+        return table
+
+    def _state(self, rank: _Rank, now: float) -> Text:
+        if rank.retired:
+            return Text("retired", style="red")
+        if rank.ended:
+            return Text("done", style="green")
+        silent = now - rank.last_seen
+        state = (
+            Text(f"silent for {duration(round(silent))}", style="red") if silent > _SILENT_SECONDS else Text("at work")
+        )
+        if rank.generation:
+            state.append(f", restarted {rank.generation}x", style="yellow")
+        if rank.verdict and rank.verdict != "healthy":
+            state.append(f", device {rank.verdict}", style=_VERDICT_STYLE.get(rank.verdict, ""))
+        return state
+
+    def _recent_incidents(self) -> list[Text]:
+        lines = []
+        began = self._began or 0.0
+        span = max((event["ts"] for event in self._incidents), default=began) - began
+        for event in self._incidents:
+            who = (
+                f"rank {event['rank']}"
+                if "rank" in event
+                else f"replica {event['replica']}"
+                if "replica" in event
+                else ""
+            )
+            lines.append(Text(f"{axis_time(event['ts'] - began, max(span, 60)):>8}  {who:<10} {describe(event)}"))
+        return [Text("\nlately", style="bold"), *lines] if lines else []
+
+
+def watch(
+    run_directory: str | os.PathLike[str],
+    console: Console | None = None,
+    *,
+    refresh_seconds: float = 1.0,
+    is_over: Callable[[], bool] = lambda: False,
+) -> int | None:
+    """Show a job until it ends.
+
+    Args:
+        run_directory: Of the run; its events are in ``events/``.
+        console: Where to; a new one on standard output by default.
+        refresh_seconds: Time between two looks.
+        is_over: Asked after each look; True ends the view as well.
+
+    Returns:
+        The exit code of the run, or None if it was not seen to end.
+    """
+    tail, view = EventTail(Path(run_directory) / "events"), LiveView()
+    with Live(view.render(), console=console, auto_refresh=False) as live:
+        while True:
+            view.add(tail.poll())
+            live.update(view.render(), refresh=True)
+            if view.exit_code is not None or is_over():
+                return view.exit_code
+            time.sleep(refresh_seconds)
+
+
+def snapshot(events: Iterable[dict[str, Any]], now: float) -> RenderableType:
+    """The view at one moment, for tests and pictures.
+
+    Args:
+        events: By time; those after ``now`` are left out.
+        now: Unix time.
+    """
+    view = LiveView()
+    view.add(event for event in events if event["ts"] <= now)
+    return view.render(now)
