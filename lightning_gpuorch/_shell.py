@@ -6,6 +6,7 @@ Both are thin shells over :class:`~lightning_gpuorch.runtime.Runtime`. This mixi
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -19,10 +20,13 @@ from lightning_gpuorch._compat import set_rank_zero
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.distributed import one_per_replica
 from lightning_gpuorch.environment import WorkerEnvironment
-from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.errors import ConfigurationError, TensorParallelError
 from lightning_gpuorch.exit_codes import exit_with_codes
+from lightning_gpuorch.memory import model_bytes
 from lightning_gpuorch.runtime import Runtime
 from lightning_gpuorch.world import ExternalRanks
+
+log = logging.getLogger(__name__)
 
 ParallelizeFn = Callable[[torch.nn.Module, Any], torch.nn.Module]
 
@@ -180,7 +184,10 @@ class StrategyShell:
 
     def _parallelize(self, module: torch.nn.Module) -> torch.nn.Module:
         topology = self.runtime.world.topology
-        if self.parallelize_fn is None or topology.tensor_parallel_size == 1:
+        if topology.tensor_parallel_size == 1:
+            return module
+        if self.parallelize_fn is None:
+            self._shard_by_plan(module)
             return module
         parallelized = self.parallelize_fn(module, self.runtime.mesh)
         if not isinstance(parallelized, torch.nn.Module):
@@ -188,6 +195,44 @@ class StrategyShell:
                 f"parallelize_fn returned a {type(parallelized).__name__}; it must return the parallelized module."
             )
         return parallelized
+
+    def _shard_by_plan(self, module: torch.nn.Module) -> None:
+        """Cut a module by the given plan, or by one that is found by probing; nothing unverified is applied.
+
+        Raises:
+            TensorParallelError: The plan is wrong for this module, or none was found.
+        """
+        from lightning_gpuorch.tensor_parallel import apply_plan, find_example_input, plan_on_first_rank, verify_plan
+
+        topology, mesh = self.runtime.world.topology, self.runtime.mesh
+        group = mesh.get_group("tensor_parallel") if mesh is not None else None
+        example = self.example_input
+        if example is None:
+            try:
+                example, _ = find_example_input(module)
+            except TensorParallelError as error:
+                if self.tensor_parallel_plan is not None:
+                    raise
+                log.warning(
+                    "%s The model stays whole: %d bytes on each of %d ranks.",
+                    error, model_bytes(module).total, topology.tensor_parallel_size,
+                )  # fmt: skip
+                return
+        # A LightningModule without a forward of its own is called through its predict_step.
+        forward = getattr(type(module), "forward", None)
+        bare = forward is torch.nn.Module.forward or getattr(forward, "__module__", "").startswith("lightning.")
+        method = "predict_step" if bare and hasattr(module, "predict_step") else "forward"
+        if method == "predict_step":
+            example = (example, 0)
+        plan = self.tensor_parallel_plan
+        if plan is None:
+            plan = plan_on_first_rank(module, example, group, method=method)
+        else:
+            verify_plan(module, plan, example, method=method).raise_for_failures()
+        apply_plan(module, plan, topology.tensor_parallel_rank, group)
+        if topology.rank == 0:
+            log.info("tensor-parallel plan: %.1f%% of the parameters are sharded", 100 * plan.sharded_fraction)
+            log.debug("%s", plan.describe())
 
     def _sync_metrics_over_job(self, module: torch.nn.Module) -> None:
         """Let torchmetrics inside the module gather over all replicas instead of torch.distributed's world."""

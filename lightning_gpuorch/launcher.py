@@ -56,10 +56,11 @@ class Launcher:
             What ``function`` returned; for ``trainer.predict`` every prediction of the job.
         """
         strategy = self._strategy
-        configure_logging(strategy.config.log_level, rank=_rank(), replica=0)
         if self._runs_here():
+            configure_logging(strategy.config.log_level, rank=_rank(), replica=0)
             return self._call(function, args, kwargs, trainer)
         config = strategy.config
+        configure_logging(config.log_level, rank=None, replica=0)
         tensor_parallel = config.tensor_parallel_size if isinstance(config.tensor_parallel_size, int) else None
         if strategy.num_processes % (tensor_parallel or 1):
             raise ConfigurationError(

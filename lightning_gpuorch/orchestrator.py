@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.errors import ConfigurationError, GPUOrchError, InputMismatchError
+from lightning_gpuorch.errors import ConfigurationError, GPUOrchError
 from lightning_gpuorch.memory import check_model_fits, memory_budget_bytes
 from lightning_gpuorch.predictions.loader import SharedLoader
 from lightning_gpuorch.runtime import Runtime, fingerprint_weights, whole
@@ -74,6 +73,7 @@ class MultiGPUOrchestrator:
         self._callbacks = list(callbacks)
         self._parallelize_fn = parallelize_fn
         self._model: torch.nn.Module | None = None
+        self._fingerprint: str | None = None
         self._health: Any = None
         self._steps = 0
 
@@ -163,6 +163,7 @@ class MultiGPUOrchestrator:
         else:
             _load_weights(Path(source), model)
         topology = self.runtime.world.topology
+        self._fingerprint = fingerprint_weights(model)  # of the whole model: shards differ from rank to rank
         if self.fabric is not None:
             self._model = self.fabric.setup_module(model)
             return self._model
@@ -193,7 +194,10 @@ class MultiGPUOrchestrator:
             InputMismatchError: The ranks of the group were given different batches.
         """
         batch = to_device(batch, self.runtime.device)
-        self._check_same_input(batch)
+        self.runtime.check_same_input(batch)
+        return self._compute(batch, step)
+
+    def _compute(self, batch: Any, step: Callable[[Any], Any] | None) -> Any:
         if self._health is not None:
             self._health.check_health()
         output = self._forward(batch, step)
@@ -227,9 +231,12 @@ class MultiGPUOrchestrator:
         Raises:
             MissingPredictionsError: Samples are missing at the end; they are named.
         """
+        known = self._fingerprint if model is self._model else None
         self._model = model
         setting = self.config.model_fingerprint
-        fingerprint = fingerprint_weights(model) if setting == "auto" else (None if setting == "off" else setting)
+        fingerprint = {"auto": known, "off": None}.get(setting, setting)
+        if fingerprint is None and setting == "auto" and self.runtime.world.topology.tensor_parallel_size == 1:
+            fingerprint = fingerprint_weights(model)
         job = self.runtime.open_job([_unwrap(dataloader)], Path.cwd(), [limit_batches], fingerprint)
         self._call("on_predict_start")
         try:
@@ -237,7 +244,7 @@ class MultiGPUOrchestrator:
                 ticket = job.take()
                 batch = to_device(batch, self.runtime.device)
                 self._call("on_predict_batch_start", batch=batch, batch_idx=number)
-                output = job.run_step(functools.partial(self.run_inference_step, step=step), batch, ticket)
+                output = job.run_step(functools.partial(self._compute, step=step), batch, ticket)
                 self._call("on_predict_batch_end", outputs=output, batch=batch, batch_idx=number)
                 yield output
             self.predictions = job.finish()
@@ -270,25 +277,6 @@ class MultiGPUOrchestrator:
                 return self._model(*batch)
             return self._model(batch)
 
-    def _check_same_input(self, batch: Any) -> None:
-        import torch.distributed as dist
-
-        topology = self.runtime.world.topology
-        if topology.tensor_parallel_size == 1 or not dist.is_initialized():
-            return
-        group = self.runtime.mesh.get_group("tensor_parallel") if self.runtime.mesh is not None else None
-        mine = torch.tensor([_digest(batch)], device=self.runtime.device)
-        all_digests = [torch.empty_like(mine) for _ in range(topology.tensor_parallel_size)]
-        dist.all_gather(all_digests, mine, group=group)
-        values = [int(value) for value in all_digests]
-        if len(set(values)) > 1:
-            first = topology.replica * topology.tensor_parallel_size
-            odd = [first + index for index, value in enumerate(values) if value != values[0]]
-            raise InputMismatchError(
-                f"ranks {odd} of replica {topology.replica} were given another batch than rank {first}; all ranks of a "
-                "tensor-parallel group must run on the same input."
-            )
-
     def _group_barrier(self) -> None:
         """Wait for the slowest rank of the tensor-parallel group."""
         import torch.distributed as dist
@@ -313,22 +301,6 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if hasattr(batch, "to") and not isinstance(batch, torch.Tensor):
         return batch.to(device)
     return apply_to_collection(batch, torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True))
-
-
-def _digest(batch: Any) -> int:
-    """A checksum of shapes and of some elements of every tensor."""
-    running = 0
-
-    def add(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal running
-        flat = tensor.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // 64)].to("cpu").contiguous()
-        running = zlib.crc32(repr(tuple(tensor.shape)).encode(), running)
-        running = zlib.crc32(picked.view(torch.uint8).numpy().tobytes(), running)
-        return tensor
-
-    apply_to_collection(batch, torch.Tensor, add)
-    return running
 
 
 def _unwrap(dataloader: Any) -> Any:

@@ -6,13 +6,17 @@ step that may be wrapped (OOM halving), collectors that gather a chunk's outputs
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
 import functools
 import logging
 import os
 import signal
+import socket
 import threading
+import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +27,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_gpuorch._version import __version__
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.errors import EXIT_RESUMABLE, GPUOrchError
+from lightning_gpuorch.errors import EXIT_RESUMABLE, GPUOrchError, InputMismatchError
 from lightning_gpuorch.liveness import Phase, current_heartbeat
 from lightning_gpuorch.predictions.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.layout import LoaderLayout, StoredBatch
@@ -33,6 +37,10 @@ from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 from lightning_gpuorch.predictions.reader import read_predictions
 from lightning_gpuorch.predictions.source import default_chunk_batches, describe
 from lightning_gpuorch.predictions.writer import PartWriter
+from lightning_gpuorch.telemetry.current import current_events, emit, use_events
+from lightning_gpuorch.telemetry.events import EventLog
+from lightning_gpuorch.telemetry.logs import configure_logging
+from lightning_gpuorch.telemetry.steps import StepRecorder
 from lightning_gpuorch.world import ExternalRanks, World, join
 
 if TYPE_CHECKING:
@@ -58,6 +66,7 @@ class Runtime:
         self.device = torch.device("cpu")
         self.mesh: DeviceMesh | None = None
         self.job: PredictionJob | None = None
+        self.step_recorder: StepRecorder | None = None
         self._world: World | None = None
 
     @property
@@ -107,6 +116,7 @@ class Runtime:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         world = self._world = join(self.config, device, external)
+        self._record_run(world)
         topology = world.topology
         if topology.world_size > 1:
             stage = {"op": "stage", "gang": training, "every_replica": evaluating, **world.owner}
@@ -116,6 +126,50 @@ class Runtime:
             replicas = topology.num_replicas if world.spans_job else 1
             self.mesh = world.groups.device_mesh(replicas, topology.tensor_parallel_size)
         return world
+
+    def _record_run(self, world: World) -> None:
+        """Log and record events where the supervisor collects them."""
+        if world.run_directory is None or current_events() is not None:
+            return
+        topology = world.topology
+        configure_logging(
+            self.config.log_level,
+            rank=topology.rank,
+            replica=topology.replica,
+            directory=world.run_directory / "logs",
+            generation=world.generation,
+        )
+        common = {"rank": topology.rank, "replica": topology.replica, "generation": world.generation}
+        source = f"rank-{topology.rank:05d}.attempt-{world.generation}"
+        events = EventLog(world.run_directory / "events", source, common=common)
+        use_events(events)
+        self.step_recorder = StepRecorder(events, counts_samples=topology.is_leader)
+        emit("start", pid=os.getpid(), host=socket.gethostname(), device=str(self.device))
+        atexit.register(events.close)
+
+    def check_same_input(self, batch: Any) -> None:
+        """Compare a batch with those of the other ranks of the tensor-parallel group; every one of them must call this.
+
+        Raises:
+            InputMismatchError: They differ; the odd ranks are named.
+        """
+        import torch.distributed as dist
+
+        topology = self.world.topology
+        if topology.tensor_parallel_size == 1 or not dist.is_initialized():
+            return
+        group = self.mesh.get_group("tensor_parallel") if self.mesh is not None else None
+        mine = torch.tensor([_digest(batch)], device=self.device)
+        digests = [torch.empty_like(mine) for _ in range(topology.tensor_parallel_size)]
+        dist.all_gather(digests, mine, group=group)
+        values = [int(value) for value in digests]
+        if len(set(values)) > 1:
+            first = topology.replica * topology.tensor_parallel_size
+            odd = [first + index for index, value in enumerate(values) if value != values[0]]
+            raise InputMismatchError(
+                f"ranks {odd} of replica {topology.replica} were given another batch than rank {first}; all ranks of a "
+                "tensor-parallel group must run on the same input. Is the dataset random?"
+            )
 
     def share(self, loader: Any, limit: int | None = None) -> SharedLoader:
         """This replica's fixed share of a loader's batches."""
@@ -247,11 +301,13 @@ class PredictionJob:
         for wrapper in reversed(self._runtime.step_wrappers):
             step = functools.partial(_wrapped, wrapper, step, ticket)
         self._lost.clear()
+        began = time.perf_counter()
         heartbeat, span = current_heartbeat(), ticket.span
         if heartbeat is not None:
             stop = span.first_unit + span.num_units
             heartbeat.begin_step(self.number, ticket.loader, ticket.chunk, span.first_unit, stop)
         try:
+            self._runtime.check_same_input(batch)
             output = step(batch)
         except StopIteration as error:
             # Lightning's loop would take it for the end of the data and silently drop the rest.
@@ -264,6 +320,8 @@ class PredictionJob:
             self._collectors[ticket.loader].add(ticket, to_host(output), frozenset(self._lost))
         if heartbeat is not None:
             heartbeat.end_step()
+        if self._runtime.step_recorder is not None:
+            self._runtime.step_recorder.record_step(time.perf_counter() - began, ticket.size or 0)
         return output
 
     def finish(self) -> Any:
@@ -312,6 +370,7 @@ class PredictionJob:
         self._writer.put(loader, chunk, batches, {"replica": owner["replica"], "generation": owner["generation"]})
 
     def _on_committed(self, loader: int, chunk: int, won: bool, samples: int) -> None:
+        emit("chunk", job=self.number, loader=loader, chunk=chunk, samples=samples, won=won)
         quarantined = self._quarantined.pop((loader, chunk), [])
         self._call("done", loader=loader, chunk=chunk, won=won, samples=samples, quarantined=quarantined)
 
@@ -401,6 +460,22 @@ def whole(output: Any) -> Any:
         return tensor
 
     return apply_to_collection(output, torch.Tensor, convert)
+
+
+def _digest(batch: Any) -> int:
+    """A checksum of shapes and of some elements of every tensor in a batch."""
+    running = 0
+
+    def add(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal running
+        flat = tensor.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // 64)].to("cpu").contiguous()
+        running = zlib.crc32(repr(tuple(tensor.shape)).encode(), running)
+        running = zlib.crc32(picked.view(torch.uint8).numpy().tobytes(), running)
+        return tensor
+
+    apply_to_collection(batch, torch.Tensor, add)
+    return running
 
 
 def to_host(output: Any) -> Any:

@@ -12,8 +12,11 @@ import json
 import logging
 import os
 import secrets
+import shlex
 import shutil
 import signal
+import socket
+import sys
 import tempfile
 import threading
 import time
@@ -41,6 +44,8 @@ from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits, Row, main_
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 from lightning_gpuorch.recovery import Action, FailureKind, FailureRecoveryManager
 from lightning_gpuorch.spawn import Process, Spawner
+from lightning_gpuorch.telemetry.events import EventLog
+from lightning_gpuorch.telemetry.report import write_report
 from lightning_gpuorch.world import new_run_id, remove_ephemeral
 
 log = logging.getLogger(__name__)
@@ -94,6 +99,7 @@ class Supervisor:
         self.head.tensor_parallel_size = tensor_parallel_size
         self.recovery = FailureRecoveryManager(config.max_restart_attempts, config.enable_auto_restart)
         self.run_directory = Path(tempfile.mkdtemp(prefix=f"gpuorch-{self.run_id}-"))
+        self._events = EventLog(self.run_directory / "events", "supervisor")
         self._spawner, self._world_size = spawner, world_size
         self._device_indices, self._environment = device_indices, dict(environment or {})
         self._token = secrets.token_hex(16)
@@ -136,6 +142,11 @@ class Supervisor:
             The exit code: 0 if and only if every opened job is complete.
         """
         previous = self._install_signal_handlers()
+        self._on_event(
+            "run", world_size=self._world_size, tensor_parallel_size=self.head.tensor_parallel_size or 1,
+            command=shlex.join(sys.argv), run_id=self.run_id, host=socket.gethostname(),
+        )  # fmt: skip
+        code = EXIT_FAILURE
         try:
             for rank in range(self._world_size):
                 self._start(rank)
@@ -145,14 +156,16 @@ class Supervisor:
                 self._check_progress()
                 self._reap()
                 self._check_liveness()
-            return self._conclude()
+            code = self._conclude()
         finally:
             self._kill(list(self._workers))
+            self._on_event("end", exit_code=code)
             for number, handler in previous.items():
                 signal.signal(number, handler)
             self._spawner.close()
             self._server.close()
             self._clean_up()
+        return code
 
     # Starting and stopping
 
@@ -264,6 +277,10 @@ class Supervisor:
             return
         if decision.action is Action.RESTART_REPLICA:
             self._restarts += 1
+            self._on_event(
+                "restart", replica=replica, reason=decision.reason, attempt=decision.attempt,
+                max_attempts=self.recovery.max_restart_attempts, ranks=group,
+            )  # fmt: skip
             log.warning(
                 "%s; restarting replica %d (attempt %d of %d)",
                 decision.reason,
@@ -279,6 +296,7 @@ class Supervisor:
 
     def _retire(self, replica: int, group: Sequence[int], reason: str) -> None:
         self._retired.add(replica)
+        self._on_event("retire", replica=replica, reason=reason, ranks=list(group))
         self._ended.update(dict.fromkeys(group, EXIT_FAILURE))
         self.head.retire(replica)
         if self._workers and not self.head.gang and not self.head.needs_every_replica:
@@ -301,6 +319,7 @@ class Supervisor:
             return
         group = self._group_of(verdict.rank, self.head.tensor_parallel_size)
         where = self._dump_stacks(group, verdict.rank)
+        self._on_event("hang", rank=verdict.rank, reason=verdict.reason, phase=verdict.row.phase.name, stacks=where)
         log.error("rank %d is stuck: %s%s", verdict.rank, verdict.reason, f"; it stands at\n{where}" if where else "")
         self._on_failure(self._workers[verdict.rank], FailureKind.STUCK, verdict.reason)
 
@@ -370,6 +389,7 @@ class Supervisor:
 
     def _begin_drain(self) -> None:
         self.head.drain()
+        self._on_event("drain", reason=str([signal.Signals(number).name for number in self._stop_signals]))
         if self._drain_deadline is None:
             self._drain_deadline = time.monotonic() + self.config.exit_timeout_sec
         if not self.head.jobs:  # nobody has begun to work: nothing to finish
@@ -425,7 +445,7 @@ class Supervisor:
         )
 
     def _on_event(self, kind: str, **fields: Any) -> None:
-        log.debug("event %s %s", kind, fields)
+        self._events.record(kind, **fields)
 
     def _clean_up(self) -> None:
         for job in self.head.jobs.values():
@@ -433,9 +453,26 @@ class Supervisor:
                 PartStore(loader_directory(job.directory, loader)).sweep_temporaries(0.0)
         self._table.close()
         Path(self._table.path).unlink(missing_ok=True)
+        self._events.close()
+        self._keep_records()
         if not self.keep_results:
             remove_ephemeral(self.head)
             shutil.rmtree(self.run_directory, ignore_errors=True)
+
+    def _keep_records(self) -> None:
+        """Put the run's events, logs and report beside the predictions that are kept. Never ends the run."""
+        kept = [job.directory for job in self.head.jobs.values() if not job.ephemeral and job.directory.is_dir()]
+        if not kept:
+            return
+        target = kept[0] / "runs" / self.run_id
+        try:
+            for name in ("events", "logs"):
+                if (self.run_directory / name).is_dir():
+                    shutil.copytree(self.run_directory / name, target / name)
+            write_report(target, target / "report.html")
+            log.info("the report of this run is %s", target / "report.html")
+        except Exception as error:  # noqa: BLE001 - a report that cannot be written costs nobody a prediction
+            log.warning("no report of this run: %s: %s", type(error).__name__, error)
 
 
 def _describe_exit(code: int) -> str:

@@ -12,6 +12,7 @@ import click
 
 from lightning_gpuorch._version import __version__
 from lightning_gpuorch.cli.predictions import predictions
+from lightning_gpuorch.cli.report import report
 from lightning_gpuorch.cli.run import run
 
 
@@ -23,6 +24,7 @@ def gpuorch() -> None:
 
 gpuorch.add_command(run)
 gpuorch.add_command(predictions)
+gpuorch.add_command(report)
 
 
 class _LightningGroup(click.Group):

@@ -58,7 +58,7 @@ def _run(script: str, script_args: list[str], **options: Any) -> int:
     from lightning_gpuorch.telemetry.logs import configure_logging
 
     config = OrchestratorConfig.resolve()
-    configure_logging(config.log_level, rank=0, replica=0)
+    configure_logging(config.log_level, rank=None, replica=0)
     accelerator, count, indices = choose_devices(options["accelerator"], options["devices"])
     environment = {
         "LT_CLI_USED": "1",

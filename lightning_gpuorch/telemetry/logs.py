@@ -35,7 +35,7 @@ _STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", 
 def configure_logging(
     level: str | int,
     *,
-    rank: int,
+    rank: int | None,
     replica: int,
     directory: str | os.PathLike[str] | None = None,
     generation: int = 0,
@@ -46,7 +46,8 @@ def configure_logging(
 
     Args:
         level: Lowest level to log, by name (``"INFO"``) or number.
-        rank: Global rank. Rank 0 prints from ``level`` up; the others print warnings and worse. Files get everything.
+        rank: Global rank; None for the supervisor. Rank 0 and the supervisor print from ``level`` up; the others print
+            warnings and worse. Files get everything.
         replica: Data-parallel index.
         directory: Where JSON lines go, as ``rank-<rank>.attempt-<generation>.jsonl``; None writes none.
         generation: How often this rank was started before.
@@ -65,9 +66,9 @@ def configure_logging(
     logger.propagate = False
     console = _ConsoleHandler(stream if stream is not None else sys.stderr, failures)
     console.setFormatter(_ConsoleFormatter(rank))
-    console.setLevel(number if rank == 0 else max(logging.WARNING, number))
+    console.setLevel(max(logging.WARNING, number) if rank else number)
     logger.addHandler(console)
-    if directory is not None:
+    if directory is not None and rank is not None:
         path = Path(directory) / f"rank-{rank:05d}.attempt-{generation}.jsonl"
         logger.addHandler(
             _JsonFileHandler(path, {"rank": rank, "replica": replica, "generation": generation}, failures)
@@ -107,15 +108,16 @@ def json_fields(record: logging.LogRecord, static: Mapping[str, Any] = CONTEXT) 
 
 
 class _ConsoleFormatter(logging.Formatter):
-    """``[rank 3] warning: what happened``; the level is left out where it is INFO."""
+    """``[rank 3] warning: what happened``; the level is left out where it is INFO, the rank where there is none."""
 
-    def __init__(self, rank: int):
+    def __init__(self, rank: int | None):
         super().__init__()
         self._rank = rank
 
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno == logging.INFO else f" {record.levelname.lower()}:"
-        text = f"[rank {self._rank}]{level} {record.getMessage()}"
+        who = "[gpuorch]" if self._rank is None else f"[rank {self._rank}]"
+        text = f"{who}{level} {record.getMessage()}"
         if record.exc_info and record.exc_info[0] is not None:
             text += "\n" + "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
         return text

@@ -225,7 +225,7 @@ class TestOneSample:
         strategy = GPUOrchStrategy(output_dir=tmp_path / "out")
         with pytest.raises(MissingPredictionsError, match="17, 29") as caught:
             predict(step, loader("tensor"), [callback], tmp_path, strategy)
-        assert caught.value.indices == (17, 29)
+        assert list(caught.value.indices) == [17, 29]
         assert callback.num_lost == 2
 
 

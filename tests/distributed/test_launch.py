@@ -7,7 +7,7 @@ import pytest
 
 
 def _tool(name):
-    path = shutil.which(name) or shutil.which(name, path=sys.exec_prefix + "/bin")
+    path = shutil.which(name, path=sys.exec_prefix + "/bin") or shutil.which(name)
     assert path, f"{name} is not installed"
     return path
 
