@@ -65,9 +65,12 @@ def merge_directory(directory: Path, stale_after_seconds: float = 15.0) -> bytes
     for rank in sorted(starts):
         newest = max(starts[rank])[1]
         for _, path in sorted(starts[rank]):
-            text = path.read_text(encoding="utf-8")
+            try:
+                text = path.read_text(encoding="utf-8")
+                fresh = time.time() - path.stat().st_mtime < stale_after_seconds
+            except FileNotFoundError:  # its rank has ended and tidied up between the listing and now
+                continue
             ended = text.rstrip().endswith(_ENDED)
-            fresh = time.time() - path.stat().st_mtime < stale_after_seconds
             if path == newest and not ended:
                 up[rank] = fresh
             _add(families, text, with_gauges=path == newest and fresh and not ended)
