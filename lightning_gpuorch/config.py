@@ -55,7 +55,7 @@ class OrchestratorConfig:
     batch_size: int = 32
     """Samples per batch where the plugin itself builds the batches."""
     enable_dynamic_batching: bool = False
-    """Form batches by token budget instead of a fixed count."""
+    """Form batches by token budget instead of a fixed count. Not available yet: True is refused."""
     tensor_parallel_size: int | Literal["auto"] = "auto"
     """Ranks that share one copy of the model."""
     data_parallel_size: int | Literal["auto"] = "auto"
@@ -71,7 +71,7 @@ class OrchestratorConfig:
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     """Level of the plugin's own log."""
     enable_profiling: bool = False
-    """Record a bounded PyTorch profile on each rank."""
+    """Record a bounded PyTorch profile on each rank. Not available yet: True is refused."""
 
     def __post_init__(self) -> None:
         """Check every field.

@@ -27,7 +27,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_gpuorch._version import __version__
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.errors import EXIT_RESUMABLE, GPUOrchError, InputMismatchError
+from lightning_gpuorch.errors import EXIT_RESUMABLE, ConfigurationError, GPUOrchError, InputMismatchError
 from lightning_gpuorch.liveness import Phase, current_heartbeat
 from lightning_gpuorch.predictions.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.layout import LoaderLayout, StoredBatch
@@ -61,6 +61,9 @@ class Runtime:
     """
 
     def __init__(self, config: OrchestratorConfig, output_dir: str | os.PathLike[str] | None = None):
+        for field in ("enable_dynamic_batching", "enable_profiling"):
+            if getattr(config, field):
+                raise ConfigurationError(f"{field}=True is not available in this version; leave it False.")
         self.config, self.output_dir = config, output_dir
         self.step_wrappers: list[StepWrapper] = []
         self.device = torch.device("cpu")

@@ -56,6 +56,11 @@ def test_unknown_option():
         FabricStrategy(nonsense=1)
 
 
+def test_what_is_not_there_yet_is_refused_and_not_ignored():
+    with pytest.raises(ConfigurationError, match="enable_dynamic_batching=True is not available"):
+        GPUOrchStrategy(enable_dynamic_batching=True)
+
+
 def test_wrong_kinds_of_arguments():
     with pytest.raises(ConfigurationError, match="expected OrchestratorConfig"):
         GPUOrchStrategy({"batch_size": 3})
