@@ -64,13 +64,14 @@ def test_a_fault_costs_at_most_a_chunk(runner, tmp_path, harm, victim, tp, devic
         assert "in _harm" in finished.output, "the culprit's line is shown"
 
 
-def test_a_follower_stuck_after_its_leader_has_ended_is_ended_too(runner):
+def test_a_stuck_follower_is_found_though_the_model_has_no_collectives(runner):
     finished = runner.run(
         SLOW, "--output", "out", "--harm", "hang", "--victim", 1, "--tp", 2, "--at", 2, "--no-collectives",
         environment=LIMITS, timeout=170,
     )  # fmt: skip
     assert finished.result["right"]
-    assert "the others of replica 0 are done, so it is ended, not restarted" in finished.output
+    assert "rank 1 is stuck" in finished.output
+    assert "restarting replica 0" in finished.output
 
 
 def test_the_other_replica_does_not_notice(runner, tmp_path):
