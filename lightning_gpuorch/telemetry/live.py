@@ -18,7 +18,7 @@ from rich.text import Text
 
 from lightning_gpuorch.telemetry.charts import axis_time, duration
 from lightning_gpuorch.telemetry.lanes import describe
-from lightning_gpuorch.telemetry.run_summary import INCIDENT_KINDS, Event
+from lightning_gpuorch.telemetry.run_summary import INCIDENT_KINDS, Event, total_samples
 
 _RATE_WINDOW_SECONDS = 15.0
 _SILENT_SECONDS = 10.0
@@ -103,7 +103,8 @@ class LiveView:
             self._began = self._began if self._began is not None else event["ts"]
             if event["kind"] in ("run", "job"):
                 self._title = str(event.get("command", self._title))
-                self._num_samples = event.get("num_samples", self._num_samples)
+                total = total_samples(event)
+                self._num_samples = total if total is not None else self._num_samples
                 if event["kind"] == "run":
                     self.exit_code = None
             if event["kind"] in INCIDENT_KINDS:

@@ -119,7 +119,7 @@ def summarize(events: Sequence[Event]) -> RunSummary:
             for name, count in (event.get("observer_failures") or {}).items():
                 failures[name] = failures.get(name, 0) + count
     _split_communication(ranks.values())
-    jobs = [e for e in events if e["kind"] in ("run", "job") and isinstance(e.get("num_samples"), int)]
+    totals = [total for e in events if (total := total_samples(e)) is not None]
     chunks = [e for e in events if e["kind"] == "chunk" and isinstance(e.get("seconds"), (int, float))]
     begins = [e["begin"] for e in events if isinstance(e.get("begin"), (int, float))]
     return RunSummary(
@@ -127,7 +127,7 @@ def summarize(events: Sequence[Event]) -> RunSummary:
         end=events[-1]["ts"],
         run=next((e for e in events if e["kind"] == "run"), {}),
         exit_code=ends[-1].get("exit_code") if ends else None,
-        num_samples=jobs[-1]["num_samples"] if jobs else None,
+        num_samples=totals[-1] if totals else None,
         missing=str(ends[-1].get("missing_samples", "")) if ends else "",
         ranks=dict(sorted(ranks.items())),
         throughput=throughput,
@@ -166,6 +166,19 @@ def _add(rank: RankSummary, event: Event) -> None:
         rank.starts += 1
     elif kind == "verdict":
         rank.verdict = event.get("verdict")
+
+
+def total_samples(event: Event) -> int | None:
+    """Samples of the job that a ``run`` or ``job`` event tells of, if it does: as a number, or by its loaders."""
+    if event["kind"] not in ("run", "job"):
+        return None
+    if isinstance(event.get("num_samples"), int):
+        return int(event["num_samples"])
+    loaders = event.get("loaders") or ()
+    counts = [loader.get("num_units") for loader in loaders if loader.get("unit") in ("sample", "scattered")]
+    if not counts or len(counts) < len(loaders) or not all(isinstance(count, int) for count in counts):
+        return None  # a stream has no length, and units of other kinds hold an unknown number of samples
+    return int(sum(counts))
 
 
 def _begin_of(event: Event) -> float:

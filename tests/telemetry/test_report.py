@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lightning_gpuorch.telemetry import EventLog, StepRecorder, check_event, read_events, summarize, write_report
 from lightning_gpuorch.telemetry.charts import duration, nice_ticks, thin
 from lightning_gpuorch.telemetry.report import render
+from lightning_gpuorch.telemetry.run_summary import total_samples
 from tests.telemetry.synthetic_run import write_run
 
 VOID = {"meta"}
@@ -103,6 +104,22 @@ def test_the_figures_add_up(tmp_path: Path) -> None:
     assert (summary.lost, summary.missing, summary.exit_code) == (
         [(1234, 1236, "the process died three times on this chunk")], "1234-1235", 65,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("event", "total"),
+    [
+        ({"kind": "job", "num_samples": 12}, 12),
+        ({"kind": "job", "loaders": [{"unit": "sample", "num_units": 7}, {"unit": "sample", "num_units": 5}]}, 12),
+        ({"kind": "job", "loaders": [{"unit": "sample", "num_units": 7}, {"unit": "batch", "num_units": 5}]}, None),
+        ({"kind": "job", "loaders": [{"unit": "sample", "num_units": None}]}, None),
+        ({"kind": "job", "loaders": []}, None),
+        ({"kind": "run"}, None),
+        ({"kind": "start", "num_samples": 12}, None),
+    ],
+)
+def test_the_size_of_a_job_is_known_or_not_guessed(event: dict[str, Any], total: int | None) -> None:
+    assert total_samples(event) == total
 
 
 def test_64_ranks_stay_readable_and_small(tmp_path: Path) -> None:

@@ -72,6 +72,23 @@ def build_library(directory: Path) -> Path:
     return library
 
 
+def attach(library: str | os.PathLike[str], state_file: str | os.PathLike[str]) -> None:
+    """Put a library under this process's ``pynvml``; other users of NVML in this process are not affected.
+
+    A rank of a test job calls this with what the test's :class:`FakeNVML` has: all ranks then see the same GPUs, and the
+    test changes them for all.
+
+    Args:
+        library: :attr:`FakeNVML.library`.
+        state_file: :attr:`FakeNVML.state_file`.
+    """
+    import pynvml
+
+    os.environ[STATE_VARIABLE] = os.fspath(state_file)
+    pynvml.nvmlLib = ctypes.CDLL(os.fspath(library))
+    pynvml._nvmlGetFunctionPointer_cache.clear()
+
+
 class FakeNVML:
     """Some GPUs and what they report.
 
@@ -123,12 +140,8 @@ class FakeNVML:
             file.write(f"{gpu} {xid}\n")
 
     def attach(self) -> None:
-        """Put the library under this process's ``pynvml``; other users of NVML in this process are not affected."""
-        import pynvml
-
-        os.environ[STATE_VARIABLE] = str(self.state_file)
-        pynvml.nvmlLib = ctypes.CDLL(str(self.library))
-        pynvml._nvmlGetFunctionPointer_cache.clear()
+        """Put the library under this process's ``pynvml``; see :func:`attach`."""
+        attach(self.library, self.state_file)
 
     @staticmethod
     def detach() -> None:
