@@ -95,7 +95,7 @@ class Head:
         self.generations: dict[int, int] = {}
         self.goodbyes = Goodbyes()
         self.chunks_by_replica: dict[int, int] = {}
-        self.needs_every_replica = False
+        self._evaluating: set[int] = set()
         self._max_chunk_failures = max_chunk_failures
         self._on_event = on_event
         self._published: dict[str, Any] = {}
@@ -123,6 +123,11 @@ class Head:
             log.exception("request %r failed", request.header.get("op"))
             return refused(ControlPlaneError(f"{request.header.get('op')}: {type(error).__name__}: {error}"))
         return answer if isinstance(answer, Future) else answered(answer or {})
+
+    @property
+    def needs_every_replica(self) -> bool:
+        """Whether some rank evaluates: its share is its own, and nobody can take it over."""
+        return bool(self._evaluating)
 
     # What the supervisor decides
 
@@ -226,7 +231,9 @@ class Head:
     def _op_stage(self, request: Message) -> dict[str, Any]:
         """A stage whose state is in memory: training restarts as a whole, evaluation needs every share."""
         self.gang = self.gang or bool(request.header.get("gang"))
-        self.needs_every_replica = bool(request.header.get("every_replica"))
+        with self._lock:
+            change = self._evaluating.add if request.header.get("every_replica") else self._evaluating.discard
+            change(int(request.header["rank"]))
         return {}
 
     def _op_publish(self, request: Message) -> dict[str, Any]:

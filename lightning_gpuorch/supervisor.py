@@ -412,7 +412,9 @@ class Supervisor:
                     return code
             log.error("%s", error)
             return EXIT_DATA_MISSING if codes <= {0, EXIT_DATA_MISSING} else EXIT_FAILURE
-        if codes <= {0} or (self.head.jobs and 0 in codes and codes <= {0, EXIT_FAILURE} and self._retired):
+        whole = self.head.gang or self.head.needs_every_replica  # a stage that a retired replica leaves incomplete
+        others_finished = bool(self.head.jobs and self._retired) and 0 in codes and codes <= {0, EXIT_FAILURE}
+        if codes <= {0} or (others_finished and not whole):
             if self._restarts or self._retired:
                 log.info("complete after %d restarts; %d replicas retired", self._restarts, len(self._retired))
             return 0
