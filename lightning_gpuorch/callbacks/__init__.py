@@ -54,7 +54,7 @@ def default_callbacks(config: OrchestratorConfig | None = None) -> list[Callback
         JobProgressBar(),
         HeartbeatMonitor(resolved.heartbeat_timeout_sec, resolved.step_timeout_sec, resolved.start_timeout_sec),
         OOMBatchHalving(),
-        GPUHealthMonitor(),
+        GPUHealthMonitor(resolved.health_check_interval_sec),
         PrometheusMetrics(port=resolved.metrics_port),
     ]
 
