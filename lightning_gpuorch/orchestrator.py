@@ -16,7 +16,8 @@ from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError
 from lightning_gpuorch.memory import check_model_fits, memory_budget_bytes
 from lightning_gpuorch.predictions.loader import SharedLoader
-from lightning_gpuorch.runtime import Runtime, fingerprint_weights, whole
+from lightning_gpuorch.runtime import Runtime
+from lightning_gpuorch.tensors import fingerprint_weights, whole
 from lightning_gpuorch.world import ExternalRanks, leave
 
 log = logging.getLogger(__name__)

@@ -21,9 +21,10 @@ from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.launcher import Launcher
 from lightning_gpuorch.memory import check_model_fits, memory_budget_bytes
+from lightning_gpuorch.prediction_job import PredictionJob
 from lightning_gpuorch.predictions.loader import LeasedLoader
 from lightning_gpuorch.predictions.source import describe
-from lightning_gpuorch.runtime import PredictionJob, fingerprint_weights
+from lightning_gpuorch.tensors import fingerprint_weights
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -1,55 +1,33 @@
-"""What both strategies share: from a dataloader to durable predictions, step by step.
-
-A :class:`Runtime` belongs to a strategy. Each predict call is a :class:`PredictionJob`: loaders that lease chunks, a
-step that may be wrapped (OOM halving), collectors that gather a chunk's outputs, and a writer in the background.
-"""
+"""What both strategies share: a process's connection to its job, and the predict calls it makes."""
 
 from __future__ import annotations
 
 import atexit
-import collections
-import contextlib
-import functools
 import logging
 import os
-import signal
 import socket
-import threading
-import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 
-from lightning_gpuorch._version import __version__
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.errors import EXIT_RESUMABLE, ConfigurationError, GPUOrchError, InputMismatchError
-from lightning_gpuorch.liveness import Phase, current_heartbeat
-from lightning_gpuorch.predictions.collector import ChunkCollector, NoCollector
-from lightning_gpuorch.predictions.layout import LoaderLayout, StoredBatch
-from lightning_gpuorch.predictions.loader import LeasedLoader, SharedLoader, Ticket
-from lightning_gpuorch.predictions.manifest import Manifest
-from lightning_gpuorch.predictions.parts import PartStore, loader_directory
-from lightning_gpuorch.predictions.reader import read_predictions
-from lightning_gpuorch.predictions.source import default_chunk_batches, describe
-from lightning_gpuorch.predictions.writer import PartWriter
+from lightning_gpuorch.errors import ConfigurationError, GPUOrchError, InputMismatchError
+from lightning_gpuorch.prediction_job import PredictionJob, StepWrapper
+from lightning_gpuorch.predictions.loader import SharedLoader
+from lightning_gpuorch.predictions.source import describe
 from lightning_gpuorch.telemetry.current import current_events, emit, use_events
 from lightning_gpuorch.telemetry.events import EventLog
 from lightning_gpuorch.telemetry.logs import configure_logging
 from lightning_gpuorch.telemetry.steps import StepRecorder
+from lightning_gpuorch.tensors import digest
 from lightning_gpuorch.world import ExternalRanks, World, join
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
-
-StepWrapper = Callable[[Callable[[Any], Any], Any, Ticket], Any]
-"""``wrapper(call, batch, ticket) -> output``: stands around a step and calls ``call`` once, or often on parts."""
 
 
 class Runtime:
@@ -162,7 +140,7 @@ class Runtime:
         if topology.tensor_parallel_size == 1 or not dist.is_initialized():
             return
         group = self.mesh.get_group("tensor_parallel") if self.mesh is not None else None
-        mine = torch.tensor([_digest(batch)], device=self.device)
+        mine = torch.tensor([digest(batch)], device=self.device)
         digests = [torch.empty_like(mine) for _ in range(topology.tensor_parallel_size)]
         dist.all_gather(digests, mine, group=group)
         values = [int(value) for value in digests]
@@ -197,325 +175,3 @@ class Runtime:
         """
         self.job = PredictionJob(self, loaders, default_root, limits, model_fingerprint)
         return self.job
-
-
-class PredictionJob:
-    """One predict call on one rank."""
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        loaders: Sequence[Any],
-        default_root: Path,
-        limits: Sequence[int | None],
-        model_fingerprint: str | None,
-    ):
-        world = runtime.world
-        self._runtime, self._world = runtime, world
-        self.number = world.next_job()
-        sources = [describe(loader, limit) for loader, limit in zip(loaders, limits, strict=True)]
-        chunk = runtime.config.chunk_size
-        wanted = Manifest(
-            loaders=[
-                source.layout(
-                    default_chunk_batches(source.num_batches, world.topology.num_replicas) if chunk == "auto" else chunk
-                )
-                for source in sources
-            ],
-            model_fingerprint=model_fingerprint,
-            versions={"lightning_gpuorch": __version__, "torch": torch.__version__},
-        )
-        directory, ephemeral = world.job_directory(runtime.output_dir, default_root)
-        answer = self._call("open", directory=str(directory), ephemeral=ephemeral, manifest=wanted.to_dict()).header
-        self.directory = Path(answer["directory"])
-        self.ephemeral = ephemeral
-        self.finished_before = bool(answer["finished"])
-        self.resumed_chunks = sum(answer["resumed"])
-        manifest = Manifest.from_dict(answer["manifest"])
-        self.delivered: collections.deque[Ticket] = collections.deque()
-        self.samples = 0
-        self.steps = 0
-        self._ended: str | None = None
-        self._lost: set[int] = set()
-        self._quarantined: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
-        self._writer = self._make_writer(manifest.loaders) if world.topology.is_leader else None
-        self._collectors = [
-            ChunkCollector(functools.partial(self._commit, index)) if self._writer else NoCollector()
-            for index in range(len(sources))
-        ]
-        self.loaders = [
-            LeasedLoader(
-                source, layout, _Queue(self, index), self._collectors[index], self.delivered, index, self._on_ended
-            )
-            for index, (source, layout) in enumerate(zip(sources, manifest.loaders, strict=True))
-        ]
-        self._drain_signal = _DrainOnSignal(self._request_drain) if not world.supervised else None
-        if world.topology.rank == 0:
-            self._announce(manifest.loaders)
-
-    def _announce(self, layouts: Sequence[LoaderLayout]) -> None:
-        topology = self._world.topology
-        batches = [loader.source.num_batches for loader in self.loaders]
-        total = "a stream of" if None in batches else str(sum(b for b in batches if b is not None))
-        log.info(
-            "%s batches for %d x TP %d; results in %s%s",
-            total,
-            topology.num_replicas,
-            topology.tensor_parallel_size,
-            self.directory,
-            f"; {self.resumed_chunks} chunks are already there" if self.resumed_chunks else "",
-        )
-
-    def take(self) -> Ticket:
-        """The ticket of the batch that was delivered first and is not computed yet."""
-        return self.delivered.popleft()
-
-    def progress(self) -> dict[str, Any]:
-        """How far the whole job is: chunks, samples, restarts."""
-        return dict(self._call("progress").header)
-
-    def lose(self, positions: Sequence[int], ticket: Ticket, reason: str) -> None:
-        """Give up samples of the batch that is being computed; its output covers the others.
-
-        Args:
-            positions: Positions in the batch.
-            ticket: The batch.
-            reason: Why, for the report and the error at the end.
-        """
-        self._lost.update(positions)
-        span = ticket.span
-        entries = self._quarantined.setdefault((ticket.loader, ticket.chunk), [])
-        for position in positions:
-            unit = span.first_unit + (position if span.num_units > 1 else 0)
-            entries.append((unit, unit + 1, reason))
-
-    def run_step(self, call: Callable[[Any], Any], batch: Any, ticket: Ticket) -> Any:
-        """Compute one batch and keep its output.
-
-        Args:
-            call: Computes a batch.
-            batch: The batch, on the device.
-            ticket: Its ticket.
-
-        Returns:
-            The output, as ``call`` returned it.
-        """
-        step = call
-        for wrapper in reversed(self._runtime.step_wrappers):
-            step = functools.partial(_wrapped, wrapper, step, ticket)
-        self._lost.clear()
-        began = time.perf_counter()
-        heartbeat, span = current_heartbeat(), ticket.span
-        if heartbeat is not None:
-            stop = span.first_unit + span.num_units
-            heartbeat.begin_step(self.number, ticket.loader, ticket.chunk, span.first_unit, stop)
-        try:
-            self._runtime.check_same_input(batch)
-            output = step(batch)
-        except StopIteration as error:
-            # Lightning's loop would take it for the end of the data and silently drop the rest.
-            raise RuntimeError(f"the predict step raised StopIteration on batch {ticket.span.batch_index}") from error
-        if self._world.topology.tensor_parallel_size > 1:
-            output = whole(output)
-        self.steps += 1
-        self.samples += ticket.size or 0
-        if self._writer is not None:
-            self._collectors[ticket.loader].add(ticket, to_host(output), frozenset(self._lost))
-        if heartbeat is not None:
-            heartbeat.end_step()
-        if self._runtime.step_recorder is not None:
-            self._runtime.step_recorder.record_step(time.perf_counter() - began, ticket.size or 0)
-        return output
-
-    def finish(self) -> Any:
-        """Make everything durable, wait for the others, and return all predictions.
-
-        Returns:
-            Every prediction of the job, in dataset order, read lazily; a list of such for several dataloaders.
-
-        Raises:
-            MissingPredictionsError: Samples are missing; they are named.
-            SystemExit: The job was asked to stop; the exit code says that it can be resumed.
-        """
-        with _phase(Phase.COMMIT, then=Phase.OUTSIDE):
-            self.close()
-        if self._ended in ("drain", "fenced"):
-            log.info("stopped on request; the same command goes on from here")
-            raise SystemExit(EXIT_RESUMABLE)
-        answer = self._call("close").header
-        if self._world.topology.rank == 0:
-            self._summarise(answer)
-        return read_predictions(self.directory)
-
-    def close(self) -> None:
-        """Stop the writer after it has written what it has; safe to call again."""
-        if self._drain_signal is not None:
-            self._drain_signal.restore()
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
-            writer.close()
-
-    def _summarise(self, answer: dict[str, Any]) -> None:
-        if self.finished_before:
-            log.info("nothing to do: all predictions are already in %s", self.directory)
-        else:
-            log.info("all predictions are in %s after %.1f s", self.directory, answer["seconds"])
-
-    def _make_writer(self, layouts: Sequence[LoaderLayout]) -> PartWriter:
-        stores = [PartStore(loader_directory(self.directory, index)) for index in range(len(layouts))]
-        return PartWriter(
-            stores, max_pending_bytes=self._runtime.config.max_pending_bytes, on_committed=self._on_committed
-        )
-
-    def _commit(self, loader: int, chunk: int, batches: list[StoredBatch]) -> None:
-        assert self._writer is not None
-        owner = self._world.owner
-        self._writer.put(loader, chunk, batches, {"replica": owner["replica"], "generation": owner["generation"]})
-
-    def _on_committed(self, loader: int, chunk: int, won: bool, samples: int) -> None:
-        emit("chunk", job=self.number, loader=loader, chunk=chunk, samples=samples, won=won)
-        quarantined = self._quarantined.pop((loader, chunk), [])
-        self._call("done", loader=loader, chunk=chunk, won=won, samples=samples, quarantined=quarantined)
-
-    def _on_ended(self, answer: str) -> None:
-        self._ended = answer
-        if self._writer is not None:
-            self._writer.flush()
-        if answer in ("drain", "fenced"):
-            self.finish()
-
-    def _request_drain(self) -> None:
-        self._call("drain")
-
-    def _call(self, op: str, *, timeout_seconds: float | None = None, **fields: Any) -> Any:
-        header = {"op": op, "job": self.number, **self._world.owner, **fields}
-        timeout = self._runtime.config.timeout_sec if timeout_seconds is None else timeout_seconds
-        return self._world.channel.call(header, timeout_seconds=timeout)
-
-
-_FOREVER_SECONDS = 10 * 365 * 86400.0
-
-
-class _Queue:
-    """A rank's view of its replica's leases."""
-
-    def __init__(self, job: PredictionJob, loader: int):
-        self._job, self._loader, self._sequence = job, loader, 0
-
-    def next(self, block: bool) -> dict[str, Any]:
-        # Waiting for others to finish has no limit of its own: the supervisor judges who is stuck.
-        timeout = _FOREVER_SECONDS if block else None
-        with _phase(Phase.WAIT, then=Phase.RUN) if block else contextlib.nullcontext():
-            answer = self._job._call(
-                "next", loader=self._loader, sequence=self._sequence, block=block, timeout_seconds=timeout
-            ).header
-        self._sequence += 1
-        return dict(answer)
-
-    def end_of_stream(self, units: int) -> None:
-        self._job._call("end_of_stream", loader=self._loader, units=units)
-
-
-@contextlib.contextmanager
-def _phase(phase: Phase, then: Phase) -> Iterator[None]:
-    """Tell whoever judges this rank what it is doing."""
-    heartbeat = current_heartbeat()
-    if heartbeat is not None:
-        heartbeat.enter(phase)
-    try:
-        yield
-    finally:
-        if heartbeat is not None:
-            heartbeat.enter(then)
-
-
-class _DrainOnSignal:
-    """SIGTERM and SIGINT ask the job to drain, where no supervisor does it."""
-
-    def __init__(self, drain: Callable[[], None]):
-        self._drain = drain
-        self._previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_signal)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        # Not in the handler: it may have interrupted a request on the same connection.
-        threading.Thread(target=self._drain, name="gpuorch-drain", daemon=True).start()
-
-    def restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
-
-
-def _wrapped(wrapper: StepWrapper, call: Callable[[Any], Any], ticket: Ticket, batch: Any) -> Any:
-    return wrapper(call, batch, ticket)
-
-
-def whole(output: Any) -> Any:
-    """Gather sharded tensors and wait for those still on their way; every rank of the group must take part."""
-
-    def convert(tensor: torch.Tensor) -> torch.Tensor:
-        if hasattr(tensor, "full_tensor"):
-            tensor = tensor.full_tensor()
-        if hasattr(tensor, "trigger_wait"):
-            tensor = tensor.trigger_wait()
-        return tensor
-
-    return apply_to_collection(output, torch.Tensor, convert)
-
-
-def _digest(batch: Any) -> int:
-    """A checksum of shapes and of some elements of every tensor in a batch."""
-    running = 0
-
-    def add(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal running
-        flat = tensor.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // 64)].to("cpu").contiguous()
-        running = zlib.crc32(repr(tuple(tensor.shape)).encode(), running)
-        running = zlib.crc32(picked.view(torch.uint8).numpy().tobytes(), running)
-        return tensor
-
-    apply_to_collection(batch, torch.Tensor, add)
-    return running
-
-
-def to_host(output: Any) -> Any:
-    """Copy a prediction to memory of its own, on the host.
-
-    A copy also for tensors that are there already: the model may reuse its output buffer for the next batch, while this
-    one still waits for the disk.
-    """
-    return apply_to_collection(output, (torch.Tensor, np.ndarray), _own_copy)
-
-
-def _own_copy(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        value = value.detach()
-        return value.to("cpu") if value.device.type != "cpu" else value.clone()
-    return value.copy()
-
-
-def fingerprint_weights(module: torch.nn.Module, samples_per_tensor: int = 32) -> str:
-    """A digest of names, shapes, dtypes and some elements of every parameter and buffer.
-
-    It tells apart models with different weights, in time that does not grow with their size. Sharded parameters count
-    by name and global shape only, so that the same weights give the same digest at every tensor-parallel size.
-
-    Args:
-        module: The model.
-        samples_per_tensor: Elements to take of each tensor, evenly spread.
-    """
-    import hashlib
-
-    running = hashlib.sha256()
-    for name, tensor in sorted({**dict(module.named_parameters()), **dict(module.named_buffers())}.items()):
-        running.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-        if tensor.is_meta or type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.numel():
-            continue
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // samples_per_tensor)
-        picked = flat[::step][:samples_per_tensor].to("cpu").contiguous()
-        running.update(picked.view(torch.uint8).numpy().tobytes())
-    return running.hexdigest()[:16]

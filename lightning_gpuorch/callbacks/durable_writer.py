@@ -20,7 +20,7 @@ from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 from lightning_gpuorch.predictions.reader import read_predictions
 from lightning_gpuorch.predictions.source import MapSource, describe
 from lightning_gpuorch.predictions.writer import PartWriter
-from lightning_gpuorch.runtime import to_host
+from lightning_gpuorch.tensors import to_host
 
 log = logging.getLogger(__name__)
 
