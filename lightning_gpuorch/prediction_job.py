@@ -31,7 +31,7 @@ from lightning_gpuorch.predictions.reader import read_predictions
 from lightning_gpuorch.predictions.source import default_chunk_batches, describe
 from lightning_gpuorch.predictions.writer import PartWriter
 from lightning_gpuorch.telemetry.current import emit
-from lightning_gpuorch.tensors import to_host, whole
+from lightning_gpuorch.tensors import to_host
 
 if TYPE_CHECKING:
     from lightning_gpuorch.runtime import Runtime
@@ -145,7 +145,7 @@ class PredictionJob:
         Returns:
             The output, as ``call`` returned it.
         """
-        step = call
+        step = functools.partial(self._runtime.compute_together, call)
         for wrapper in reversed(self._runtime.step_wrappers):
             step = functools.partial(_wrapped, wrapper, step, ticket)
         self._lost.clear()
@@ -155,13 +155,14 @@ class PredictionJob:
             stop = span.first_unit + span.num_units
             heartbeat.begin_step(self.number, ticket.loader, ticket.chunk, span.first_unit, stop)
         try:
-            self._runtime.check_same_input(batch)
             output = step(batch)
         except StopIteration as error:
             # Lightning's loop would take it for the end of the data and silently drop the rest.
             raise RuntimeError(f"the predict step raised StopIteration on batch {ticket.span.batch_index}") from error
-        if self._world.topology.tensor_parallel_size > 1:
-            output = whole(output)
+        except Exception as error:
+            if self._world.recovery is not None:
+                self._world.recovery.abandon(error)
+            raise
         self.steps += 1
         self.samples += ticket.size or 0
         if self._writer is not None:

@@ -6,22 +6,24 @@ import atexit
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_gpuorch.config import OrchestratorConfig
+from lightning_gpuorch.distributed.recoverable_group import RecoverableProcessGroup, collective_hooks
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError, InputMismatchError
+from lightning_gpuorch.group_recovery import GroupRecovery
 from lightning_gpuorch.prediction_job import PredictionJob, StepWrapper
 from lightning_gpuorch.predictions.loader import SharedLoader
 from lightning_gpuorch.predictions.source import describe
-from lightning_gpuorch.telemetry.current import current_events, emit, use_events
+from lightning_gpuorch.telemetry.current import current_events, current_metrics, emit, use_events
 from lightning_gpuorch.telemetry.events import EventLog
 from lightning_gpuorch.telemetry.logs import configure_logging
 from lightning_gpuorch.telemetry.steps import StepRecorder
-from lightning_gpuorch.tensors import digest
+from lightning_gpuorch.tensors import digest, whole
 from lightning_gpuorch.world import ExternalRanks, World, join
 
 if TYPE_CHECKING:
@@ -106,7 +108,18 @@ class Runtime:
         if topology.tensor_parallel_size > 1 and self.mesh is None:
             replicas = topology.num_replicas if world.spans_job else 1
             self.mesh = world.groups.device_mesh(replicas, topology.tensor_parallel_size)
+        if topology.tensor_parallel_size > 1 and not training:
+            self._watch_over_group(world)
         return world
+
+    def _watch_over_group(self, world: World) -> None:
+        """Let faults inside of the tensor-parallel group be mended in place."""
+        assert self.mesh is not None
+        group = self.mesh.get_group("tensor_parallel")
+        if world.recovery is None and isinstance(group, RecoverableProcessGroup):
+            rank, size = world.topology.tensor_parallel_rank, world.topology.tensor_parallel_size
+            world.recovery = GroupRecovery(world.channel, world.owner, rank, size, group, self.config.timeout_sec)
+            collective_hooks.append(_observe_collective)
 
     def _record_run(self, world: World) -> None:
         """Log and record events where the supervisor collects them."""
@@ -152,6 +165,33 @@ class Runtime:
                 "tensor-parallel group must run on the same input. Is the dataset random?"
             )
 
+    def compute_together(self, call: Callable[[Any], Any], batch: Any) -> Any:
+        """Compute a batch, or a part of one, on all ranks of the tensor-parallel group; without a group, just compute.
+
+        The ranks compare their input first, DTensors in the output are gathered, and the output is returned when all
+        ranks have theirs. A fault on the way is mended in place; see :mod:`lightning_gpuorch.group_recovery`.
+
+        Args:
+            call: Computes a batch.
+            batch: The batch, the same on every rank of the group.
+
+        Raises:
+            InputMismatchError: The ranks were given different batches.
+            GroupOutOfMemoryError: Memory ran out on one of the ranks. All of them raise this, and may go on with a
+                smaller batch.
+            PeerFailedError: ``call`` raised on another rank.
+            GroupRecoveryError: The group cannot go on in place; this process has to end.
+        """
+        if self.world.topology.tensor_parallel_size == 1:
+            return call(batch)
+
+        def compute() -> Any:
+            self.check_same_input(batch)
+            return whole(call(batch))
+
+        recovery = self.world.recovery
+        return compute() if recovery is None else recovery.attempt(compute)
+
     def share(self, loader: Any, limit: int | None = None) -> SharedLoader:
         """This replica's fixed share of a loader's batches."""
         topology = self.world.topology
@@ -175,3 +215,9 @@ class Runtime:
         """
         self.job = PredictionJob(self, loaders, default_root, limits, model_fingerprint)
         return self.job
+
+
+def _observe_collective(op: str, num_bytes: int, seconds: float) -> None:
+    metrics = current_metrics()
+    if metrics is not None:
+        metrics.observe_collective(op, seconds)

@@ -31,6 +31,7 @@ from lightning_gpuorch.distributed import (
 )
 from lightning_gpuorch.environment import WorkerEnvironment
 from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError
+from lightning_gpuorch.group_recovery import GroupRecovery
 from lightning_gpuorch.head import Head
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class World:
         head: The head, if this process hosts it.
         supervised: Whether a supervisor restarts ranks.
         spans_job: Whether torch.distributed's world is the whole job rather than one replica.
+        recovery: Mends faults inside of this rank's tensor-parallel group, if it is in one that can be mended.
     """
 
     topology: Topology
@@ -65,6 +67,7 @@ class World:
     supervised: bool
     run_directory: Path | None = None
     spans_job: bool = False
+    recovery: GroupRecovery | None = None
     _jobs: Iterator[int] = field(default_factory=itertools.count)
     _directory_uses: dict[str, int] = field(default_factory=dict)
 
@@ -118,7 +121,7 @@ class World:
             answer = self.channel.call({"op": "lookup", "key": key}, timeout_seconds=timeout)
             host, port = answer.header["value"]
             store = self.groups.create_store(host, port, False, size)
-        self.groups.initialize(rank, size, store=store)
+        self.groups.initialize(rank, size, store=store, is_replica=not whole_job)
         self.spans_job = whole_job
 
     collectives_timeout: float = 1800.0
@@ -167,7 +170,7 @@ def join(config: OrchestratorConfig, device: torch.device, external: ExternalRan
                 f"tensor-parallel size between two uses of gpuorch (asked for {topology})."
             )
         return _world
-    groups = ProcessGroupManager(config.backend, config.timeout_sec, device)
+    groups = ProcessGroupManager(config.backend, config.timeout_sec, device, config.enable_group_recovery)
     if worker is not None:
         _world = _join_supervised(config, topology, groups, worker)
     elif external is not None:
@@ -184,6 +187,8 @@ def leave() -> None:
     if _world is None:
         return
     world, _world = _world, None
+    if world.recovery is not None:
+        world.recovery.close()
     world.groups.finalize()
     world.channel.close()
 

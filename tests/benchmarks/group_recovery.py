@@ -1,0 +1,343 @@
+"""Faults inside of a tensor-parallel group: how many are mended in place, how long it takes, what it costs without any.
+
+python -m tests.benchmarks.group_recovery campaign --ranks 2 3 4 --faults 200
+python -m tests.benchmarks.group_recovery cost
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import multiprocessing
+import os
+import random
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from lightning_gpuorch.batching import BatchHalver
+from lightning_gpuorch.distributed import ControlServer, ProcessGroupManager, RemoteChannel
+from lightning_gpuorch.distributed import recoverable_group as groups
+from lightning_gpuorch.group_recovery import GroupRecovery, Recovery
+from lightning_gpuorch.head import Head
+from lightning_gpuorch.tensor_parallel import Communicator
+from lightning_gpuorch.tensors import digest, whole
+
+WIDTH, LAYERS, BATCH = 64, 4, 24
+KINDS = ("plain", "dtensor", "compiled")
+PLACES = ("before", "issue", "wait", "after")
+"""Where a fault strikes: before a layer's collective, as it is issued, while it is on its way, after it."""
+
+
+class Block(nn.Module):
+    """Two layers of which the second needs an all-reduce when they are cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class PlainBlock(nn.Module):
+    """A rank's part of a block, on plain tensors."""
+
+    def __init__(self, whole_block: Block, communicator: Communicator):
+        super().__init__()
+        rank, size, hidden = communicator.rank, communicator.size, 2 * WIDTH
+        edges = [hidden * k // size for k in range(size + 1)]
+        own = slice(edges[rank], edges[rank + 1])
+        self.up_weight, self.up_bias = whole_block.up.weight.detach()[own], whole_block.up.bias.detach()[own]
+        self.down_weight, self.down_bias = whole_block.down.weight.detach()[:, own], whole_block.down.bias.detach()
+        self.communicator = communicator
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(nn.functional.linear(x, self.up_weight, self.up_bias))
+        return x + self.communicator.all_reduce(nn.functional.linear(hidden, self.down_weight)) + self.down_bias
+
+
+def make_model(kind: str, mesh: Any) -> nn.Module:
+    """The same weights on every rank, cut by the kind's own means."""
+    torch.manual_seed(0)
+    blocks = [Block() for _ in range(LAYERS)]
+    axis = mesh["tensor_parallel"]
+    if kind == "dtensor":
+        for block in blocks:
+            parallelize_module(block, axis, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        return nn.Sequential(*blocks)
+    communicator = Communicator(axis.get_group())
+    model = nn.Sequential(*(PlainBlock(block, communicator) for block in blocks))
+    if kind == "compiled":
+        for block in model:
+            block.compile(backend="aot_eager", dynamic=True)
+    return model
+
+
+class Injector:
+    """Raises out-of-memory errors where it is told to."""
+
+    def __init__(self, model: nn.Module):
+        self.place: str | None = None
+        self.countdown = 0
+        for layer in model:
+            layer.register_forward_pre_hook(lambda *_: self._at("before"))
+            layer.register_forward_hook(lambda *_: self._at("after"))
+        injector, issue, wait = self, groups.RecoverableProcessGroup._current, groups.RecoverableWork.wait
+
+        def faulty_issue(group: Any) -> Any:
+            injector._at("issue")
+            return issue(group)
+
+        def faulty_wait(work: Any, timeout: Any = None) -> bool:
+            injector._at("wait")
+            return wait(work, timeout)
+
+        groups.RecoverableProcessGroup._current = faulty_issue  # type: ignore[method-assign]
+        groups.RecoverableWork.wait = faulty_wait  # type: ignore[method-assign]
+
+    def arm(self, place: str, countdown: int) -> None:
+        self.place, self.countdown = place, countdown
+
+    def _at(self, place: str) -> None:
+        if self.place != place:
+            return
+        self.countdown -= 1
+        if self.countdown < 0:
+            self.place = None
+            raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+
+
+class Rank:
+    """One rank of a group with everything it needs."""
+
+    def __init__(self, rank: int, size: int, address: str, store_port: int, timeout_seconds: float = 20.0):
+        torch.set_num_threads(1)
+        logging.getLogger("lightning_gpuorch").setLevel(logging.ERROR)  # hundreds of faults are not news here
+        self.rank, self.size = rank, size
+        self.manager = ProcessGroupManager("gloo", timeout_seconds, torch.device("cpu"), recoverable=True)
+        store = self.manager.create_store("127.0.0.1", store_port, False, size)
+        self.manager.initialize(rank, size, store=store, is_replica=True)
+        self.mesh = self.manager.device_mesh(1, size)
+        self.group: groups.RecoverableProcessGroup = self.mesh.get_group("tensor_parallel")  # type: ignore[assignment]
+        self.recoveries: list[Recovery] = []
+        self.channel = RemoteChannel(address, "secret")
+        self.recovery = GroupRecovery(
+            self.channel,
+            {"replica": 0, "generation": 0},
+            rank,
+            size,
+            self.group,
+            timeout_seconds,
+            self.recoveries.append,
+        )
+
+    def same_input(self, batch: torch.Tensor) -> None:
+        mine = torch.tensor([digest(batch)])
+        digests = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(digests, mine, group=self.group)
+        assert len({int(value) for value in digests}) == 1, "the ranks cut the batch in different ways"
+
+    def step(self, call: Callable[[Any], Any], batch: torch.Tensor) -> torch.Tensor:
+        """As a predict step does it."""
+
+        def compute() -> Any:
+            self.same_input(batch)
+            return whole(call(batch))
+
+        return self.recovery.attempt(compute)
+
+    def close(self) -> None:
+        self.recovery.close()
+        self.group.wait_until_released(10)
+        self.manager.finalize()
+        self.channel.close()
+
+
+def usage() -> dict[str, int]:
+    """Threads, file descriptors and anonymous memory of this process."""
+    status = Path("/proc/self/status").read_text()
+    resident = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+    return {
+        "threads": len(os.listdir("/proc/self/task")),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "anonymous_kib": int(resident.split()[1]),
+    }
+
+
+def campaign(node: Rank, faults: int, kind: str, seed: int) -> dict[str, Any]:
+    """Inject faults on any subset of ranks; every rank draws the same ones."""
+    draw, rank = random.Random(f"{seed}/{kind}"), node.rank
+    model = make_model(kind, node.mesh)
+    data = torch.randn(512, WIDTH, generator=torch.Generator().manual_seed(1))
+    injector = Injector(model)
+    outputs: list[tuple[int, torch.Tensor]] = []
+    parts: list[list[int]] = []
+    waits: list[float] = []
+    struck = injected = 0
+    at_start: dict[str, int] = {}
+    left_at: list[float] = []
+
+    def call(part: torch.Tensor) -> torch.Tensor:
+        if left_at:
+            waits.append(time.perf_counter() - left_at.pop())
+        return model(part)
+
+    def watched(part: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        try:
+            output = node.step(call, part)
+        except MemoryError:
+            left_at[:] = [time.perf_counter() - node.recoveries[-1].seconds]
+            raise
+        sizes.append(len(part))
+        return output
+
+    with torch.no_grad():
+        node.step(model, data[:BATCH])  # warm
+        while injected < faults:
+            start = draw.randrange(len(data) - BATCH)
+            victims = draw.sample(range(node.size), draw.randint(1, node.size))
+            for victim in range(node.size):
+                place, countdown = draw.choice(PLACES), draw.randrange(LAYERS)
+                if victim == rank and victim in victims:
+                    injector.arm(place, countdown)
+            sizes: list[int] = []
+            before = len(node.recoveries)
+            # A fresh halver forgets the fault: every batch begins whole.
+            output = BatchHalver().run(functools.partial(watched, sizes=sizes), data[start : start + BATCH], size=BATCH)
+            injected += 1
+            struck += len(node.recoveries) > before
+            assert injector.place is None or rank not in victims or len(node.recoveries) > before
+            injector.place = None
+            outputs.append((start, output))
+            parts.append(sizes)
+            if injected == min(50, faults // 2):
+                node.group.wait_until_released(10)
+                at_start = usage()
+        node.group.wait_until_released(10)
+        at_end = usage()
+        # The same parts, undisturbed.
+        equal = 0
+        for (start, output), sizes in zip(outputs, parts, strict=True):
+            pieces, position = [], start
+            for size in sizes:
+                pieces.append(node.step(model, data[position : position + size]))
+                position += size
+            assert position == start + BATCH
+            equal += torch.equal(torch.cat(pieces), output)
+    registry = torch._C._distributed_c10d._get_work_registry_size()
+    return {
+        "injected": injected,
+        "recovered_batches": struck,
+        "recoveries": len(node.recoveries),
+        "own": sum(one.own for one in node.recoveries),
+        "equal": equal,
+        "checksum": sum(digest(output) % 1000003 for _, output in outputs),
+        "seconds": [one.seconds for one in node.recoveries],
+        "until_retry_seconds": waits,
+        "cut": sum(len(sizes) > 1 for sizes in parts),
+        "start": at_start,
+        "end": at_end,
+        "unfinished_works": registry,
+    }
+
+
+def _serve(
+    rank: int, size: int, address: str, port: int, work: str, arguments: tuple[Any, ...], end: Connection
+) -> None:
+    try:
+        node = Rank(rank, size, address, port)
+        result = globals()[work](node, *arguments)
+        node.close()
+        end.send((result, None))
+    except BaseException:  # noqa: BLE001 - handed to the parent
+        end.send((None, traceback.format_exc()))
+
+
+def on_ranks(size: int, work: str, *arguments: Any, timeout_seconds: float = 600.0) -> list[Any]:
+    """Run a function of this module on ranks with a head outside of them; give the results by rank."""
+    context = multiprocessing.get_context("spawn")
+    server = ControlServer(Head(size), token="secret")
+    store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+    processes, ends = [], []
+    try:
+        for rank in range(size):
+            here, there = context.Pipe()
+            processes.append(
+                context.Process(
+                    target=_serve, args=(rank, size, server.address, store.port, work, arguments, there), daemon=True
+                )
+            )
+            processes[-1].start()
+            there.close()
+            ends.append(here)
+        results, deadline = [], time.monotonic() + timeout_seconds
+        for rank, end in enumerate(ends):
+            if not end.poll(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError(f"rank {rank} of {size} did not end within {timeout_seconds:g} s")
+            try:
+                result, error = end.recv()
+            except EOFError:
+                raise RuntimeError(f"rank {rank} of {size} died") from None
+            if error is not None:
+                raise RuntimeError(f"rank {rank} of {size}: {error}")
+            results.append(result)
+        return results
+    finally:
+        for process in processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join(10)
+        server.close()
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def run_campaign(sizes: list[int], faults: int, kinds: list[str], seed: int) -> None:
+    for size in sizes:
+        for kind in kinds:
+            results = on_ranks(size, "campaign", faults, kind, seed)
+            first = results[0]
+            seconds = [value for result in results for value in result["seconds"]]
+            waits = [value for result in results for value in result["until_retry_seconds"]]
+            growth = {
+                key: max(result["end"][key] - result["start"][key] for result in results) for key in first["start"]
+            }
+            print(
+                f"{size} ranks, {kind}: {first['injected']} batches with injected faults, {first['recoveries']} recoveries "
+                f"({sum(result['own'] for result in results)} errors), {first['cut']} batches cut; outputs equal to the "
+                f"undisturbed ones: {[result['equal'] for result in results]}; same on all ranks: "
+                f"{len({result['checksum'] for result in results}) == 1}; error to ready p50 "
+                f"{1e3 * percentile(seconds, 0.5):.1f} ms, p99 {1e3 * percentile(seconds, 0.99):.1f} ms; to the next "
+                f"attempt p50 {1e3 * percentile(waits, 0.5):.1f} ms, p99 {1e3 * percentile(waits, 0.99):.1f} ms; growth "
+                f"{json.dumps(growth)}; works kept {max(result['unfinished_works'] for result in results)}",
+                flush=True,
+            )
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("what", choices=["campaign"])
+    options.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4])
+    options.add_argument("--faults", type=int, default=200)
+    options.add_argument("--kinds", nargs="+", default=list(KINDS))
+    options.add_argument("--seed", type=int, default=0)
+    chosen = options.parse_args()
+    run_campaign(chosen.ranks, chosen.faults, chosen.kinds, chosen.seed)
+
+
+if __name__ == "__main__":
+    main()
