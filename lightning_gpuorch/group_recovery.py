@@ -73,7 +73,7 @@ class GroupRecovery:
 
     Args:
         channel: Line to the head.
-        owner: ``replica`` and ``generation`` of this group.
+        owner: ``replica``, ``generation`` and global ``rank`` of this process.
         rank: Rank in the group.
         size: Ranks in the group.
         group: The group over which ranks wait for each other at the end of an attempt.
@@ -92,7 +92,8 @@ class GroupRecovery:
         on_recovery: Callable[[Recovery], None] = lambda recovery: None,
     ):
         self._channel, self._rank, self._size, self._group = channel, rank, size, group
-        self._owner = {"replica": owner["replica"], "generation": owner["generation"], "rank": rank}
+        self._global_rank = owner["rank"]  # in messages; the group's own numbers mean nothing to a reader
+        self._owner = {**owner, "rank": rank}
         self._timeout_seconds = timeout_seconds
         self.on_recovery = on_recovery
         self.epoch = 0
@@ -150,12 +151,14 @@ class GroupRecovery:
         """
         if self._agreed == id(error) or self._closed:
             return
-        vote = Vote(self._rank, self._position + 1, Cause.ERROR, message=_text(error), exit_code=_exit_code(error))
+        vote = Vote(
+            self._global_rank, self._position + 1, Cause.ERROR, message=_text(error), exit_code=_exit_code(error)
+        )
         try:
             self._tell_abort(vote.message)
             self._exchange("votes", vote.to_dict(), wait=False)
         except ControlPlaneError as lost:  # the head is gone: so are we, soon
-            log.debug("rank %d could not say that it leaves: %s", self._rank, lost)
+            log.debug("rank %d could not say that it leaves: %s", self._global_rank, lost)
 
     def close(self) -> None:
         """Stop watching; safe to call again."""
@@ -165,7 +168,7 @@ class GroupRecovery:
         try:
             self._call("leave", timeout_seconds=5)
         except ControlPlaneError as error:
-            log.debug("rank %d could not say that it is done: %s", self._rank, error)
+            log.debug("rank %d could not say that it is done: %s", self._global_rank, error)
         if threading.current_thread() is not self._watcher:
             self._watcher.join(5)
 
@@ -200,7 +203,7 @@ class GroupRecovery:
                     break
                 if time.monotonic() > deadline:
                     raise CollectiveTimeoutError(
-                        f"rank {self._rank} of {self._size}: the device did not complete the step within "
+                        f"rank {self._global_rank} of {self._size}: the device did not complete the step within "
                         f"{self._timeout_seconds:g} s."
                     )
                 time.sleep(5e-5)
@@ -225,13 +228,13 @@ class GroupRecovery:
         elif decision.verdict is Verdict.FAIL:
             raised = PeerFailedError(f"the step failed on {decision.reason}")
             raised.exit_code = decision.exit_code
-            if error is not None and self._rank in decision.culprits:
+            if error is not None and self._global_rank in decision.culprits:
                 raised = error
         else:
             raised = GroupRecoveryError(
-                f"rank {self._rank}: {decision.reason}; {decision.tries} tries in place did not help"
+                f"rank {self._global_rank}: {decision.reason}; {decision.tries} tries in place did not help"
                 if decision.tries
-                else f"rank {self._rank}: the ranks of the group are out of step ({decision.reason})"
+                else f"rank {self._global_rank}: the ranks of the group are out of step ({decision.reason})"
             )
         self._agreed = id(raised)
         raise raised
@@ -244,14 +247,16 @@ class GroupRecovery:
             if cause is Cause.PEER:
                 self._abort_groups(message, self.epoch)
             else:
-                self._tell_abort(f"{cause.value} on rank {self._rank}")
-            vote = Vote(self._rank, self._position, cause, computed, tries, message, _exit_code(error))
+                self._tell_abort(f"{cause.value} on rank {self._global_rank}")
+            vote = Vote(self._global_rank, self._position, cause, computed, tries, message, _exit_code(error))
             votes = [Vote.from_dict(one) for one in self._exchange("votes", vote.to_dict())]
             decision = decide(votes, MAX_TRIES)
             if decision.verdict in (Verdict.COMPLETE, Verdict.RETRY, Verdict.SMALLER):
                 self._connect()
         except ControlPlaneError as lost:
-            raised = GroupRecoveryError(f"rank {self._rank} could not agree with the other ranks of its group: {lost}")
+            raised = GroupRecoveryError(
+                f"rank {self._global_rank} could not agree with the other ranks of its group: {lost}"
+            )
             self._agreed = id(raised)
             raise raised from None
         except GroupRecoveryError as lost:
@@ -259,7 +264,7 @@ class GroupRecovery:
             raise
         self.num_recoveries += 1
         seconds = time.perf_counter() - began
-        own = self._rank in decision.culprits
+        own = self._global_rank in decision.culprits
         log.log(
             logging.WARNING if own else logging.DEBUG,
             "%s: %s; ready after %.1f ms", decision.reason, decision.verdict.value, 1e3 * seconds,
@@ -286,7 +291,7 @@ class GroupRecovery:
             failures = [text for text in self._exchange("connected", failure) if text]
             if not failures:
                 return
-            log.warning("rank %d: the group could not connect: %s", self._rank, failures[0])
+            log.warning("rank %d: the group could not connect: %s", self._global_rank, failures[0])
             self._tell_abort(failures[0])
         raise GroupRecoveryError(f"the group could not connect in {CONNECT_TRIES} tries: {failures[0]}")
 
@@ -326,12 +331,12 @@ class GroupRecovery:
             except TimeoutError:
                 continue
             except (GPUOrchError, OSError) as error:  # without the head there is no recovery, and soon no job
-                log.debug("rank %d no longer watches: %s", self._rank, error)
+                log.debug("rank %d no longer watches: %s", self._global_rank, error)
                 return
             if "aborted" not in answer:
                 return
             first = answer["aborted"]
-            self._abort_groups(f"{first['reason']} (rank {first['rank']} of the group)", epoch)
+            self._abort_groups(f"{first['reason']}", epoch)
             epoch += 1
 
 

@@ -216,7 +216,7 @@ class Supervisor:
     def _reap(self) -> None:
         for rank, worker in list(self._workers.items()):
             code = worker.process.poll()
-            if code is None or rank not in self._workers:
+            if code is None or self._workers.get(rank) is not worker:  # it, or its whole replica, was dealt with
                 continue
             _signal_group(worker.process.pid, signal.SIGKILL)  # what it started dies with it
             self._on_exit(worker, code)

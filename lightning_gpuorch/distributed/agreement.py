@@ -45,7 +45,7 @@ class Vote:
     """What a rank knows when it leaves an attempt.
 
     Attributes:
-        rank: Rank in the group.
+        rank: Global rank.
         position: Number of the attempt.
         cause: Why it left.
         computed: It had computed the attempt and was waiting for the others.
@@ -80,7 +80,7 @@ class Decision:
         verdict: What to do.
         position: The attempt it is about.
         tries: Times that attempt will have been repeated.
-        culprits: Ranks that left by themselves, for the cause that decided.
+        culprits: Global ranks that left by themselves, for the cause that decided.
         cause: That cause.
         reason: For logs and errors.
         exit_code: What the culprit's process would end with.
@@ -114,7 +114,7 @@ def decide(votes: Iterable[Vote], max_tries: int) -> Decision:
     def decision(verdict: Verdict, cause: Cause, by: list[Vote]) -> Decision:
         first = by[0] if by else votes[0]
         who = f"rank{'s' if len(by) > 1 else ''} {', '.join(str(vote.rank) for vote in by)}" if by else "no rank"
-        reason = f"{who} of the group: {first.message or cause.value}"
+        reason = f"{who}: {first.message or cause.value}"
         return Decision(verdict, position, tries, tuple(vote.rank for vote in by), cause, reason, first.exit_code)
 
     # 1. What cannot be: the ranks do not run the same program any more.
@@ -138,6 +138,7 @@ def decide(votes: Iterable[Vote], max_tries: int) -> Decision:
         blamed = [vote for vote in votes if vote.cause is cause]
         if blamed:
             break
-    spent = tries >= max_tries
+    if tries >= max_tries:
+        return decision(Verdict.RESTART, cause, blamed)
     tries += 1
-    return decision(Verdict.RESTART if spent else Verdict.RETRY, cause, blamed)
+    return decision(Verdict.RETRY, cause, blamed)

@@ -287,7 +287,8 @@ class RecoverableProcessGroup(ProcessGroup):
         reason = self._reason_to_stop(epoch)
         if reason is not None:
             return StepAbortedError(f"{op} was given up: {reason}")
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # gloo goes on with advice that fits a dead process, which this seldom is.
+        text = str(error).partition(". This is")[0].partition("\n")[0] or type(error).__name__
         kind = CollectiveTimeoutError if "timed out" in text.lower() else CollectiveError
         return kind(f"{op} failed on rank {self._rank} of {self._size}: {text}")
 

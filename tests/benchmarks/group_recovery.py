@@ -134,7 +134,7 @@ class Rank:
         self.channel = RemoteChannel(address, "secret")
         self.recovery = GroupRecovery(
             self.channel,
-            {"replica": 0, "generation": 0},
+            {"replica": 0, "generation": 0, "rank": rank},
             rank,
             size,
             self.group,

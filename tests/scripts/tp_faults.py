@@ -1,11 +1,13 @@
-"""Faults on one rank of a tensor-parallel group under the Trainer: memory, a broken connection, a slow rank, a bug."""
+"""Faults on the last rank of a tensor-parallel group: memory, broken connections, a rank that is late, a bug.
+
+``--faults connection:16:3`` breaks the connections in the first three tries at the batch that begins with sample 16.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
@@ -27,43 +29,41 @@ class FeedForward(pl.LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
-        self.options, self.struck = options, 0
-        self.budget = None
+        self.options, self.budget, self.faulty = options, None, False
+        self.left = {}
 
     def on_predict_start(self):
-        rank = self.trainer.global_rank
-        self.faulty = rank % self.options.tp == self.options.tp - 1
-        if self.options.fault == "memory" and self.faulty:
+        self.faulty = self.trainer.global_rank % self.options.tp == self.options.tp - 1
+        if not self.faulty or self.trainer.strategy.runtime.world.generation:
+            return
+        for fault in self.options.faults:
+            kind, sample, times = fault.split(":")
+            self.left[int(sample)] = [kind, int(times)]
+        if self.options.budget:
             # The hidden activations of five samples, twice, fit on this rank; the others have no limit.
             per_sample = 4 * TOKENS * HIDDEN // self.options.tp
             self.budget = CPUMemoryBudget(0, resident=self)
             self.budget.limit_bytes = self.budget.used_bytes + 12 * per_sample
 
     def predict_step(self, batch, batch_idx):
-        first = float(batch[0, 0, 0])
+        samples = batch[:, 0, 0]
         with self.budget or nullcontext():
             hidden = torch.relu(self.up(batch[:, 1:]))
-            if self.options.too_large is not None and self.faulty and self.options.too_large in batch[:, 0, 0].tolist():
+            fault = self.left.get(int(samples[0]))
+            if fault is not None and fault[1]:
+                fault[1] -= 1
+                self.fail(fault[0])
+            if self.faulty and self.options.too_large in samples.tolist():
                 raise torch.OutOfMemoryError("CUDA out of memory. (simulated)")
-            if self.faulty and first == 16 and self.options.fault not in ("memory", "none"):
-                self.fail()
-            return {"index": batch[:, 0, 0], "value": self.down(hidden)}
+            return {"index": samples, "value": self.down(hidden)}
 
-    def fail(self):
-        self.struck += 1
-        fault, times = self.options.fault, self.options.times
-        if self.struck > times or Path(self.options.once).exists():
-            return
-        if fault == "connection":
+    def fail(self, kind):
+        if kind == "connection":
             live_groups()[0]._inner.abort()
-        elif fault == "slow":
+        elif kind == "late":
             time.sleep(1.5 * self.trainer.strategy.config.timeout_sec)
-        elif fault == "bug":
-            raise RuntimeError("shapes do not match (simulated bug)")
-        elif fault == "stop-iteration":
-            raise StopIteration
-        if self.struck == times and times > 1:
-            Path(self.options.once).touch()
+        else:
+            raise RuntimeError("shapes do not match (simulated)")
 
 
 def parallelize(module, mesh):
@@ -73,9 +73,8 @@ def parallelize(module, mesh):
 
 def main():
     options = parser()
-    options.add_argument("--fault", default="none")
-    options.add_argument("--times", type=int, default=1)
-    options.add_argument("--once", default="once")
+    options.add_argument("--faults", nargs="*", default=[])
+    options.add_argument("--budget", action="store_true")
     options.add_argument("--timeout", type=float, default=30.0)
     options.add_argument("--restarts", type=int, default=3)
     options.add_argument("--too-large", type=float, default=None)
