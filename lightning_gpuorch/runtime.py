@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,7 @@ from lightning_gpuorch.errors import ConfigurationError, GPUOrchError, InputMism
 from lightning_gpuorch.prediction_job import PredictionJob, StepWrapper
 from lightning_gpuorch.predictions.loader import SharedLoader
 from lightning_gpuorch.predictions.source import describe
-from lightning_gpuorch.telemetry.current import current_events, emit, use_events
-from lightning_gpuorch.telemetry.events import EventLog
-from lightning_gpuorch.telemetry.logs import configure_logging
-from lightning_gpuorch.telemetry.steps import StepRecorder
+from lightning_gpuorch.telemetry.rank import RankTelemetry
 from lightning_gpuorch.tensors import digest
 from lightning_gpuorch.world import ExternalRanks, World, join
 
@@ -39,15 +35,13 @@ class Runtime:
     """
 
     def __init__(self, config: OrchestratorConfig, output_dir: str | os.PathLike[str] | None = None):
-        for field in ("enable_dynamic_batching", "enable_profiling"):
-            if getattr(config, field):
-                raise ConfigurationError(f"{field}=True is not available in this version; leave it False.")
+        if config.enable_dynamic_batching:
+            raise ConfigurationError("enable_dynamic_batching=True is not available in this version; leave it False.")
         self.config, self.output_dir = config, output_dir
         self.step_wrappers: list[StepWrapper] = []
         self.device = torch.device("cpu")
         self.mesh: DeviceMesh | None = None
         self.job: PredictionJob | None = None
-        self.step_recorder: StepRecorder | None = None
         self._world: World | None = None
 
     @property
@@ -71,6 +65,12 @@ class Runtime:
     def is_leader(self) -> bool:
         """Whether this process speaks for its tensor-parallel group."""
         return self.world.topology.is_leader
+
+    @property
+    def telemetry(self) -> RankTelemetry:
+        """What this rank records."""
+        assert self.world.telemetry is not None
+        return self.world.telemetry
 
     @property
     def run_directory(self) -> Path | None:
@@ -97,7 +97,7 @@ class Runtime:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         world = self._world = join(self.config, device, external)
-        self._record_run(world)
+        self._record(world)
         topology = world.topology
         if topology.world_size > 1:
             stage = {"op": "stage", "gang": training, "every_replica": evaluating, **world.owner}
@@ -108,25 +108,26 @@ class Runtime:
             self.mesh = world.groups.device_mesh(replicas, topology.tensor_parallel_size)
         return world
 
-    def _record_run(self, world: World) -> None:
-        """Log and record events where the supervisor collects them."""
-        if world.run_directory is None or current_events() is not None:
+    def _record(self, world: World) -> None:
+        """Begin to record what this rank does, where the others of the node do as well."""
+        if world.telemetry is not None:
             return
-        topology = world.topology
-        configure_logging(
-            self.config.log_level,
+        topology, config = world.topology, self.config
+        world.telemetry = RankTelemetry(
+            world.run_directory,
             rank=topology.rank,
             replica=topology.replica,
-            directory=world.run_directory / "logs",
             generation=world.generation,
+            run_id=world.run_id,
+            is_leader=topology.is_leader,
+            log_level=config.log_level,
+            enable_profiling=config.enable_profiling,
+            trace_every_steps=config.trace_every_steps,
+            trace_endpoint=config.trace_endpoint,
+            start=_describe(self.device),
         )
-        common = {"rank": topology.rank, "replica": topology.replica, "generation": world.generation}
-        source = f"rank-{topology.rank:05d}.attempt-{world.generation}"
-        events = EventLog(world.run_directory / "events", source, common=common)
-        use_events(events)
-        self.step_recorder = StepRecorder(events, counts_samples=topology.is_leader)
-        emit("start", pid=os.getpid(), host=socket.gethostname(), device=str(self.device))
-        atexit.register(events.close)
+        if world.supervised:
+            atexit.register(world.telemetry.close)
 
     def check_same_input(self, batch: Any) -> None:
         """Compare a batch with those of the other ranks of the tensor-parallel group; every one of them must call this.
@@ -175,3 +176,11 @@ class Runtime:
         """
         self.job = PredictionJob(self, loaders, default_root, limits, model_fingerprint)
         return self.job
+
+
+def _describe(device: torch.device) -> dict[str, Any]:
+    """Fields of the ``start`` event about a device."""
+    if device.type != "cuda":
+        return {"device": str(device)}
+    properties = torch.cuda.get_device_properties(device)
+    return {"device": str(device), "device_name": properties.name, "device_memory_bytes": properties.total_memory}

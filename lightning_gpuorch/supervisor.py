@@ -17,7 +17,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ from lightning_gpuorch.errors import (
     EXIT_STORAGE,
     FINAL_EXIT_CODES,
     MissingPredictionsError,
+    format_indices,
 )
 from lightning_gpuorch.head import Head
 from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits, Row, main_thread_of_dump
@@ -45,7 +45,7 @@ from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 from lightning_gpuorch.recovery import Action, FailureKind, FailureRecoveryManager
 from lightning_gpuorch.spawn import Process, Spawner
 from lightning_gpuorch.telemetry.events import EventLog
-from lightning_gpuorch.telemetry.report import write_report
+from lightning_gpuorch.telemetry.run_directory import create_run_directory, keep_records, records_target
 from lightning_gpuorch.world import new_run_id, remove_ephemeral
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Supervisor:
         self.head = Head(world_size, config.max_chunk_failures, self._on_event)
         self.head.tensor_parallel_size = tensor_parallel_size
         self.recovery = FailureRecoveryManager(config.max_restart_attempts, config.enable_auto_restart)
-        self.run_directory = Path(tempfile.mkdtemp(prefix=f"gpuorch-{self.run_id}-"))
+        self.run_directory = create_run_directory(self.run_id)
         self._events = EventLog(self.run_directory / "events", "supervisor")
         self._spawner, self._world_size = spawner, world_size
         self._device_indices, self._environment = device_indices, dict(environment or {})
@@ -123,6 +123,7 @@ class Supervisor:
         self._drain_deadline: float | None = None
         self._progress: dict[int, int] = {}
         self._restarts = 0
+        self._missing: dict[str, Any] = {}
         self.keep_results = False
         """Leave results nobody asked to keep for :meth:`clean_up_at_exit`: the caller is this process."""
 
@@ -159,7 +160,7 @@ class Supervisor:
             code = self._conclude()
         finally:
             self._kill(list(self._workers))
-            self._on_event("end", exit_code=code)
+            self._on_event("end", exit_code=code, **self._missing)
             for number, handler in previous.items():
                 signal.signal(number, handler)
             self._spawner.close()
@@ -403,6 +404,7 @@ class Supervisor:
         try:
             self.head.verify()
         except MissingPredictionsError as error:
+            self._missing = {"missing_samples": format_indices(error.indices), "num_missing": len(error.indices)}
             if self._stop_signals:
                 log.info("stopped on request; the same command goes on from here")
                 return EXIT_RESUMABLE
@@ -462,19 +464,11 @@ class Supervisor:
             shutil.rmtree(self.run_directory, ignore_errors=True)
 
     def _keep_records(self) -> None:
-        """Put the run's events, logs and report beside the predictions that are kept. Never ends the run."""
-        kept = [job.directory for job in self.head.jobs.values() if not job.ephemeral and job.directory.is_dir()]
-        if not kept:
-            return
-        target = kept[0] / "runs" / self.run_id
-        try:
-            for name in ("events", "logs"):
-                if (self.run_directory / name).is_dir():
-                    shutil.copytree(self.run_directory / name, target / name)
-            write_report(target, target / "report.html")
-            log.info("the report of this run is %s", target / "report.html")
-        except Exception as error:  # noqa: BLE001 - a report that cannot be written costs nobody a prediction
-            log.warning("no report of this run: %s: %s", type(error).__name__, error)
+        """Put the run's events, logs and report beside the predictions that are kept."""
+        jobs = [(job.directory, job.ephemeral) for job in self.head.jobs.values()]
+        target = records_target(self.run_id, jobs, self.run_directory)
+        if target is not None:
+            keep_records(self.run_directory, target)
 
 
 def _describe_exit(code: int) -> str:
