@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_gpuorch.config import OrchestratorConfig
+from lightning_gpuorch.distributed import Topology
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError, InputMismatchError
 from lightning_gpuorch.prediction_job import PredictionJob, StepWrapper
 from lightning_gpuorch.predictions.loader import SharedLoader
@@ -43,6 +44,8 @@ class Runtime:
         self.mesh: DeviceMesh | None = None
         self.job: PredictionJob | None = None
         self._world: World | None = None
+        self._placed = False
+        self._training = False
 
     @property
     def world(self) -> World:
@@ -85,7 +88,9 @@ class Runtime:
         training: bool = False,
         evaluating: bool = False,
     ) -> World:
-        """Join the job and form the process group.
+        """Join the job, and form the process group unless the tensor-parallel size is still open.
+
+        Where it is, :meth:`settle` goes on when the model is known; training leaves each rank its own model.
 
         Args:
             device: Device this rank computes on.
@@ -97,16 +102,41 @@ class Runtime:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         world = self._world = join(self.config, device, external)
-        self._record(world)
-        topology = world.topology
-        if topology.world_size > 1:
+        self._training, self._placed = training, False
+        if world.topology.world_size > 1:
             stage = {"op": "stage", "gang": training, "every_replica": evaluating, **world.owner}
             world.channel.call(stage, timeout_seconds=30)
-        world.form_world(topology, whole_job=training)
-        if topology.tensor_parallel_size > 1 and self.mesh is None:
-            replicas = topology.num_replicas if world.spans_job else 1
-            self.mesh = world.groups.device_mesh(replicas, topology.tensor_parallel_size)
+        if training or world.settled:
+            self.settle(1 if not world.settled else world.topology.tensor_parallel_size)
         return world
+
+    def settle(self, tensor_parallel_size: int) -> Topology:
+        """Decide how many ranks share a model and form their process group; every rank must call this.
+
+        Args:
+            tensor_parallel_size: The size; one that is decided already cannot change.
+
+        Returns:
+            The topology in force.
+
+        Raises:
+            ConfigurationError: It is decided otherwise already, or the ranks disagree.
+        """
+        world = self.world
+        world.settle(tensor_parallel_size)
+        if not self._placed:
+            self._placed = True
+            self._record(world)
+            world.form_world(world.topology, whole_job=self._training)
+            if tensor_parallel_size > 1 and self.mesh is None:
+                replicas = world.topology.num_replicas if world.spans_job else 1
+                self.mesh = world.groups.device_mesh(replicas, tensor_parallel_size)
+        return world.topology
+
+    @property
+    def topology(self) -> Topology:
+        """The topology in force; where no model has decided it, from now on every rank has a model of its own."""
+        return self.world.topology if self._placed else self.settle(1)
 
     def _record(self, world: World) -> None:
         """Begin to record what this rank does, where the others of the node do as well."""
@@ -128,6 +158,17 @@ class Runtime:
         )
         if world.supervised:
             atexit.register(world.telemetry.close)
+
+    def report_verdict(self, report: Any) -> None:
+        """Tell the supervisor that this rank's device is to be drained, or has failed; it acts on nothing less.
+
+        Args:
+            report: A :class:`~lightning_gpuorch.health.HealthReport`.
+        """
+        verdict = str(report.verdict)
+        if verdict in ("drain", "failed") and self.world.supervised:
+            header = {"op": "verdict", "verdict": verdict, "evidence": list(report.evidence), **self.world.owner}
+            self.world.channel.call(header, timeout_seconds=self.config.timeout_sec)
 
     def check_same_input(self, batch: Any) -> None:
         """Compare a batch with those of the other ranks of the tensor-parallel group; every one of them must call this.
@@ -155,8 +196,7 @@ class Runtime:
 
     def share(self, loader: Any, limit: int | None = None) -> SharedLoader:
         """This replica's fixed share of a loader's batches."""
-        topology = self.world.topology
-        return SharedLoader(describe(loader, limit), topology.replica, topology.num_replicas)
+        return SharedLoader(describe(loader, limit), lambda: (self.topology.replica, self.topology.num_replicas))
 
     def open_job(
         self, loaders: Sequence[Any], default_root: Path, limits: Sequence[int | None], model_fingerprint: str | None
@@ -174,6 +214,7 @@ class Runtime:
             JobMismatchError: The output directory holds another job.
             PredictionStorageError: The output directory cannot be written.
         """
+        self.topology  # noqa: B018 - decided from here on
         self.job = PredictionJob(self, loaders, default_root, limits, model_fingerprint)
         return self.job
 

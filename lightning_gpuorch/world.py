@@ -8,6 +8,7 @@ head; or the process is alone and hosts the head for itself.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import itertools
 import logging
 import os
@@ -60,6 +61,9 @@ class World:
         spans_job: Whether torch.distributed's world is the whole job rather than one replica.
         telemetry: What this rank records.
         records: What this process records of the run as a whole, if it hosts the head.
+        settled: Whether the tensor-parallel size is decided. Until then every rank counts as a replica of its own, and
+            the head has not been told.
+        candidate_sizes: Tensor-parallel sizes that are possible with these ranks, ascending.
     """
 
     topology: Topology
@@ -74,6 +78,8 @@ class World:
     spans_job: bool = False
     telemetry: RankTelemetry | None = None
     records: RunRecords | None = None
+    settled: bool = True
+    candidate_sizes: tuple[int, ...] = (1,)
     _jobs: Iterator[int] = field(default_factory=itertools.count)
     _directory_uses: dict[str, int] = field(default_factory=dict)
 
@@ -132,9 +138,22 @@ class World:
 
     collectives_timeout: float = 1800.0
 
-    def hello(self, topology: Topology) -> None:
-        """Tell the head which topology this rank's script asked for; all ranks must agree."""
-        header = {"op": "hello", "tensor_parallel_size": topology.tensor_parallel_size, **self.owner}
+    def settle(self, tensor_parallel_size: int) -> None:
+        """Decide how many ranks share a model, once, and tell the head; all ranks must agree.
+
+        Raises:
+            ConfigurationError: It is decided otherwise already, or other ranks decided otherwise.
+        """
+        if self.settled and tensor_parallel_size == self.topology.tensor_parallel_size:
+            return
+        if self.settled:
+            raise ConfigurationError(
+                f"tensor_parallel_size={tensor_parallel_size} is asked for, but this job runs with "
+                f"{self.topology.tensor_parallel_size}: a script cannot change it between two uses of gpuorch."
+            )
+        self.topology = dataclasses.replace(self.topology, tensor_parallel_size=tensor_parallel_size)
+        self.settled = True
+        header = {"op": "hello", "tensor_parallel_size": tensor_parallel_size, **self.owner}
         self.channel.call(header, timeout_seconds=30)
 
 
@@ -168,8 +187,13 @@ def join(config: OrchestratorConfig, device: torch.device, external: ExternalRan
         ranks = (external.rank, external.world_size, external.local_rank)
     else:
         external, ranks = None, (0, 1, 0)
-    topology = Topology(*ranks, tensor_parallel_size=_tensor_parallel_size(config, ranks[1]))
+    size = _tensor_parallel_size(config, ranks[1])
+    topology = Topology(*ranks, tensor_parallel_size=size or 1)
     if _world is not None:
+        if size is None:
+            topology = dataclasses.replace(topology, tensor_parallel_size=_world.topology.tensor_parallel_size)
+        elif not _world.settled:
+            _world.settle(size)
         if _world.topology != topology:
             raise ConfigurationError(
                 f"this process is already {_world.topology}; a script cannot change the number of ranks or the "
@@ -183,7 +207,10 @@ def join(config: OrchestratorConfig, device: torch.device, external: ExternalRan
         _world = _join_external(config, topology, groups, external)
     else:
         _world = _alone(config, topology, groups)
-    _world.hello(topology)
+    _world.candidate_sizes = _candidate_sizes(ranks[1], worker)
+    _world.settled = False
+    if size is not None:
+        _world.settle(size)
     return _world
 
 
@@ -242,10 +269,19 @@ class ExternalRanks:
     main_port: int
 
 
-def _tensor_parallel_size(config: OrchestratorConfig, world_size: int) -> int:
+def _candidate_sizes(world_size: int, worker: WorkerEnvironment | None) -> tuple[int, ...]:
+    """Sizes that cut the job into equal replicas, each within one node."""
+    local = worker.local_world_size if worker is not None else int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return tuple(size for size in range(1, local + 1) if world_size % size == 0 and local % size == 0)
+
+
+def _tensor_parallel_size(config: OrchestratorConfig, world_size: int) -> int | None:
+    """The size asked for; None if the model is to decide."""
     tensor, data = config.tensor_parallel_size, config.data_parallel_size
+    if tensor == "auto" and data == "auto":
+        return 1 if world_size == 1 else None
     if tensor == "auto":
-        size = 1 if data == "auto" else world_size // data
+        size = world_size // int(data)
     else:
         size = tensor
     if data != "auto" and size * data != world_size:
@@ -258,7 +294,9 @@ def _tensor_parallel_size(config: OrchestratorConfig, world_size: int) -> int:
 def _join_supervised(
     config: OrchestratorConfig, topology: Topology, groups: ProcessGroupManager, worker: WorkerEnvironment
 ) -> World:
-    channel = RemoteChannel(worker.control, worker.token, connect_timeout_seconds=config.timeout_sec)
+    # On the head's own node an unreachable head is gone; on another one it may be the network.
+    patience = config.timeout_sec if worker.node_rank == 0 else config.node_timeout_sec
+    channel = RemoteChannel(worker.control, worker.token, connect_timeout_seconds=patience)
     return World(
         topology=topology,
         channel=channel,

@@ -29,7 +29,7 @@ from lightning_gpuorch.telemetry.report import write_report
 log = logging.getLogger(__name__)
 
 OWNER_FILE = "run.json"
-KEPT = ("events", "logs", "profiles", "traces")
+KEPT = ("events", "logs", "errors", "profiles", "traces")
 """What of a run's records is kept; metrics have been scraped, or never will be."""
 _SWEEP_AFTER_SECONDS = 7 * 86400.0
 
@@ -120,27 +120,28 @@ def sweep(older_than_seconds: float = _SWEEP_AFTER_SECONDS) -> None:
             shutil.rmtree(run.directory, ignore_errors=True)
 
 
-def keep_records(run_directory: Path, target: Path, failures: FailureTally = observer_failures) -> Path | None:
-    """Copy the records of a run to where they stay, and write its report there. Never ends the run.
+def keep_records(run_directory: Path, target: Path, failures: FailureTally = observer_failures) -> None:
+    """Copy a node's records of a run to where they stay. Never ends the run.
 
     Args:
-        run_directory: Of the run; everybody who writes there is gone.
-        target: Made if it does not exist.
+        run_directory: Where this node has kept them; everybody who writes there is gone.
+        target: Where they go; made if it does not exist. Other nodes write there, too.
         failures: Where a failure is counted.
-
-    Returns:
-        The report, or None if it could not be written.
     """
     try:
         for name in KEPT:
             if (run_directory / name).is_dir():
                 shutil.copytree(run_directory / name, target / name, dirs_exist_ok=True)
-        report = write_report(target, target / "report.html")
+    except Exception as error:  # noqa: BLE001 - records that cannot be kept cost nobody a prediction
+        failures.add("records", error)
+
+
+def report_run(target: Path, failures: FailureTally = observer_failures) -> None:
+    """Write the report of a run whose records are kept. Never ends the run."""
+    try:
+        log.info("the report of this run is %s", write_report(target, target / "report.html"))
     except Exception as error:  # noqa: BLE001 - a report that cannot be written costs nobody a prediction
         failures.add("report", error)
-        return None
-    log.info("the report of this run is %s", report)
-    return report
 
 
 def records_target(run_id: str, directories: Sequence[tuple[Path, bool]], run_directory: Path) -> Path | None:
@@ -204,6 +205,7 @@ class RunRecords:
         target = records_target(self._run_id, directories, self.directory)
         if target is not None:
             keep_records(self.directory, target, self._failures)
+            report_run(target, self._failures)
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
