@@ -146,8 +146,8 @@ class StrategyShell:
 
     @property
     def num_processes(self) -> int:
-        """Ranks on this node."""
-        return len(self.parallel_devices or ())
+        """Ranks on this node; one while a single device is measured, however many the script asks for."""
+        return 1 if self.runtime.calibration is not None else len(self.parallel_devices or ())
 
     @property
     def tensor_parallel_size(self) -> int:
@@ -183,6 +183,7 @@ class StrategyShell:
         set_rank_zero(world.topology.rank)
 
     def _parallelize(self, module: torch.nn.Module) -> torch.nn.Module:
+        self.runtime.note_model(module)
         topology = self.runtime.world.topology
         if topology.tensor_parallel_size == 1:
             return module

@@ -173,6 +173,7 @@ class MultiGPUOrchestrator:
             memory_budget_bytes(self.runtime.device, self.config.memory_fraction),
             tensor_parallel_size=topology.tensor_parallel_size,
         )
+        self.runtime.note_model(model)
         if self._parallelize_fn is not None and topology.tensor_parallel_size > 1:
             model = self._parallelize_fn(model, self.runtime.mesh)
         self._model = model.to(self.runtime.device).eval()
@@ -233,6 +234,8 @@ class MultiGPUOrchestrator:
             MissingPredictionsError: Samples are missing at the end; they are named.
         """
         known = self._fingerprint if model is self._model else None
+        if model is not self._model:
+            self.runtime.note_model(model)
         self._model = model
         setting = self.config.model_fingerprint
         fingerprint = {"auto": known, "off": None}.get(setting, setting)
