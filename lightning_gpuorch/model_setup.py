@@ -67,12 +67,14 @@ class _Decision:
         tensor_parallel_size: Ranks that share the model.
         plan: How it is cut, as JSON; None if it stays whole or ``parallelize_fn`` cuts it.
         lines: The arithmetic, for the log.
+        details: The plan in words, for whoever looks closer.
         warning: What the user should know.
     """
 
     tensor_parallel_size: int
     plan: str | None = None
     lines: tuple[str, ...] = ()
+    details: str = ""
     warning: str = ""
 
 
@@ -141,6 +143,7 @@ class ModelSetup:
         if topology.rank == 0:
             for line in decision.lines:
                 log.info("%s", line)
+            log.debug("%s", decision.details)
             if decision.warning:
                 log.warning("%s", decision.warning)
         prepared = model
@@ -241,7 +244,7 @@ class ModelSetup:
                 usable,
                 None,
             )
-        return _Decision(size, self.plan.to_json(), tuple(self.plan.describe().split("\n")))
+        return _Decision(size, self.plan.to_json(), (self.plan.summary(),), self.plan.describe())
 
     def _planner(self) -> Callable[..., TensorParallelPlan]:
         directory = plan_cache_directory(self.runtime.config.plan_cache)
