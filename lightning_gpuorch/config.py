@@ -48,6 +48,18 @@ class OrchestratorConfig:
     """Restart a replica whose rank died or got stuck."""
     enable_warm_start: bool = True
     """Fork workers from a process that has imported torch and Lightning already."""
+    enable_preflight: bool = True
+    """Check each GPU, in a process of its own, before a generation is started on it."""
+    preflight_timeout_sec: float = 120.0
+    """A GPU whose check has not answered by then is not used; the check imports torch first."""
+    spare_devices: int = 0
+    """GPUs of each node to hold back for replicas whose own GPU fails."""
+    lease_term_sec: float = 30.0
+    """A node that is silent for so long loses the chunks it holds to others; it may come back."""
+    node_timeout_sec: float = 300.0
+    """A node that is silent for so long is given up, and gives up itself."""
+    token: str = ""
+    """Secret that the nodes of a job share; one node alone makes its own."""
     max_restart_attempts: int = 3
     """Restarts of one replica without progress before it is retired."""
     max_chunk_failures: int = 3
@@ -140,6 +152,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "start_timeout_sec": _positive,
     "step_timeout_sec": _positive,
     "exit_timeout_sec": _positive,
+    "preflight_timeout_sec": _positive,
+    "spare_devices": _not_negative,
+    "lease_term_sec": _positive,
+    "node_timeout_sec": _positive,
     "max_restart_attempts": _not_negative,
     "max_chunk_failures": _at_least_one,
     "batch_size": _at_least_one,

@@ -159,6 +159,17 @@ class Runtime:
         emit("start", pid=os.getpid(), host=socket.gethostname(), device=str(self.device))
         atexit.register(events.close)
 
+    def report_verdict(self, report: Any) -> None:
+        """Tell the supervisor that this rank's device is to be drained, or has failed; it acts on nothing less.
+
+        Args:
+            report: A :class:`~lightning_gpuorch.health.HealthReport`.
+        """
+        verdict = str(report.verdict)
+        if verdict in ("drain", "failed") and self.world.supervised:
+            header = {"op": "verdict", "verdict": verdict, "evidence": list(report.evidence), **self.world.owner}
+            self.world.channel.call(header, timeout_seconds=self.config.timeout_sec)
+
     def check_same_input(self, batch: Any) -> None:
         """Compare a batch with those of the other ranks of the tensor-parallel group; every one of them must call this.
 

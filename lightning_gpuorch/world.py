@@ -259,7 +259,9 @@ def _tensor_parallel_size(config: OrchestratorConfig, world_size: int) -> int | 
 def _join_supervised(
     config: OrchestratorConfig, topology: Topology, groups: ProcessGroupManager, worker: WorkerEnvironment
 ) -> World:
-    channel = RemoteChannel(worker.control, worker.token, connect_timeout_seconds=config.timeout_sec)
+    # On the head's own node an unreachable head is gone; on another one it may be the network.
+    patience = config.timeout_sec if worker.node_rank == 0 else config.node_timeout_sec
+    channel = RemoteChannel(worker.control, worker.token, connect_timeout_seconds=patience)
     return World(
         topology=topology,
         channel=channel,

@@ -76,6 +76,7 @@ class LeaseQueue:
         self._answers: dict[Owner, list[Answer]] = {}
         self._waiting: dict[Owner, list[tuple[int, Future[Answer]]]] = {}
         self._fenced: set[Owner] = set()
+        self._leaving: set[Owner] = set()
         self._draining = False
         self._lock = threading.RLock()
 
@@ -169,6 +170,26 @@ class LeaseQueue:
             self._serve_waiting()
             return back
 
+    def release(self, owner: Owner) -> list[int]:
+        """Take back what an owner holds whose lease term is over; if it lives after all, it may go on and ask again.
+
+        Returns:
+            The chunks that went back.
+        """
+        with self._lock:
+            back = self.leases_of(owner)
+            for chunk in back:
+                del self._leases[chunk]
+                heapq.heappush(self._returned, chunk)
+            self._serve_waiting()
+            return back
+
+    def let_go(self, owner: Owner) -> None:
+        """Hand an owner no more work: it finishes what it holds and leaves; the others go on."""
+        with self._lock:
+            self._leaving.add(owner)
+            self._serve_waiting()
+
     def quarantine(self, start: int, stop: int, reason: str) -> None:
         """Record units that will have no prediction."""
         with self._lock:
@@ -203,7 +224,7 @@ class LeaseQueue:
     def _decide(self, owner: Owner, block: bool) -> Answer | None:
         if self.finished:
             return STOP
-        if self._draining:
+        if self._draining or owner in self._leaving:
             return DRAIN
         chunk = self._take()
         if chunk is None:
