@@ -89,7 +89,12 @@ class OrchestratorConfig:
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     """Level of the plugin's own log."""
     enable_profiling: bool = False
-    """Record a bounded PyTorch profile on each rank. Not available yet: True is refused."""
+    """Record a bounded PyTorch profile on each rank: some steps after the first ones, and again at each ``SIGUSR2``."""
+    trace_every_steps: int = 100
+    """One step in so many is traced, where OpenTelemetry is installed; a step in which something went wrong always is."""
+    trace_endpoint: str = ""
+    """Where traces go: the URL of an OTLP/HTTP collector (``http://host:4318/v1/traces``), ``file`` for files beside the
+    run's records, or empty for what the application itself has set up with OpenTelemetry, if anything."""
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -163,6 +168,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data_parallel_size": _at_least_one,
     "chunk_size": _at_least_one,
     "max_pending_bytes": _at_least_one,
+    "trace_every_steps": _at_least_one,
     "metrics_port": (lambda v: 0 <= v <= 65535, "between 0 and 65535"),
 }
 
