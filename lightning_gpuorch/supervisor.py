@@ -17,7 +17,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -43,6 +42,7 @@ from lightning_gpuorch.head import Head
 from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits, Row, main_thread_of_dump
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 from lightning_gpuorch.recovery import Action, FailureKind, FailureRecoveryManager
+from lightning_gpuorch.run_directory import RunDirectory, sweep
 from lightning_gpuorch.spawn import Process, Spawner
 from lightning_gpuorch.telemetry.events import EventLog
 from lightning_gpuorch.telemetry.report import write_report
@@ -98,18 +98,20 @@ class Supervisor:
         self.head = Head(world_size, config.max_chunk_failures, self._on_event)
         self.head.tensor_parallel_size = tensor_parallel_size
         self.recovery = FailureRecoveryManager(config.max_restart_attempts, config.enable_auto_restart)
-        self.run_directory = Path(tempfile.mkdtemp(prefix=f"gpuorch-{self.run_id}-"))
+        sweep()
+        self._home = RunDirectory(self.run_id)
+        self.run_directory = self._home.path
         self._events = EventLog(self.run_directory / "events", "supervisor")
         self._spawner, self._world_size = spawner, world_size
         self._device_indices, self._environment = device_indices, dict(environment or {})
         self._token = secrets.token_hex(16)
         self._server = ControlServer(self.head, token=self._token)
-        shared_memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else self.run_directory
-        self._table = HeartbeatTable(str(shared_memory / f"gpuorch-{self.run_id}"), world_size, create=True)
+        self._table = HeartbeatTable(str(self._home.table), world_size, create=True)
         limits = Limits(
             alive=config.heartbeat_timeout_sec,
             start=config.start_timeout_sec,
             step=config.step_timeout_sec,
+            commit=config.commit_timeout_sec,
             exit=config.exit_timeout_sec,
         )
         self._judge = Judge(self._table, limits)
@@ -132,7 +134,7 @@ class Supervisor:
 
     def clean_up_at_exit(self) -> None:
         """Remove what :attr:`keep_results` has left: logs now, results when this process ends."""
-        shutil.rmtree(self.run_directory, ignore_errors=True)
+        self._home.remove()
         atexit.register(remove_ephemeral, self.head)
 
     def run(self) -> int:
@@ -249,17 +251,20 @@ class Supervisor:
         elif code == EXIT_STORAGE:
             self._begin_drain()
 
-    def _on_failure(self, worker: _Worker, kind: FailureKind, evidence: str) -> None:
+    def _on_failure(self, worker: _Worker, kind: FailureKind, evidence: str, in_step: bool = True) -> None:
         rank = worker.rank
         size = self.head.tensor_parallel_size
         group = self._group_of(rank, size)
         replica, generation = rank // (size or 1), self._generation[rank]
         self.recovery.tensor_parallel_size = size or 1
-        blamed, positions = self._blame(group)
-        if self._killed_before(blamed):
+        blamed, positions = self._blame(rank, group) if in_step else ({}, {})
+        if self._killed_before(blamed, positions) and any(self._table.row(member).progress for member in group):
+            # The replica does work, and has died in the same samples before: it is the samples' fault.
             kind = FailureKind.POISON
         unfinished = self.head.unfinished_jobs_of(rank)
         decision = self.recovery.decide(kind, rank, evidence)
+        if decision.action is Action.RETIRE_REPLICA:
+            blamed = {}  # the replica is to blame, not what it happened to compute
         self._remember_failure(worker, evidence)
         self._kill(group)
         for member in {r // (size or 1) for r in group}:
@@ -321,7 +326,7 @@ class Supervisor:
         where = self._dump_stacks(group, verdict.rank)
         self._on_event("hang", rank=verdict.rank, reason=verdict.reason, phase=verdict.row.phase.name, stacks=where)
         log.error("rank %d is stuck: %s%s", verdict.rank, verdict.reason, f"; it stands at\n{where}" if where else "")
-        self._on_failure(self._workers[verdict.rank], FailureKind.STUCK, verdict.reason)
+        self._on_failure(self._workers[verdict.rank], FailureKind.STUCK, verdict.reason, in_step=verdict.in_step)
 
     def _dump_stacks(self, group: Sequence[int], culprit: int) -> str:
         """Ask all ranks of a replica for their stacks; returns the culprit's main thread."""
@@ -337,9 +342,11 @@ class Supervisor:
         time.sleep(0.05)  # the last one may still be writing
         return main_thread_of_dump(self._workers[culprit].dump_file)
 
-    def _blame(self, group: Sequence[int]) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], tuple[int, int]]]:
-        """The chunk and the position a group was computing, by (job, loader)."""
-        for rank in group:
+    def _blame(
+        self, culprit: int, group: Sequence[int]
+    ) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], tuple[int, int]]]:
+        """The chunk and the position the culprit was computing, else its group, by (job, loader)."""
+        for rank in (culprit, *group):
             row: Row = self._table.row(rank)
             if row.pid and row.chunk >= 0:
                 key = (row.job, row.loader)
@@ -355,10 +362,13 @@ class Supervisor:
             group = range(first, first + size)
         return [r for r in group if with_ended or r not in self._ended or r == rank]
 
-    def _killed_before(self, blamed: dict[tuple[int, int], int]) -> bool:
+    def _killed_before(
+        self, blamed: dict[tuple[int, int], int], positions: dict[tuple[int, int], tuple[int, int]]
+    ) -> bool:
+        """Whether workers have died in the same samples before."""
         for (job, loader), chunk in blamed.items():
             fault = self.head.jobs[job].queues[loader].faults.get(chunk)
-            if fault is not None and fault.deaths >= 1:
+            if fault is not None and any(fault.deaths_of[unit] for unit in range(*positions[job, loader])):
                 return True
         return False
 
@@ -454,12 +464,12 @@ class Supervisor:
             for loader in range(len(job.queues)):  # every writer is gone: what it left half-written can go
                 PartStore(loader_directory(job.directory, loader)).sweep_temporaries(0.0)
         self._table.close()
-        Path(self._table.path).unlink(missing_ok=True)
+        self._home.table.unlink(missing_ok=True)
         self._events.close()
         self._keep_records()
         if not self.keep_results:
             remove_ephemeral(self.head)
-            shutil.rmtree(self.run_directory, ignore_errors=True)
+            self._home.remove()
 
     def _keep_records(self) -> None:
         """Put the run's events, logs and report beside the predictions that are kept. Never ends the run."""
