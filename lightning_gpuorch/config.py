@@ -50,6 +50,18 @@ class OrchestratorConfig:
     """Restart a replica whose rank died or got stuck."""
     enable_warm_start: bool = True
     """Fork workers from a process that has imported torch and Lightning already."""
+    enable_preflight: bool = True
+    """Check each GPU, in a process of its own, before a generation is started on it."""
+    preflight_timeout_sec: float = 120.0
+    """A GPU whose check has not answered by then is not used; the check imports torch first."""
+    spare_devices: int = 0
+    """GPUs of each node to hold back for replicas whose own GPU fails."""
+    lease_term_sec: float = 30.0
+    """A node that is silent for so long loses the chunks it holds to others; it may come back."""
+    node_timeout_sec: float = 300.0
+    """A node that is silent for so long is given up, and gives up itself."""
+    token: str = ""
+    """Secret that the nodes of a job share; one node alone makes its own."""
     max_restart_attempts: int = 3
     """Restarts of one replica without progress before it is retired."""
     max_chunk_failures: int = 3
@@ -73,7 +85,12 @@ class OrchestratorConfig:
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     """Level of the plugin's own log."""
     enable_profiling: bool = False
-    """Record a bounded PyTorch profile on each rank. Not available yet: True is refused."""
+    """Record a bounded PyTorch profile on each rank: some steps after the first ones, and again at each ``SIGUSR2``."""
+    trace_every_steps: int = 100
+    """One step in so many is traced, where OpenTelemetry is installed; a step in which something went wrong always is."""
+    trace_endpoint: str = ""
+    """Where traces go: the URL of an OTLP/HTTP collector (``http://host:4318/v1/traces``), ``file`` for files beside the
+    run's records, or empty for what the application itself has set up with OpenTelemetry, if anything."""
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -137,6 +154,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "step_timeout_sec": _positive,
     "commit_timeout_sec": _positive,
     "exit_timeout_sec": _positive,
+    "preflight_timeout_sec": _positive,
+    "spare_devices": _not_negative,
+    "lease_term_sec": _positive,
+    "node_timeout_sec": _positive,
     "max_restart_attempts": _not_negative,
     "max_chunk_failures": _at_least_one,
     "batch_size": _at_least_one,
@@ -144,6 +165,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data_parallel_size": _at_least_one,
     "chunk_size": _at_least_one,
     "max_pending_bytes": _at_least_one,
+    "trace_every_steps": _at_least_one,
     "metrics_port": (lambda v: 0 <= v <= 65535, "between 0 and 65535"),
 }
 

@@ -28,6 +28,10 @@ class Process(Protocol):
 class Spawner(Protocol):
     """Starts workers."""
 
+    def prepare(self) -> None:
+        """Begin with what can be done before it is known what to start."""
+        ...
+
     def spawn(self, environment: Mapping[str, str]) -> Process:
         """Start one worker in a session of its own, with these variables added to the environment."""
         ...
@@ -77,6 +81,9 @@ class ScriptSpawner:
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         self._command = [sys.executable, "-u", *flags, "-m", "lightning_gpuorch._bootstrap", *command]
 
+    def prepare(self) -> None:
+        """Nothing to prepare."""
+
     def spawn(self, environment: Mapping[str, str]) -> Process:
         """See :meth:`Spawner.spawn`."""
         return subprocess.Popen(
@@ -100,6 +107,9 @@ class ForkSpawner:
     def __init__(self, target: Callable[[], Any]):
         self._target = target
         self._context = multiprocessing.get_context("fork")
+
+    def prepare(self) -> None:
+        """Nothing to prepare."""
 
     def spawn(self, environment: Mapping[str, str]) -> Process:
         """See :meth:`Spawner.spawn`."""

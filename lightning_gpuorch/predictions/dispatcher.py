@@ -87,6 +87,7 @@ class LeaseQueue:
         self._answers: dict[Owner, list[Answer]] = {}
         self._waiting: dict[Owner, list[tuple[int, Future[Answer]]]] = {}
         self._fenced: set[Owner] = set()
+        self._leaving: set[Owner] = set()
         self._draining = False
         self._lock = threading.RLock()
 
@@ -177,10 +178,30 @@ class LeaseQueue:
             if blamed in back and position is not None:
                 self._blame(blamed, position)
             for chunk in back:
-                heapq.heappush(self._suspected if self._is_suspected(chunk) else self._returned, chunk)
+                self._put_back(chunk)
             self._answers.pop(owner, None)
             self._serve_waiting()
             return back
+
+    def release(self, owner: Owner) -> list[int]:
+        """Take back what an owner holds whose lease term is over; if it lives after all, it may go on and ask again.
+
+        Returns:
+            The chunks that went back.
+        """
+        with self._lock:
+            back = self.leases_of(owner)
+            for chunk in back:
+                del self._leases[chunk]
+                self._put_back(chunk)
+            self._serve_waiting()
+            return back
+
+    def let_go(self, owner: Owner) -> None:
+        """Hand an owner no more work: it finishes what it holds and leaves; the others go on."""
+        with self._lock:
+            self._leaving.add(owner)
+            self._serve_waiting()
 
     def quarantine(self, start: int, stop: int, reason: str) -> None:
         """Record units that will have no prediction."""
@@ -211,7 +232,7 @@ class LeaseQueue:
     def _decide(self, owner: Owner, block: bool) -> Answer | None:
         if self.finished:
             return STOP
-        if self._draining:
+        if self._draining or owner in self._leaving:
             return DRAIN
         chunk = self._take()
         if chunk is None:
@@ -223,8 +244,9 @@ class LeaseQueue:
             answer.update(isolate=list(fault.isolate), skip=list(fault.skip))
         return answer
 
-    def _is_suspected(self, chunk: int) -> bool:
-        return chunk in self.faults and self.faults[chunk].isolate is not None
+    def _put_back(self, chunk: int) -> None:
+        suspected = chunk in self.faults and self.faults[chunk].isolate is not None
+        heapq.heappush(self._suspected if suspected else self._returned, chunk)
 
     def _take(self) -> int | None:
         return next(

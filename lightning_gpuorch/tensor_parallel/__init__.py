@@ -8,6 +8,7 @@ from lightning_gpuorch.tensor_parallel.example_input import cut_small, find_exam
 from lightning_gpuorch.tensor_parallel.generation import from_first_rank, generate, synchronize_random_state
 from lightning_gpuorch.tensor_parallel.loading import LoadReport, load_sharded
 from lightning_gpuorch.tensor_parallel.meta import empty_parameters
+from lightning_gpuorch.tensor_parallel.model_report import model_report
 from lightning_gpuorch.tensor_parallel.plan import (
     AttributePatch,
     LayerKind,
@@ -47,6 +48,7 @@ __all__ = [
     "from_first_rank",
     "generate",
     "load_sharded",
+    "model_report",
     "open_checkpoint",
     "plan_on_first_rank",
     "plan_tensor_parallel",

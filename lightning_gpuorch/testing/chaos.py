@@ -141,11 +141,14 @@ class Chaos:
         began = time.monotonic()
         deadline = began + self._limit_seconds
         names: set[str] = set()
+        killed: set[str] = set()
         launches, expected_launches, restarts = 0, 1, 0
         problems: list[str] = []
         while True:
             launch = self._launch(directory, plan, deadline)
             launches += 1
+            if launch.code == -signal.SIGKILL:
+                killed |= launch.run_names - names
             names |= launch.run_names
             if launch.code is None:
                 problems.append(f"it did not end within {self._limit_seconds:g} s")
@@ -167,7 +170,7 @@ class Chaos:
             problems += checks.unnamed_samples(output, log)
             if not self._allow_failure:
                 problems.append(f"it ended with exit code {launch.code}")
-        problems += self._left_behind(directory, names)
+        problems += self._left_behind(directory, names, killed)
         fired = tuple(marker(directory, index).exists() for index in range(len(plan)))
         kept = bool(problems) or self._keep
         if not kept:
@@ -208,7 +211,7 @@ class Chaos:
             try:
                 while process.poll() is None and time.monotonic() < deadline:
                     time.sleep(POLL_SECONDS)
-                    launch.run_names.update(path.name for path in temporary.glob("gpuorch-*"))
+                    launch.run_names |= checks.run_names(temporary)
                     for index, fault in to_supervisor.items():
                         if index not in done and marker(directory, index).exists():
                             done.add(index)
@@ -221,11 +224,11 @@ class Chaos:
                     process.wait()
         return launch
 
-    def _left_behind(self, directory: Path, run_names: set[str]) -> list[str]:
+    def _left_behind(self, directory: Path, run_names: set[str], killed: set[str] | None = None) -> list[str]:
         orphans = self._orphans(directory)
         _kill(orphans)
         problems = [f"processes {orphans} were left behind"] if orphans else []
-        return problems + checks.leftovers(directory / "output", directory / "tmp", sorted(run_names))
+        return problems + checks.leftovers(directory / "output", directory / "tmp", run_names, killed or ())
 
     @staticmethod
     def _orphans(directory: Path) -> list[int]:

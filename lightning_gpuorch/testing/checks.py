@@ -83,19 +83,24 @@ def processes_with(variable: str, value: str) -> list[int]:
     return found
 
 
-def leftovers(output: Path, temporary: Path, run_names: Iterable[str]) -> list[str]:
+def run_names(temporary: Path) -> set[str]:
+    """Runs that have their folder in a temporary directory now."""
+    return {path.name for path in temporary.glob("gpuorch-*/run-*")}
+
+
+def leftovers(output: Path, temporary: Path, seen: Iterable[str], killed: Iterable[str] = ()) -> list[str]:
     """Files that should be gone once a job has ended.
 
     Args:
         output: Its output directory.
         temporary: The temporary directory it was given.
-        run_names: Names of its runs' folders under ``temporary``, as they were seen while it ran.
+        seen: Runs that had a folder there at some time.
+        killed: Runs whose supervisor was killed: their records stay for whoever wants to know what has happened.
     """
     half = [str(path) for path in output.rglob(f"{TEMPORARY_PREFIX}*")]
-    folders = [str(path) for path in temporary.glob("gpuorch-*")]
-    # A run's folder is gpuorch-RUN-xxxxxxxx, its table in shared memory gpuorch-RUN.
-    tables = [Path("/dev/shm") / name.rpartition("-")[0] for name in run_names]
-    return [f"left behind: {path}" for path in (*half, *folders, *(str(t) for t in tables if t.exists()))]
+    folders = [str(path) for path in temporary.glob("gpuorch-*/run-*") if path.name not in set(killed)]
+    tables = [str(path) for name in seen for path in Path("/dev/shm").glob(f"gpuorch-{name}*")]
+    return [f"left behind: {path}" for path in (*half, *folders, *tables)]
 
 
 def _as_list(found: Any) -> list[Any]:
