@@ -71,7 +71,13 @@ class OrchestratorConfig:
     enable_dynamic_batching: bool = False
     """Form batches by token budget instead of a fixed count. Not available yet: True is refused."""
     tensor_parallel_size: int | Literal["auto"] = "auto"
-    """Ranks that share one copy of the model."""
+    """Ranks that share one copy of the model; ``auto`` takes the fewest at which its weights, and headroom for
+    activations, fit the memory budget of every device."""
+    verify: Literal["first_batch", "off"] = "first_batch"
+    """On the first batch, compare one block of a sharded model, with its real weights, to its unsharded self."""
+    plan_cache: str = "auto"
+    """Directory in which tensor-parallel plans are kept between runs; ``auto`` takes one in the user's cache directory,
+    ``off`` plans anew each time."""
     data_parallel_size: int | Literal["auto"] = "auto"
     """Replicas; ``auto`` takes all devices divided by the tensor-parallel size."""
     chunk_size: int | Literal["auto"] = "auto"

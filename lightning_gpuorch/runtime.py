@@ -18,6 +18,7 @@ from lightning_gpuorch.prediction_job import PredictionJob, StepWrapper
 from lightning_gpuorch.predictions.loader import SharedLoader
 from lightning_gpuorch.predictions.source import describe
 from lightning_gpuorch.telemetry.rank import RankTelemetry
+from lightning_gpuorch.tensor_parallel import Communicator, random_state_digest, synchronize_random_state
 from lightning_gpuorch.tensors import digest
 from lightning_gpuorch.world import ExternalRanks, World, join
 
@@ -173,6 +174,8 @@ class Runtime:
     def check_same_input(self, batch: Any) -> None:
         """Compare a batch with those of the other ranks of the tensor-parallel group; every one of them must call this.
 
+        Ranks whose random state differs take the first rank's, so that what is sampled in the step is the same on all.
+
         Raises:
             InputMismatchError: They differ; the odd ranks are named.
         """
@@ -182,10 +185,10 @@ class Runtime:
         if topology.tensor_parallel_size == 1 or not dist.is_initialized():
             return
         group = self.mesh.get_group("tensor_parallel") if self.mesh is not None else None
-        mine = torch.tensor([digest(batch)], device=self.device)
+        mine = torch.tensor([digest(batch), random_state_digest(self.device)], device=self.device)
         digests = [torch.empty_like(mine) for _ in range(topology.tensor_parallel_size)]
         dist.all_gather(digests, mine, group=group)
-        values = [int(value) for value in digests]
+        values, random_states = zip(*(pair.tolist() for pair in digests), strict=True)
         if len(set(values)) > 1:
             first = topology.replica * topology.tensor_parallel_size
             odd = [first + index for index, value in enumerate(values) if value != values[0]]
@@ -193,6 +196,8 @@ class Runtime:
                 f"ranks {odd} of replica {topology.replica} were given another batch than rank {first}; all ranks of a "
                 "tensor-parallel group must run on the same input. Is the dataset random?"
             )
+        if len(set(random_states)) > 1:
+            synchronize_random_state(Communicator(group), self.device)
 
     def share(self, loader: Any, limit: int | None = None) -> SharedLoader:
         """This replica's fixed share of a loader's batches."""
