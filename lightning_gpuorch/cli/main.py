@@ -14,6 +14,7 @@ from lightning_gpuorch._version import __version__
 from lightning_gpuorch.cli.predictions import predictions
 from lightning_gpuorch.cli.report import report
 from lightning_gpuorch.cli.run import run
+from lightning_gpuorch.testing.chaos import chaos
 
 
 @click.group(name="gpuorch")
@@ -23,6 +24,7 @@ def gpuorch() -> None:
 
 
 gpuorch.add_command(run)
+gpuorch.add_command(chaos)
 gpuorch.add_command(predictions)
 gpuorch.add_command(report)
 
