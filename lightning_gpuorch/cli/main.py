@@ -17,6 +17,7 @@ from lightning_gpuorch.cli.predictions import predictions
 from lightning_gpuorch.cli.report import report
 from lightning_gpuorch.cli.run import run
 from lightning_gpuorch.cli.top import top
+from lightning_gpuorch.testing.chaos import chaos
 
 
 @click.group(name="gpuorch")
@@ -26,6 +27,7 @@ def gpuorch() -> None:
 
 
 gpuorch.add_command(run)
+gpuorch.add_command(chaos)
 gpuorch.add_command(predictions)
 gpuorch.add_command(report)
 gpuorch.add_command(top)
