@@ -98,6 +98,7 @@ class GroupRecovery:
         self.on_recovery = on_recovery
         self.epoch = 0
         self.num_recoveries = 0
+        self.last: Recovery | None = None
         self._position = 0
         self._foreseen: Decision | None = None
         self._agreed: int | None = None
@@ -269,7 +270,8 @@ class GroupRecovery:
             logging.WARNING if own else logging.DEBUG,
             "%s: %s; ready after %.1f ms", decision.reason, decision.verdict.value, 1e3 * seconds,
         )  # fmt: skip
-        self.on_recovery(Recovery(decision, seconds, own))
+        self.last = Recovery(decision, seconds, own)
+        self.on_recovery(self.last)
         return decision
 
     def _connect(self) -> None:

@@ -77,7 +77,9 @@ class PredictionJob:
         self.finished_before = bool(answer["finished"])
         self.resumed_chunks = sum(answer["resumed"])
         manifest = Manifest.from_dict(answer["manifest"])
-        self.delivered: collections.deque[Ticket] = collections.deque()
+        self.delivered = _Delivered()
+        self._asked_ns = time.time_ns()
+        self._fetched_ns: tuple[int, int] | None = None
         self.samples = 0
         self.steps = 0
         self._ended: str | None = None
@@ -113,7 +115,10 @@ class PredictionJob:
 
     def take(self) -> Ticket:
         """The ticket of the batch that was delivered first and is not computed yet."""
-        return self.delivered.popleft()
+        ticket = self.delivered.popleft()
+        there = self.delivered.at_ns.popleft()
+        self._fetched_ns = (self._asked_ns, max(self._asked_ns, there))
+        return ticket
 
     def progress(self) -> dict[str, Any]:
         """How far the whole job is: chunks, samples, restarts."""
@@ -149,7 +154,8 @@ class PredictionJob:
         for wrapper in reversed(self._runtime.step_wrappers):
             step = functools.partial(_wrapped, wrapper, step, ticket)
         self._lost.clear()
-        began = time.perf_counter()
+        telemetry = self._runtime.telemetry
+        telemetry.begin_step(self.steps, ticket.chunk, self._fetched_ns)
         heartbeat, span = current_heartbeat(), ticket.span
         if heartbeat is not None:
             stop = span.first_unit + span.num_units
@@ -160,18 +166,38 @@ class PredictionJob:
             # Lightning's loop would take it for the end of the data and silently drop the rest.
             raise RuntimeError(f"the predict step raised StopIteration on batch {ticket.span.batch_index}") from error
         except Exception as error:
+            telemetry.fail_step(error)
             if self._world.recovery is not None:
                 self._world.recovery.abandon(error)
             raise
+        except BaseException as error:
+            telemetry.fail_step(error)
+            raise
+        telemetry.computed()
         self.steps += 1
         self.samples += ticket.size or 0
-        if self._writer is not None:
-            self._collectors[ticket.loader].add(ticket, to_host(output), frozenset(self._lost))
+        kept = to_host(output) if self._writer is not None else None
         if heartbeat is not None:
-            heartbeat.end_step()
-        if self._runtime.step_recorder is not None:
-            self._runtime.step_recorder.record_step(time.perf_counter() - began, ticket.size or 0)
+            heartbeat.end_step()  # what fails from here on is not to be blamed on the batch
+        if self._writer is not None:
+            self._collectors[ticket.loader].add(ticket, kept, frozenset(self._lost))
+        telemetry.end_step(ticket.size or 0)
+        calibration = self._runtime.calibration
+        if calibration is not None and calibration.count(ticket.size or 0, time.perf_counter()):
+            self._end_calibration()
+        self._asked_ns = time.time_ns()
         return output
+
+    def _end_calibration(self) -> None:
+        """Write the baseline, and end the script in good order: the rest of its data is of no interest.
+
+        Raises:
+            SystemExit: Always, with exit code 0.
+        """
+        calibration = self._runtime.calibration
+        assert calibration is not None
+        calibration.finish(self._runtime.measured_with())
+        raise SystemExit(0)
 
     def finish(self) -> Any:
         """Make everything durable, wait for the others, and return all predictions.
@@ -189,6 +215,8 @@ class PredictionJob:
             log.info("stopped on request; the same command goes on from here")
             raise SystemExit(EXIT_RESUMABLE)
         answer = self._call("close").header
+        if self._runtime.calibration is not None:  # the data ended before the time
+            self._end_calibration()
         if self._world.topology.rank == 0:
             self._summarise(answer)
         return read_predictions(self.directory)
@@ -209,14 +237,20 @@ class PredictionJob:
 
     def _make_writer(self, layouts: Sequence[LoaderLayout]) -> PartWriter:
         stores = [PartStore(loader_directory(self.directory, index)) for index in range(len(layouts))]
+        heartbeat = current_heartbeat()
         return PartWriter(
-            stores, max_pending_bytes=self._runtime.config.max_pending_bytes, on_committed=self._on_committed
+            stores,
+            max_pending_bytes=self._runtime.config.max_pending_bytes,
+            on_committed=self._on_committed,
+            around_commit=contextlib.nullcontext if heartbeat is None else heartbeat.committing,
         )
 
     def _commit(self, loader: int, chunk: int, batches: list[StoredBatch]) -> None:
         assert self._writer is not None
         owner = self._world.owner
-        self._writer.put(loader, chunk, batches, {"replica": owner["replica"], "generation": owner["generation"]})
+        metadata = {"replica": owner["replica"], "generation": owner["generation"]}
+        with _phase(Phase.COMMIT, then=Phase.RUN):  # it waits where the disk is slower than the model
+            self._writer.put(loader, chunk, batches, metadata)
 
     def _on_committed(self, loader: int, chunk: int, won: bool, samples: int) -> None:
         emit("chunk", job=self.number, loader=loader, chunk=chunk, samples=samples, won=won)
@@ -237,6 +271,19 @@ class PredictionJob:
         header = {"op": op, "job": self.number, **self._world.owner, **fields}
         timeout = self._runtime.config.timeout_sec if timeout_seconds is None else timeout_seconds
         return self._world.channel.call(header, timeout_seconds=timeout)
+
+
+class _Delivered(collections.deque[Ticket]):
+    """Tickets of batches that are not computed yet, and the Unix time in nanoseconds at which each batch was there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_ns: collections.deque[int] = collections.deque()
+
+    def append(self, ticket: Ticket) -> None:
+        """Take the ticket of a batch that has just been fetched."""
+        super().append(ticket)
+        self.at_ns.append(time.time_ns())
 
 
 class _Queue:

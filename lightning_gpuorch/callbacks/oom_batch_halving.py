@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_gpuorch.batching import BatchHalver, OOMEvent, SingleSampleOOMError
 from lightning_gpuorch.memory import memory_summary
+from lightning_gpuorch.telemetry.current import observe_oom
 
 log = logging.getLogger(__name__)
 
@@ -109,11 +110,22 @@ class OOMBatchHalving(Callback):
             strategy = trainer.strategy
             runtime = getattr(strategy, "runtime", None)
             self._halvers[loader] = BatchHalver(
-                self._on_oom,
+                functools.partial(self._take_oom, runtime),
                 functools.partial(memory_summary, strategy.root_device),
                 outputs_to_host=runtime is not None and runtime.world.topology.tensor_parallel_size > 1,
             )
         return self._halvers[loader]
+
+    def _take_oom(self, runtime: Any, event: OOMEvent) -> None:
+        recovery = None if runtime is None else runtime.world.recovery
+        if recovery is not None and recovery.last is not None and not recovery.last.own:
+            return  # the rank of the group that ran out of memory tells it
+        fields: dict[str, Any] = {} if event.next_size else {"lost_samples": event.size}
+        if recovery is not None:
+            fields["recovery_seconds"] = recovery.last.seconds
+        observe_oom(event.size, event.next_size or None, **fields)
+        if self._on_oom is not None:
+            self._on_oom(event)
 
     def _wrap_runtime(self, trainer: Any, pl_module: Any, runtime: Any) -> None:
         if runtime.world.topology.tensor_parallel_size > 1 and runtime.world.recovery is None:

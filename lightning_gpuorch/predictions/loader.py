@@ -147,7 +147,7 @@ class LeasedLoader:
                 continue
             if answer["do"] != "chunk":
                 return
-            chunk = int(answer["chunk"])
+            chunk, skip = int(answer["chunk"]), frozenset(answer.get("skip", ()))
             start = chunk * self.layout.chunk_size
             if start < position:
                 position, stream = 0, source.iterate()
@@ -163,6 +163,8 @@ class LeasedLoader:
                     self._queue.end_of_stream(number)
                     break
                 position = number + 1
+                if number in skip:  # read, since the stream cannot be entered elsewhere, and not computed
+                    continue
                 self._delivered.append(Ticket(self.index, chunk, Span(number, 1, number, None), None))
                 yield batch
             self._sink.end(chunk)
@@ -208,12 +210,12 @@ class SharedLoader:
 
     Args:
         source: The user's loader, described.
-        replica: Which share.
-        num_replicas: How many shares.
+        share: Gives which share this is and how many there are; asked when the loader is used, because a model that is
+            set up later may decide it.
     """
 
-    def __init__(self, source: Source, replica: int, num_replicas: int):
-        self.source, self._replica, self._num_replicas = source, replica, num_replicas
+    def __init__(self, source: Source, share: Callable[[], tuple[int, int]]):
+        self.source, self._share = source, share
         self.batch_sampler: Any = None
 
     @property
@@ -225,15 +227,16 @@ class SharedLoader:
         """Batches of the largest share."""
         if self.source.num_batches is None:
             raise TypeError("the length of this stream is not known")
-        return -(-self.source.num_batches // self._num_replicas)
+        return -(-self.source.num_batches // self._share()[1])
 
     def __iter__(self) -> Iterator[Any]:
+        replica, num_replicas = self._share()
         if isinstance(self.source, StreamSource):
             for number, batch in enumerate(self.source.iterate()):
-                if number % self._num_replicas == self._replica:
+                if number % num_replicas == replica:
                     yield batch
         else:
-            yield from self.source.reordered(_SharedBatches(self.source, self._replica, self._num_replicas))
+            yield from self.source.reordered(_SharedBatches(self.source, replica, num_replicas))
 
 
 class _SharedBatches:

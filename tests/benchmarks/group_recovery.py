@@ -33,7 +33,7 @@ from lightning_gpuorch.head import Head
 from lightning_gpuorch.tensor_parallel import Communicator
 from lightning_gpuorch.tensors import digest, whole
 
-WIDTH, LAYERS, BATCH = 64, 4, 24
+WIDTH, HIDDEN, LAYERS, BATCH = 64, 96, 4, 24
 KINDS = ("plain", "dtensor", "compiled")
 PLACES = ("before", "issue", "wait", "after")
 """Where a fault strikes: before a layer's collective, as it is issued, while it is on its way, after it."""
@@ -44,7 +44,7 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.down(torch.relu(self.up(x)))
@@ -55,8 +55,8 @@ class PlainBlock(nn.Module):
 
     def __init__(self, whole_block: Block, communicator: Communicator):
         super().__init__()
-        rank, size, hidden = communicator.rank, communicator.size, 2 * WIDTH
-        edges = [hidden * k // size for k in range(size + 1)]
+        rank, size = communicator.rank, communicator.size
+        edges = [HIDDEN * k // size for k in range(size + 1)]
         own = slice(edges[rank], edges[rank + 1])
         self.up_weight, self.up_bias = whole_block.up.weight.detach()[own], whole_block.up.bias.detach()[own]
         self.down_weight, self.down_bias = whole_block.down.weight.detach()[:, own], whole_block.down.bias.detach()
