@@ -122,7 +122,11 @@ class GlooCommunicator:
                 connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """See :meth:`Communicator.close`."""
+        """See :meth:`Communicator.close`.
+
+        Takes some milliseconds, but up to the timeout in the rare case that a thread of gloo was sending when its
+        connection was broken, since nobody wakes it; the buffer that was being sent lives until then.
+        """
         self.group = None
 
 
