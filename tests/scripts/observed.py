@@ -26,7 +26,11 @@ class Model(pl.LightningModule):
         time.sleep(options.step + (options.slow_seconds if rank == options.slow_rank else 0))
         if options.tp > 1:
             torch.distributed.all_reduce(torch.ones(1000))
-        if self.options.oom is not None and float(self.options.oom) in batch[:, 0].tolist() and len(batch) > 1:
+        too_large = options.oom is not None and float(options.oom) in batch[:, 0].tolist()
+        too_large |= options.oom_every is not None and any(
+            value % options.oom_every == 0 for value in batch[:, 0].tolist()
+        )
+        if too_large and len(batch) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory (a test)")
         return batch * 2
 
@@ -37,6 +41,7 @@ def main():
     options.add_argument("--batch", type=int, default=4)
     options.add_argument("--step", type=float, default=0.0)
     options.add_argument("--oom", type=int, default=None, help="The batch with this sample does not fit.")
+    options.add_argument("--oom-every", type=int, default=None, help="Nor does every batch with a multiple of it.")
     options.add_argument("--metrics-port", type=int, default=0)
     options.add_argument("--slow-rank", type=int, default=None)
     options.add_argument("--slow-seconds", type=float, default=0.1)
