@@ -224,5 +224,5 @@ def test_the_documentation_names_every_metric_and_no_other(exported: dict[str, s
 def test_links_of_the_page_lead_somewhere() -> None:
     text = (DIRECTORY / "index.md").read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r"\{download\}`([^`]+)`", text)
-    assert len(targets) == 8
+    assert len(targets) == 10
     assert [target for target in targets if not (DIRECTORY / target).exists()] == []
