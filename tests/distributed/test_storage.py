@@ -3,17 +3,15 @@
 import os
 import shutil
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from lightning_gpuorch import read_predictions
 from lightning_gpuorch.errors import CorruptPartError
+from tests.conftest import gpuorch_run
 
 SLOW = "slow_predict.py"
-GPUORCH = (str(Path(sys.executable).with_name("gpuorch")), "run", "--devices", "2", "--accelerator", "cpu")
 
 
 def _parts(output):
@@ -44,7 +42,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_stops_the_job_and_costs_nothing_that_was_written(runner, tmp_path, small_disk):
     # 8 chunks of 1.3 MB each.
     command = (SLOW, "--output", "disk/out", "--samples", 64, "--padding", 40_000, "--step", 0.01)
-    finished = runner.run(*command, launcher=GPUORCH, code=74, timeout=120)
+    finished = runner.run(*command, launcher=gpuorch_run(), code=74, timeout=120)
     assert "no space is left in" in finished.output
     assert "make room and run the same command again" in finished.output
     assert "restarting replica" not in finished.output, "a full disk burns no restarts"
@@ -55,12 +53,12 @@ def test_a_full_disk_stops_the_job_and_costs_nothing_that_was_written(runner, tm
     assert len(kept.missing) == 64 - 8 * len(before)
     assert all((batch[:, 0] % 2 == 0).all() for batch in kept if batch is not None), "what is there is whole"
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True, timeout=60)
-    assert runner.run(*command, launcher=GPUORCH).result["right"]
+    assert runner.run(*command, launcher=gpuorch_run()).result["right"]
     assert before.items() <= _parts(small_disk / "out").items(), "what was written is not written again"
 
 
 def test_a_directory_that_is_removed_under_way_ends_the_job_with_a_clear_error(runner, tmp_path):
-    process = runner.start(SLOW, "--output", "out", "--samples", 4000, launcher=GPUORCH)
+    process = runner.start(SLOW, "--output", "out", "--samples", 4000, launcher=gpuorch_run())
     deadline = time.monotonic() + 90
     while len(_parts(tmp_path / "out")) < 3:
         assert process.poll() is None
@@ -74,7 +72,7 @@ def test_a_directory_that_is_removed_under_way_ends_the_job_with_a_clear_error(r
 
 def test_damaged_parts_are_named_and_computed_again(runner, tmp_path):
     command = (SLOW, "--output", "out", "--samples", 80, "--step", 0)
-    assert runner.run(*command, launcher=GPUORCH).result["right"]
+    assert runner.run(*command, launcher=gpuorch_run()).result["right"]
     computed = _batches(tmp_path)
     flipped, cut = (tmp_path / "out" / "dataloader_0" / f"part-00000000{chunk}.gpq" for chunk in (3, 7))
     raw = bytearray(flipped.read_bytes())
@@ -83,7 +81,7 @@ def test_damaged_parts_are_named_and_computed_again(runner, tmp_path):
     os.truncate(cut, cut.stat().st_size - 1)
     with pytest.raises(CorruptPartError, match=flipped.name):
         list(read_predictions(tmp_path / "out")[6:8])
-    finished = runner.run(*command, launcher=GPUORCH)
+    finished = runner.run(*command, launcher=gpuorch_run())
     assert finished.result["right"]
     for path in (flipped, cut):
         assert f"{path} is damaged" in finished.output

@@ -79,7 +79,12 @@ def main():
     options.add_argument("--padding", type=int, default=0, help="columns that make the predictions large")
     options.add_argument("--poison", type=int, default=None)
     options = options.parse_args()
-    strategy = GPUOrchStrategy(tensor_parallel_size=options.tp, output_dir=options.output, chunk_size=options.chunk)
+    strategy = GPUOrchStrategy(
+        tensor_parallel_size=options.tp,
+        output_dir=options.output,
+        chunk_size=options.chunk,
+        parallelize_fn=lambda module, mesh: module,  # its collectives are its own
+    )
     trainer = quiet_trainer(strategy, options.devices)
     predictions = trainer.predict(Model(options), DataLoader(Rows(options.samples), batch_size=options.batch))
     values = [float(v) for batch in predictions for v in batch[:, 0]]
