@@ -88,6 +88,8 @@ class OrchestratorConfig:
     """Identity of the weights: ``auto`` samples them, ``off`` skips the check, any other text is taken as it is."""
     metrics_port: int = 9400
     """Port of the node's Prometheus endpoint; 0 takes a free one."""
+    baseline_file: str = ""
+    """Throughput of one device, as ``gpuorch calibrate`` has measured it, for ``distributed_scaling_efficiency_percent``."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     """Level of the plugin's own log."""
     enable_profiling: bool = False

@@ -182,8 +182,22 @@ class PredictionJob:
         if self._writer is not None:
             self._collectors[ticket.loader].add(ticket, kept, frozenset(self._lost))
         telemetry.end_step(ticket.size or 0)
+        calibration = self._runtime.calibration
+        if calibration is not None and calibration.count(ticket.size or 0, time.perf_counter()):
+            self._end_calibration()
         self._asked_ns = time.time_ns()
         return output
+
+    def _end_calibration(self) -> None:
+        """Write the baseline, and end the script in good order: the rest of its data is of no interest.
+
+        Raises:
+            SystemExit: Always, with exit code 0.
+        """
+        calibration = self._runtime.calibration
+        assert calibration is not None
+        calibration.finish(self._runtime.measured_with())
+        raise SystemExit(0)
 
     def finish(self) -> Any:
         """Make everything durable, wait for the others, and return all predictions.
@@ -201,6 +215,8 @@ class PredictionJob:
             log.info("stopped on request; the same command goes on from here")
             raise SystemExit(EXIT_RESUMABLE)
         answer = self._call("close").header
+        if self._runtime.calibration is not None:  # the data ended before the time
+            self._end_calibration()
         if self._world.topology.rank == 0:
             self._summarise(answer)
         return read_predictions(self.directory)
