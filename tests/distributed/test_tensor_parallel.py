@@ -26,5 +26,5 @@ def test_degree_from_the_budget_and_weights_read_by_part(runner, places, tmp_pat
 
 def test_a_model_that_fits_no_degree_is_refused_with_the_arithmetic(runner, places):
     done = runner.run("tp_strategies.py", "--devices", 2, "--budget", 0.3, timeout=170, code=78, environment=places)
-    assert "Model does not fit 1 or 2 devices; tensor_parallel_size=4 would do." in done.output
+    assert "Model does not fit 1 or 2 devices; tensor_parallel_size=4 could do." in done.output
     assert "at least 41.12 KiB each: too much" in done.output
