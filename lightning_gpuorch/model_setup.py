@@ -172,7 +172,8 @@ class ModelSetup:
         outcome: _Decision | GPUOrchError | None = None
         if world.topology.rank == 0:
             try:
-                outcome = self._choose(model, batch, budget)
+                with torch.compiler.set_stance("force_eager"):  # what the user has compiled is planned uncompiled
+                    outcome = self._choose(model, batch, budget)
             except GPUOrchError as error:
                 outcome = error
         outcome = world.collectives.broadcast_object(outcome)
