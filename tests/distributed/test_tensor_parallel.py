@@ -44,3 +44,10 @@ def test_generation_bfloat16_and_compilation_of_a_wrapped_model(runner, places):
     assert result["compiled"] < 1e-5
     assert result["sharded"]
     assert result["graphs"] == 1
+
+
+def test_a_replica_that_dies_comes_back_with_the_size_that_was_decided(runner, places):
+    done = runner.run("tp_restart.py", "--devices", 4, timeout=170, environment=places)
+    assert done.result["layout"] == [2, 2]
+    assert done.result["difference"] < 1e-5
+    assert "restarting replica 0" in done.output
