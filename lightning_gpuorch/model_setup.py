@@ -140,6 +140,7 @@ class ModelSetup:
             return model
         if self.runtime.config.model_fingerprint == "auto" and not has_meta(model):
             self._fingerprints[model] = fingerprint_weights(model)
+        self.runtime.note_model(model)
         decision = self._decide(model, batch)
         topology = self.runtime.settle(decision.tensor_parallel_size)
         if topology.rank == 0:
