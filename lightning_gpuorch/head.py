@@ -362,6 +362,7 @@ class Head:
                 layout.chunk_size,
                 store.done(),
                 self._max_chunk_failures,
+                store.is_durable,
             )
             if self._draining:
                 queue.drain()

@@ -121,8 +121,8 @@ class Supervisor:
         self._token = config.token or secrets.token_hex(16)
         self.head: Head | None = None
         self._server: ControlServer | None = None
-        channel = self._host_head(tensor_parallel_size) if place.node_rank == 0 else self._reach_head()
-        self._link = HeadLink(channel, place.node_rank, config.timeout_sec)
+        self._channel = self._host_head(tensor_parallel_size) if place.node_rank == 0 else self._reach_head()
+        self._link = HeadLink(self._channel, place.node_rank, config.timeout_sec)
         self._watch = StateWatch(self._link, 0.0 if self.head is not None else min(1.0, config.lease_term_sec / 5))
         self.recovery = FailureRecoveryManager(config.max_restart_attempts, config.enable_auto_restart)
         self._devices = devices or DevicePool.of_indices([None] * num_workers)
@@ -193,6 +193,7 @@ class Supervisor:
                 signal.signal(number, handler)
             self._workers.close()
             self._watch.close()
+            self._channel.close()
             self._clean_up()
         return code
 
@@ -574,6 +575,7 @@ class Supervisor:
             self._end_all(EXIT_RESUMABLE)
 
     def _begin_drain(self, reason: str) -> None:
+        self._drain_deadline = self._drain_deadline or time.monotonic() + self.config.exit_timeout_sec
         self._link.drain()
         self._record("drain", reason=reason)
         self._check_job()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,9 +58,18 @@ class LeaseQueue:
         chunk_size: Units per chunk.
         done: Chunks that are already durable.
         max_chunk_failures: Deaths in one chunk until a single unit is given up.
+        is_durable: Looks whether a chunk's part file exists. Asked before a chunk that came back is leased again: its
+            holder may have died, or been cut off, between the file and the report.
     """
 
-    def __init__(self, num_chunks: int | None, chunk_size: int, done: Iterable[int] = (), max_chunk_failures: int = 3):
+    def __init__(
+        self,
+        num_chunks: int | None,
+        chunk_size: int,
+        done: Iterable[int] = (),
+        max_chunk_failures: int = 3,
+        is_durable: Callable[[int], bool] = lambda chunk: False,
+    ):
         self.num_chunks = num_chunks
         self.chunk_size = chunk_size
         self.done = set(done)
@@ -69,7 +78,7 @@ class LeaseQueue:
         self.quarantined: list[Quarantined] = []
         self.lost_races = 0
         self._given_up: set[int] = set()
-        self._max_chunk_failures = max_chunk_failures
+        self._max_chunk_failures, self._is_durable = max_chunk_failures, is_durable
         self._fresh = 0
         self._returned: list[int] = []
         self._leases: dict[int, Owner] = {}
@@ -228,6 +237,8 @@ class LeaseQueue:
             return DRAIN
         chunk = self._take()
         if chunk is None:
+            if self.finished:  # what came back was durable after all
+                return STOP
             return None if block else PAUSE
         self._leases[chunk] = owner
         answer: Answer = {"do": "chunk", "chunk": chunk}
@@ -239,6 +250,8 @@ class LeaseQueue:
     def _take(self) -> int | None:
         while self._returned:
             chunk = heapq.heappop(self._returned)
+            if chunk not in self.done and self._is_durable(chunk):
+                self.done.add(chunk)
             if chunk not in self.done and chunk not in self._given_up and chunk not in self._leases:
                 return chunk
         while self.num_chunks is None or self._fresh < self.num_chunks:
