@@ -69,7 +69,13 @@ class OrchestratorConfig:
     enable_dynamic_batching: bool = False
     """Form batches by token budget instead of a fixed count. Not available yet: True is refused."""
     tensor_parallel_size: int | Literal["auto"] = "auto"
-    """Ranks that share one copy of the model."""
+    """Ranks that share one copy of the model; ``auto`` takes the fewest at which its weights, and headroom for
+    activations, fit the memory budget of every device."""
+    verify: Literal["first_batch", "off"] = "first_batch"
+    """On the first batch, compare one block of a sharded model, with its real weights, to its unsharded self."""
+    plan_cache: str = "auto"
+    """Directory in which tensor-parallel plans are kept between runs; ``auto`` takes one in the user's cache directory,
+    ``off`` plans anew each time."""
     data_parallel_size: int | Literal["auto"] = "auto"
     """Replicas; ``auto`` takes all devices divided by the tensor-parallel size."""
     chunk_size: int | Literal["auto"] = "auto"
@@ -83,7 +89,12 @@ class OrchestratorConfig:
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     """Level of the plugin's own log."""
     enable_profiling: bool = False
-    """Record a bounded PyTorch profile on each rank. Not available yet: True is refused."""
+    """Record a bounded PyTorch profile on each rank: some steps after the first ones, and again at each ``SIGUSR2``."""
+    trace_every_steps: int = 100
+    """One step in so many is traced, where OpenTelemetry is installed; a step in which something went wrong always is."""
+    trace_endpoint: str = ""
+    """Where traces go: the URL of an OTLP/HTTP collector (``http://host:4318/v1/traces``), ``file`` for files beside the
+    run's records, or empty for what the application itself has set up with OpenTelemetry, if anything."""
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -157,6 +168,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data_parallel_size": _at_least_one,
     "chunk_size": _at_least_one,
     "max_pending_bytes": _at_least_one,
+    "trace_every_steps": _at_least_one,
     "metrics_port": (lambda v: 0 <= v <= 65535, "between 0 and 65535"),
 }
 

@@ -7,6 +7,7 @@ a system call. Times are CLOCK_MONOTONIC, which all processes of a node share.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import threading
@@ -76,12 +77,14 @@ class HeartbeatTable:
         self.path, self.num_ranks = path, num_ranks
         size = 8 * _ROW * num_ranks
         descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
-        try:
-            if create:
-                os.ftruncate(descriptor, size)
-            self._map = mmap.mmap(descriptor, size)
-        finally:
-            os.close(descriptor)
+        self._lock: int | None = None
+        if create:
+            # As long as the file is locked, somebody watches the ranks; see sweep_tables.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            os.ftruncate(descriptor, size)
+            self._lock = os.dup(descriptor)
+        self._map = mmap.mmap(descriptor, size)
+        os.close(descriptor)
         self._cells = memoryview(self._map).cast("q")
 
     def row(self, rank: int) -> Row:
@@ -106,6 +109,28 @@ class HeartbeatTable:
         """Release the memory; the file stays."""
         self._cells.release()
         self._map.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def sweep_tables(directory: Path, pattern: str, older_than_seconds: float = 60.0) -> None:
+    """Remove the tables of supervisors that were killed.
+
+    Args:
+        directory: Where tables are.
+        pattern: Their names.
+        older_than_seconds: Leaves alone what is being made at this moment.
+    """
+    for path in directory.glob(pattern):
+        try:
+            if path.stat().st_uid != os.getuid() or time.time() - path.stat().st_mtime < older_than_seconds:
+                continue
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        except OSError:  # in use, or gone
+            continue
 
 
 class Heartbeat:

@@ -77,7 +77,9 @@ class PredictionJob:
         self.finished_before = bool(answer["finished"])
         self.resumed_chunks = sum(answer["resumed"])
         manifest = Manifest.from_dict(answer["manifest"])
-        self.delivered: collections.deque[Ticket] = collections.deque()
+        self.delivered = _Delivered()
+        self._asked_ns = time.time_ns()
+        self._fetched_ns: tuple[int, int] | None = None
         self.samples = 0
         self.steps = 0
         self._ended: str | None = None
@@ -113,7 +115,10 @@ class PredictionJob:
 
     def take(self) -> Ticket:
         """The ticket of the batch that was delivered first and is not computed yet."""
-        return self.delivered.popleft()
+        ticket = self.delivered.popleft()
+        there = self.delivered.at_ns.popleft()
+        self._fetched_ns = (self._asked_ns, max(self._asked_ns, there))
+        return ticket
 
     def progress(self) -> dict[str, Any]:
         """How far the whole job is: chunks, samples, restarts."""
@@ -149,7 +154,8 @@ class PredictionJob:
         for wrapper in reversed(self._runtime.step_wrappers):
             step = functools.partial(_wrapped, wrapper, step, ticket)
         self._lost.clear()
-        began = time.perf_counter()
+        telemetry = self._runtime.telemetry
+        telemetry.begin_step(self.steps, ticket.chunk, self._fetched_ns)
         heartbeat, span = current_heartbeat(), ticket.span
         if heartbeat is not None:
             stop = span.first_unit + span.num_units
@@ -160,6 +166,10 @@ class PredictionJob:
         except StopIteration as error:
             # Lightning's loop would take it for the end of the data and silently drop the rest.
             raise RuntimeError(f"the predict step raised StopIteration on batch {ticket.span.batch_index}") from error
+        except BaseException as error:
+            telemetry.fail_step(error)
+            raise
+        telemetry.computed()
         if self._world.topology.tensor_parallel_size > 1:
             output = whole(output)
         self.steps += 1
@@ -168,8 +178,8 @@ class PredictionJob:
             self._collectors[ticket.loader].add(ticket, to_host(output), frozenset(self._lost))
         if heartbeat is not None:
             heartbeat.end_step()
-        if self._runtime.step_recorder is not None:
-            self._runtime.step_recorder.record_step(time.perf_counter() - began, ticket.size or 0)
+        telemetry.end_step(ticket.size or 0)
+        self._asked_ns = time.time_ns()
         return output
 
     def finish(self) -> Any:
@@ -236,6 +246,19 @@ class PredictionJob:
         header = {"op": op, "job": self.number, **self._world.owner, **fields}
         timeout = self._runtime.config.timeout_sec if timeout_seconds is None else timeout_seconds
         return self._world.channel.call(header, timeout_seconds=timeout)
+
+
+class _Delivered(collections.deque[Ticket]):
+    """Tickets of batches that are not computed yet, and the Unix time in nanoseconds at which each batch was there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_ns: collections.deque[int] = collections.deque()
+
+    def append(self, ticket: Ticket) -> None:
+        """Take the ticket of a batch that has just been fetched."""
+        super().append(ticket)
+        self.at_ns.append(time.time_ns())
 
 
 class _Queue:

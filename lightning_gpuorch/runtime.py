@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +17,8 @@ from lightning_gpuorch.errors import ConfigurationError, GPUOrchError, InputMism
 from lightning_gpuorch.prediction_job import PredictionJob, StepWrapper
 from lightning_gpuorch.predictions.loader import SharedLoader
 from lightning_gpuorch.predictions.source import describe
-from lightning_gpuorch.telemetry.current import current_events, emit, use_events
-from lightning_gpuorch.telemetry.events import EventLog
-from lightning_gpuorch.telemetry.logs import configure_logging
-from lightning_gpuorch.telemetry.steps import StepRecorder
+from lightning_gpuorch.telemetry.rank import RankTelemetry
+from lightning_gpuorch.tensor_parallel import Communicator, random_state_digest, synchronize_random_state
 from lightning_gpuorch.tensors import digest
 from lightning_gpuorch.world import ExternalRanks, World, join
 
@@ -40,15 +37,13 @@ class Runtime:
     """
 
     def __init__(self, config: OrchestratorConfig, output_dir: str | os.PathLike[str] | None = None):
-        for field in ("enable_dynamic_batching", "enable_profiling"):
-            if getattr(config, field):
-                raise ConfigurationError(f"{field}=True is not available in this version; leave it False.")
+        if config.enable_dynamic_batching:
+            raise ConfigurationError("enable_dynamic_batching=True is not available in this version; leave it False.")
         self.config, self.output_dir = config, output_dir
         self.step_wrappers: list[StepWrapper] = []
         self.device = torch.device("cpu")
         self.mesh: DeviceMesh | None = None
         self.job: PredictionJob | None = None
-        self.step_recorder: StepRecorder | None = None
         self._world: World | None = None
         self._placed = False
         self._training = False
@@ -74,6 +69,12 @@ class Runtime:
     def is_leader(self) -> bool:
         """Whether this process speaks for its tensor-parallel group."""
         return self.world.topology.is_leader
+
+    @property
+    def telemetry(self) -> RankTelemetry:
+        """What this rank records."""
+        assert self.world.telemetry is not None
+        return self.world.telemetry
 
     @property
     def run_directory(self) -> Path | None:
@@ -126,7 +127,7 @@ class Runtime:
         world.settle(tensor_parallel_size)
         if not self._placed:
             self._placed = True
-            self._record_run(world)
+            self._record(world)
             world.form_world(world.topology, whole_job=self._training)
             if tensor_parallel_size > 1 and self.mesh is None:
                 replicas = world.topology.num_replicas if world.spans_job else 1
@@ -138,25 +139,26 @@ class Runtime:
         """The topology in force; where no model has decided it, from now on every rank has a model of its own."""
         return self.world.topology if self._placed else self.settle(1)
 
-    def _record_run(self, world: World) -> None:
-        """Log and record events where the supervisor collects them."""
-        if world.run_directory is None or current_events() is not None:
+    def _record(self, world: World) -> None:
+        """Begin to record what this rank does, where the others of the node do as well."""
+        if world.telemetry is not None:
             return
-        topology = world.topology
-        configure_logging(
-            self.config.log_level,
+        topology, config = world.topology, self.config
+        world.telemetry = RankTelemetry(
+            world.run_directory,
             rank=topology.rank,
             replica=topology.replica,
-            directory=world.run_directory / "logs",
             generation=world.generation,
+            run_id=world.run_id,
+            is_leader=topology.is_leader,
+            log_level=config.log_level,
+            enable_profiling=config.enable_profiling,
+            trace_every_steps=config.trace_every_steps,
+            trace_endpoint=config.trace_endpoint,
+            start=_describe(self.device),
         )
-        common = {"rank": topology.rank, "replica": topology.replica, "generation": world.generation}
-        source = f"rank-{topology.rank:05d}.attempt-{world.generation}"
-        events = EventLog(world.run_directory / "events", source, common=common)
-        use_events(events)
-        self.step_recorder = StepRecorder(events, counts_samples=topology.is_leader)
-        emit("start", pid=os.getpid(), host=socket.gethostname(), device=str(self.device))
-        atexit.register(events.close)
+        if world.supervised:
+            atexit.register(world.telemetry.close)
 
     def report_verdict(self, report: Any) -> None:
         """Tell the supervisor that this rank's device is to be drained, or has failed; it acts on nothing less.
@@ -172,6 +174,8 @@ class Runtime:
     def check_same_input(self, batch: Any) -> None:
         """Compare a batch with those of the other ranks of the tensor-parallel group; every one of them must call this.
 
+        Ranks whose random state differs take the first rank's, so that what is sampled in the step is the same on all.
+
         Raises:
             InputMismatchError: They differ; the odd ranks are named.
         """
@@ -181,10 +185,10 @@ class Runtime:
         if topology.tensor_parallel_size == 1 or not dist.is_initialized():
             return
         group = self.mesh.get_group("tensor_parallel") if self.mesh is not None else None
-        mine = torch.tensor([digest(batch)], device=self.device)
+        mine = torch.tensor([digest(batch), random_state_digest(self.device)], device=self.device)
         digests = [torch.empty_like(mine) for _ in range(topology.tensor_parallel_size)]
         dist.all_gather(digests, mine, group=group)
-        values = [int(value) for value in digests]
+        values, random_states = zip(*(pair.tolist() for pair in digests), strict=True)
         if len(set(values)) > 1:
             first = topology.replica * topology.tensor_parallel_size
             odd = [first + index for index, value in enumerate(values) if value != values[0]]
@@ -192,6 +196,8 @@ class Runtime:
                 f"ranks {odd} of replica {topology.replica} were given another batch than rank {first}; all ranks of a "
                 "tensor-parallel group must run on the same input. Is the dataset random?"
             )
+        if len(set(random_states)) > 1:
+            synchronize_random_state(Communicator(group), self.device)
 
     def share(self, loader: Any, limit: int | None = None) -> SharedLoader:
         """This replica's fixed share of a loader's batches."""
@@ -216,3 +222,11 @@ class Runtime:
         self.topology  # noqa: B018 - decided from here on
         self.job = PredictionJob(self, loaders, default_root, limits, model_fingerprint)
         return self.job
+
+
+def _describe(device: torch.device) -> dict[str, Any]:
+    """Fields of the ``start`` event about a device."""
+    if device.type != "cuda":
+        return {"device": str(device)}
+    properties = torch.cuda.get_device_properties(device)
+    return {"device": str(device), "device_name": properties.name, "device_memory_bytes": properties.total_memory}

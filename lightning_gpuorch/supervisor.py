@@ -17,7 +17,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -40,16 +39,18 @@ from lightning_gpuorch.errors import (
     ControlPlaneError,
     ControlPlaneTimeoutError,
     MissingPredictionsError,
+    format_indices,
 )
 from lightning_gpuorch.head import Head
 from lightning_gpuorch.head_link import HeadLink, JobState, NodePlace, StateWatch
-from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits
+from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits, sweep_tables
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 from lightning_gpuorch.preflight import Finding, Preflight
 from lightning_gpuorch.recovery import Action, Decision, FailureKind, FailureRecoveryManager
-from lightning_gpuorch.run_records import describe_failure, failure_record, keep_records, report_run
+from lightning_gpuorch.run_records import describe_failure, failure_record
 from lightning_gpuorch.spawn import Spawner
 from lightning_gpuorch.telemetry.events import EventLog
+from lightning_gpuorch.telemetry.run_directory import create_run_directory, keep_records, records_target, report_run
 from lightning_gpuorch.workers import Worker, Workers, describe_exit
 from lightning_gpuorch.world import new_run_id, remove_ephemeral
 
@@ -113,7 +114,7 @@ class Supervisor:
         self.place = place = place or NodePlace()
         self.config, self.num_workers = config, num_workers
         self.run_id = new_run_id()
-        self.run_directory = Path(tempfile.mkdtemp(prefix=f"gpuorch-{self.run_id}-"))
+        self.run_directory = create_run_directory(self.run_id)
         source = "supervisor" if place.node_rank == 0 else f"supervisor-{place.node_rank}"
         self._events = EventLog(self.run_directory / "events", source)
         self.keep_results = False
@@ -130,6 +131,7 @@ class Supervisor:
         self._spawner = spawner
         self._workers = Workers(spawner, self.run_directory / "errors")
         shared_memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else self.run_directory
+        sweep_tables(shared_memory, "gpuorch-run-*")
         self._table = HeartbeatTable(
             str(shared_memory / f"gpuorch-{self.run_id}-{place.node_rank}"), num_workers, create=True
         )
@@ -154,6 +156,7 @@ class Supervisor:
         self._drain_deadline: float | None = None
         self._progress: dict[int, int] = {}
         self._restarts = 0
+        self._missing: dict[str, Any] = {}
 
     def add_environment(self, variables: dict[str, str]) -> None:
         """Give more variables to workers that are started from now on."""
@@ -188,7 +191,7 @@ class Supervisor:
             self._workers.kill(list(self._workers))
             for beginning in self._beginnings:
                 _cancel(beginning.checks)
-            self._record("end", exit_code=code)
+            self._record("end", exit_code=code, **self._missing)
             for number, handler in previous.items():
                 signal.signal(number, handler)
             self._workers.close()
@@ -619,6 +622,7 @@ class Supervisor:
         try:
             head.verify()
         except MissingPredictionsError as error:
+            self._missing = {"missing_samples": format_indices(error.indices), "num_missing": len(error.indices)}
             stopped = bool(self._stop_signals) or EXIT_RESUMABLE in codes
             for code in (EXIT_CONFIGURATION, EXIT_STORAGE):
                 if code in codes:
@@ -663,8 +667,9 @@ class Supervisor:
             for job in head.jobs.values():
                 for loader in range(len(job.queues)):  # every writer is gone: what it left half-written can go
                     PartStore(loader_directory(job.directory, loader)).sweep_temporaries(0.0)
-            if head.kept_directory is not None and head.kept_directory.is_dir():
-                target = head.kept_directory / "runs" / self.run_id
+            jobs = [(job.directory, job.ephemeral) for job in head.jobs.values()]
+            target = records_target(self.run_id, jobs, self.run_directory)
+            if target is not None:
                 keep_records(self.run_directory, target)
                 report_run(target)
         if self._server is not None:

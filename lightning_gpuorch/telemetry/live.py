@@ -94,8 +94,11 @@ class LiveView:
         self._began: float | None = None
         self._title = ""
         self._num_samples: int | None = None
+        self._complete: bool | None = None
         self.exit_code: int | None = None
-        """Of the run, once it has ended."""
+        """Of the run, once it has ended, if somebody could say."""
+        self.is_over = False
+        """Whether the run has ended."""
 
     def add(self, events: Iterable[Event]) -> None:
         """Take events, in their order."""
@@ -106,7 +109,7 @@ class LiveView:
                 total = total_samples(event)
                 self._num_samples = total if total is not None else self._num_samples
                 if event["kind"] == "run":
-                    self.exit_code = None
+                    self.exit_code, self.is_over = None, False
             if event["kind"] in INCIDENT_KINDS:
                 self._incidents.append(event)
                 self._counts[event["kind"]] += 1
@@ -114,7 +117,8 @@ class LiveView:
                 for rank in self._ranks.values():
                     rank.retired |= rank.rank in (event.get("ranks") or ()) or rank.replica == event.get("replica")
             if event["kind"] == "end" and event.get("source") == "supervisor":
-                self.exit_code = event.get("exit_code", 0)
+                self.exit_code, self.is_over = event.get("exit_code"), True
+                self._complete = event.get("complete")
             if isinstance(event.get("rank"), int) and event.get("source") != "supervisor":
                 self._add_to_rank(self._ranks.setdefault(event["rank"], _Rank(event["rank"])), event)
 
@@ -154,7 +158,7 @@ class LiveView:
         text = Text(f"{self._title}\n" if self._title else "", style="bold")
         total = f" of {self._num_samples:,}" if self._num_samples else ""
         text.append(f"{done:,}{total} samples, {rate:,.0f}/s", style="not bold")
-        if self._num_samples and rate > 0 and done < self._num_samples and self.exit_code is None:
+        if self._num_samples and rate > 0 and done < self._num_samples and not self.is_over:
             text.append(f", about {duration((self._num_samples - done) / rate)} left", style="not bold")
         working = sum(not rank.ended and not rank.retired for rank in ranks)
         text.append(f"; {working} of {len(ranks)} ranks at work", style="not bold")
@@ -163,6 +167,9 @@ class LiveView:
                 text.append(", ", style="not bold").append(f"{self._counts[kind]} {name}", style="yellow not bold")
         if self.exit_code is not None:
             text.append(f"\nended with exit code {self.exit_code}", style="green" if self.exit_code == 0 else "red")
+        elif self.is_over:
+            outcome = {True: "ended, complete", False: "ended, samples are missing"}.get(self._complete, "ended")  # type: ignore[arg-type]
+            text.append(f"\n{outcome}", style="red" if self._complete is False else "green")
         return text
 
     def _table(self, ranks: list[_Rank], now: float) -> Table:
@@ -242,7 +249,7 @@ def watch(
         while True:
             view.add(tail.poll())
             live.update(view.render(), refresh=True)
-            if view.exit_code is not None or is_over():
+            if view.is_over or is_over():
                 return view.exit_code
             time.sleep(refresh_seconds)
 

@@ -140,6 +140,8 @@ def smallest_tensor_parallel_size(
         choice = try_size(size)
         if choice is not None:
             return choice
+    if refusals and len(sizes) == 1:
+        raise refusals[0]
     if refusals and any(whole.at_least(size) <= usable for size in sizes):
         raise TensorParallelError("\n  ".join(["No degree fits that could be planned:", *lines, str(refusals[0])]))
     fitting = None
