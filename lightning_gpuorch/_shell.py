@@ -149,8 +149,8 @@ class StrategyShell:
 
     @property
     def num_processes(self) -> int:
-        """Ranks on this node."""
-        return len(self.parallel_devices or ())
+        """Ranks on this node; one while a single device is measured, however many the script asks for."""
+        return 1 if self.runtime.calibration is not None else len(self.parallel_devices or ())
 
     @property
     def tensor_parallel_size(self) -> int:

@@ -42,6 +42,8 @@ class OrchestratorConfig:
     """Longest time from process start to the first completed step."""
     step_timeout_sec: float = 60.0
     """Smallest progress limit of a step; the limit in force is the larger of this and 10 x the slowest recent step."""
+    commit_timeout_sec: float = 300.0
+    """Longest time the disk may take for one part of the results, or make the loop wait."""
     exit_timeout_sec: float = 60.0
     """Longest time a worker may take to leave after its work is done, or to drain after SIGTERM."""
     enable_auto_restart: bool = True
@@ -63,7 +65,7 @@ class OrchestratorConfig:
     max_restart_attempts: int = 3
     """Restarts of one replica without progress before it is retired."""
     max_chunk_failures: int = 3
-    """Deaths blamed on one chunk before it is quarantined."""
+    """Deaths of workers in the same sample before it is given up, at least two of them while it was computed alone."""
     batch_size: int = 32
     """Samples per batch where the plugin itself builds the batches."""
     enable_dynamic_batching: bool = False
@@ -86,6 +88,8 @@ class OrchestratorConfig:
     """Identity of the weights: ``auto`` samples them, ``off`` skips the check, any other text is taken as it is."""
     metrics_port: int = 9400
     """Port of the node's Prometheus endpoint; 0 takes a free one."""
+    baseline_file: str = ""
+    """Throughput of one device, as ``gpuorch calibrate`` has measured it, for ``distributed_scaling_efficiency_percent``."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     """Level of the plugin's own log."""
     enable_profiling: bool = False
@@ -156,6 +160,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "heartbeat_timeout_sec": _positive,
     "start_timeout_sec": _positive,
     "step_timeout_sec": _positive,
+    "commit_timeout_sec": _positive,
     "exit_timeout_sec": _positive,
     "preflight_timeout_sec": _positive,
     "spare_devices": _not_negative,

@@ -187,11 +187,14 @@ class Head:
                 for queue in job.queues:
                     queue.let_go((replica, generation))
 
-    def deaths_in(self, chunks: dict[tuple[int, int], int]) -> int:
-        """Deaths so far in chunks, by (job, loader); the most of any."""
+    def deaths_in(self, chunks: dict[tuple[int, int], int], positions: dict[tuple[int, int], tuple[int, int]]) -> int:
+        """Deaths so far in units of chunks, by (job, loader); the most of any unit."""
         with self._lock:
-            faults = [self.jobs[job].queues[loader].faults.get(chunk) for (job, loader), chunk in chunks.items()]
-            return max((fault.deaths for fault in faults if fault is not None), default=0)
+            faults = [
+                (self.jobs[job].queues[loader].faults.get(chunk), range(*positions[job, loader]))
+                for (job, loader), chunk in chunks.items()
+            ]
+            return max((fault.deaths_of[unit] for fault, units in faults if fault for unit in units), default=0)
 
     def open_ranks(self, ranks: Iterable[int]) -> dict[int, bool]:
         """Ranks that have opened a job and not closed it, each with whether all of its open jobs are complete."""

@@ -118,21 +118,22 @@ class HeadLink:
         """The state of the job, fresh."""
         return JobState.from_answer(self._call("node_state"))
 
+    def deaths_before(self, blamed: dict[JobPosition, int], positions: dict[JobPosition, tuple[int, int]]) -> int:
+        """How many workers have died in these samples, the most of any sample."""
+        if not blamed:
+            return 0
+        return int(self._call("node_deaths", blamed=_blame_rows(blamed, positions))["deaths"])
+
     def end_generation(
         self,
         replica: int,
         generation: int,
         blamed: dict[JobPosition, int],
         positions: dict[JobPosition, tuple[int, int]],
-    ) -> int:
-        """Report that a generation is over, with what it was computing.
-
-        Returns:
-            Deaths in that chunk before this one.
-        """
-        rows = [[*key, chunk, *positions[key]] for key, chunk in blamed.items()]
-        answer = self._call("node_generation_over", replica=replica, generation=generation, blamed=rows)
-        return int(answer["deaths_before"])
+    ) -> None:
+        """Report that a generation is over, with what it was computing."""
+        rows = _blame_rows(blamed, positions)
+        self._call("node_generation_over", replica=replica, generation=generation, blamed=rows)
 
     def retire(self, replica: int) -> None:
         """Report that a replica will not come back."""
@@ -217,3 +218,7 @@ class StateWatch:
                 self._state = self.link.state()
             except ControlPlaneError as error:
                 log.debug("the head does not answer: %s", error)
+
+
+def _blame_rows(blamed: dict[JobPosition, int], positions: dict[JobPosition, tuple[int, int]]) -> list[list[int]]:
+    return [[*key, chunk, *positions[key]] for key, chunk in blamed.items()]

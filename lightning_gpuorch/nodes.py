@@ -215,11 +215,13 @@ class NodeDesk:
     def op_node_generation_over(self, request: Message) -> dict[str, Any]:
         """A generation has ended: take back what it holds, and blame what it was computing."""
         header = request.header
-        blamed = {(job, loader): chunk for job, loader, chunk, _, _ in header["blamed"]}
-        positions = {(job, loader): (start, stop) for job, loader, _, start, stop in header["blamed"]}
-        deaths = self._head.deaths_in(blamed)
+        blamed, positions = _read_blame(header["blamed"])
         self._head.end_generation(int(header["replica"]), int(header["generation"]), blamed, positions)
-        return {"deaths_before": deaths}
+        return {}
+
+    def op_node_deaths(self, request: Message) -> dict[str, Any]:
+        """Deaths so far in samples that may be to blame for another one."""
+        return {"deaths": self._head.deaths_in(*_read_blame(request.header["blamed"]))}
 
     def op_node_retire(self, request: Message) -> dict[str, Any]:
         """A replica will not come back."""
@@ -272,3 +274,8 @@ class NodeDesk:
                 "generation": int(header["generation"]),
             }
         return {}
+
+
+def _read_blame(rows: list[list[int]]) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], tuple[int, int]]]:
+    blamed = {(job, loader): chunk for job, loader, chunk, _, _ in rows}
+    return blamed, {(job, loader): (start, stop) for job, loader, _, start, stop in rows}

@@ -174,13 +174,28 @@ class PredictionJob:
             output = whole(output)
         self.steps += 1
         self.samples += ticket.size or 0
-        if self._writer is not None:
-            self._collectors[ticket.loader].add(ticket, to_host(output), frozenset(self._lost))
+        kept = to_host(output) if self._writer is not None else None
         if heartbeat is not None:
-            heartbeat.end_step()
+            heartbeat.end_step()  # what fails from here on is not to be blamed on the batch
+        if self._writer is not None:
+            self._collectors[ticket.loader].add(ticket, kept, frozenset(self._lost))
         telemetry.end_step(ticket.size or 0)
+        calibration = self._runtime.calibration
+        if calibration is not None and calibration.count(ticket.size or 0, time.perf_counter()):
+            self._end_calibration()
         self._asked_ns = time.time_ns()
         return output
+
+    def _end_calibration(self) -> None:
+        """Write the baseline, and end the script in good order: the rest of its data is of no interest.
+
+        Raises:
+            SystemExit: Always, with exit code 0.
+        """
+        calibration = self._runtime.calibration
+        assert calibration is not None
+        calibration.finish(self._runtime.measured_with())
+        raise SystemExit(0)
 
     def finish(self) -> Any:
         """Make everything durable, wait for the others, and return all predictions.
@@ -198,6 +213,8 @@ class PredictionJob:
             log.info("stopped on request; the same command goes on from here")
             raise SystemExit(EXIT_RESUMABLE)
         answer = self._call("close").header
+        if self._runtime.calibration is not None:  # the data ended before the time
+            self._end_calibration()
         if self._world.topology.rank == 0:
             self._summarise(answer)
         return read_predictions(self.directory)
@@ -218,14 +235,20 @@ class PredictionJob:
 
     def _make_writer(self, layouts: Sequence[LoaderLayout]) -> PartWriter:
         stores = [PartStore(loader_directory(self.directory, index)) for index in range(len(layouts))]
+        heartbeat = current_heartbeat()
         return PartWriter(
-            stores, max_pending_bytes=self._runtime.config.max_pending_bytes, on_committed=self._on_committed
+            stores,
+            max_pending_bytes=self._runtime.config.max_pending_bytes,
+            on_committed=self._on_committed,
+            around_commit=contextlib.nullcontext if heartbeat is None else heartbeat.committing,
         )
 
     def _commit(self, loader: int, chunk: int, batches: list[StoredBatch]) -> None:
         assert self._writer is not None
         owner = self._world.owner
-        self._writer.put(loader, chunk, batches, {"replica": owner["replica"], "generation": owner["generation"]})
+        metadata = {"replica": owner["replica"], "generation": owner["generation"]}
+        with _phase(Phase.COMMIT, then=Phase.RUN):  # it waits where the disk is slower than the model
+            self._writer.put(loader, chunk, batches, metadata)
 
     def _on_committed(self, loader: int, chunk: int, won: bool, samples: int) -> None:
         emit("chunk", job=self.number, loader=loader, chunk=chunk, samples=samples, won=won)

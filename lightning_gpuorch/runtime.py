@@ -5,18 +5,21 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_gpuorch._version import __version__
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.distributed import Topology
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError, InputMismatchError
 from lightning_gpuorch.prediction_job import PredictionJob, StepWrapper
 from lightning_gpuorch.predictions.loader import SharedLoader
 from lightning_gpuorch.predictions.source import describe
+from lightning_gpuorch.telemetry.efficiency import Calibration
 from lightning_gpuorch.telemetry.rank import RankTelemetry
 from lightning_gpuorch.tensor_parallel import Communicator, random_state_digest, synchronize_random_state
 from lightning_gpuorch.tensors import digest
@@ -44,6 +47,8 @@ class Runtime:
         self.device = torch.device("cpu")
         self.mesh: DeviceMesh | None = None
         self.job: PredictionJob | None = None
+        self.calibration = Calibration.from_environment()
+        self._model_facts: dict[str, Any] = {}
         self._world: World | None = None
         self._placed = False
         self._training = False
@@ -171,6 +176,28 @@ class Runtime:
             header = {"op": "verdict", "verdict": verdict, "evidence": list(report.evidence), **self.world.owner}
             self.world.channel.call(header, timeout_seconds=self.config.timeout_sec)
 
+    def note_model(self, module: torch.nn.Module) -> None:
+        """Remember what kind of model is run, before it is cut: throughput is only compared with that of its like."""
+        parameters = list(module.parameters())
+        self._model_facts = {
+            "model": type(module).__name__,
+            "parameters": sum(parameter.numel() for parameter in parameters),
+            "dtype": ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})),
+        }
+
+    def measured_with(self) -> dict[str, Any]:
+        """What throughput depends on; a baseline counts only for a run in which all of it is the same."""
+        assert self.job is not None
+        cuda = self.device.type == "cuda"
+        return {
+            **self._model_facts,
+            "device": torch.cuda.get_device_name(self.device) if cuda else f"{platform.machine()} CPU",
+            "threads": None if cuda else torch.get_num_threads(),
+            "batch_sizes": [loader.layout.batch_size for loader in self.job.loaders],
+            "torch": torch.__version__,
+            "lightning_gpuorch": __version__,
+        }
+
     def check_same_input(self, batch: Any) -> None:
         """Compare a batch with those of the other ranks of the tensor-parallel group; every one of them must call this.
 
@@ -220,6 +247,9 @@ class Runtime:
             PredictionStorageError: The output directory cannot be written.
         """
         self.topology  # noqa: B018 - decided from here on
+        if self.calibration is not None and self.run_directory is not None:
+            # Nothing of what was computed before counts, and nothing is to be found by a later run.
+            self.output_dir, default_root = None, self.run_directory
         self.job = PredictionJob(self, loaders, default_root, limits, model_fingerprint)
         return self.job
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from lightning_gpuorch._bootstrap import PARENT, announce, die_with_parent, report_failure, winding_up
+from lightning_gpuorch._bootstrap import PARENT, announce, die_with_parent, inject, report_failure, winding_up
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.zygote import ZygoteSpawner
 
@@ -126,6 +126,7 @@ class ForkSpawner:
         os.environ.update(variables)
         die_with_parent()
         announce()
+        inject()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:

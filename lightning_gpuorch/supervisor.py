@@ -43,14 +43,20 @@ from lightning_gpuorch.errors import (
 )
 from lightning_gpuorch.head import Head
 from lightning_gpuorch.head_link import HeadLink, JobState, NodePlace, StateWatch
-from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits, sweep_tables
+from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 from lightning_gpuorch.preflight import Finding, Preflight
 from lightning_gpuorch.recovery import Action, Decision, FailureKind, FailureRecoveryManager
 from lightning_gpuorch.run_records import describe_failure, failure_record
 from lightning_gpuorch.spawn import Spawner
 from lightning_gpuorch.telemetry.events import EventLog
-from lightning_gpuorch.telemetry.run_directory import create_run_directory, keep_records, records_target, report_run
+from lightning_gpuorch.telemetry.run_directory import (
+    create_run_directory,
+    find_runs,
+    keep_records,
+    records_target,
+    report_run,
+)
 from lightning_gpuorch.workers import Worker, Workers, describe_exit
 from lightning_gpuorch.world import new_run_id, remove_ephemeral
 
@@ -58,6 +64,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02
 JUDGE_SECONDS = 0.2
+_SHARED_MEMORY = Path("/dev/shm")
 _FINAL_KINDS = {
     EXIT_CONFIGURATION: FailureKind.CONFIGURATION,
     EXIT_STORAGE: FailureKind.STORAGE,
@@ -130,15 +137,16 @@ class Supervisor:
         self._environment = dict(environment or {})
         self._spawner = spawner
         self._workers = Workers(spawner, self.run_directory / "errors")
-        shared_memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else self.run_directory
-        sweep_tables(shared_memory, "gpuorch-run-*")
+        shared_memory = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else self.run_directory
         self._table = HeartbeatTable(
             str(shared_memory / f"gpuorch-{self.run_id}-{place.node_rank}"), num_workers, create=True
         )
+        _sweep_shared_memory()
         limits = Limits(
             alive=config.heartbeat_timeout_sec,
             start=config.start_timeout_sec,
             step=config.step_timeout_sec,
+            commit=config.commit_timeout_sec,
             exit=config.exit_timeout_sec,
         )
         self._judge = Judge(self._table, limits)
@@ -402,21 +410,25 @@ class Supervisor:
         elif code == EXIT_STORAGE:
             self._begin_drain(FailureKind.STORAGE.value)
 
-    def _on_failure(self, worker: Worker, kind: FailureKind, evidence: str) -> None:
+    def _on_failure(self, worker: Worker, kind: FailureKind, evidence: str, in_step: bool = True) -> None:
         rank, state = worker.rank, self._watch.state(fresh=True)
         size = state.tensor_parallel_size
         group = self._group_of(rank, state)
         generation = self._generation[rank]
         self.recovery.tensor_parallel_size = size or 1
-        blamed, positions = ({}, {}) if kind in (FailureKind.GPU_FAILED, FailureKind.GPU_DRAIN) else self._blame(group)
+        by_device = kind in (FailureKind.GPU_FAILED, FailureKind.GPU_DRAIN)
+        blamed, positions = self._blame(rank, group) if in_step and not by_device else ({}, {})
+        works = any(self._table.row(self._local(member)).progress for member in group)
         complete = state.open_ranks.get(rank, False)
         self._workers.kill(group)
-        deaths = 0
-        for member in {r // (size or 1) for r in group}:
-            deaths = max(deaths, self._link.end_generation(member, generation, blamed, positions))
-        if deaths and kind is not FailureKind.GPU_FAILED:
+        if works and self._link.deaths_before(blamed, positions):
+            # The replica can compute, and this is not the first death in the same samples: it is their fault.
             kind = FailureKind.POISON
         decision = self.recovery.decide(kind, rank, evidence)
+        if decision.action is Action.RETIRE_REPLICA:
+            blamed = {}  # it is the replica's fault, not that of what it happened to compute
+        for member in {r // (size or 1) for r in group}:
+            self._link.end_generation(member, generation, blamed, positions)
         self._remember_failure(worker, evidence)
         if self._drain_deadline is not None:
             self._ended.update(dict.fromkeys(group, EXIT_RESUMABLE))
@@ -491,11 +503,13 @@ class Supervisor:
         where = self._workers.dump_stacks(group, rank)
         self._record("hang", rank=rank, reason=verdict.reason, phase=verdict.row.phase.name, stacks=where)
         log.error("rank %d is stuck: %s%s", rank, verdict.reason, f"; it stands at\n{where}" if where else "")
-        self._on_failure(self._workers[rank], FailureKind.STUCK, verdict.reason)
+        self._on_failure(self._workers[rank], FailureKind.STUCK, verdict.reason, in_step=verdict.in_step)
 
-    def _blame(self, group: Sequence[int]) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], tuple[int, int]]]:
-        """The chunk and the position a group was computing, by (job, loader)."""
-        for rank in group:
+    def _blame(
+        self, culprit: int, group: Sequence[int]
+    ) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], tuple[int, int]]]:
+        """The chunk and the position the culprit was computing, else its group, by (job, loader)."""
+        for rank in (culprit, *group):
             row = self._table.row(self._local(rank))
             if row.pid and row.chunk >= 0:
                 key = (row.job, row.loader)
@@ -679,6 +693,13 @@ class Supervisor:
         if head is not None:
             remove_ephemeral(head)
         shutil.rmtree(self.run_directory, ignore_errors=True)
+
+
+def _sweep_shared_memory() -> None:
+    """Remove the heartbeat tables of supervisors that were killed; what is there of their records stays for a while."""
+    for run in find_runs():
+        for table in () if run.alive else _SHARED_MEMORY.glob(f"gpuorch-{run.run_id}-*"):
+            table.unlink(missing_ok=True)
 
 
 def _cancel(checks: dict[int, Preflight]) -> None:

@@ -147,7 +147,7 @@ class LeasedLoader:
                 continue
             if answer["do"] != "chunk":
                 return
-            chunk = int(answer["chunk"])
+            chunk, skip = int(answer["chunk"]), frozenset(answer.get("skip", ()))
             start = chunk * self.layout.chunk_size
             if start < position:
                 position, stream = 0, source.iterate()
@@ -163,6 +163,8 @@ class LeasedLoader:
                     self._queue.end_of_stream(number)
                     break
                 position = number + 1
+                if number in skip:  # read, since the stream cannot be entered elsewhere, and not computed
+                    continue
                 self._delivered.append(Ticket(self.index, chunk, Span(number, 1, number, None), None))
                 yield batch
             self._sink.end(chunk)

@@ -38,9 +38,8 @@ def main():
         output_dir=options.output, chunk_size=2, enable_profiling=options.profiling, trace_endpoint=options.trace,
         trace_every_steps=options.trace_every,
     )  # fmt: skip
-    trainer = quiet_trainer(
-        strategy, options.devices, callbacks=[OOMBatchHalving(), PrometheusMetrics(0, address="127.0.0.1")]
-    )
+    metrics = PrometheusMetrics(0, address="127.0.0.1", baseline=strategy.config.baseline_file or None)
+    trainer = quiet_trainer(strategy, options.devices, callbacks=[OOMBatchHalving(), metrics])
     predictions = trainer.predict(Model(options), DataLoader(Rows(options.samples), batch_size=options.batch))
     values = [float(v) for batch in predictions for v in batch[:, 0]]
     if trainer.is_global_zero and options.result:
