@@ -71,7 +71,9 @@ class PredictionJob:
             versions={"lightning_gpuorch": __version__, "torch": torch.__version__},
         )
         directory, ephemeral = world.job_directory(runtime.output_dir, default_root)
-        answer = self._call("open", directory=str(directory), ephemeral=ephemeral, manifest=wanted.to_dict()).header
+        asked = {"directory": str(directory), "ephemeral": ephemeral, "manifest": wanted.to_dict()}
+        with _phase(Phase.WAIT, then=Phase.STARTING):  # what is there already is checked first, however much it is
+            answer = self._call("open", **asked, timeout_seconds=_FOREVER_SECONDS).header
         self.directory = Path(answer["directory"])
         self.ephemeral = ephemeral
         self.finished_before = bool(answer["finished"])
@@ -219,6 +221,16 @@ class PredictionJob:
             self._summarise(answer)
         return read_predictions(self.directory)
 
+    def flush(self) -> None:
+        """Wait until everything computed so far is durable.
+
+        Raises:
+            PredictionStorageError: Something could not be written.
+        """
+        if self._writer is not None:
+            with _phase(Phase.COMMIT, then=Phase.RUN):
+                self._writer.flush()
+
     def close(self) -> None:
         """Stop the writer after it has written what it has; safe to call again."""
         if self._drain_signal is not None:
@@ -257,8 +269,7 @@ class PredictionJob:
 
     def _on_ended(self, answer: str) -> None:
         self._ended = answer
-        if self._writer is not None:
-            self._writer.flush()
+        self.flush()
         if answer in ("drain", "fenced"):
             self.finish()
 
@@ -291,6 +302,9 @@ class _Queue:
         self._job, self._loader, self._sequence = job, loader, 0
 
     def next(self, block: bool) -> dict[str, Any]:
+        if block:
+            # Own chunks first: others may wait for them as well, and a writer that has failed must say so now.
+            self._job.flush()
         # Waiting for others to finish has no limit of its own: the supervisor judges who is stuck.
         timeout = _FOREVER_SECONDS if block else None
         with _phase(Phase.WAIT, then=Phase.RUN) if block else contextlib.nullcontext():
