@@ -71,13 +71,16 @@ class PredictionJob:
             versions={"lightning_gpuorch": __version__, "torch": torch.__version__},
         )
         directory, ephemeral = world.job_directory(runtime.output_dir, default_root)
-        answer = self._call("open", directory=str(directory), ephemeral=ephemeral, manifest=wanted.to_dict()).header
+        asked = {"directory": str(directory), "ephemeral": ephemeral, "manifest": wanted.to_dict()}
+        with _phase(Phase.WAIT, then=Phase.STARTING):  # what is there already is checked first, however much it is
+            answer = self._call("open", **asked, timeout_seconds=_FOREVER_SECONDS).header
         self.directory = Path(answer["directory"])
         self.ephemeral = ephemeral
         self.finished_before = bool(answer["finished"])
         self.resumed_chunks = sum(answer["resumed"])
         manifest = Manifest.from_dict(answer["manifest"])
         self.delivered = _Delivered()
+        self._chunks_began: dict[tuple[int, int], float] = {}
         self._asked_ns = time.time_ns()
         self._fetched_ns: tuple[int, int] | None = None
         self.samples = 0
@@ -154,6 +157,8 @@ class PredictionJob:
         for wrapper in reversed(self._runtime.step_wrappers):
             step = functools.partial(_wrapped, wrapper, step, ticket)
         self._lost.clear()
+        if self._writer is not None:
+            self._chunks_began.setdefault((ticket.loader, ticket.chunk), time.monotonic())
         telemetry = self._runtime.telemetry
         telemetry.begin_step(self.steps, ticket.chunk, self._fetched_ns)
         heartbeat, span = current_heartbeat(), ticket.span
@@ -221,6 +226,16 @@ class PredictionJob:
             self._summarise(answer)
         return read_predictions(self.directory)
 
+    def flush(self) -> None:
+        """Wait until everything computed so far is durable.
+
+        Raises:
+            PredictionStorageError: Something could not be written.
+        """
+        if self._writer is not None:
+            with _phase(Phase.COMMIT, then=Phase.RUN):
+                self._writer.flush()
+
     def close(self) -> None:
         """Stop the writer after it has written what it has; safe to call again."""
         if self._drain_signal is not None:
@@ -253,14 +268,15 @@ class PredictionJob:
             self._writer.put(loader, chunk, batches, metadata)
 
     def _on_committed(self, loader: int, chunk: int, won: bool, samples: int) -> None:
-        emit("chunk", job=self.number, loader=loader, chunk=chunk, samples=samples, won=won)
+        began = self._chunks_began.pop((loader, chunk), None)
+        took = {} if began is None else {"seconds": round(time.monotonic() - began, 6)}
+        emit("chunk", job=self.number, loader=loader, chunk=chunk, samples=samples, won=won, **took)
         quarantined = self._quarantined.pop((loader, chunk), [])
         self._call("done", loader=loader, chunk=chunk, won=won, samples=samples, quarantined=quarantined)
 
     def _on_ended(self, answer: str) -> None:
         self._ended = answer
-        if self._writer is not None:
-            self._writer.flush()
+        self.flush()
         if answer in ("drain", "fenced"):
             self.finish()
 
@@ -293,6 +309,9 @@ class _Queue:
         self._job, self._loader, self._sequence = job, loader, 0
 
     def next(self, block: bool) -> dict[str, Any]:
+        if block:
+            # Own chunks first: others may wait for them as well, and a writer that has failed must say so now.
+            self._job.flush()
         # Waiting for others to finish has no limit of its own: the supervisor judges who is stuck.
         timeout = _FOREVER_SECONDS if block else None
         with _phase(Phase.WAIT, then=Phase.RUN) if block else contextlib.nullcontext():

@@ -59,6 +59,7 @@ class RunSummary:
         ranks: By rank.
         throughput: Time and samples, one pair per interval of steps.
         incidents: Events a person wants to know of, by time.
+        samples_durable: Samples that this run has made durable, if it has ended and could say; else 0.
         lost: Reason and sample range of everything that has no prediction.
         slowest_chunks: ``chunk`` events by duration, slowest first.
         observer_failures: Failures of logs, metrics and so on, by name.
@@ -74,6 +75,7 @@ class RunSummary:
     ranks: dict[int, RankSummary]
     throughput: list[tuple[float, float, float]]
     incidents: list[Event]
+    samples_durable: int
     lost: list[tuple[int, int, str]]
     slowest_chunks: list[Event]
     observer_failures: dict[str, int]
@@ -85,8 +87,11 @@ class RunSummary:
 
     @property
     def samples(self) -> int:
-        """Samples computed, those computed again after a failure included."""
-        return sum(rank.samples for rank in self.ranks.values())
+        """Samples computed, those computed again after a failure included.
+
+        What a rank did in the second before it was killed it could not tell; what is durable is known all the same.
+        """
+        return max(self.samples_durable, sum(rank.samples for rank in self.ranks.values()))
 
     def count(self, kind: str) -> int:
         """Incidents of a kind."""
@@ -121,7 +126,9 @@ def summarize(events: Sequence[Event]) -> RunSummary:
             for name, count in (event.get("observer_failures") or {}).items():
                 failures[name] = failures.get(name, 0) + count
     _split_communication(ranks.values())
-    totals = [total for e in events if (total := total_samples(e)) is not None]
+    totals = JobTotals()
+    for event in events:
+        totals.add(event)
     chunks = [e for e in events if e["kind"] == "chunk" and isinstance(e.get("seconds"), (int, float))]
     begins = [e["begin"] for e in events if isinstance(e.get("begin"), (int, float))]
     return RunSummary(
@@ -130,11 +137,12 @@ def summarize(events: Sequence[Event]) -> RunSummary:
         run=next((e for e in events if e["kind"] == "run"), {}),
         exit_code=ends[-1].get("exit_code") if ends else None,
         complete=ends[-1].get("complete") if ends else None,
-        num_samples=totals[-1] if totals else None,
+        num_samples=totals.num_samples,
         missing=str(ends[-1].get("missing_samples", "")) if ends else "",
         ranks=dict(sorted(ranks.items())),
         throughput=throughput,
         incidents=[e for e in events if e["kind"] in INCIDENT_KINDS],
+        samples_durable=int(ends[-1].get("samples") or 0) if ends else 0,
         lost=[
             (e["start"], e["stop"], str(e.get("reason", e.get("why", "unknown"))))
             for e in events
@@ -182,6 +190,43 @@ def total_samples(event: Event) -> int | None:
     if not counts or len(counts) < len(loaders) or not all(isinstance(count, int) for count in counts):
         return None  # a stream has no length, and units of other kinds hold an unknown number of samples
     return int(sum(counts))
+
+
+class JobTotals:
+    """Samples of all predict calls of a run together, and how many of them were there before it began."""
+
+    def __init__(self) -> None:
+        self._by_job: dict[Any, tuple[int | None, int]] = {}
+        self._of_run: int | None = None
+
+    def add(self, event: Event) -> None:
+        """Take a ``run`` or ``job`` event; others say nothing."""
+        total = total_samples(event)
+        if event["kind"] == "run":
+            self._by_job.clear()
+            self._of_run = total
+        elif event["kind"] == "job":
+            self._by_job[event.get("job")] = (total, 0 if total is None else _resumed_samples(event, total))
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples of the run, or None if nobody could say."""
+        totals = [total for total, _ in self._by_job.values() if total is not None]
+        return sum(totals) if totals and len(totals) == len(self._by_job) else self._of_run
+
+    @property
+    def resumed_samples(self) -> int:
+        """Samples that an earlier run had made durable; by whole chunks, of which the last may be smaller."""
+        return sum(resumed for _, resumed in self._by_job.values())
+
+
+def _resumed_samples(event: Event, total: int) -> int:
+    chunks = event.get("num_chunks") or sum(
+        -(-loader["num_units"] // loader["chunk_size"])
+        for loader in event.get("loaders") or ()
+        if loader.get("num_units") and loader.get("chunk_size")
+    )
+    return round(total * min(1.0, (event.get("resumed_chunks") or 0) / chunks)) if chunks else 0
 
 
 def _begin_of(event: Event) -> float:
