@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import random
+import statistics
 import time
 import traceback
 from collections.abc import Callable
@@ -256,6 +257,63 @@ def campaign(node: Rank, faults: int, kind: str, seed: int) -> dict[str, Any]:
     }
 
 
+def cost_of_a_collective(node: Rank, rounds: int, calls: int) -> dict[str, float]:
+    """CPU seconds of the calling thread per all-reduce, through the recoverable group and around it, in turns."""
+    tensor, options = torch.zeros(1024), dist.AllreduceOptions()
+    inner = node.group._inner.group  # type: ignore[union-attr]
+    times: dict[str, list[float]] = {"recoverable": [], "bare": []}
+    for number in range(2 * rounds):
+        name, group = (("recoverable", node.group), ("bare", inner))[number % 2]
+        began = time.thread_time()
+        for _ in range(calls):
+            group.allreduce([tensor], options).wait()  # type: ignore[union-attr]
+        times[name].append((time.thread_time() - began) / calls)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def cost_of_a_step(node: Rank, rounds: int) -> dict[str, float]:
+    """Seconds of a step as an attempt, and of the same step without the wait for the others' output, in turns."""
+    torch.manual_seed(0)
+    width, tokens = 384, 4096
+    weights = [torch.randn(width, 4 * width // node.size), torch.randn(4 * width // node.size, width)]
+
+    def compute() -> torch.Tensor:
+        x = torch.ones(tokens, width)
+        node.same_input(x)
+        for _ in range(6):
+            y = torch.relu(x @ weights[0]) @ weights[1]
+            dist.all_reduce(y, group=node.group)
+            x = torch.nn.functional.layer_norm(x + y, (width,))
+        return x
+
+    times: dict[str, list[float]] = {"attempt": [], "bare": []}
+    with torch.no_grad():
+        for number in range(2 * rounds + 2):
+            name = ("attempt", "bare")[number % 2]
+            began = time.perf_counter()
+            if name == "attempt":
+                node.recovery.attempt(compute)
+            else:
+                compute()
+            if number > 1:
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def run_cost() -> None:
+    for result in on_ranks(2, cost_of_a_collective, 40, 100):
+        added = result["recoverable"] - result["bare"]
+        print(
+            f"all-reduce of 4 KiB, 2 ranks, CPU time of the caller: {1e6 * result['recoverable']:.1f} us through the "
+            f"recoverable group, {1e6 * result['bare']:.1f} us around it, {1e6 * added:.1f} us more"
+        )
+    for result in on_ranks(2, cost_of_a_step, 30):
+        print(
+            f"step with 7 collectives, 2 ranks: {1e3 * result['attempt']:.2f} ms as an attempt, {1e3 * result['bare']:.2f} "
+            f"ms without, ratio {result['attempt'] / result['bare']:.4f}"
+        )
+
+
 def campaigns(node: Rank, faults: int, kinds: tuple[str, ...], seed: int) -> list[dict[str, Any]]:
     """A campaign per kind of model, one after the other in the same processes."""
     return [campaign(node, faults, kind, seed) for kind in kinds]
@@ -339,12 +397,15 @@ def run_campaign(sizes: list[int], faults: int, kinds: list[str], seed: int) -> 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("what", choices=["campaign"])
+    options.add_argument("what", choices=["campaign", "cost"])
     options.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4])
     options.add_argument("--faults", type=int, default=200)
     options.add_argument("--kinds", nargs="+", default=list(KINDS))
     options.add_argument("--seed", type=int, default=0)
     chosen = options.parse_args()
+    if chosen.what == "cost":
+        run_cost()
+        return
     run_campaign(chosen.ranks, chosen.faults, chosen.kinds, chosen.seed)
 
 
