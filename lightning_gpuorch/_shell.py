@@ -106,6 +106,7 @@ class StrategyShell:
         tensor_parallel_plan: Any,
         example_input: Any,
         output_dir: str | os.PathLike[str] | None,
+        length_fn: Callable[[Any], int] | None = None,
     ) -> None:
         exit_with_codes()
         resolved = OrchestratorConfig.resolve(config, **options)
@@ -120,7 +121,10 @@ class StrategyShell:
             tensor_parallel_plan,
             example_input,
         )
+        if length_fn is not None and not callable(length_fn):
+            raise ConfigurationError(f"length_fn={length_fn!r} is not callable.")
         self.runtime = Runtime(resolved, output_dir)
+        self.runtime.length_fn = length_fn
         self._worker = WorkerEnvironment.read()
 
     @property

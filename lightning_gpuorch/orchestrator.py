@@ -32,6 +32,7 @@ class MultiGPUOrchestrator:
         callbacks: Called around the loop by keyword, in addition to Fabric's own.
         output_dir: Where predictions are kept. Without it they live until the process ends.
         parallelize_fn: Called as ``parallelize_fn(module, device_mesh)``, where no Fabric strategy has one.
+        length_fn: Gives the length of a sample, for dynamic batching; common types need none.
         **options: Fields of :class:`~lightning_gpuorch.OrchestratorConfig`.
 
     Example::
@@ -53,6 +54,7 @@ class MultiGPUOrchestrator:
         callbacks: Sequence[Any] = (),
         output_dir: str | os.PathLike[str] | None = None,
         parallelize_fn: Callable[..., torch.nn.Module] | None = None,
+        length_fn: Callable[[Any], int] | None = None,
         **options: Any,
     ):
         strategy = getattr(fabric, "strategy", None)
@@ -68,6 +70,8 @@ class MultiGPUOrchestrator:
                 self.runtime.output_dir = output_dir
         else:
             self.runtime = Runtime(OrchestratorConfig.resolve(config, **options), output_dir)
+        if length_fn is not None:
+            self.runtime.length_fn = length_fn
         self.fabric = fabric
         self.predictions: Any = None
         """Every prediction of the last :meth:`predict`, in dataset order, once it has run to its end."""

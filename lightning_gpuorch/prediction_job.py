@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_gpuorch._version import __version__
+from lightning_gpuorch.dynamic_steps import DynamicSteps
 from lightning_gpuorch.errors import EXIT_RESUMABLE
 from lightning_gpuorch.liveness import Phase, current_heartbeat
+from lightning_gpuorch.memory import memory_budget_bytes
 from lightning_gpuorch.predictions.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.layout import LoaderLayout, StoredBatch
 from lightning_gpuorch.predictions.loader import LeasedLoader, Ticket
@@ -29,7 +31,7 @@ from lightning_gpuorch.predictions.manifest import Manifest
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 from lightning_gpuorch.predictions.reader import read_predictions
 from lightning_gpuorch.predictions.source import default_chunk_batches, describe
-from lightning_gpuorch.predictions.writer import PartWriter
+from lightning_gpuorch.predictions.writer import PartWriter, size_bytes
 from lightning_gpuorch.telemetry.current import emit
 from lightning_gpuorch.tensors import to_host, whole
 
@@ -59,6 +61,16 @@ class PredictionJob:
         self._runtime, self._world = runtime, world
         self.number = world.next_job()
         sources = [describe(loader, limit) for loader, limit in zip(loaders, limits, strict=True)]
+        self._dynamic: DynamicSteps | None = None
+        if runtime.config.enable_dynamic_batching:
+            self._dynamic = DynamicSteps(
+                runtime.config,
+                runtime.device,
+                memory_budget_bytes(runtime.device, runtime.config.memory_fraction),
+                world.topology.tensor_parallel_size,
+                runtime.length_fn,
+            )
+        batchers = [None if self._dynamic is None else self._dynamic.batcher(source) for source in sources]
         chunk = runtime.config.chunk_size
         wanted = Manifest(
             loaders=[
@@ -90,7 +102,15 @@ class PredictionJob:
         ]
         self.loaders = [
             LeasedLoader(
-                source, layout, _Queue(self, index), self._collectors[index], self.delivered, index, self._on_ended
+                source,
+                layout,
+                _Queue(self, index),
+                self._collectors[index],
+                self.delivered,
+                index,
+                self._on_ended,
+                batchers[index],
+                world.topology.num_replicas,
             )
             for index, (source, layout) in enumerate(zip(sources, manifest.loaders, strict=True))
         ]
@@ -131,7 +151,7 @@ class PredictionJob:
         span = ticket.span
         entries = self._quarantined.setdefault((ticket.loader, ticket.chunk), [])
         for position in positions:
-            unit = span.first_unit + (position if span.num_units > 1 else 0)
+            unit = span.unit(position)
             entries.append((unit, unit + 1, reason))
 
     def run_step(self, call: Callable[[Any], Any], batch: Any, ticket: Ticket) -> Any:
@@ -145,8 +165,10 @@ class PredictionJob:
         Returns:
             The output, as ``call`` returned it.
         """
-        step = call
-        for wrapper in reversed(self._runtime.step_wrappers):
+        step, wrappers = call, self._runtime.step_wrappers
+        if self._dynamic is not None:
+            step, wrappers = self._dynamic.measured(call, ticket), wrappers or self._dynamic.halving(self.lose)
+        for wrapper in reversed(wrappers):
             step = functools.partial(_wrapped, wrapper, step, ticket)
         self._lost.clear()
         began = time.perf_counter()
@@ -164,6 +186,7 @@ class PredictionJob:
             output = whole(output)
         self.steps += 1
         self.samples += ticket.size or 0
+        self._observe(ticket, output, time.perf_counter() - began)
         if self._writer is not None:
             self._collectors[ticket.loader].add(ticket, to_host(output), frozenset(self._lost))
         if heartbeat is not None:
@@ -171,6 +194,13 @@ class PredictionJob:
         if self._runtime.step_recorder is not None:
             self._runtime.step_recorder.record_step(time.perf_counter() - began, ticket.size or 0)
         return output
+
+    def _observe(self, ticket: Ticket, output: Any, seconds: float) -> None:
+        """Tell what bounds windows. Time differs between the ranks of a group, whose windows must not."""
+        if self._dynamic is None:
+            return
+        seconds = seconds if self._world.topology.tensor_parallel_size == 1 else 0.0
+        self.loaders[ticket.loader].observe(num_samples=ticket.size or 0, num_bytes=size_bytes(output), seconds=seconds)
 
     def finish(self) -> Any:
         """Make everything durable, wait for the others, and return all predictions.

@@ -6,7 +6,7 @@ import atexit
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,11 +39,12 @@ class Runtime:
     """
 
     def __init__(self, config: OrchestratorConfig, output_dir: str | os.PathLike[str] | None = None):
-        for field in ("enable_dynamic_batching", "enable_profiling"):
-            if getattr(config, field):
-                raise ConfigurationError(f"{field}=True is not available in this version; leave it False.")
+        if config.enable_profiling:
+            raise ConfigurationError("enable_profiling=True is not available in this version; leave it False.")
         self.config, self.output_dir = config, output_dir
         self.step_wrappers: list[StepWrapper] = []
+        self.length_fn: Callable[[Any], int] | None = None
+        """Gives the length of a sample, for dynamic batching; None knows common types."""
         self.device = torch.device("cpu")
         self.mesh: DeviceMesh | None = None
         self.job: PredictionJob | None = None

@@ -18,7 +18,7 @@ from lightning_gpuorch.errors import ConfigurationError
 
 LengthFn = Callable[[Any], int]
 
-_KEYS = ("input_ids", "tokens", "text", "sentence", "content", "input_values", "input_features", "inputs", "x")
+REFERENCE_KEYS = ("input_ids", "tokens", "text", "sentence", "content", "input_values", "input_features", "inputs", "x")
 """Where mappings keep the part that decides their cost, in this order."""
 
 
@@ -42,7 +42,7 @@ def length_of(sample: Any) -> int:
     if isinstance(sample, np.ndarray):
         return int(sample.size)
     if isinstance(sample, Mapping):
-        for key in _KEYS:
+        for key in REFERENCE_KEYS:
             if key in sample:
                 return length_of(sample[key])
     elif isinstance(sample, tuple) and sample:

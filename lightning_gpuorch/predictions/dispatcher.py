@@ -104,7 +104,8 @@ class LeaseQueue:
             block: Wait for work that others may still hand back, instead of answering "pause".
 
         Returns:
-            One of ``{"do": "chunk", "chunk": c, "isolate": ..., "skip": ...}``, ``pause`` (nothing now; make your
+            One of ``{"do": "chunk", "chunk": c, "left": n, "again": ..., "isolate": ..., "skip": ...}`` (``left`` chunks
+            nobody has yet; ``again`` if somebody else had this one and lost it), ``pause`` (nothing now; make your
             own chunks durable, then ask again with ``block``), ``stop`` (all done), ``drain`` (leave, resumable) and
             ``fenced`` (this generation was replaced; leave).
         """
@@ -205,11 +206,16 @@ class LeaseQueue:
             return STOP
         if self._draining:
             return DRAIN
+        fresh = self._fresh
         chunk = self._take()
         if chunk is None:
             return None if block else PAUSE
         self._leases[chunk] = owner
         answer: Answer = {"do": "chunk", "chunk": chunk}
+        if self.num_chunks is not None:
+            answer["left"] = max(0, self.num_chunks - len(self.done) - len(self._given_up) - len(self._leases))
+        if chunk < fresh:
+            answer["again"] = True
         fault = self.faults.get(chunk)
         if fault is not None and fault.isolate is not None:
             answer.update(isolate=list(fault.isolate), skip=list(fault.skip))
