@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +56,16 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 class Pooler(pl.LightningModule):
     """Mean of embeddings over the tokens of each sample."""
 
-    def __init__(self, log: str | None = None, die_at: int | None = None, poison: int | None = None):
+    def __init__(self, log: str | None = None, poison: int | None = None, slow_seconds: float = 0.0):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.table = torch.nn.Parameter(torch.randn(128, 64, generator=generator))
-        self.log_file, self.die_at, self.poison, self.steps = log, die_at, poison, 0
+        self.log_file, self.poison, self.slow_seconds = log, poison, slow_seconds
 
     def predict_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         ids, index = batch["input_ids"], batch["index"].tolist()
-        self.steps += 1
-        if (self.die_at is not None and self.steps > self.die_at) or self.poison in index:
+        time.sleep(self.slow_seconds)
+        if self.poison in index:
             os.kill(os.getpid(), signal.SIGKILL)
         mask = (ids > 0).unsqueeze(-1).float()
         pooled = (self.table[ids] * mask).sum(1) / mask.sum(1)
@@ -90,14 +91,13 @@ def main() -> None:
     options.add_argument("--log", default=None)
     options.add_argument("--stream", action="store_true")
     options.add_argument("--workers", type=int, default=0)
-    options.add_argument("--die-at", type=int, default=None)
     options.add_argument("--poison", type=int, default=None)
-    options.add_argument("--plain", action="store_true")
+    options.add_argument("--slow", type=float, default=0.0, help="seconds a step takes besides its work")
     options.add_argument("--budgets", type=int, nargs="*", default=[], help="bytes for each rank")
     options = options.parse_args()
     strategy = GPUOrchStrategy(
         output_dir=options.output,
-        enable_dynamic_batching=not options.plain,
+        enable_dynamic_batching=True,
         chunk_size=options.chunk_size,
         max_batch_tokens="auto" if options.budgets else options.tokens,
         tensor_parallel_size=options.tp,
@@ -106,8 +106,7 @@ def main() -> None:
     dataset = Stream(options.samples) if options.stream else Sequences(options.samples)
     loader = DataLoader(dataset, batch_size=options.batch_size, collate_fn=collate, num_workers=options.workers)
     trainer = quiet_trainer(strategy, options.devices)
-    die_at = options.die_at if int(os.environ.get("GPUORCH_WORKER_RANK", 1)) == 1 else None
-    model = Pooler(options.log, die_at, options.poison)
+    model = Pooler(options.log, options.poison, options.slow)
     if options.budgets:
         rank = trainer.strategy._worker.rank
         with CPUMemoryBudget(options.budgets[rank], resident=model) as budget:
@@ -117,11 +116,14 @@ def main() -> None:
         got, ooms = trainer.predict(model, loader), 0
     if trainer.is_global_zero:
         batches = list(got)
+        with torch.inference_mode():
+            expected = [Pooler().predict_step(batch, 0) for batch in loader]
         result = {
-            "sizes": [len(batch["index"]) for batch in batches],
-            "index": [i for batch in batches for i in batch["index"]],
-            "first": [i for batch in batches for i in batch["first"]],
-            "pooled": torch.cat([batch["pooled"] for batch in batches]).tolist(),
+            "equal": [e["index"] for e in expected] == [b["index"] for b in batches]
+            and [e["first"] for e in expected] == [b["first"] for b in batches],
+            "difference": max(
+                float((e["pooled"] - b["pooled"]).abs().max()) for e, b in zip(expected, batches, strict=True)
+            ),
             "ooms": ooms,
             "steps": log_lines(options.log) if options.log else [],
         }
