@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import importlib
 import json
 import os
 import runpy
@@ -22,6 +23,8 @@ from lightning_gpuorch.liveness import Phase, current_heartbeat, start_heartbeat
 ERROR_FILE = "_GPUORCH_ERROR_FILE"
 PARENT = "_GPUORCH_PARENT"
 DUMP_FILE = "_GPUORCH_DUMP_FILE"
+INJECT = "_GPUORCH_INJECT"
+"""``module:function``, called in a worker before the script: how tests put faults into a process."""
 DUMP_SIGNAL = signal.SIGRTMIN + 3
 """Asks a worker for the stacks of all its threads; answered also while something holds the GIL."""
 _PR_SET_PDEATHSIG = 1
@@ -45,6 +48,13 @@ def announce() -> None:
     worker = WorkerEnvironment.read()
     if worker is not None and worker.heartbeat is not None:
         start_heartbeat(worker.heartbeat, worker.local_world_size, worker.local_rank, worker.generation)
+
+
+def inject() -> None:
+    """Call what a test has named to be called in every worker, if one has."""
+    module, _, function = os.environ.get(INJECT, "").partition(":")
+    if module:
+        getattr(importlib.import_module(module), function)()
 
 
 def winding_up() -> None:
@@ -83,6 +93,7 @@ def main(argv: list[str]) -> int:
     """Run the script; returns the exit code."""
     die_with_parent()
     announce()
+    inject()
     kind, target, *arguments = argv
     sys.argv = [target, *arguments]
     try:

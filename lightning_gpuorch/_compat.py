@@ -16,18 +16,24 @@ from lightning.pytorch.loops import prediction_loop
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.trainer.connectors.data_connector import _auto_add_worker_init_fn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 __all__ = [
+    "LIGHTNING_VERSION",
     "LeasedIndices",
     "add_worker_seeding",
     "consumed_batch",
     "is_interactive",
     "keep_user_dataloaders",
     "own_predict_loop",
+    "predict_dataloaders",
     "reset_seed",
     "set_rank_zero",
     "takes_dataloader_iter",
+    "transferred",
 ]
+
+LIGHTNING_VERSION: str = pl.__version__
 
 
 class LeasedIndices(_IndexBatchSamplerWrapper):
@@ -76,6 +82,24 @@ def keep_user_dataloaders(trainer: pl.Trainer) -> Callable[[], None]:
     connector = trainer._data_connector
     connector._prepare_dataloader = lambda dataloader, shuffle, mode: dataloader  # type: ignore[method-assign]
     return lambda: connector.__dict__.pop("_prepare_dataloader", None)
+
+
+def predict_dataloaders(trainer: pl.Trainer) -> list[Any]:
+    """The dataloaders of the predict call that is being set up, before the loop has fetched them.
+
+    The loop asks its source again later; there is no public way to look at the data while the model is set up.
+    """
+    source = trainer.predict_loop._data_source
+    if not source.is_defined():
+        return []
+    loaders = source.dataloader()
+    return list(CombinedLoader(loaders, "sequential").flattened)
+
+
+def transferred(trainer: pl.Trainer, batch: Any, device: Any) -> Any:
+    """A batch after the precision plugin and the hooks that stand between a loader and ``predict_step``."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    return trainer.lightning_module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)
 
 
 def own_predict_loop(trainer: pl.Trainer) -> Callable[[], None]:

@@ -9,26 +9,26 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from lightning_gpuorch._compat import set_rank_zero
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.distributed import one_per_replica
 from lightning_gpuorch.environment import WorkerEnvironment
-from lightning_gpuorch.errors import ConfigurationError, TensorParallelError
+from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.exit_codes import exit_with_codes
-from lightning_gpuorch.memory import model_bytes
+from lightning_gpuorch.model_setup import ModelSetup, ParallelizeFn
 from lightning_gpuorch.runtime import Runtime
 from lightning_gpuorch.world import ExternalRanks
 
 log = logging.getLogger(__name__)
-
-ParallelizeFn = Callable[[torch.nn.Module, Any], torch.nn.Module]
 
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda stack: stack.float().mean(0) if not stack.is_floating_point() else stack.mean(0),
@@ -90,11 +90,22 @@ class SupervisedEnvironment(ClusterEnvironment):
         return self._worker.node_rank
 
 
+class MappedCheckpointIO(TorchCheckpointIO):
+    """Maps local checkpoints into memory instead of reading them, so that only what is kept is read."""
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        """Load a checkpoint; the tensors of a local one stay in its file until they are used."""
+        if not os.path.isfile(path) or not zipfile.is_zipfile(path):
+            return super().load_checkpoint(path, *args, **options)
+        weights_only = options.get("weights_only")
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)  # type: ignore[no-any-return]
+
+
 class StrategyShell:
     """Mixed into both strategies, before Lightning's ``DDPStrategy``."""
 
     runtime: Runtime
-    parallelize_fn: ParallelizeFn | None
+    model_setup: ModelSetup
     parallel_devices: list[torch.device] | None
     cluster_environment: ClusterEnvironment | None
 
@@ -110,21 +121,13 @@ class StrategyShell:
     ) -> None:
         exit_with_codes()
         resolved = OrchestratorConfig.resolve(config, **options)
-        if parallelize_fn is not None and tensor_parallel_plan is not None:
-            raise ConfigurationError("pass parallelize_fn or tensor_parallel_plan, not both.")
-        if parallelize_fn is not None and not callable(parallelize_fn):
-            raise ConfigurationError(f"parallelize_fn={parallelize_fn!r} is not callable.")
         if output_dir is not None and not isinstance(output_dir, (str, os.PathLike)):
             raise ConfigurationError(f"output_dir={output_dir!r} is a {type(output_dir).__name__}; expected a path.")
-        self.parallelize_fn, self.tensor_parallel_plan, self.example_input = (
-            parallelize_fn,
-            tensor_parallel_plan,
-            example_input,
-        )
         if length_fn is not None and not callable(length_fn):
             raise ConfigurationError(f"length_fn={length_fn!r} is not callable.")
         self.runtime = Runtime(resolved, output_dir)
         self.runtime.length_fn = length_fn
+        self.model_setup = ModelSetup(self.runtime, parallelize_fn, tensor_parallel_plan, example_input)
         self._worker = WorkerEnvironment.read()
 
     @property
@@ -150,8 +153,8 @@ class StrategyShell:
 
     @property
     def num_processes(self) -> int:
-        """Ranks on this node."""
-        return len(self.parallel_devices or ())
+        """Ranks on this node; one while a single device is measured, however many the script asks for."""
+        return 1 if self.runtime.calibration is not None else len(self.parallel_devices or ())
 
     @property
     def tensor_parallel_size(self) -> int:
@@ -186,57 +189,11 @@ class StrategyShell:
         world = self.runtime.start(self.root_device, self._external_ranks(), training=training, evaluating=evaluating)
         set_rank_zero(world.topology.rank)
 
-    def _parallelize(self, module: torch.nn.Module) -> torch.nn.Module:
-        topology = self.runtime.world.topology
-        if topology.tensor_parallel_size == 1:
-            return module
-        if self.parallelize_fn is None:
-            self._shard_by_plan(module)
-            return module
-        parallelized = self.parallelize_fn(module, self.runtime.mesh)
-        if not isinstance(parallelized, torch.nn.Module):
-            raise ConfigurationError(
-                f"parallelize_fn returned a {type(parallelized).__name__}; it must return the parallelized module."
-            )
-        return parallelized
-
-    def _shard_by_plan(self, module: torch.nn.Module) -> None:
-        """Cut a module by the given plan, or by one that is found by probing; nothing unverified is applied.
-
-        Raises:
-            TensorParallelError: The plan is wrong for this module, or none was found.
-        """
-        from lightning_gpuorch.tensor_parallel import apply_plan, find_example_input, plan_on_first_rank, verify_plan
-
-        topology, mesh = self.runtime.world.topology, self.runtime.mesh
-        group = mesh.get_group("tensor_parallel") if mesh is not None else None
-        example = self.example_input
-        if example is None:
-            try:
-                example, _ = find_example_input(module)
-            except TensorParallelError as error:
-                if self.tensor_parallel_plan is not None:
-                    raise
-                log.warning(
-                    "%s The model stays whole: %d bytes on each of %d ranks.",
-                    error, model_bytes(module).total, topology.tensor_parallel_size,
-                )  # fmt: skip
-                return
-        # A LightningModule without a forward of its own is called through its predict_step.
-        forward = getattr(type(module), "forward", None)
-        bare = forward is torch.nn.Module.forward or getattr(forward, "__module__", "").startswith("lightning.")
-        method = "predict_step" if bare and hasattr(module, "predict_step") else "forward"
-        if method == "predict_step":
-            example = (example, 0)
-        plan = self.tensor_parallel_plan
-        if plan is None:
-            plan = plan_on_first_rank(module, example, group, method=method)
-        else:
-            verify_plan(module, plan, example, method=method).raise_for_failures()
-        apply_plan(module, plan, topology.tensor_parallel_rank, group)
-        if topology.rank == 0:
-            log.info("tensor-parallel plan: %.1f%% of the parameters are sharded", 100 * plan.sharded_fraction)
-            log.debug("%s", plan.describe())
+    @property
+    def _building_device(self) -> torch.device:
+        """Where a model is built: on the CPU as long as it may have to be cut before it fits a device."""
+        decided = self.runtime._world is not None and self.runtime.world.settled
+        return self.root_device if decided and self.tensor_parallel_size == 1 else torch.device("cpu")
 
     def _sync_metrics_over_job(self, module: torch.nn.Module) -> None:
         """Let torchmetrics inside the module gather over all replicas instead of torch.distributed's world."""

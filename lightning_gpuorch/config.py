@@ -42,16 +42,30 @@ class OrchestratorConfig:
     """Longest time from process start to the first completed step."""
     step_timeout_sec: float = 60.0
     """Smallest progress limit of a step; the limit in force is the larger of this and 10 x the slowest recent step."""
+    commit_timeout_sec: float = 300.0
+    """Longest time the disk may take for one part of the results, or make the loop wait."""
     exit_timeout_sec: float = 60.0
     """Longest time a worker may take to leave after its work is done, or to drain after SIGTERM."""
     enable_auto_restart: bool = True
     """Restart a replica whose rank died or got stuck."""
     enable_warm_start: bool = True
     """Fork workers from a process that has imported torch and Lightning already."""
+    enable_preflight: bool = True
+    """Check each GPU, in a process of its own, before a generation is started on it."""
+    preflight_timeout_sec: float = 120.0
+    """A GPU whose check has not answered by then is not used; the check imports torch first."""
+    spare_devices: int = 0
+    """GPUs of each node to hold back for replicas whose own GPU fails."""
+    lease_term_sec: float = 30.0
+    """A node that is silent for so long loses the chunks it holds to others; it may come back."""
+    node_timeout_sec: float = 300.0
+    """A node that is silent for so long is given up, and gives up itself."""
+    token: str = ""
+    """Secret that the nodes of a job share; one node alone makes its own."""
     max_restart_attempts: int = 3
     """Restarts of one replica without progress before it is retired."""
     max_chunk_failures: int = 3
-    """Deaths blamed on one chunk before it is quarantined."""
+    """Deaths of workers in the same sample before it is given up, at least two of them while it was computed alone."""
     batch_size: int = 32
     """Samples per batch where the plugin itself builds the batches."""
     enable_dynamic_batching: bool = False
@@ -59,7 +73,13 @@ class OrchestratorConfig:
     max_batch_tokens: int | Literal["auto"] = "auto"
     """Padded tokens of a dynamic batch; ``auto`` takes 2,048 on the CPU and what fits into memory on a GPU."""
     tensor_parallel_size: int | Literal["auto"] = "auto"
-    """Ranks that share one copy of the model."""
+    """Ranks that share one copy of the model; ``auto`` takes the fewest at which its weights, and headroom for
+    activations, fit the memory budget of every device."""
+    verify: Literal["first_batch", "off"] = "first_batch"
+    """On the first batch, compare one block of a sharded model, with its real weights, to its unsharded self."""
+    plan_cache: str = "auto"
+    """Directory in which tensor-parallel plans are kept between runs; ``auto`` takes one in the user's cache directory,
+    ``off`` plans anew each time."""
     data_parallel_size: int | Literal["auto"] = "auto"
     """Replicas; ``auto`` takes all devices divided by the tensor-parallel size."""
     chunk_size: int | Literal["auto"] = "auto"
@@ -70,10 +90,17 @@ class OrchestratorConfig:
     """Identity of the weights: ``auto`` samples them, ``off`` skips the check, any other text is taken as it is."""
     metrics_port: int = 9400
     """Port of the node's Prometheus endpoint; 0 takes a free one."""
+    baseline_file: str = ""
+    """Throughput of one device, as ``gpuorch calibrate`` has measured it, for ``distributed_scaling_efficiency_percent``."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     """Level of the plugin's own log."""
     enable_profiling: bool = False
-    """Record a bounded PyTorch profile on each rank. Not available yet: True is refused."""
+    """Record a bounded PyTorch profile on each rank: some steps after the first ones, and again at each ``SIGUSR2``."""
+    trace_every_steps: int = 100
+    """One step in so many is traced, where OpenTelemetry is installed; a step in which something went wrong always is."""
+    trace_endpoint: str = ""
+    """Where traces go: the URL of an OTLP/HTTP collector (``http://host:4318/v1/traces``), ``file`` for files beside the
+    run's records, or empty for what the application itself has set up with OpenTelemetry, if anything."""
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -135,7 +162,12 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "heartbeat_timeout_sec": _positive,
     "start_timeout_sec": _positive,
     "step_timeout_sec": _positive,
+    "commit_timeout_sec": _positive,
     "exit_timeout_sec": _positive,
+    "preflight_timeout_sec": _positive,
+    "spare_devices": _not_negative,
+    "lease_term_sec": _positive,
+    "node_timeout_sec": _positive,
     "max_restart_attempts": _not_negative,
     "max_chunk_failures": _at_least_one,
     "batch_size": _at_least_one,
@@ -144,6 +176,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data_parallel_size": _at_least_one,
     "chunk_size": _at_least_one,
     "max_pending_bytes": _at_least_one,
+    "trace_every_steps": _at_least_one,
     "metrics_port": (lambda v: 0 <= v <= 65535, "between 0 and 65535"),
 }
 

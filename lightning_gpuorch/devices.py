@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
+from lightning_gpuorch.device_pool import DevicePool
 from lightning_gpuorch.errors import ConfigurationError
 
 
@@ -22,6 +24,31 @@ def count_gpus() -> int:
         return int(pynvml.nvmlDeviceGetCount())
     finally:
         pynvml.nvmlShutdown()
+
+
+def device_pool(indices: Sequence[int], num_spares: int) -> DevicePool | None:
+    """The devices of a node's ranks, with other visible GPUs as spares.
+
+    Args:
+        indices: CUDA ordinal of each local rank; empty on the CPU.
+        num_spares: How many GPUs to hold back.
+
+    Returns:
+        The pool; None on the CPU.
+
+    Raises:
+        ConfigurationError: There are not so many other GPUs.
+    """
+    if not indices:
+        if num_spares:
+            raise ConfigurationError(f"spare_devices={num_spares}: there are no spares where no GPU is used.")
+        return None
+    others = [index for index in range(count_gpus()) if index not in indices]
+    if len(others) < num_spares:
+        raise ConfigurationError(
+            f"spare_devices={num_spares}: {len(others)} GPUs are left beside devices {list(indices)}; use fewer devices."
+        )
+    return DevicePool.of_indices(list(indices), others[:num_spares])
 
 
 def choose_devices(accelerator: str | None, devices: str) -> tuple[str, int, list[int] | None]:

@@ -17,6 +17,8 @@ RUN_ID = "_GPUORCH_RUN_ID"
 HOST = "_GPUORCH_HOST"
 HEARTBEAT = "_GPUORCH_HEARTBEAT"
 RUN_DIRECTORY = "_GPUORCH_RUN_DIRECTORY"
+CALIBRATION = "_GPUORCH_CALIBRATION"
+"""``<seconds> <file>``: measure one device for so long, write the baseline to the file, and end."""
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,10 @@ class ModelDoesNotFitError(ConfigurationError):
         self.budget_bytes = budget_bytes
         self.fitting_tensor_parallel_size = fitting_tensor_parallel_size
 
+    def __reduce__(self) -> tuple[type[ModelDoesNotFitError], tuple[str, int, int, int | None]]:
+        """One rank finds it, all raise it."""
+        return type(self), (str(self), self.needed_bytes, self.budget_bytes, self.fitting_tensor_parallel_size)
+
 
 class JobMismatchError(GPUOrchError):
     """The output directory holds the results of another job.

@@ -6,8 +6,9 @@ must survive anything go through :class:`~lightning_gpuorch.MultiGPUOrchestrator
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -15,11 +16,13 @@ from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor
 
 from lightning_gpuorch import _compat
-from lightning_gpuorch._shell import ParallelizeFn, StrategyShell
+from lightning_gpuorch._shell import MappedCheckpointIO, StrategyShell
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.launcher import Launcher
-from lightning_gpuorch.memory import check_model_fits, memory_budget_bytes
+from lightning_gpuorch.memory import memory_budget_bytes, model_bytes
+from lightning_gpuorch.model_setup import ParallelizeFn, has_meta
+from lightning_gpuorch.tensor_parallel import applied_plan, empty_parameters
 
 __all__ = ["GPUOrchStrategy"]
 
@@ -60,6 +63,7 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):  # type: ignore[misc]
         self._init_shell(config, options, parallelize_fn, tensor_parallel_plan, example_input, output_dir, length_fn)
         super().__init__(
             cluster_environment=self.supervised_environment,
+            checkpoint_io=MappedCheckpointIO(),
             process_group_backend=self.config.backend if self.config.backend != "auto" else None,
         )
         self._start_method = start_method
@@ -84,15 +88,52 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):  # type: ignore[misc]
     # Model and data
 
     def setup_module(self, module: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]
-        """Prepare a module for inference: sharded if asked for, in eval mode, never wrapped."""
-        check_model_fits(
-            module,
-            memory_budget_bytes(self.root_device, self.config.memory_fraction),
-            tensor_parallel_size=self.tensor_parallel_size,
-        )
-        module = self._parallelize(module).eval()
+        """Prepare a module for inference: sharded if need be, on the device, in eval mode, never wrapped.
+
+        Parameters on meta stay there, cut to this rank's part, until ``fabric.load_raw`` or
+        :meth:`~lightning_gpuorch.MultiGPUOrchestrator.load_distributed_model` gives them values.
+        """
+        module = self.model_setup.prepare(module).eval()
+        if not has_meta(module):
+            super().module_to_device(module)
         self._sync_metrics_over_job(module)
         return module
+
+    def module_to_device(self, module: torch.nn.Module) -> None:
+        """Move a module; one on meta, or too large to be moved before it is cut, waits for :meth:`setup_module`."""
+        budget = memory_budget_bytes(self.root_device, self.config.memory_fraction)
+        if not has_meta(module) and model_bytes(module).total <= budget:
+            super().module_to_device(module)
+
+    @contextlib.contextmanager
+    def module_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Build a module where it can be cut; with ``empty_init`` its parameters take no memory.
+
+        They are on meta then, and buffers are real.
+        """
+        empty = empty_parameters() if empty_init else contextlib.nullcontext()
+        with empty, self._building_device, self.precision.module_init_context():
+            yield
+
+    def load_checkpoint(
+        self, path: Any, state: Any = None, strict: bool = True, *args: Any, **options: Any
+    ) -> dict[str, Any]:
+        """Load a checkpoint. A sharded module, or one on meta, reads its part of any kind of checkpoint."""
+        if isinstance(state, torch.nn.Module) and self._loads_by_part(state):
+            self.model_setup.load(state, path, strict=strict)
+            return {}
+        return super().load_checkpoint(path, state, strict, *args, **options)
+
+    def load_module_state_dict(self, module: torch.nn.Module, state_dict: dict[str, Any], strict: bool = True) -> None:
+        """Load a state dict of a whole model; a sharded module takes its part."""
+        if self._loads_by_part(module):
+            self.model_setup.load(module, state_dict, strict=strict)
+        else:
+            super().load_module_state_dict(module, state_dict, strict)
+
+    @staticmethod
+    def _loads_by_part(module: torch.nn.Module) -> bool:
+        return applied_plan(module) is not None or has_meta(module)
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Give this replica its share of a loader."""

@@ -23,7 +23,8 @@ from lightning_gpuorch.errors import (
     MissingPredictionsError,
     format_indices,
 )
-from lightning_gpuorch.predictions.dispatcher import LeaseQueue, Owner
+from lightning_gpuorch.nodes import NodeDesk
+from lightning_gpuorch.predictions.dispatcher import FENCED, LeaseQueue, Owner
 from lightning_gpuorch.predictions.layout import LoaderLayout
 from lightning_gpuorch.predictions.manifest import Manifest, open_or_create, record_quarantine, set_num_units
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
@@ -81,12 +82,18 @@ class Head:
         world_size: Ranks of the job.
         max_chunk_failures: Deaths in one chunk before a sample of it is given up.
         on_event: Told of what happened, as ``on_event(kind, **fields)``; must not raise.
+        nodes: Options of :class:`~lightning_gpuorch.nodes.NodeDesk`, where several nodes take part.
     """
 
     def __init__(
-        self, world_size: int, max_chunk_failures: int = 3, on_event: Callable[..., None] = lambda kind, **fields: None
+        self,
+        world_size: int,
+        max_chunk_failures: int = 3,
+        on_event: Callable[..., None] = lambda kind, **fields: None,
+        **nodes: Any,
     ):
         self.world_size = world_size
+        self.nodes = NodeDesk(self, **nodes)
         self.tensor_parallel_size: int | None = None
         self.gang = False
         self.ledger = CollectiveLedger(range(world_size))
@@ -95,6 +102,8 @@ class Head:
         self.generations: dict[int, int] = {}
         self.goodbyes = Goodbyes()
         self.chunks_by_replica: dict[int, int] = {}
+        self._retired: set[int] = set()
+        self._let_go: set[Owner] = set()
         self._evaluating: set[int] = set()
         self._max_chunk_failures = max_chunk_failures
         self._on_event = on_event
@@ -112,7 +121,8 @@ class Head:
         Returns:
             Resolved with the answer, now or later. Errors travel inside the answer.
         """
-        operation = getattr(self, f"_op_{request.header.get('op')}", None)
+        name = request.header.get("op")
+        operation = getattr(self, f"_op_{name}", None) or getattr(self.nodes, f"op_{name}", None)
         if operation is None:
             return refused(ControlPlaneError(f"unknown request {request.header.get('op')!r}; versions differ?"))
         try:
@@ -129,7 +139,71 @@ class Head:
         """Whether some rank evaluates: its share is its own, and nobody can take it over."""
         return bool(self._evaluating)
 
-    # What the supervisor decides
+    @property
+    def retired(self) -> frozenset[int]:
+        """Replicas that were given up."""
+        return frozenset(self._retired)
+
+    @property
+    def draining(self) -> bool:
+        """Whether no more work is handed out."""
+        return self._draining
+
+    @property
+    def finished(self) -> bool:
+        """Whether every opened job is complete, as far as the queues know."""
+        with self._lock:
+            return bool(self.jobs) and all(job.finished for job in self.jobs.values())
+
+    @property
+    def kept_directory(self) -> Path | None:
+        """Results somebody wants to keep, the first of them; the run's records go beside them."""
+        with self._lock:
+            return next((job.directory for _, job in sorted(self.jobs.items()) if not job.ephemeral), None)
+
+    # What the supervisors decide
+
+    def set_world_size(self, world_size: int) -> None:
+        """All nodes have joined: so many ranks take part."""
+        with self._lock:
+            self.world_size = world_size
+            self.ledger = CollectiveLedger(range(world_size))
+
+    def expire_leases(self, replica: int) -> int:
+        """Take back the leases of a replica that is not heard of; it may come back and go on.
+
+        Returns:
+            Number of chunks that went back.
+        """
+        with self._lock:
+            owner = (replica, self.generations.get(replica, 0))
+            return sum(len(queue.release(owner)) for job in self.jobs.values() for queue in job.queues)
+
+    def let_go(self, replica: int, generation: int) -> None:
+        """Hand a replica no more work: it finishes what it holds and leaves."""
+        with self._lock:
+            self._let_go.add((replica, generation))
+            for job in self.jobs.values():
+                for queue in job.queues:
+                    queue.let_go((replica, generation))
+
+    def deaths_in(self, chunks: dict[tuple[int, int], int], positions: dict[tuple[int, int], tuple[int, int]]) -> int:
+        """Deaths so far in units of chunks, by (job, loader); the most of any unit."""
+        with self._lock:
+            faults = [
+                (self.jobs[job].queues[loader].faults.get(chunk), range(*positions[job, loader]))
+                for (job, loader), chunk in chunks.items()
+            ]
+            return max((fault.deaths_of[unit] for fault, units in faults if fault for unit in units), default=0)
+
+    def open_ranks(self, ranks: Iterable[int]) -> dict[int, bool]:
+        """Ranks that have opened a job and not closed it, each with whether all of its open jobs are complete."""
+        found = {}
+        for rank in ranks:
+            unfinished = self.unfinished_jobs_of(rank)
+            if unfinished:
+                found[rank] = all(self.jobs[number].finished for number in unfinished)
+        return found
 
     def end_generation(
         self,
@@ -163,19 +237,11 @@ class Head:
                     job.opened_by.discard(rank)
         return back
 
-    def chunk_in_hand(self, replica: int, generation: int) -> dict[tuple[int, int], int]:
-        """The oldest chunk a generation holds, by (job, loader): the one it is computing."""
-        held = {}
-        with self._lock:
-            for number, job in self.jobs.items():
-                for loader, queue in enumerate(job.queues):
-                    leases = queue.leases_of((replica, generation))
-                    if leases:
-                        held[number, loader] = leases[0]
-        return held
-
     def retire(self, replica: int) -> None:
-        """Stop waiting for a replica in collectives."""
+        """Give a replica up: its work goes back, it gets no more, and collectives no longer wait for it."""
+        with self._lock:
+            self._retired.add(replica)
+        self.end_generation(replica, self.generations.get(replica, 0))
         self.ledger.retire(self._ranks_of(replica))
 
     def drain(self) -> None:
@@ -210,6 +276,7 @@ class Head:
                     raise ConfigurationError(
                         f"{self.world_size} devices cannot be cut into replicas of tensor_parallel_size={size}."
                     )
+                self.nodes.check_replicas_within_nodes(size)
                 self.tensor_parallel_size = size
             elif size != self.tensor_parallel_size:
                 raise ConfigurationError(
@@ -301,6 +368,8 @@ class Head:
             )
             if self._draining:
                 queue.drain()
+            for owner in self._let_go:
+                queue.let_go(owner)
             queues.append(queue)
         return Job(directory, manifest, queues, ephemeral)
 
@@ -309,6 +378,8 @@ class Head:
 
     def _op_next(self, request: Message) -> Future[Message]:
         header = request.header
+        if int(header["replica"]) in self._retired:  # its node was given up, and is back
+            return answered(FENCED)
         asked = self._queue(request).next(
             (int(header["replica"]), int(header["generation"])), int(header["sequence"]), bool(header["block"])
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_gpuorch import _compat
+from lightning_gpuorch.devices import device_pool
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError
 from lightning_gpuorch.predictions.reader import read_predictions
 from lightning_gpuorch.spawn import ForkSpawner, command_of_this_process, script_spawner
@@ -79,7 +80,7 @@ class Launcher:
             strategy.num_processes,
             config,
             tensor_parallel_size=tensor_parallel,
-            device_indices=devices or None,
+            devices=device_pool(devices, config.spare_devices),
         )
         if fork:
             return self._run_forked(supervisor, trainer)
@@ -125,7 +126,9 @@ class Launcher:
         result = pickle.loads(path.read_bytes())
         supervisor.clean_up_at_exit()
         if _predicting(trainer):
-            return read_predictions(supervisor.head.jobs[max(supervisor.head.jobs)].directory) if result else None
+            head = supervisor.head
+            assert head is not None  # a notebook is a job of one node
+            return read_predictions(head.jobs[max(head.jobs)].directory) if result else None
         return result
 
 

@@ -7,11 +7,12 @@ a system call. Times are CLOCK_MONOTONIC, which all processes of a node share.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 INTERVAL_SECONDS = 0.2
 _FIELDS = (
     "pid", "generation", "alive_ns", "progress", "progress_ns", "phase", "phase_ns",
-    "job", "loader", "chunk", "unit_start", "unit_stop",
+    "job", "loader", "chunk", "unit_start", "unit_stop", "commit_ns",
 )  # fmt: skip
 _ROW = 16  # fields per rank, with room to grow
 _INDEX = {name: index for index, name in enumerate(_FIELDS)}
@@ -61,6 +62,8 @@ class Row:
     chunk: int
     unit_start: int
     unit_stop: int
+    commit_ns: int
+    """When the commit of a part began that is not over, in whatever phase the loop is; else 0."""
 
 
 class HeartbeatTable:
@@ -123,7 +126,7 @@ class Heartbeat:
         now = time.monotonic_ns()
         table.write(
             rank, pid=os.getpid(), generation=generation, alive_ns=now, progress=0, progress_ns=now,
-            phase=Phase.STARTING, phase_ns=now, job=-1, loader=-1, chunk=-1,
+            phase=Phase.STARTING, phase_ns=now, job=-1, loader=-1, chunk=-1, commit_ns=0,
         )  # fmt: skip
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -153,6 +156,15 @@ class Heartbeat:
         self._table.write(
             self._rank, progress=self._progress, progress_ns=time.monotonic_ns(), phase=Phase.RUN, chunk=-1
         )
+
+    @contextlib.contextmanager
+    def committing(self) -> Iterator[None]:
+        """A part is written meanwhile, by a thread of its own."""
+        self._table.write(self._rank, commit_ns=time.monotonic_ns())
+        try:
+            yield
+        finally:
+            self._table.write(self._rank, commit_ns=0)
 
     def stop(self) -> None:
         """End the thread."""
@@ -185,7 +197,7 @@ class Limits:
         start: From process start to the end of the first step.
         step: Smallest limit for a step.
         step_factor: Multiple of the slowest recent step that a step may take.
-        commit: Longest wait for the disk.
+        commit: Longest wait for the disk, and longest commit of one part.
         exit: Longest winding-up.
     """
 
@@ -205,11 +217,17 @@ class Verdict:
         rank: Row in the table.
         reason: Why it counts as stuck.
         row: Its last word.
+        in_step: Whether it is the step that is stuck, so that what it computes may be to blame.
     """
 
     rank: int
     reason: str
     row: Row
+    in_step: bool = True
+
+
+_SILENT, _WRITING, _IDLE, _LEAVING = range(4)
+"""How sure it is that a suspect is the culprit, surest first: peers of a stuck rank are idle as well."""
 
 
 class Judge:
@@ -265,30 +283,34 @@ class Judge:
             found = self._suspect(rank, pid, row, now, started_ns.get(rank, now))
             if found is not None:
                 severity, reason = found
-                suspects.append((severity, row.progress, Verdict(rank, reason, row)))
+                in_step = severity != _WRITING
+                suspects.append((severity, row.progress, Verdict(rank, reason, row, in_step)))
         return min(suspects, key=lambda s: (s[0], s[1], s[2].rank))[2] if suspects else None
 
     def _suspect(self, rank: int, pid: int, row: Row, now: int, started_ns: int) -> tuple[int, str] | None:
         if self._process_state(pid) in "Tt":  # stopped: unmistakable in every phase
             since = self._stopped_since.setdefault(rank, now)
             if (now - since) / 1e9 > self.limits.alive:
-                return 0, f"stopped for {(now - since) / 1e9:.1f} s"
+                return _SILENT, f"stopped for {(now - since) / 1e9:.1f} s"
         else:
             self._stopped_since.pop(rank, None)
         if row.pid != pid:  # it has not come as far as its first beat
             age = (now - started_ns) / 1e9
-            return (1, f"no sign of life {age:.0f} s after its start") if age > self.limits.start else None
+            return (_IDLE, f"no sign of life {age:.0f} s after its start") if age > self.limits.start else None
         self._learn(rank, row)
         silent, idle = (now - row.alive_ns) / 1e9, (now - row.progress_ns) / 1e9
         early = row.phase in (Phase.STARTING, Phase.WARMUP, Phase.OUTSIDE)  # imports and compilers may hold the GIL
         if row.phase is Phase.DONE:
-            return (2, f"has not left for {idle:.0f} s") if idle > self.limits.exit else None
+            return (_LEAVING, f"has not left for {idle:.0f} s") if idle > self.limits.exit else None
         if silent > (self.limits.start if early else self.limits.alive):
-            return 0, f"no sign of life for {silent:.1f} s; something holds the GIL, or the process is frozen"
+            return _SILENT, f"no sign of life for {silent:.1f} s; something holds the GIL, or the process is frozen"
+        writing = (now - row.commit_ns) / 1e9 if row.commit_ns else 0.0
+        if writing > self.limits.commit:
+            return _WRITING, f"the disk has not taken a part for {writing:.1f} s (limit {self.limits.commit:.1f} s)"
         limit = self._progress_limit(rank, row)
         if limit is not None and idle > limit:
             return (
-                1,
+                _IDLE,
                 f"no progress for {idle:.1f} s in phase {row.phase.name} (limit {limit:.1f} s), step {row.progress}",
             )
         return None

@@ -14,10 +14,11 @@ from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError
-from lightning_gpuorch.memory import check_model_fits, memory_budget_bytes
+from lightning_gpuorch.model_setup import ModelSetup, ParallelizeFn, first_batch, refuse_meta
 from lightning_gpuorch.predictions.loader import SharedLoader
 from lightning_gpuorch.runtime import Runtime
-from lightning_gpuorch.tensors import fingerprint_weights, whole
+from lightning_gpuorch.tensor_parallel import build_model
+from lightning_gpuorch.tensors import whole
 from lightning_gpuorch.world import ExternalRanks, leave
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ class MultiGPUOrchestrator:
         callbacks: Called around the loop by keyword, in addition to Fabric's own.
         output_dir: Where predictions are kept. Without it they live until the process ends.
         parallelize_fn: Called as ``parallelize_fn(module, device_mesh)``, where no Fabric strategy has one.
+        tensor_parallel_plan: A ready plan, instead of ``parallelize_fn``; it is verified.
+        example_input: What models are called with, where they do not say so themselves.
         length_fn: Gives the length of a sample, for dynamic batching; common types need none.
         **options: Fields of :class:`~lightning_gpuorch.OrchestratorConfig`.
 
@@ -53,7 +56,9 @@ class MultiGPUOrchestrator:
         fabric: Any = None,
         callbacks: Sequence[Any] = (),
         output_dir: str | os.PathLike[str] | None = None,
-        parallelize_fn: Callable[..., torch.nn.Module] | None = None,
+        parallelize_fn: ParallelizeFn | None = None,
+        tensor_parallel_plan: Any = None,
+        example_input: Any = None,
         length_fn: Callable[[Any], int] | None = None,
         **options: Any,
     ):
@@ -63,22 +68,23 @@ class MultiGPUOrchestrator:
                 f"fabric uses {type(strategy).__name__}; MultiGPUOrchestrator needs Fabric(strategy='gpuorch')."
             )
         if fabric is not None:
-            if config is not None or options:
+            given = (parallelize_fn, tensor_parallel_plan, example_input)
+            if config is not None or options or any(value is not None for value in given):
                 raise ConfigurationError("with a Fabric, give the settings to its strategy instead.")
             self.runtime: Runtime = fabric.strategy.runtime
+            self.model_setup: ModelSetup = fabric.strategy.model_setup
             if output_dir is not None:
                 self.runtime.output_dir = output_dir
         else:
             self.runtime = Runtime(OrchestratorConfig.resolve(config, **options), output_dir)
+            self.model_setup = ModelSetup(self.runtime, parallelize_fn, tensor_parallel_plan, example_input)
         if length_fn is not None:
             self.runtime.length_fn = length_fn
         self.fabric = fabric
         self.predictions: Any = None
         """Every prediction of the last :meth:`predict`, in dataset order, once it has run to its end."""
         self._callbacks = list(callbacks)
-        self._parallelize_fn = parallelize_fn
         self._model: torch.nn.Module | None = None
-        self._fingerprint: str | None = None
         self._health: Any = None
         self._steps = 0
 
@@ -147,39 +153,49 @@ class MultiGPUOrchestrator:
     def load_distributed_model(
         self, source: str | os.PathLike[str] | torch.nn.Module, model: torch.nn.Module | None = None
     ) -> torch.nn.Module:
-        """Get a model ready for inference on this rank: weights, shards, device, eval mode.
+        """Get a model ready for inference on this rank: its share of the weights, device, eval mode.
+
+        Each rank reads only what it keeps. A model built in ``fabric.init_module(empty_init=True)`` or with
+        :func:`~lightning_gpuorch.tensor_parallel.empty_parameters` never takes more memory than that.
 
         Args:
-            source: A module, or a file of weights for ``model``: ``.safetensors``, ``.pt``, ``.bin`` or a Lightning
-                ``.ckpt``.
-            model: The module that takes the weights.
+            source: A module; or a checkpoint for ``model``: safetensors (a file, an index, a directory), ``.bin``,
+                ``.pt``, a Lightning ``.ckpt``, a torch distributed checkpoint, a transformers directory.
+            model: The module that takes the weights; may be left out for a transformers directory.
 
         Returns:
             The module this rank runs.
 
         Raises:
-            ConfigurationError: The file cannot be read, or its keys do not match the module.
+            ConfigurationError: There is no module, or one without values.
+            TensorParallelError: The checkpoint is damaged, incomplete, or of another model; or the model has to be cut and
+                there is no verified plan.
             ModelDoesNotFitError: The module is larger than the memory budget.
         """
+        checkpoint = None if isinstance(source, torch.nn.Module) else Path(source)
         if isinstance(source, torch.nn.Module):
             model = source
+            refuse_meta(model, "Pass the checkpoint: load_distributed_model(path, model).")
         elif model is None:
-            raise ConfigurationError(f"load_distributed_model({str(source)!r}) needs model=, the module to load into.")
-        else:
-            _load_weights(Path(source), model)
-        topology = self.runtime.world.topology
-        self._fingerprint = fingerprint_weights(model)  # of the whole model: shards differ from rank to rank
+            if not (Path(source) / "config.json").is_file():
+                raise ConfigurationError(
+                    f"load_distributed_model({str(source)!r}) needs model=, the module to load into; only a directory with "
+                    "a transformers config.json says itself what to build."
+                )
+            model, _ = build_model(os.fspath(source))
+        if checkpoint is not None and not checkpoint.exists():
+            raise ConfigurationError(f"no checkpoint at {checkpoint}.")
+        if checkpoint is not None and self.model_setup.parallelize_fn is not None:
+            self.model_setup.load(model, checkpoint)  # whole: only parallelize_fn knows how it will be cut
+            checkpoint = None
         if self.fabric is not None:
             self._model = self.fabric.setup_module(model)
-            return self._model
-        check_model_fits(
-            model,
-            memory_budget_bytes(self.runtime.device, self.config.memory_fraction),
-            tensor_parallel_size=topology.tensor_parallel_size,
-        )
-        if self._parallelize_fn is not None and topology.tensor_parallel_size > 1:
-            model = self._parallelize_fn(model, self.runtime.mesh)
-        self._model = model.to(self.runtime.device).eval()
+        else:
+            self._model = self.model_setup.prepare(model).eval()
+        if checkpoint is not None:
+            self.model_setup.load(model, checkpoint)
+        elif self.fabric is None:
+            self._model = self._model.to(self.runtime.device)
         return self._model
 
     def run_inference_step(self, batch: Any, step: Callable[[Any], Any] | None = None) -> Any:
@@ -236,17 +252,19 @@ class MultiGPUOrchestrator:
         Raises:
             MissingPredictionsError: Samples are missing at the end; they are named.
         """
-        known = self._fingerprint if model is self._model else None
+        loader = _unwrap(dataloader)
+        inner = getattr(model, "_original_module", model)  # under Fabric's wrapper
+        if not self.model_setup.is_ready(inner):
+            model = inner = self.model_setup.prepare(inner, lambda: first_batch(loader)).eval().to(self.runtime.device)
         self._model = model
-        setting = self.config.model_fingerprint
-        fingerprint = {"auto": known, "off": None}.get(setting, setting)
-        if fingerprint is None and setting == "auto" and self.runtime.world.topology.tensor_parallel_size == 1:
-            fingerprint = fingerprint_weights(model)
-        job = self.runtime.open_job([_unwrap(dataloader)], Path.cwd(), [limit_batches], fingerprint)
+        fingerprint = self.model_setup.fingerprint(inner)
+        job = self.runtime.open_job([loader], Path.cwd(), [limit_batches], fingerprint)
         self._call("on_predict_start")
         try:
             for number, batch in enumerate(job.loaders[0]):
                 ticket = job.take()
+                if self.runtime.transfers is not None:
+                    batch = self.runtime.transfers.to_device(batch)
                 batch = to_device(batch, self.runtime.device)
                 self._call("on_predict_batch_start", batch=batch, batch_idx=number)
                 output = job.run_step(functools.partial(self._compute, step=step), batch, ticket)
@@ -269,9 +287,9 @@ class MultiGPUOrchestrator:
             leave()
 
     def _forward(self, batch: Any, step: Callable[[Any], Any] | None) -> Any:
-        # DTensor's operators are not all decomposed under inference_mode (pytorch#142190), so shards run under no_grad.
-        sharded = self.runtime.world.topology.tensor_parallel_size > 1
-        with torch.no_grad() if sharded else torch.inference_mode():
+        # DTensor's operators are not all decomposed under inference_mode (pytorch#142190), so they run under no_grad.
+        dtensors = self.model_setup.parallelize_fn is not None and self.runtime.world.topology.tensor_parallel_size > 1
+        with torch.no_grad() if dtensors else torch.inference_mode():
             if step is not None:
                 return step(batch)
             if self._model is None:
@@ -312,23 +330,3 @@ def _unwrap(dataloader: Any) -> Any:
     """The user's own loader, under Fabric's wrapper and under the share it would get in a plain loop."""
     inner = getattr(dataloader, "_dataloader", dataloader)
     return inner.source.loader if isinstance(inner, SharedLoader) else inner
-
-
-def _load_weights(path: Path, model: torch.nn.Module) -> None:
-    if not path.exists():
-        raise ConfigurationError(f"no weights at {path}.")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    elif path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        state = state.get("state_dict", state)
-    else:
-        raise ConfigurationError(f"{path}: weights are read from .safetensors, .pt, .pth, .bin and .ckpt files.")
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        raise ConfigurationError(
-            f"{path} does not match {type(model).__name__}: missing {sorted(missing)[:8]}, unexpected "
-            f"{sorted(unexpected)[:8]} ({len(missing)} and {len(unexpected)} in all)."
-        )

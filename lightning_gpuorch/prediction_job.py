@@ -23,7 +23,7 @@ from lightning_gpuorch._version import __version__
 from lightning_gpuorch.dynamic_steps import DynamicSteps
 from lightning_gpuorch.errors import EXIT_RESUMABLE
 from lightning_gpuorch.liveness import Phase, current_heartbeat
-from lightning_gpuorch.memory import memory_budget_bytes
+from lightning_gpuorch.memory.transfer import HostCopy
 from lightning_gpuorch.predictions.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.layout import LoaderLayout, StoredBatch
 from lightning_gpuorch.predictions.loader import LeasedLoader, Ticket
@@ -66,7 +66,7 @@ class PredictionJob:
             self._dynamic = DynamicSteps(
                 runtime.config,
                 runtime.device,
-                memory_budget_bytes(runtime.device, runtime.config.memory_fraction),
+                runtime.allocator.budget_bytes,
                 world.topology.tensor_parallel_size,
                 runtime.length_fn,
             )
@@ -89,7 +89,10 @@ class PredictionJob:
         self.finished_before = bool(answer["finished"])
         self.resumed_chunks = sum(answer["resumed"])
         manifest = Manifest.from_dict(answer["manifest"])
-        self.delivered: collections.deque[Ticket] = collections.deque()
+        self.delivered = _Delivered()
+        self._asked_ns = time.time_ns()
+        self._fetched_ns: tuple[int, int] | None = None
+        self._copies: collections.deque[tuple[Ticket, HostCopy, frozenset[int]]] = collections.deque()
         self.samples = 0
         self.steps = 0
         self._ended: str | None = None
@@ -105,7 +108,7 @@ class PredictionJob:
                 source,
                 layout,
                 _Queue(self, index),
-                self._collectors[index],
+                _Sink(self, self._collectors[index]),
                 self.delivered,
                 index,
                 self._on_ended,
@@ -133,7 +136,10 @@ class PredictionJob:
 
     def take(self) -> Ticket:
         """The ticket of the batch that was delivered first and is not computed yet."""
-        return self.delivered.popleft()
+        ticket = self.delivered.popleft()
+        there = self.delivered.at_ns.popleft()
+        self._fetched_ns = (self._asked_ns, max(self._asked_ns, there))
+        return ticket
 
     def progress(self) -> dict[str, Any]:
         """How far the whole job is: chunks, samples, restarts."""
@@ -149,9 +155,10 @@ class PredictionJob:
         """
         self._lost.update(positions)
         span = ticket.span
-        entries = self._quarantined.setdefault((ticket.loader, ticket.chunk), [])
+        chunk_size = self.loaders[ticket.loader].layout.chunk_size
         for position in positions:
             unit = span.unit(position)
+            entries = self._quarantined.setdefault((ticket.loader, unit // chunk_size), [])
             entries.append((unit, unit + 1, reason))
 
     def run_step(self, call: Callable[[Any], Any], batch: Any, ticket: Ticket) -> Any:
@@ -172,6 +179,8 @@ class PredictionJob:
             step = functools.partial(_wrapped, wrapper, step, ticket)
         self._lost.clear()
         began = time.perf_counter()
+        telemetry = self._runtime.telemetry
+        telemetry.begin_step(self.steps, ticket.chunk, self._fetched_ns)
         heartbeat, span = current_heartbeat(), ticket.span
         if heartbeat is not None:
             stop = span.first_unit + span.num_units
@@ -182,18 +191,31 @@ class PredictionJob:
         except StopIteration as error:
             # Lightning's loop would take it for the end of the data and silently drop the rest.
             raise RuntimeError(f"the predict step raised StopIteration on batch {ticket.span.batch_index}") from error
+        except BaseException as error:
+            telemetry.fail_step(error)
+            raise
+        telemetry.computed()
         if self._world.topology.tensor_parallel_size > 1:
             output = whole(output)
         self.steps += 1
         self.samples += ticket.size or 0
         self._observe(ticket, output, time.perf_counter() - began)
         if self._writer is not None:
-            self._collectors[ticket.loader].add(ticket, to_host(output), frozenset(self._lost))
+            self._copies.append((ticket, self._host_copy(output), frozenset(self._lost)))
         if heartbeat is not None:
-            heartbeat.end_step()
-        if self._runtime.step_recorder is not None:
-            self._runtime.step_recorder.record_step(time.perf_counter() - began, ticket.size or 0)
+            heartbeat.end_step()  # what fails from here on is not to be blamed on the batch
+        # On CUDA this step still computes; what it gives is picked up when the next one is on its way.
+        self._collect(leave=0 if self._runtime.transfers is None else 1)
+        telemetry.end_step(ticket.size or 0)
+        calibration = self._runtime.calibration
+        if calibration is not None and calibration.count(ticket.size or 0, time.perf_counter()):
+            self._end_calibration()
+        self._asked_ns = time.time_ns()
         return output
+
+    def _host_copy(self, output: Any) -> HostCopy:
+        transfers = self._runtime.transfers
+        return HostCopy(to_host(output)) if transfers is None else transfers.to_host(output)
 
     def _observe(self, ticket: Ticket, output: Any, seconds: float) -> None:
         """Tell what bounds windows. Time differs between the ranks of a group, whose windows must not."""
@@ -201,6 +223,17 @@ class PredictionJob:
             return
         seconds = seconds if self._world.topology.tensor_parallel_size == 1 else 0.0
         self.loaders[ticket.loader].observe(num_samples=ticket.size or 0, num_bytes=size_bytes(output), seconds=seconds)
+
+    def _end_calibration(self) -> None:
+        """Write the baseline, and end the script in good order: the rest of its data is of no interest.
+
+        Raises:
+            SystemExit: Always, with exit code 0.
+        """
+        calibration = self._runtime.calibration
+        assert calibration is not None
+        calibration.finish(self._runtime.measured_with())
+        raise SystemExit(0)
 
     def finish(self) -> Any:
         """Make everything durable, wait for the others, and return all predictions.
@@ -213,14 +246,33 @@ class PredictionJob:
             SystemExit: The job was asked to stop; the exit code says that it can be resumed.
         """
         with _phase(Phase.COMMIT, then=Phase.OUTSIDE):
+            self._collect()
             self.close()
         if self._ended in ("drain", "fenced"):
             log.info("stopped on request; the same command goes on from here")
             raise SystemExit(EXIT_RESUMABLE)
         answer = self._call("close").header
+        if self._runtime.calibration is not None:  # the data ended before the time
+            self._end_calibration()
         if self._world.topology.rank == 0:
             self._summarise(answer)
         return read_predictions(self.directory)
+
+    def settle(self) -> None:
+        """Collect the outputs that are on their way and wait until all whole chunks are durable.
+
+        Raises:
+            PredictionStorageError: Something could not be written.
+        """
+        self._collect()
+        if self._writer is not None:
+            self._writer.flush()
+
+    def _collect(self, leave: int = 0) -> None:
+        """Hand on outputs that have reached the host, all but the last ``leave`` steps'."""
+        while len(self._copies) > leave:
+            ticket, copy, lost = self._copies.popleft()
+            self._collectors[ticket.loader].add(ticket, copy.result(), lost)
 
     def close(self) -> None:
         """Stop the writer after it has written what it has; safe to call again."""
@@ -238,14 +290,20 @@ class PredictionJob:
 
     def _make_writer(self, layouts: Sequence[LoaderLayout]) -> PartWriter:
         stores = [PartStore(loader_directory(self.directory, index)) for index in range(len(layouts))]
+        heartbeat = current_heartbeat()
         return PartWriter(
-            stores, max_pending_bytes=self._runtime.config.max_pending_bytes, on_committed=self._on_committed
+            stores,
+            max_pending_bytes=self._runtime.config.max_pending_bytes,
+            on_committed=self._on_committed,
+            around_commit=contextlib.nullcontext if heartbeat is None else heartbeat.committing,
         )
 
     def _commit(self, loader: int, chunk: int, batches: list[StoredBatch]) -> None:
         assert self._writer is not None
         owner = self._world.owner
-        self._writer.put(loader, chunk, batches, {"replica": owner["replica"], "generation": owner["generation"]})
+        metadata = {"replica": owner["replica"], "generation": owner["generation"]}
+        with _phase(Phase.COMMIT, then=Phase.RUN):  # it waits where the disk is slower than the model
+            self._writer.put(loader, chunk, batches, metadata)
 
     def _on_committed(self, loader: int, chunk: int, won: bool, samples: int) -> None:
         emit("chunk", job=self.number, loader=loader, chunk=chunk, samples=samples, won=won)
@@ -254,8 +312,7 @@ class PredictionJob:
 
     def _on_ended(self, answer: str) -> None:
         self._ended = answer
-        if self._writer is not None:
-            self._writer.flush()
+        self.settle()
         if answer in ("drain", "fenced"):
             self.finish()
 
@@ -268,6 +325,33 @@ class PredictionJob:
         return self._world.channel.call(header, timeout_seconds=timeout)
 
 
+class _Delivered(collections.deque[Ticket]):
+    """Tickets of batches that are not computed yet, and the Unix time in nanoseconds at which each batch was there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_ns: collections.deque[int] = collections.deque()
+
+    def append(self, ticket: Ticket) -> None:
+        """Take the ticket of a batch that has just been fetched."""
+        super().append(ticket)
+        self.at_ns.append(time.time_ns())
+
+
+class _Sink:
+    """A collector that gets a chunk's last output before it is told that the chunk is over."""
+
+    def __init__(self, job: PredictionJob, collector: ChunkCollector | NoCollector):
+        self._job, self._collector = job, collector
+
+    def begin(self, chunk: int, num_batches: int | None) -> None:
+        self._collector.begin(chunk, num_batches)
+
+    def end(self, chunk: int) -> None:
+        self._job._collect()
+        self._collector.end(chunk)
+
+
 class _Queue:
     """A rank's view of its replica's leases."""
 
@@ -275,6 +359,8 @@ class _Queue:
         self._job, self._loader, self._sequence = job, loader, 0
 
     def next(self, block: bool) -> dict[str, Any]:
+        if block:
+            self._job.settle()  # nobody may have to wait for what this rank holds, nor it for a writer that has failed
         # Waiting for others to finish has no limit of its own: the supervisor judges who is stuck.
         timeout = _FOREVER_SECONDS if block else None
         with _phase(Phase.WAIT, then=Phase.RUN) if block else contextlib.nullcontext():

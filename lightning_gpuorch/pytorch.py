@@ -6,25 +6,29 @@ batches and reduce over replicas. ``fit`` is Lightning's own DDP, in one world o
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_gpuorch import _compat
-from lightning_gpuorch._shell import ParallelizeFn, StrategyShell
+from lightning_gpuorch._shell import MappedCheckpointIO, StrategyShell
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.launcher import Launcher
-from lightning_gpuorch.memory import check_model_fits, memory_budget_bytes
+from lightning_gpuorch.model_setup import ParallelizeFn, first_batch, has_meta, refuse_meta
 from lightning_gpuorch.prediction_job import PredictionJob
 from lightning_gpuorch.predictions.loader import LeasedLoader
 from lightning_gpuorch.predictions.source import describe
-from lightning_gpuorch.tensors import fingerprint_weights
+from lightning_gpuorch.tensor_parallel import applied_plan, empty_parameters
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -75,7 +79,6 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
         self._start_method = start_method
         self._pending: list[_PendingLoader] = []
         self._undo: list[Callable[[], None]] = []
-        self._fingerprint: str | None = None
         self._wants_predictions = False
         self._results: Any = None
 
@@ -138,21 +141,57 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
-        if trainer.state.fn == TrainerFn.PREDICTING:
-            setting = self.config.model_fingerprint
-            self._fingerprint = {"off": None, "auto": None}.get(setting, setting)
-            if setting == "auto":
-                self._fingerprint = fingerprint_weights(self.model)
         self.model = self.precision_plugin.convert_module(self.model)
-        check_model_fits(
-            self.model,
-            memory_budget_bytes(self.root_device, self.config.memory_fraction),
-            tensor_parallel_size=self.tensor_parallel_size,
-        )
-        self.model = self._parallelize(self.model)
+        predicting = trainer.state.fn == TrainerFn.PREDICTING
+        self.model = self.model_setup.prepare(self.model, self._first_batch if predicting else None)
         self.model_to_device()
         self.setup_precision_plugin()
         self._sync_metrics_over_job(self.model)
+
+    def _first_batch(self) -> Any:
+        """The first batch of the predict call as the step will get it, on the CPU."""
+        loaders = _compat.predict_dataloaders(self._trainer)
+        batch = first_batch(loaders[0]) if loaders else None
+        return None if batch is None else _compat.transferred(self._trainer, batch, torch.device("cpu"))
+
+    def model_to_device(self) -> None:
+        """Move the model, unless its parameters are still to be read."""
+        if self._training or self.model is None or not has_meta(self.model):
+            super().model_to_device()
+
+    @contextlib.contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Build a model where it can be cut; with ``empty_init`` its parameters take no memory.
+
+        They are on meta then, and buffers are real.
+        """
+        empty = empty_parameters() if empty_init else contextlib.nullcontext()
+        with empty, self._building_device, self.precision_plugin.tensor_init_context():
+            yield
+
+    # Weights
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Parameters on meta are cut first, then each rank reads its part."""
+        return not self._training and self.lightning_module is not None and has_meta(self.lightning_module)
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        """Load a Lightning checkpoint; of any other kind of checkpoint the weights are read in place later."""
+        if not self._training and _is_plain_checkpoint(checkpoint_path):
+            return {"state_dict": Path(checkpoint_path), "pytorch-lightning_version": _compat.LIGHTNING_VERSION}
+        if self.restore_checkpoint_after_setup and type(self.checkpoint_io) is TorchCheckpointIO:
+            return MappedCheckpointIO().load_checkpoint(checkpoint_path, *args, **options)
+        return super().load_checkpoint(checkpoint_path, *args, **options)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Give the model its weights; a sharded one takes its part."""
+        module, state = self.lightning_module, checkpoint["state_dict"]
+        assert module is not None
+        if self._training or not (isinstance(state, Path) or applied_plan(module) is not None or has_meta(module)):
+            super().load_model_state_dict(checkpoint, strict)
+            return
+        self.model_setup.load(module, state, strict=strict)
 
     # Data
 
@@ -184,18 +223,40 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
                 [pending.dataloader for pending in self._pending],
                 Path(self._trainer.default_root_dir),
                 [pending.limit for pending in self._pending],
-                self._fingerprint,
+                self.model_setup.fingerprint(self.model) if self.model is not None else None,
             )
         assert self.runtime.job is not None
         return self.runtime.job
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Move a batch while the step before it computes, on CUDA; a ``transfer_batch_to_device`` of the user's decides."""
+        transfers = self.runtime.transfers
+        if transfers is not None and not self._training and device in (None, self.root_device):
+            owners = (self.lightning_module, getattr(self._trainer, "datamodule", None))
+            if not any(owner is not None and is_overridden("transfer_batch_to_device", owner) for owner in owners):
+                batch = transfers.to_device(batch)
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     # Predict
 
     def on_predict_start(self) -> None:
         """Keep no predictions in memory: they are read back from the parts."""
+        self._refuse_meta()
         loop = self._trainer.predict_loop
         self._wants_predictions = loop.return_predictions
         loop.return_predictions = False
+
+    def on_validation_start(self) -> None:
+        """Refuse a model whose weights were never read."""
+        self._refuse_meta()
+
+    def on_test_start(self) -> None:
+        """Refuse a model whose weights were never read."""
+        self._refuse_meta()
+
+    def _refuse_meta(self) -> None:
+        if self.lightning_module is not None:
+            refuse_meta(self.lightning_module, "Pass ckpt_path=..., or give them values in configure_model.")
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Compute one batch and keep its output."""
@@ -274,6 +335,11 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
         self.precision_plugin.teardown()
         self.accelerator.teardown()
         self.checkpoint_io.teardown()
+
+
+def _is_plain_checkpoint(path: Any) -> bool:
+    """Whether a path is a checkpoint of weights alone: safetensors, an index, or a directory."""
+    return os.path.isdir(path) or os.path.splitext(path)[1] in (".safetensors", ".json", ".bin")
 
 
 class _PendingLoader:

@@ -38,6 +38,7 @@ class Action(Enum):
 
     RETRY_IN_PLACE = "retry in place"
     RESTART_REPLICA = "restart the replica"
+    REPLACE_DEVICE = "move to a spare device"
     RETIRE_REPLICA = "retire the replica"
     DRAIN = "drain"
     FAIL = "fail the job"
@@ -65,8 +66,9 @@ RULES: dict[FailureKind, Rule] = {
     FailureKind.RANK_DEATH: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
     FailureKind.EARLY_EXIT: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
     FailureKind.STUCK: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
-    FailureKind.GPU_FAILED: Rule(Action.RETIRE_REPLICA, Action.RETIRE_REPLICA, costs_budget=False),
-    FailureKind.GPU_DRAIN: Rule(Action.RETIRE_REPLICA, Action.RETIRE_REPLICA, costs_budget=False),
+    # Without a spare the replica is retired; with DRAIN, after it has finished the chunks it holds.
+    FailureKind.GPU_FAILED: Rule(Action.REPLACE_DEVICE, Action.RETIRE_REPLICA, costs_budget=False),
+    FailureKind.GPU_DRAIN: Rule(Action.REPLACE_DEVICE, Action.RETIRE_REPLICA, costs_budget=False),
     # A poison chunk has a budget of its own, in the lease queue; it ends in quarantine.
     FailureKind.POISON: Rule(Action.RESTART_REPLICA, Action.RESTART_REPLICA, costs_budget=False),
     FailureKind.CONFIGURATION: Rule(Action.FAIL, Action.FAIL, costs_budget=False),
@@ -125,7 +127,7 @@ class FailureRecoveryManager:
         with self._lock:
             self.counts[kind] += 1
             action = rule.action
-            if action is Action.RESTART_REPLICA and not self.enable_auto_restart:
+            if action in (Action.RESTART_REPLICA, Action.REPLACE_DEVICE) and not self.enable_auto_restart:
                 action = Action.RETIRE_REPLICA
             elif rule.costs_budget:
                 self._attempts[replica] += 1

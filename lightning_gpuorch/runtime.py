@@ -5,22 +5,25 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import socket
+import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_gpuorch._version import __version__
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.errors import ConfigurationError, GPUOrchError, InputMismatchError
+from lightning_gpuorch.distributed import Topology
+from lightning_gpuorch.errors import GPUOrchError, InputMismatchError
+from lightning_gpuorch.memory import ResourceAllocator
+from lightning_gpuorch.memory.transfer import Transfers
 from lightning_gpuorch.prediction_job import PredictionJob, StepWrapper
 from lightning_gpuorch.predictions.loader import SharedLoader
 from lightning_gpuorch.predictions.source import describe
-from lightning_gpuorch.telemetry.current import current_events, emit, use_events
-from lightning_gpuorch.telemetry.events import EventLog
-from lightning_gpuorch.telemetry.logs import configure_logging
-from lightning_gpuorch.telemetry.steps import StepRecorder
+from lightning_gpuorch.telemetry.efficiency import Calibration
+from lightning_gpuorch.telemetry.rank import RankTelemetry
+from lightning_gpuorch.tensor_parallel import Communicator, random_state_digest, synchronize_random_state
 from lightning_gpuorch.tensors import digest
 from lightning_gpuorch.world import ExternalRanks, World, join
 
@@ -39,17 +42,21 @@ class Runtime:
     """
 
     def __init__(self, config: OrchestratorConfig, output_dir: str | os.PathLike[str] | None = None):
-        if config.enable_profiling:
-            raise ConfigurationError("enable_profiling=True is not available in this version; leave it False.")
         self.config, self.output_dir = config, output_dir
         self.step_wrappers: list[StepWrapper] = []
         self.length_fn: Callable[[Any], int] | None = None
         """Gives the length of a sample, for dynamic batching; None knows common types."""
         self.device = torch.device("cpu")
+        self.transfers: Transfers | None = None
+        """Copies that overlap with steps, on CUDA."""
+        self._allocator: ResourceAllocator | None = None
         self.mesh: DeviceMesh | None = None
         self.job: PredictionJob | None = None
-        self.step_recorder: StepRecorder | None = None
+        self.calibration = Calibration.from_environment()
+        self._model_facts: dict[str, Any] = {}
         self._world: World | None = None
+        self._placed = False
+        self._training = False
 
     @property
     def world(self) -> World:
@@ -57,6 +64,13 @@ class Runtime:
         if self._world is None:
             raise GPUOrchError("the job is not set up yet; call launch() (Fabric) or use the Trainer's entry points.")
         return self._world
+
+    @property
+    def allocator(self) -> ResourceAllocator:
+        """The memory budget of this rank's device. Making it caps torch's allocator, on CUDA."""
+        if self._allocator is None:
+            self._allocator = ResourceAllocator(self.device, self.config.memory_fraction)
+        return self._allocator
 
     @property
     def replica(self) -> int:
@@ -74,6 +88,12 @@ class Runtime:
         return self.world.topology.is_leader
 
     @property
+    def telemetry(self) -> RankTelemetry:
+        """What this rank records."""
+        assert self.world.telemetry is not None
+        return self.world.telemetry
+
+    @property
     def run_directory(self) -> Path | None:
         """Where logs, events and metrics of the run go, if anywhere."""
         return self.world.run_directory
@@ -86,7 +106,9 @@ class Runtime:
         training: bool = False,
         evaluating: bool = False,
     ) -> World:
-        """Join the job and form the process group.
+        """Join the job, and form the process group unless the tensor-parallel size is still open.
+
+        Where it is, :meth:`settle` goes on when the model is known; training leaves each rank its own model.
 
         Args:
             device: Device this rank computes on.
@@ -94,43 +116,106 @@ class Runtime:
             training: Form one world over the whole job, whose ranks restart together.
             evaluating: Every replica has a fixed share that nobody else can take over.
         """
-        self.device = device
+        if device != self.device:
+            self.device, self._allocator = device, None
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            self.transfers = Transfers(device, self.allocator.pinned_pool)
         world = self._world = join(self.config, device, external)
-        self._record_run(world)
-        topology = world.topology
-        if topology.world_size > 1:
+        self._training, self._placed = training, False
+        if world.topology.world_size > 1:
             stage = {"op": "stage", "gang": training, "every_replica": evaluating, **world.owner}
             world.channel.call(stage, timeout_seconds=30)
-        world.form_world(topology, whole_job=training)
-        if topology.tensor_parallel_size > 1 and self.mesh is None:
-            replicas = topology.num_replicas if world.spans_job else 1
-            self.mesh = world.groups.device_mesh(replicas, topology.tensor_parallel_size)
+        if training or world.settled:
+            self.settle(1 if not world.settled else world.topology.tensor_parallel_size)
         return world
 
-    def _record_run(self, world: World) -> None:
-        """Log and record events where the supervisor collects them."""
-        if world.run_directory is None or current_events() is not None:
+    def settle(self, tensor_parallel_size: int) -> Topology:
+        """Decide how many ranks share a model and form their process group; every rank must call this.
+
+        Args:
+            tensor_parallel_size: The size; one that is decided already cannot change.
+
+        Returns:
+            The topology in force.
+
+        Raises:
+            ConfigurationError: It is decided otherwise already, or the ranks disagree.
+        """
+        world = self.world
+        world.settle(tensor_parallel_size)
+        if not self._placed:
+            self._placed = True
+            self._record(world)
+            world.form_world(world.topology, whole_job=self._training)
+            if tensor_parallel_size > 1 and self.mesh is None:
+                replicas = world.topology.num_replicas if world.spans_job else 1
+                self.mesh = world.groups.device_mesh(replicas, tensor_parallel_size)
+        return world.topology
+
+    @property
+    def topology(self) -> Topology:
+        """The topology in force; where no model has decided it, from now on every rank has a model of its own."""
+        return self.world.topology if self._placed else self.settle(1)
+
+    def _record(self, world: World) -> None:
+        """Begin to record what this rank does, where the others of the node do as well."""
+        if world.telemetry is not None:
             return
-        topology = world.topology
-        configure_logging(
-            self.config.log_level,
+        topology, config = world.topology, self.config
+        world.telemetry = RankTelemetry(
+            world.run_directory,
             rank=topology.rank,
             replica=topology.replica,
-            directory=world.run_directory / "logs",
             generation=world.generation,
+            run_id=world.run_id,
+            is_leader=topology.is_leader,
+            log_level=config.log_level,
+            enable_profiling=config.enable_profiling,
+            trace_every_steps=config.trace_every_steps,
+            trace_endpoint=config.trace_endpoint,
+            start=_describe(self.device),
         )
-        common = {"rank": topology.rank, "replica": topology.replica, "generation": world.generation}
-        source = f"rank-{topology.rank:05d}.attempt-{world.generation}"
-        events = EventLog(world.run_directory / "events", source, common=common)
-        use_events(events)
-        self.step_recorder = StepRecorder(events, counts_samples=topology.is_leader)
-        emit("start", pid=os.getpid(), host=socket.gethostname(), device=str(self.device))
-        atexit.register(events.close)
+        if world.supervised:
+            atexit.register(world.telemetry.close)
+
+    def report_verdict(self, report: Any) -> None:
+        """Tell the supervisor that this rank's device is to be drained, or has failed; it acts on nothing less.
+
+        Args:
+            report: A :class:`~lightning_gpuorch.health.HealthReport`.
+        """
+        verdict = str(report.verdict)
+        if verdict in ("drain", "failed") and self.world.supervised:
+            header = {"op": "verdict", "verdict": verdict, "evidence": list(report.evidence), **self.world.owner}
+            self.world.channel.call(header, timeout_seconds=self.config.timeout_sec)
+
+    def note_model(self, module: torch.nn.Module) -> None:
+        """Remember what kind of model is run, before it is cut: throughput is only compared with that of its like."""
+        parameters = list(module.parameters())
+        self._model_facts = {
+            "model": type(module).__name__,
+            "parameters": sum(parameter.numel() for parameter in parameters),
+            "dtype": ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})),
+        }
+
+    def measured_with(self) -> dict[str, Any]:
+        """What throughput depends on; a baseline counts only for a run in which all of it is the same."""
+        assert self.job is not None
+        cuda = self.device.type == "cuda"
+        return {
+            **self._model_facts,
+            "device": torch.cuda.get_device_name(self.device) if cuda else f"{platform.machine()} CPU",
+            "threads": None if cuda else torch.get_num_threads(),
+            "batch_sizes": [loader.layout.batch_size for loader in self.job.loaders],
+            "torch": torch.__version__,
+            "lightning_gpuorch": __version__,
+        }
 
     def check_same_input(self, batch: Any) -> None:
         """Compare a batch with those of the other ranks of the tensor-parallel group; every one of them must call this.
+
+        Ranks whose random state differs take the first rank's, so that what is sampled in the step is the same on all.
 
         Raises:
             InputMismatchError: They differ; the odd ranks are named.
@@ -141,10 +226,10 @@ class Runtime:
         if topology.tensor_parallel_size == 1 or not dist.is_initialized():
             return
         group = self.mesh.get_group("tensor_parallel") if self.mesh is not None else None
-        mine = torch.tensor([digest(batch)], device=self.device)
+        mine = torch.tensor([digest(batch), random_state_digest(self.device)], device=self.device)
         digests = [torch.empty_like(mine) for _ in range(topology.tensor_parallel_size)]
         dist.all_gather(digests, mine, group=group)
-        values = [int(value) for value in digests]
+        values, random_states = zip(*(pair.tolist() for pair in digests), strict=True)
         if len(set(values)) > 1:
             first = topology.replica * topology.tensor_parallel_size
             odd = [first + index for index, value in enumerate(values) if value != values[0]]
@@ -152,11 +237,12 @@ class Runtime:
                 f"ranks {odd} of replica {topology.replica} were given another batch than rank {first}; all ranks of a "
                 "tensor-parallel group must run on the same input. Is the dataset random?"
             )
+        if len(set(random_states)) > 1:
+            synchronize_random_state(Communicator(group), self.device)
 
     def share(self, loader: Any, limit: int | None = None) -> SharedLoader:
         """This replica's fixed share of a loader's batches."""
-        topology = self.world.topology
-        return SharedLoader(describe(loader, limit), topology.replica, topology.num_replicas)
+        return SharedLoader(describe(loader, limit), lambda: (self.topology.replica, self.topology.num_replicas))
 
     def open_job(
         self, loaders: Sequence[Any], default_root: Path, limits: Sequence[int | None], model_fingerprint: str | None
@@ -174,5 +260,17 @@ class Runtime:
             JobMismatchError: The output directory holds another job.
             PredictionStorageError: The output directory cannot be written.
         """
+        self.topology  # noqa: B018 - decided from here on
+        if self.calibration is not None and self.run_directory is not None:
+            # Nothing of what was computed before counts, and nothing is to be found by a later run.
+            self.output_dir, default_root = None, self.run_directory
         self.job = PredictionJob(self, loaders, default_root, limits, model_fingerprint)
         return self.job
+
+
+def _describe(device: torch.device) -> dict[str, Any]:
+    """Fields of the ``start`` event about a device."""
+    if device.type != "cuda":
+        return {"device": str(device)}
+    properties = torch.cuda.get_device_properties(device)
+    return {"device": str(device), "device_name": properties.name, "device_memory_bytes": properties.total_memory}

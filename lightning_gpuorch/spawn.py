@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from lightning_gpuorch._bootstrap import PARENT, announce, die_with_parent, report_failure, winding_up
+from lightning_gpuorch._bootstrap import PARENT, announce, die_with_parent, inject, report_failure, winding_up
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.zygote import ZygoteSpawner
 
@@ -27,6 +27,10 @@ class Process(Protocol):
 
 class Spawner(Protocol):
     """Starts workers."""
+
+    def prepare(self) -> None:
+        """Begin with what can be done before it is known what to start."""
+        ...
 
     def spawn(self, environment: Mapping[str, str]) -> Process:
         """Start one worker in a session of its own, with these variables added to the environment."""
@@ -77,6 +81,9 @@ class ScriptSpawner:
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         self._command = [sys.executable, "-u", *flags, "-m", "lightning_gpuorch._bootstrap", *command]
 
+    def prepare(self) -> None:
+        """Nothing to prepare."""
+
     def spawn(self, environment: Mapping[str, str]) -> Process:
         """See :meth:`Spawner.spawn`."""
         return subprocess.Popen(
@@ -101,6 +108,9 @@ class ForkSpawner:
         self._target = target
         self._context = multiprocessing.get_context("fork")
 
+    def prepare(self) -> None:
+        """Nothing to prepare."""
+
     def spawn(self, environment: Mapping[str, str]) -> Process:
         """See :meth:`Spawner.spawn`."""
         variables = {**environment, PARENT: str(os.getpid())}
@@ -116,6 +126,7 @@ class ForkSpawner:
         os.environ.update(variables)
         die_with_parent()
         announce()
+        inject()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:

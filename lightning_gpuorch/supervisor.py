@@ -1,14 +1,14 @@
-"""Starts a job's workers, watches them, and brings back what dies. Imports neither torch nor Lightning.
+"""Starts a job's workers on this node, watches them, and brings back what dies. Imports neither torch nor Lightning.
 
-One supervisor per node. It hosts the head, so leases and decided collectives outlive every worker. Workers are
-grouped into replicas; when a rank dies, its whole replica is killed and started again as the next *generation*, and
-no other replica notices. A worker that ends its script with exit code 0 while a job is open counts as dead.
+One supervisor per node. The one on node 0 hosts the head, so leases and decided collectives outlive every worker.
+Workers are grouped into replicas; when a rank dies, its whole replica is killed and started again as the next
+*generation*, and no other replica notices. A worker that ends its script with exit code 0 while a job is open counts
+as dead. Before a generation starts, its GPUs are checked; a bad one is replaced by a spare, or its replica retired.
 """
 
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import os
 import secrets
@@ -17,7 +17,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -26,9 +25,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lightning_gpuorch._bootstrap import DUMP_FILE, DUMP_SIGNAL, ERROR_FILE
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.distributed.wire import ControlServer
+from lightning_gpuorch.device_pool import DevicePool
+from lightning_gpuorch.distributed import Channel, ControlServer, LocalChannel, RemoteChannel
 from lightning_gpuorch.environment import WorkerEnvironment
 from lightning_gpuorch.errors import (
     EXIT_CONFIGURATION,
@@ -37,23 +36,35 @@ from lightning_gpuorch.errors import (
     EXIT_RESUMABLE,
     EXIT_STORAGE,
     FINAL_EXIT_CODES,
+    ControlPlaneError,
+    ControlPlaneTimeoutError,
     MissingPredictionsError,
+    format_indices,
 )
 from lightning_gpuorch.head import Head
-from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits, Row, main_thread_of_dump
+from lightning_gpuorch.head_link import HeadLink, JobState, NodePlace, StateWatch
+from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
-from lightning_gpuorch.recovery import Action, FailureKind, FailureRecoveryManager
-from lightning_gpuorch.spawn import Process, Spawner
+from lightning_gpuorch.preflight import Finding, Preflight
+from lightning_gpuorch.recovery import Action, Decision, FailureKind, FailureRecoveryManager
+from lightning_gpuorch.run_records import describe_failure, failure_record
+from lightning_gpuorch.spawn import Spawner
 from lightning_gpuorch.telemetry.events import EventLog
-from lightning_gpuorch.telemetry.report import write_report
+from lightning_gpuorch.telemetry.run_directory import (
+    create_run_directory,
+    find_runs,
+    keep_records,
+    records_target,
+    report_run,
+)
+from lightning_gpuorch.workers import Worker, Workers, describe_exit
 from lightning_gpuorch.world import new_run_id, remove_ephemeral
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02
 JUDGE_SECONDS = 0.2
-DUMP_SECONDS = 1.0
-"""How long stuck workers get to write their stacks."""
+_SHARED_MEMORY = Path("/dev/shm")
 _FINAL_KINDS = {
     EXIT_CONFIGURATION: FailureKind.CONFIGURATION,
     EXIT_STORAGE: FailureKind.STORAGE,
@@ -63,68 +74,97 @@ _FINAL_KINDS = {
 
 
 @dataclass
-class _Worker:
-    rank: int
-    process: Process
-    error_file: Path
-    dump_file: Path
-    started_ns: int = field(default_factory=time.monotonic_ns)
+class _Beginning:
+    """A generation whose devices are being checked."""
+
+    ranks: list[int]
+    checks: dict[int, Preflight]
+    faults: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Leaving:
+    """A replica that is to finish what it holds, because a device of it is about to fail."""
+
+    reason: str
+    deadline: float
 
 
 class Supervisor:
-    """Runs a job of several workers on this node.
+    """Runs the workers of a job that are on this node, and on node 0 the head of the job.
 
     Args:
         spawner: Starts workers.
-        world_size: Number of workers.
+        num_workers: Workers on this node.
         config: Settings.
         tensor_parallel_size: Ranks per replica, if known before the script says so.
-        device_indices: Device of each local rank; None lets each take its local rank's.
+        devices: Devices of the node's ranks, and spares; None where there are none to choose from.
         environment: More variables for the workers.
+        place: Which of the job's machines this is.
+
+    Raises:
+        ControlPlaneError: The head cannot be reached, or not all nodes came in time.
+        ConfigurationError: The nodes do not agree about the job.
     """
 
     def __init__(
         self,
         spawner: Spawner,
-        world_size: int,
+        num_workers: int,
         config: OrchestratorConfig,
         *,
         tensor_parallel_size: int | None = None,
-        device_indices: Sequence[int] | None = None,
+        devices: DevicePool | None = None,
         environment: dict[str, str] | None = None,
+        place: NodePlace | None = None,
     ):
+        self.place = place = place or NodePlace()
+        self.config, self.num_workers = config, num_workers
         self.run_id = new_run_id()
-        self.config = config
-        self.head = Head(world_size, config.max_chunk_failures, self._on_event)
-        self.head.tensor_parallel_size = tensor_parallel_size
+        self.run_directory = create_run_directory(self.run_id)
+        source = "supervisor" if place.node_rank == 0 else f"supervisor-{place.node_rank}"
+        self._events = EventLog(self.run_directory / "events", source)
+        self.keep_results = False
+        """Leave results nobody asked to keep for :meth:`clean_up_at_exit`: the caller is this process."""
+        self._token = config.token or secrets.token_hex(16)
+        self.head: Head | None = None
+        self._server: ControlServer | None = None
+        channel = self._host_head(tensor_parallel_size) if place.node_rank == 0 else self._reach_head()
+        self._link = HeadLink(channel, place.node_rank, config.timeout_sec)
+        self._watch = StateWatch(self._link, 0.0 if self.head is not None else min(1.0, config.lease_term_sec / 5))
         self.recovery = FailureRecoveryManager(config.max_restart_attempts, config.enable_auto_restart)
-        self.run_directory = Path(tempfile.mkdtemp(prefix=f"gpuorch-{self.run_id}-"))
-        self._events = EventLog(self.run_directory / "events", "supervisor")
-        self._spawner, self._world_size = spawner, world_size
-        self._device_indices, self._environment = device_indices, dict(environment or {})
-        self._token = secrets.token_hex(16)
-        self._server = ControlServer(self.head, token=self._token)
-        shared_memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else self.run_directory
-        self._table = HeartbeatTable(str(shared_memory / f"gpuorch-{self.run_id}"), world_size, create=True)
+        self._devices = devices or DevicePool.of_indices([None] * num_workers)
+        self._environment = dict(environment or {})
+        self._spawner = spawner
+        self._workers = Workers(spawner, self.run_directory / "errors")
+        shared_memory = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else self.run_directory
+        self._table = HeartbeatTable(
+            str(shared_memory / f"gpuorch-{self.run_id}-{place.node_rank}"), num_workers, create=True
+        )
+        _sweep_shared_memory()
         limits = Limits(
             alive=config.heartbeat_timeout_sec,
             start=config.start_timeout_sec,
             step=config.step_timeout_sec,
+            commit=config.commit_timeout_sec,
             exit=config.exit_timeout_sec,
         )
         self._judge = Judge(self._table, limits)
         self._next_judgement = 0.0
-        self._workers: dict[int, _Worker] = {}
-        self._generation = dict.fromkeys(range(world_size), 0)
+        self._first_rank, self._world_size = 0, num_workers
+        self._generation: dict[int, int] = {}
+        self._gang_generation = 0
         self._ended: dict[int, int] = {}
         self._retired: set[int] = set()
+        self._beginnings: list[_Beginning] = []
+        self._leaving: dict[int, _Leaving] = {}
+        self._seen_verdicts: set[tuple[int, int, str]] = set()
         self._first_failure: dict[str, Any] | None = None
         self._stop_signals: list[int] = []
         self._drain_deadline: float | None = None
         self._progress: dict[int, int] = {}
         self._restarts = 0
-        self.keep_results = False
-        """Leave results nobody asked to keep for :meth:`clean_up_at_exit`: the caller is this process."""
+        self._missing: dict[str, Any] = {}
 
     def add_environment(self, variables: dict[str, str]) -> None:
         """Give more variables to workers that are started from now on."""
@@ -133,240 +173,403 @@ class Supervisor:
     def clean_up_at_exit(self) -> None:
         """Remove what :attr:`keep_results` has left: logs now, results when this process ends."""
         shutil.rmtree(self.run_directory, ignore_errors=True)
-        atexit.register(remove_ephemeral, self.head)
+        if self.head is not None:
+            atexit.register(remove_ephemeral, self.head)
 
     def run(self) -> int:
-        """Run the job to its end.
+        """Run this node's part of the job to its end.
 
         Returns:
-            The exit code: 0 if and only if every opened job is complete.
+            The exit code of the job: 0 if and only if every opened job is complete.
         """
         previous = self._install_signal_handlers()
-        self._on_event(
-            "run", world_size=self._world_size, tensor_parallel_size=self.head.tensor_parallel_size or 1,
-            command=shlex.join(sys.argv), run_id=self.run_id, host=socket.gethostname(),
-        )  # fmt: skip
         code = EXIT_FAILURE
         try:
-            for rank in range(self._world_size):
-                self._start(rank)
-            while self._workers:
+            self._join()
+            ranks = list(range(self._first_rank, self._first_rank + self.num_workers))
+            self._generation = dict.fromkeys(ranks, 0)
+            self._begin(ranks)
+            while self._workers or self._beginnings:
                 time.sleep(POLL_SECONDS)
-                self._check_signals()
-                self._check_progress()
-                self._reap()
-                self._check_liveness()
-            code = self._conclude()
+                self._look_around()
+            code = self._finish()
+        except ControlPlaneError as error:
+            log.error("%s; this node stops, what it has computed is durable", error)
         finally:
-            self._kill(list(self._workers))
-            self._on_event("end", exit_code=code)
+            self._workers.kill(list(self._workers))
+            for beginning in self._beginnings:
+                _cancel(beginning.checks)
+            self._record("end", exit_code=code, **self._missing)
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            self._spawner.close()
-            self._server.close()
+            self._workers.close()
+            self._watch.close()
             self._clean_up()
         return code
 
-    # Starting and stopping
+    # The job as a whole
+
+    def _host_head(self, tensor_parallel_size: int | None) -> Channel:
+        config, place = self.config, self.place
+        self.head = Head(
+            self.num_workers, config.max_chunk_failures, self._record, num_nodes=place.num_nodes,
+            lease_term_seconds=config.lease_term_sec, node_timeout_seconds=config.node_timeout_sec,
+        )  # fmt: skip
+        self.head.tensor_parallel_size = tensor_parallel_size
+        several = place.num_nodes > 1
+        if several and not config.token:
+            self._token = ""
+            log.warning(
+                "no token is set: whoever reaches port %d can take part in this job; set GPUORCH_TOKEN to the same "
+                "secret on all nodes", place.main_port,
+            )  # fmt: skip
+        self._server = ControlServer(
+            self.head, "0.0.0.0" if several else "127.0.0.1", place.main_port if several else 0, self._token
+        )
+        self._control = f"127.0.0.1:{self._server.port}"
+        return LocalChannel(self.head)
+
+    def _reach_head(self) -> Channel:
+        self._token = self.config.token
+        self._control = f"{self.place.main_address}:{self.place.main_port}"
+        # Until the head is there, and over cuts of the network, for as long as the head waits for us.
+        patience = max(self.config.start_timeout_sec, self.config.node_timeout_sec)
+        return RemoteChannel(self._control, self._token, connect_timeout_seconds=patience)
+
+    def _join(self) -> None:
+        if self.place.num_nodes > 1:
+            log.info("node %d of %d: waiting for all nodes", self.place.node_rank, self.place.num_nodes)
+        try:
+            first, size, run_id = self._link.join(
+                self.num_workers, self.place.num_nodes, self.run_id, self.config.start_timeout_sec
+            )
+        except ControlPlaneError as error:
+            missing = self.head.nodes.missing if self.head is not None else []
+            raise ControlPlaneError(f"{error} Nodes {missing} have not joined." if missing else str(error)) from error
+        self._first_rank, self._world_size, self.run_id = first, size, run_id
+        self._watch.start()
+        self._record(
+            "run", world_size=size, tensor_parallel_size=self._state.tensor_parallel_size or 1,
+            command=shlex.join(sys.argv), run_id=run_id, host=socket.gethostname(),
+        )  # fmt: skip
+
+    @property
+    def _state(self) -> JobState:
+        return self._watch.state()
+
+    def _look_around(self) -> None:
+        """One round of watching."""
+        self._check_signals()
+        self._check_job()
+        self._check_beginnings()
+        self._check_verdicts()
+        for worker, code in self._workers.ended():
+            self._on_exit(worker, code)
+        self._check_liveness()
+
+    def _check_job(self) -> None:
+        """Follow what the head and other nodes have decided; on node 0, watch the other nodes."""
+        if self.head is not None:
+            self.head.nodes.check_terms()
+        elif self._link.silent_seconds > self.config.node_timeout_sec:
+            raise ControlPlaneError(f"the head at {self._control} is silent for {self._link.silent_seconds:.0f} s")
+        state = self._state
+        if state.lost:
+            raise ControlPlaneError("the head has given this node up, and goes on without it")
+        if state.abort_code is not None:
+            self._end_all(state.abort_code)
+        elif state.gang_generation > self._gang_generation:
+            self._restart_gang(state.gang_generation)
+        if state.draining:
+            self._drain_deadline = self._drain_deadline or time.monotonic() + self.config.exit_timeout_sec
+            if not state.has_jobs:  # nobody has begun to work: nothing to finish
+                self._end_all(EXIT_RESUMABLE)
+        for replica, chunks in state.chunks_by_replica.items():
+            if chunks != self._progress.get(replica):
+                self._progress[replica] = chunks
+                self.recovery.record_progress(replica)
+
+    # Beginning a generation
+
+    def _begin(self, ranks: Sequence[int]) -> None:
+        """Start ranks, after their devices have been checked."""
+        checked = {} if not self.config.enable_preflight else {
+            rank: device.index
+            for rank in ranks
+            if (device := self._devices.holders.get(self._local(rank))) is not None and device.index is not None
+        }  # fmt: skip
+        checks = {rank: self._preflight(index) for rank, index in checked.items() if index is not None}
+        if checks:
+            self._spawner.prepare()
+            self._beginnings.append(_Beginning(list(ranks), checks))
+        else:
+            for rank in ranks:
+                self._start(rank)
+
+    def _preflight(self, index: int) -> Preflight:
+        return Preflight(index, self.config.preflight_timeout_sec)
+
+    def _check_beginnings(self) -> None:
+        for beginning in list(self._beginnings):
+            for rank, check in list(beginning.checks.items()):
+                found = check.poll()
+                if found is not None:
+                    self._take_finding(beginning, rank, found)
+            if beginning.checks:
+                continue
+            self._beginnings.remove(beginning)
+            size = self._state.tensor_parallel_size or 1
+            doomed = {rank // size: why for rank, why in beginning.faults.items()}
+            for rank in beginning.ranks:
+                if rank // size not in doomed:
+                    self._start(rank)
+            for replica, why in doomed.items():
+                self._retire(replica, [r for r in beginning.ranks if r // size == replica], why)
+
+    def _take_finding(self, beginning: _Beginning, rank: int, found: Finding) -> None:
+        del beginning.checks[rank]
+        local = self._local(rank)
+        device = self._devices.holders[local]
+        device.uuid = found.uuid or device.uuid
+        if found.ok:
+            return
+        log.error("%s of rank %d fails its check: %s", device, rank, found.evidence)
+        spare = self._replace_device(rank, found.evidence)
+        if spare is None:
+            beginning.faults[rank] = f"{device} of rank {rank} fails its check ({found.evidence}) and there is no spare"
+        else:
+            beginning.checks[rank] = self._preflight(spare)
+
+    def _replace_device(self, rank: int, why: str) -> int | None:
+        """Condemn a rank's device; returns the index of the spare that takes its place, if there is one."""
+        bad = self._devices.condemn(self._local(rank), why)
+        spare = self._devices.replace(self._local(rank))
+        if spare is None:
+            return None
+        log.warning("rank %d moves from %s to %s", rank, bad, spare)
+        return spare.index
 
     def _start(self, rank: int) -> None:
-        generation = self._generation[rank]
-        name = f"rank{rank}-generation{generation}"
-        error_file, dump_file = self.run_directory / f"error-{name}.json", self.run_directory / f"stacks-{name}.txt"
+        local = self._local(rank)
+        device = self._devices.holders.get(local)
         worker = WorkerEnvironment(
             rank=rank,
             world_size=self._world_size,
-            local_rank=rank,
-            node_rank=0,
-            control=self._server.address,
+            local_rank=local,
+            node_rank=self.place.node_rank,
+            control=self._control,
             token=self._token,
-            generation=generation,
-            device_index=self._device_indices[rank] if self._device_indices else None,
+            generation=self._generation[rank],
+            device_index=device.index if device is not None else None,
             run_id=self.run_id,
-            host="127.0.0.1",
+            host=self.place.main_address if self.place.num_nodes > 1 and not self.place.node_rank else "127.0.0.1",
             heartbeat=self._table.path,
             run_directory=str(self.run_directory),
-            local_world_size=self._world_size,
+            local_world_size=self.num_workers,
         )
-        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self._world_size)))
-        variables = {
-            **self._environment,
-            **worker.variables(),
-            ERROR_FILE: str(error_file),
-            DUMP_FILE: str(dump_file),
-            "OMP_NUM_THREADS": threads,
-        }
-        self._table.clear(rank)
-        self._judge.forget(rank)
-        self._workers[rank] = _Worker(rank, self._spawner.spawn(variables), error_file, dump_file)
-        log.debug("rank %d started as process %d, generation %d", rank, self._workers[rank].process.pid, generation)
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.num_workers)))
+        self._table.clear(local)
+        self._judge.forget(local)
+        self._workers.start(
+            rank, worker.generation, {**self._environment, **worker.variables(), "OMP_NUM_THREADS": threads}
+        )
 
-    def _kill(self, ranks: Sequence[int]) -> None:
-        """Kill workers with everything they started, also stopped ones, and wait until they are gone."""
-        doomed = [self._workers.pop(rank) for rank in ranks if rank in self._workers]
-        for worker in doomed:
-            for number in (signal.SIGCONT, signal.SIGKILL):
-                _signal_group(worker.process.pid, number)
-        deadline = time.monotonic() + 10
-        while any(worker.process.poll() is None for worker in doomed) and time.monotonic() < deadline:
-            time.sleep(0.005)
+    def _local(self, rank: int) -> int:
+        return rank - self._first_rank
 
     # Watching
 
-    def _reap(self) -> None:
-        for rank, worker in list(self._workers.items()):
-            code = worker.process.poll()
-            if code is None or rank not in self._workers:
-                continue
-            _signal_group(worker.process.pid, signal.SIGKILL)  # what it started dies with it
-            self._on_exit(worker, code)
-
-    def _on_exit(self, worker: _Worker, code: int) -> None:
+    def _on_exit(self, worker: Worker, code: int) -> None:
         rank = worker.rank
-        unfinished = self.head.unfinished_jobs_of(rank)
-        if code == 0 and not unfinished:
-            self._workers.pop(rank)
+        state = self._watch.state(fresh=True)  # what it has closed just now counts
+        if code == 0 and rank not in state.open_ranks:
             self._ended[rank] = 0
-            self.head.ledger.leave(rank, "has ended")
+            self._link.rank_left(rank, "has ended")
             return
         if code in FINAL_EXIT_CODES:
             self._on_final_exit(worker, code)
             return
         kind = FailureKind.EARLY_EXIT if code == 0 else FailureKind.RANK_DEATH
-        self._on_failure(worker, kind, _describe_exit(code))
+        self._on_failure(worker, kind, describe_exit(code))
 
-    def _on_final_exit(self, worker: _Worker, code: int) -> None:
+    def _on_final_exit(self, worker: Worker, code: int) -> None:
         """An end that a restart would only repeat."""
         rank = worker.rank
-        self._workers.pop(rank)
+        replica = rank // (self._state.tensor_parallel_size or 1)
+        if code == EXIT_RESUMABLE and replica in self._leaving:
+            self._on_left(replica, rank)
+            return
         self._ended[rank] = code
-        self.head.ledger.leave(rank, f"ended with exit code {code}")
+        self._link.rank_left(rank, f"ended with exit code {code}")
         if code == EXIT_RESUMABLE:
             return
         self._remember_failure(worker, _FINAL_KINDS[code].value)
         if code == EXIT_CONFIGURATION:
-            self._kill(list(self._workers))
+            self._link.abort(code)
         elif code == EXIT_STORAGE:
-            self._begin_drain()
+            self._begin_drain(FailureKind.STORAGE.value)
 
-    def _on_failure(self, worker: _Worker, kind: FailureKind, evidence: str) -> None:
-        rank = worker.rank
-        size = self.head.tensor_parallel_size
-        group = self._group_of(rank, size)
-        replica, generation = rank // (size or 1), self._generation[rank]
+    def _on_failure(self, worker: Worker, kind: FailureKind, evidence: str, in_step: bool = True) -> None:
+        rank, state = worker.rank, self._watch.state(fresh=True)
+        size = state.tensor_parallel_size
+        group = self._group_of(rank, state)
+        generation = self._generation[rank]
         self.recovery.tensor_parallel_size = size or 1
-        blamed, positions = self._blame(group)
-        if self._killed_before(blamed):
+        by_device = kind in (FailureKind.GPU_FAILED, FailureKind.GPU_DRAIN)
+        blamed, positions = self._blame(rank, group) if in_step and not by_device else ({}, {})
+        works = any(self._table.row(self._local(member)).progress for member in group)
+        complete = state.open_ranks.get(rank, False)
+        self._workers.kill(group)
+        if works and self._link.deaths_before(blamed, positions):
+            # The replica can compute, and this is not the first death in the same samples: it is their fault.
             kind = FailureKind.POISON
-        unfinished = self.head.unfinished_jobs_of(rank)
         decision = self.recovery.decide(kind, rank, evidence)
-        self._remember_failure(worker, evidence)
-        self._kill(group)
+        if decision.action is Action.RETIRE_REPLICA:
+            blamed = {}  # it is the replica's fault, not that of what it happened to compute
         for member in {r // (size or 1) for r in group}:
-            self.head.end_generation(member, generation, blamed, positions)
+            self._link.end_generation(member, generation, blamed, positions)
+        self._remember_failure(worker, evidence)
         if self._drain_deadline is not None:
             self._ended.update(dict.fromkeys(group, EXIT_RESUMABLE))
             return
-        if any(self._ended.get(peer) == 0 for peer in self._group_of(rank, size, with_ended=True)):
+        if any(self._ended.get(peer) == 0 for peer in self._group_of(rank, state, with_ended=True)):
             # Its peers have left in good order, so they cannot form a group with it again, nor did they need it.
-            complete = bool(unfinished) and all(self.head.jobs[number].finished for number in unfinished)
             self._ended[rank] = 0 if complete else EXIT_FAILURE
-            log.warning(
-                "%s; the others of replica %d are done, so it is ended, not restarted", decision.reason, replica
-            )
+            log.warning("%s; the others of its replica are done, so it is ended, not restarted", decision.reason)
             return
-        if decision.action is Action.RESTART_REPLICA:
-            self._restarts += 1
-            self._on_event(
-                "restart", replica=replica, reason=decision.reason, attempt=decision.attempt,
-                max_attempts=self.recovery.max_restart_attempts, ranks=group,
-            )  # fmt: skip
-            log.warning(
-                "%s; restarting replica %d (attempt %d of %d)",
-                decision.reason,
-                replica,
-                decision.attempt,
-                self.recovery.max_restart_attempts,
-            )
-            for member_rank in group:
-                self._generation[member_rank] = generation + 1
-                self._start(member_rank)
-            return
-        self._retire(replica, group, decision.reason)
+        moved = decision.action is Action.REPLACE_DEVICE and self._replace_device(rank, evidence) is not None
+        if decision.action is Action.RESTART_REPLICA and state.gang:
+            self._tell_restart(decision, group)
+            self._restart_gang(self._link.restart_gang(self._gang_generation))
+        elif decision.action is Action.RESTART_REPLICA or moved:
+            self._tell_restart(decision, group)
+            self._next_generation(group, generation + 1)
+        else:
+            self._retire(decision.replica, group, decision.reason)
+
+    def _tell_restart(self, decision: Decision, group: Sequence[int]) -> None:
+        self._restarts += 1
+        most = self.recovery.max_restart_attempts
+        self._record(
+            "restart", replica=decision.replica, reason=decision.reason, attempt=decision.attempt, max_attempts=most,
+            ranks=list(group),
+        )  # fmt: skip
+        log.warning(
+            "%s; restarting replica %d (attempt %d of %d)", decision.reason, decision.replica, decision.attempt, most
+        )
+
+    def _next_generation(self, group: Sequence[int], generation: int) -> None:
+        for rank in group:
+            self._generation[rank] = generation
+        self._begin(group)
+
+    def _restart_gang(self, generation: int) -> None:
+        """All ranks of the job start again, wherever one has failed: they share one torch.distributed world."""
+        self._workers.kill(list(self._workers))
+        self._gang_generation = generation
+        self._next_generation([rank for rank in self._generation if rank not in self._ended], generation)
 
     def _retire(self, replica: int, group: Sequence[int], reason: str) -> None:
+        self._workers.kill(group)
         self._retired.add(replica)
-        self._on_event("retire", replica=replica, reason=reason, ranks=list(group))
+        self._record("retire", replica=replica, reason=reason, ranks=list(group))
         self._ended.update(dict.fromkeys(group, EXIT_FAILURE))
-        self.head.retire(replica)
-        if self._workers and not self.head.gang and not self.head.needs_every_replica:
-            log.error("%s; replica %d is retired, %d workers go on", reason, replica, len(self._workers))
+        self._link.retire(replica)
+        freed = self._devices.release(map(self._local, group))
+        if freed:
+            log.info("%s can serve other replicas now", ", ".join(map(str, freed)))
+        state = self._watch.state(fresh=True)
+        left = len(self._workers) + sum(len(beginning.ranks) for beginning in self._beginnings)
+        others = self.head is None or bool(self.head.nodes.others_present())
+        if (left or others) and not state.gang and not state.needs_every_replica:
+            log.error("%s; replica %d is retired, %d workers go on", reason, replica, left)
             return
-        log.error("%s; no replica is left to go on", reason) if not self._workers else log.error(
-            "%s; the others cannot go on without it", reason
-        )
-        self._kill(list(self._workers))
+        log.error("%s; %s", reason, "the others cannot go on without it" if left else "no replica is left to go on")
+        self._link.abort(EXIT_FAILURE)
 
     def _check_liveness(self) -> None:
         """Find who is stuck; show where it stands, and treat it as dead."""
         if time.monotonic() < self._next_judgement:
             return
         self._next_judgement = time.monotonic() + JUDGE_SECONDS
-        pids = {rank: worker.process.pid for rank, worker in self._workers.items()}
-        started = {rank: worker.started_ns for rank, worker in self._workers.items()}
+        pids = {self._local(rank): self._workers[rank].process.pid for rank in self._workers}
+        started = {self._local(rank): self._workers[rank].started_ns for rank in self._workers}
         verdict = self._judge.check(pids, started)
         if verdict is None:
             return
-        group = self._group_of(verdict.rank, self.head.tensor_parallel_size)
-        where = self._dump_stacks(group, verdict.rank)
-        self._on_event("hang", rank=verdict.rank, reason=verdict.reason, phase=verdict.row.phase.name, stacks=where)
-        log.error("rank %d is stuck: %s%s", verdict.rank, verdict.reason, f"; it stands at\n{where}" if where else "")
-        self._on_failure(self._workers[verdict.rank], FailureKind.STUCK, verdict.reason)
+        rank = verdict.rank + self._first_rank
+        group = self._group_of(rank, self._state)
+        where = self._workers.dump_stacks(group, rank)
+        self._record("hang", rank=rank, reason=verdict.reason, phase=verdict.row.phase.name, stacks=where)
+        log.error("rank %d is stuck: %s%s", rank, verdict.reason, f"; it stands at\n{where}" if where else "")
+        self._on_failure(self._workers[rank], FailureKind.STUCK, verdict.reason, in_step=verdict.in_step)
 
-    def _dump_stacks(self, group: Sequence[int], culprit: int) -> str:
-        """Ask all ranks of a replica for their stacks; returns the culprit's main thread."""
-        members = [self._workers[rank] for rank in group if rank in self._workers]
-        before = {worker.rank: _size(worker.dump_file) for worker in members}
-        for worker in members:
-            # A stopped process handles the pending signal as soon as it is continued.
-            for number in (DUMP_SIGNAL, signal.SIGCONT):
-                _signal(worker.process.pid, number)
-        deadline = time.monotonic() + DUMP_SECONDS
-        while time.monotonic() < deadline and any(_size(w.dump_file) == before[w.rank] for w in members):
-            time.sleep(0.01)
-        time.sleep(0.05)  # the last one may still be writing
-        return main_thread_of_dump(self._workers[culprit].dump_file)
-
-    def _blame(self, group: Sequence[int]) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], tuple[int, int]]]:
-        """The chunk and the position a group was computing, by (job, loader)."""
-        for rank in group:
-            row: Row = self._table.row(rank)
+    def _blame(
+        self, culprit: int, group: Sequence[int]
+    ) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], tuple[int, int]]]:
+        """The chunk and the position the culprit was computing, else its group, by (job, loader)."""
+        for rank in (culprit, *group):
+            row = self._table.row(self._local(rank))
             if row.pid and row.chunk >= 0:
                 key = (row.job, row.loader)
                 return {key: row.chunk}, {key: (row.unit_start, row.unit_stop)}
         return {}, {}
 
-    def _group_of(self, rank: int, size: int | None, with_ended: bool = False) -> list[int]:
-        """Ranks that share a fate: a replica; everybody while it is not known, or when training."""
-        if size is None or self.head.gang:
-            group = range(self._world_size)
+    def _group_of(self, rank: int, state: JobState, with_ended: bool = False) -> list[int]:
+        """Ranks of this node that share a fate: a replica; all of them while it is not known, or when training."""
+        size = state.tensor_parallel_size
+        if size is None or state.gang:
+            group = list(self._generation)
         else:
-            first = rank // size * size
-            group = range(first, first + size)
+            group = list(range(rank // size * size, rank // size * size + size))
         return [r for r in group if with_ended or r not in self._ended or r == rank]
 
-    def _killed_before(self, blamed: dict[tuple[int, int], int]) -> bool:
-        for (job, loader), chunk in blamed.items():
-            fault = self.head.jobs[job].queues[loader].faults.get(chunk)
-            if fault is not None and fault.deaths >= 1:
-                return True
-        return False
+    # Devices that are about to fail, or have
 
-    def _check_progress(self) -> None:
-        for replica, chunks in self.head.chunks_by_replica.items():
-            if chunks != self._progress.get(replica):
-                self._progress[replica] = chunks
-                self.recovery.record_progress(replica)
+    def _check_verdicts(self) -> None:
+        for rank, said in self._state.verdicts.items():
+            key = (rank, int(said["generation"]), str(said["verdict"]))
+            if key in self._seen_verdicts or rank not in self._workers or said["generation"] != self._generation[rank]:
+                continue
+            self._seen_verdicts.add(key)
+            evidence = "; ".join(said["evidence"])
+            if said["verdict"] == "failed":
+                self._on_failure(self._workers[rank], FailureKind.GPU_FAILED, evidence)
+            else:
+                self._let_go(rank, evidence)
+        for replica, leaving in list(self._leaving.items()):
+            if time.monotonic() > leaving.deadline:
+                rank = next(r for r in self._workers if r // (self._state.tensor_parallel_size or 1) == replica)
+                del self._leaving[replica]
+                self._on_failure(
+                    self._workers[rank], FailureKind.GPU_FAILED, f"{leaving.reason}; it did not leave in time"
+                )
+
+    def _let_go(self, rank: int, evidence: str) -> None:
+        """Have a replica hand back what it has not begun, and leave before its device fails."""
+        replica = rank // (self._state.tensor_parallel_size or 1)
+        decision = self.recovery.decide(FailureKind.GPU_DRAIN, rank, evidence)
+        log.warning("%s; replica %d finishes what it holds", decision.reason, replica)
+        self._record("drain", reason=decision.reason)
+        self._devices.condemn(self._local(rank), evidence)
+        self._leaving[replica] = _Leaving(decision.reason, time.monotonic() + self.config.exit_timeout_sec)
+        self._link.let_go(replica, self._generation[rank])
+
+    def _on_left(self, replica: int, rank: int) -> None:
+        """A rank of a replica that was asked to leave has done so; the last one decides what follows."""
+        state = self._state
+        if any(peer in self._workers for peer in self._group_of(rank, state)):
+            return
+        leaving, group = self._leaving.pop(replica), self._group_of(rank, state)
+        self._link.end_generation(replica, self._generation[rank], {}, {})
+        homeless = [r for r in group if self._local(r) not in self._devices.holders]
+        if all(self._devices.replace(self._local(r)) is not None for r in homeless):
+            self._restarts += 1
+            self._record("restart", replica=replica, reason=f"{leaving.reason}; moved to a spare device", ranks=group)
+            log.warning("%s; replica %d goes on, on a spare device", leaving.reason, replica)
+            self._next_generation(group, self._generation[rank] + 1)
+        else:
+            self._retire(replica, group, leaving.reason)
 
     # Stopping on request
 
@@ -381,124 +584,122 @@ class Supervisor:
 
     def _check_signals(self) -> None:
         if self._stop_signals and self._drain_deadline is None:
-            log.info("%s: finishing the chunks in hand", signal.Signals(self._stop_signals[0]).name)
-            self._begin_drain()
+            name = signal.Signals(self._stop_signals[0]).name
+            log.info("%s: finishing the chunks in hand", name)
+            self._begin_drain(name)
         if len(self._stop_signals) > 1 or (self._drain_deadline or float("inf")) < time.monotonic():
-            self._ended.update(dict.fromkeys(self._workers, EXIT_RESUMABLE))
-            self._kill(list(self._workers))
+            self._end_all(EXIT_RESUMABLE)
 
-    def _begin_drain(self) -> None:
-        self.head.drain()
-        self._on_event("drain", reason=str([signal.Signals(number).name for number in self._stop_signals]))
-        if self._drain_deadline is None:
-            self._drain_deadline = time.monotonic() + self.config.exit_timeout_sec
-        if not self.head.jobs:  # nobody has begun to work: nothing to finish
-            self._ended.update(dict.fromkeys(self._workers, EXIT_RESUMABLE))
-            self._kill(list(self._workers))
+    def _begin_drain(self, reason: str) -> None:
+        self._link.drain()
+        self._record("drain", reason=reason)
+        self._check_job()
+
+    def _end_all(self, code: int) -> None:
+        for beginning in self._beginnings:
+            _cancel(beginning.checks)
+            self._ended.update(dict.fromkeys(beginning.ranks, code))
+        self._beginnings.clear()
+        self._ended.update(dict.fromkeys(self._workers, code))
+        self._workers.kill(list(self._workers))
 
     # The end
 
-    def _conclude(self) -> int:
-        codes = set(self._ended.values())
+    def _finish(self) -> int:
+        """This node's ranks have ended: wait for the others, and learn or decide how the job has ended."""
+        if self.head is None:
+            state = self._state
+            if state.records is not None:
+                keep_records(self.run_directory, Path(state.records) / "runs" / self.run_id)
+            return self._await_conclusion()
+        while self.head.nodes.others_present():
+            time.sleep(POLL_SECONDS)
+            self._check_signals()
+            self._check_job()
+        code = self._conclude(self.head)
+        self.head.nodes.conclude(code)
+        return code
+
+    def _await_conclusion(self) -> int:
+        while True:
+            try:
+                return self._link.leave(self._ended, timeout_seconds=5.0)
+            except ControlPlaneTimeoutError:  # others still work
+                if self._stop_signals and not self._state.draining:
+                    self._link.drain()
+
+    def _conclude(self, head: Head) -> int:
+        lost = dict.fromkeys(head.nodes.lost_ranks(), EXIT_FAILURE)
+        codes = {*self._ended.values(), *head.nodes.codes().values(), *lost.values()}
         try:
-            self.head.verify()
+            head.verify()
         except MissingPredictionsError as error:
-            if self._stop_signals:
+            self._missing = {"missing_samples": format_indices(error.indices), "num_missing": len(error.indices)}
+            stopped = bool(self._stop_signals) or EXIT_RESUMABLE in codes
+            for code in (EXIT_CONFIGURATION, EXIT_STORAGE):
+                if code in codes:
+                    self._show_first_failure()
+                    return code
+            if stopped:
                 log.info("stopped on request; the same command goes on from here")
                 return EXIT_RESUMABLE
             self._show_first_failure()
-            for code in (EXIT_CONFIGURATION, EXIT_STORAGE):
-                if code in codes:
-                    return code
             log.error("%s", error)
             return EXIT_DATA_MISSING if codes <= {0, EXIT_DATA_MISSING} else EXIT_FAILURE
-        whole = self.head.gang or self.head.needs_every_replica  # a stage that a retired replica leaves incomplete
-        others_finished = bool(self.head.jobs and self._retired) and 0 in codes and codes <= {0, EXIT_FAILURE}
+        whole = head.gang or head.needs_every_replica  # a stage that a retired replica leaves incomplete
+        given_up = bool(self._retired or lost or head.retired)
+        others_finished = bool(head.jobs) and given_up and 0 in codes and codes <= {0, EXIT_FAILURE}
         if codes <= {0} or (others_finished and not whole):
-            if self._restarts or self._retired:
-                log.info("complete after %d restarts; %d replicas retired", self._restarts, len(self._retired))
+            if self._restarts or given_up:
+                log.info("complete after %d restarts; %d replicas retired", self._restarts, len(head.retired))
             return 0
         if self._stop_signals:
             return EXIT_RESUMABLE
         self._show_first_failure()
         return max(codes - {0})
 
-    def _remember_failure(self, worker: _Worker, reason: str) -> None:
-        record: dict[str, Any] = {"rank": worker.rank, "reason": reason, "generation": self._generation[worker.rank]}
-        try:
-            record.update(json.loads(worker.error_file.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:  # killed before it could write one
-            log.debug("rank %d left no error record: %s", worker.rank, error)
-        self._on_event("failure", **record)
-        if self._first_failure is None:
-            self._first_failure = record
+    def _remember_failure(self, worker: Worker, reason: str) -> None:
+        record = failure_record(worker, reason)
+        self._record("failure", **record)
+        self._first_failure = self._first_failure or record
 
     def _show_first_failure(self) -> None:
-        failure = self._first_failure
-        if failure is None:
-            return
-        said = f": {failure['type']}: {failure['message']}" if "type" in failure else ""
-        log.error(
-            "first failure: rank %d, generation %d, %s%s",
-            failure["rank"],
-            failure["generation"],
-            failure["reason"],
-            said,
-        )
+        if self._first_failure is not None:
+            log.error("%s", describe_failure(self._first_failure))
 
-    def _on_event(self, kind: str, **fields: Any) -> None:
+    def _record(self, kind: str, **fields: Any) -> None:
         self._events.record(kind, **fields)
 
     def _clean_up(self) -> None:
-        for job in self.head.jobs.values():
-            for loader in range(len(job.queues)):  # every writer is gone: what it left half-written can go
-                PartStore(loader_directory(job.directory, loader)).sweep_temporaries(0.0)
         self._table.close()
         Path(self._table.path).unlink(missing_ok=True)
         self._events.close()
-        self._keep_records()
-        if not self.keep_results:
-            remove_ephemeral(self.head)
-            shutil.rmtree(self.run_directory, ignore_errors=True)
-
-    def _keep_records(self) -> None:
-        """Put the run's events, logs and report beside the predictions that are kept. Never ends the run."""
-        kept = [job.directory for job in self.head.jobs.values() if not job.ephemeral and job.directory.is_dir()]
-        if not kept:
+        head = self.head
+        if head is not None:
+            for job in head.jobs.values():
+                for loader in range(len(job.queues)):  # every writer is gone: what it left half-written can go
+                    PartStore(loader_directory(job.directory, loader)).sweep_temporaries(0.0)
+            jobs = [(job.directory, job.ephemeral) for job in head.jobs.values()]
+            target = records_target(self.run_id, jobs, self.run_directory)
+            if target is not None:
+                keep_records(self.run_directory, target)
+                report_run(target)
+        if self._server is not None:
+            self._server.close()
+        if self.keep_results:
             return
-        target = kept[0] / "runs" / self.run_id
-        try:
-            for name in ("events", "logs"):
-                if (self.run_directory / name).is_dir():
-                    shutil.copytree(self.run_directory / name, target / name)
-            write_report(target, target / "report.html")
-            log.info("the report of this run is %s", target / "report.html")
-        except Exception as error:  # noqa: BLE001 - a report that cannot be written costs nobody a prediction
-            log.warning("no report of this run: %s: %s", type(error).__name__, error)
+        if head is not None:
+            remove_ephemeral(head)
+        shutil.rmtree(self.run_directory, ignore_errors=True)
 
 
-def _describe_exit(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"killed by signal {-code}"
+def _sweep_shared_memory() -> None:
+    """Remove the heartbeat tables of supervisors that were killed; what is there of their records stays for a while."""
+    for run in find_runs():
+        for table in () if run.alive else _SHARED_MEMORY.glob(f"gpuorch-{run.run_id}-*"):
+            table.unlink(missing_ok=True)
 
 
-def _signal(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return  # it has just ended
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _signal_group(pid: int, number: int) -> None:
-    try:
-        os.killpg(pid, number)
-    except (ProcessLookupError, PermissionError):
-        return  # nobody is left in that session
+def _cancel(checks: dict[int, Preflight]) -> None:
+    for check in checks.values():
+        check.cancel()

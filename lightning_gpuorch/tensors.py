@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,7 +59,7 @@ def _own_copy(value: Any) -> Any:
 
 
 def fingerprint_weights(module: torch.nn.Module, samples_per_tensor: int = 32) -> str:
-    """A digest of names, shapes, dtypes and some elements of every parameter and buffer.
+    """A digest of names, shapes, dtypes and some elements of everything in a module's state dict.
 
     It tells apart models with different weights, in time that does not grow with their size. Sharded parameters count
     by name and global shape only, so that the same weights give the same digest at every tensor-parallel size.
@@ -65,10 +68,15 @@ def fingerprint_weights(module: torch.nn.Module, samples_per_tensor: int = 32) -
         module: The model.
         samples_per_tensor: Elements to take of each tensor, evenly spread.
     """
-    import hashlib
+    return fingerprint_tensors(module.state_dict(keep_vars=True), samples_per_tensor)
 
+
+def fingerprint_tensors(tensors: Mapping[str, Any], samples_per_tensor: int = 32) -> str:
+    """The digest of :func:`fingerprint_weights`, of a state dict; values that are no tensors do not count."""
     running = hashlib.sha256()
-    for name, tensor in sorted({**dict(module.named_parameters()), **dict(module.named_buffers())}.items()):
+    for name, tensor in sorted(tensors.items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
         running.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
         if tensor.is_meta or type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.numel():
             continue
@@ -76,4 +84,29 @@ def fingerprint_weights(module: torch.nn.Module, samples_per_tensor: int = 32) -
         step = max(1, flat.numel() // samples_per_tensor)
         picked = flat[::step][:samples_per_tensor].to("cpu").contiguous()
         running.update(picked.view(torch.uint8).numpy().tobytes())
+    return running.hexdigest()[:16]
+
+
+WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp"})
+
+
+def fingerprint_files(path: Path, samples_per_file: int = 64, sample_bytes: int = 4096) -> str:
+    """A digest of the names, sizes and some pieces of a checkpoint's files; where they lie does not matter.
+
+    Args:
+        path: A file, or a directory whose files of weights count.
+        samples_per_file: Pieces to read of each file, evenly spread.
+        sample_bytes: Size of a piece.
+    """
+    folder = path if path.is_dir() else path.parent
+    single = path.is_file() and path.suffix in WEIGHT_SUFFIXES
+    files = [path] if single else sorted(file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    running = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        running.update(f"{file.name if len(files) > 1 else file.suffix}:{size}".encode())
+        with open(file, "rb") as stream:
+            for index in range(samples_per_file):
+                stream.seek(max(0, size - sample_bytes) * index // max(1, samples_per_file - 1))
+                running.update(stream.read(sample_bytes))
     return running.hexdigest()[:16]

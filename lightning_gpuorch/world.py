@@ -8,11 +8,13 @@ head; or the process is alone and hosts the head for itself.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import itertools
 import logging
 import os
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,11 +32,14 @@ from lightning_gpuorch.distributed import (
     Topology,
 )
 from lightning_gpuorch.environment import WorkerEnvironment
-from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError
-from lightning_gpuorch.head import Head
+from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, MissingPredictionsError, format_indices
+from lightning_gpuorch.head import Head, Job, verify_complete
+from lightning_gpuorch.telemetry.run_directory import RunRecords
 
 if TYPE_CHECKING:
     import torch
+
+    from lightning_gpuorch.telemetry.rank import RankTelemetry
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +57,13 @@ class World:
         run_id: Identifies the launch.
         head: The head, if this process hosts it.
         supervised: Whether a supervisor restarts ranks.
+        run_directory: Where logs, events and metrics of the run go.
         spans_job: Whether torch.distributed's world is the whole job rather than one replica.
+        telemetry: What this rank records.
+        records: What this process records of the run as a whole, if it hosts the head.
+        settled: Whether the tensor-parallel size is decided. Until then every rank counts as a replica of its own, and
+            the head has not been told.
+        candidate_sizes: Tensor-parallel sizes that are possible with these ranks, ascending.
     """
 
     topology: Topology
@@ -65,6 +76,10 @@ class World:
     supervised: bool
     run_directory: Path | None = None
     spans_job: bool = False
+    telemetry: RankTelemetry | None = None
+    records: RunRecords | None = None
+    settled: bool = True
+    candidate_sizes: tuple[int, ...] = (1,)
     _jobs: Iterator[int] = field(default_factory=itertools.count)
     _directory_uses: dict[str, int] = field(default_factory=dict)
 
@@ -123,9 +138,22 @@ class World:
 
     collectives_timeout: float = 1800.0
 
-    def hello(self, topology: Topology) -> None:
-        """Tell the head which topology this rank's script asked for; all ranks must agree."""
-        header = {"op": "hello", "tensor_parallel_size": topology.tensor_parallel_size, **self.owner}
+    def settle(self, tensor_parallel_size: int) -> None:
+        """Decide how many ranks share a model, once, and tell the head; all ranks must agree.
+
+        Raises:
+            ConfigurationError: It is decided otherwise already, or other ranks decided otherwise.
+        """
+        if self.settled and tensor_parallel_size == self.topology.tensor_parallel_size:
+            return
+        if self.settled:
+            raise ConfigurationError(
+                f"tensor_parallel_size={tensor_parallel_size} is asked for, but this job runs with "
+                f"{self.topology.tensor_parallel_size}: a script cannot change it between two uses of gpuorch."
+            )
+        self.topology = dataclasses.replace(self.topology, tensor_parallel_size=tensor_parallel_size)
+        self.settled = True
+        header = {"op": "hello", "tensor_parallel_size": tensor_parallel_size, **self.owner}
         self.channel.call(header, timeout_seconds=30)
 
 
@@ -159,8 +187,13 @@ def join(config: OrchestratorConfig, device: torch.device, external: ExternalRan
         ranks = (external.rank, external.world_size, external.local_rank)
     else:
         external, ranks = None, (0, 1, 0)
-    topology = Topology(*ranks, tensor_parallel_size=_tensor_parallel_size(config, ranks[1]))
+    size = _tensor_parallel_size(config, ranks[1])
+    topology = Topology(*ranks, tensor_parallel_size=size or 1)
     if _world is not None:
+        if size is None:
+            topology = dataclasses.replace(topology, tensor_parallel_size=_world.topology.tensor_parallel_size)
+        elif not _world.settled:
+            _world.settle(size)
         if _world.topology != topology:
             raise ConfigurationError(
                 f"this process is already {_world.topology}; a script cannot change the number of ranks or the "
@@ -174,7 +207,10 @@ def join(config: OrchestratorConfig, device: torch.device, external: ExternalRan
         _world = _join_external(config, topology, groups, external)
     else:
         _world = _alone(config, topology, groups)
-    _world.hello(topology)
+    _world.candidate_sizes = _candidate_sizes(ranks[1], worker)
+    _world.settled = False
+    if size is not None:
+        _world.settle(size)
     return _world
 
 
@@ -186,6 +222,32 @@ def leave() -> None:
     world, _world = _world, None
     world.groups.finalize()
     world.channel.close()
+    stop_recording(world)
+
+
+def stop_recording(world: World) -> None:
+    """Write the end of what this process records, and keep it if predictions are kept; safe to call again."""
+    if world.telemetry is not None:
+        world.telemetry.close()
+    if world.records is not None and world.head is not None:
+        jobs = {number: job for number, job in world.head.jobs.items() if job.directory.is_dir()}
+        world.records.close([(job.directory, job.ephemeral) for job in jobs.values()], **_how_complete(jobs))
+
+
+def _how_complete(jobs: dict[int, Job]) -> dict[str, Any]:
+    """Fields of the ``end`` event about predict calls whose results are still there."""
+    missing = []
+    for number, job in sorted(jobs.items()):
+        try:
+            verify_complete(number, job)
+        except MissingPredictionsError as error:
+            missing.append(format_indices(error.indices) or str(error))
+        except OSError as error:
+            log.debug("predict call %d cannot be checked: %s", number, error)
+            return {}
+    if not jobs:
+        return {}
+    return {"complete": False, "missing_samples": "; ".join(missing)} if missing else {"complete": True}
 
 
 @dataclass(frozen=True)
@@ -207,10 +269,19 @@ class ExternalRanks:
     main_port: int
 
 
-def _tensor_parallel_size(config: OrchestratorConfig, world_size: int) -> int:
+def _candidate_sizes(world_size: int, worker: WorkerEnvironment | None) -> tuple[int, ...]:
+    """Sizes that cut the job into equal replicas, each within one node."""
+    local = worker.local_world_size if worker is not None else int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return tuple(size for size in range(1, local + 1) if world_size % size == 0 and local % size == 0)
+
+
+def _tensor_parallel_size(config: OrchestratorConfig, world_size: int) -> int | None:
+    """The size asked for; None if the model is to decide."""
     tensor, data = config.tensor_parallel_size, config.data_parallel_size
+    if tensor == "auto" and data == "auto":
+        return 1 if world_size == 1 else None
     if tensor == "auto":
-        size = 1 if data == "auto" else world_size // data
+        size = world_size // int(data)
     else:
         size = tensor
     if data != "auto" and size * data != world_size:
@@ -223,7 +294,9 @@ def _tensor_parallel_size(config: OrchestratorConfig, world_size: int) -> int:
 def _join_supervised(
     config: OrchestratorConfig, topology: Topology, groups: ProcessGroupManager, worker: WorkerEnvironment
 ) -> World:
-    channel = RemoteChannel(worker.control, worker.token, connect_timeout_seconds=config.timeout_sec)
+    # On the head's own node an unreachable head is gone; on another one it may be the network.
+    patience = config.timeout_sec if worker.node_rank == 0 else config.node_timeout_sec
+    channel = RemoteChannel(worker.control, worker.token, connect_timeout_seconds=patience)
     return World(
         topology=topology,
         channel=channel,
@@ -239,19 +312,32 @@ def _join_supervised(
 
 
 def _alone(config: OrchestratorConfig, topology: Topology, groups: ProcessGroupManager) -> World:
-    head = Head(1, config.max_chunk_failures)
+    run_id = new_run_id()
+    records = _records(run_id, topology)
+    head = Head(1, config.max_chunk_failures, records.record)
     channel = LocalChannel(head)
-    atexit.register(remove_ephemeral, head)
-    return World(
+    world = World(
         topology=topology,
         channel=channel,
         collectives=ControlCollectives(channel, 0, config.collective_timeout_sec),
         groups=groups,
         generation=0,
-        run_id=new_run_id(),
+        run_id=run_id,
         head=head,
         supervised=False,
+        run_directory=records.directory,
+        records=records,
     )
+    atexit.register(remove_ephemeral, head)
+    atexit.register(stop_recording, world)  # runs first
+    return world
+
+
+def _records(run_id: str, topology: Topology) -> RunRecords:
+    return RunRecords(
+        run_id, world_size=topology.world_size, tensor_parallel_size=topology.tensor_parallel_size,
+        host=socket.gethostname(),
+    )  # fmt: skip
 
 
 def _join_external(
@@ -269,22 +355,27 @@ def _join_external(
     store = dist.PrefixStore(f"gpuorch/attempt-{attempt}", raw)
     # 2. Rank 0 hosts the head and says where.
     head: Head | None = None
+    records: RunRecords | None = None
     if topology.rank == 0:
-        head = Head(topology.world_size, config.max_chunk_failures)
+        run_id = new_run_id()
+        records = _records(run_id, topology)
+        run_directory = records.directory
+        head = Head(topology.world_size, config.max_chunk_failures, records.record)
         local_only = external.main_address in ("127.0.0.1", "localhost")
-        token, run_id = secrets.token_hex(16), new_run_id()
+        token = secrets.token_hex(16)
         server = ControlServer(head, "127.0.0.1" if local_only else "0.0.0.0", token=token)
         address = f"{'127.0.0.1' if local_only else external.main_address}:{server.port}"
-        store.set("head", f"{address} {token} {run_id}")
+        store.set("head", f"{address} {token} {run_id} {socket.gethostname()}:{run_directory or ''}")
         channel: Channel = LocalChannel(head)
-        atexit.register(_outlive_the_others, head, config.collective_timeout_sec)
     else:
-        address, token, run_id = store.get("head").decode().split()
+        address, token, run_id, place = store.get("head").decode().split(" ", 3)
+        host, _, shared = place.partition(":")
+        run_directory = Path(shared) if shared and host == socket.gethostname() and Path(shared).is_dir() else None
         channel = RemoteChannel(address, token, connect_timeout_seconds=config.timeout_sec)
         atexit.register(_say_goodbye, channel, topology.rank)
     # 3. One torch.distributed world over all ranks, as that launcher's users expect.
     groups.initialize(topology.rank, topology.world_size, store=dist.PrefixStore("world", store))
-    return World(
+    world = World(
         topology=topology,
         channel=channel,
         collectives=ControlCollectives(channel, topology.rank, config.collective_timeout_sec),
@@ -293,9 +384,16 @@ def _join_external(
         run_id=run_id,
         head=head,
         supervised=False,
+        run_directory=run_directory,
+        records=records,
         spans_job=True,
         collectives_timeout=config.collective_timeout_sec,
     )
+    if topology.rank == 0:
+        atexit.register(_outlive_the_others, world, config.collective_timeout_sec)
+    else:
+        atexit.register(stop_recording, world)  # runs before the goodbye
+    return world
 
 
 def new_run_id() -> str:
@@ -327,11 +425,14 @@ def _remove_if_empty(directory: Path) -> None:
         log.debug("%s stays: %s", directory, error)
 
 
-def _outlive_the_others(head: Head, timeout_seconds: float) -> None:
+def _outlive_the_others(world: World, timeout_seconds: float) -> None:
     """Rank 0 serves the head until all ranks are done with it."""
+    head = world.head
+    assert head is not None
     others = set(range(1, head.world_size))
     if not head.goodbyes.wait_for(others, timeout_seconds):
         log.warning("rank 0 leaves although ranks %s have not", sorted(others - head.goodbyes.ranks))
+    stop_recording(world)
     remove_ephemeral(head)
 
 

@@ -44,14 +44,18 @@ class ZygoteSpawner:
         self._answers: list[dict[str, Any]] = []
         self._exit_codes: dict[int, int] = {}
 
+    def prepare(self) -> None:
+        """See :meth:`~lightning_gpuorch.spawn.Spawner.prepare`: the imports begin now."""
+        if self._zygote is None or self._zygote.poll() is not None:
+            self._start()
+
     def spawn(self, environment: Mapping[str, str]) -> _ForkedWorker:
         """See :meth:`~lightning_gpuorch.spawn.Spawner.spawn`.
 
         Raises:
             OSError: The zygote cannot be started.
         """
-        if self._zygote is None or self._zygote.poll() is not None:
-            self._start()
+        self.prepare()
         self._send({"command": self._command, "environment": dict(environment)})
         deadline = time.monotonic() + START_SECONDS
         while not self._answers:

@@ -56,11 +56,6 @@ def test_unknown_option():
         FabricStrategy(nonsense=1)
 
 
-def test_what_is_not_there_yet_is_refused_and_not_ignored():
-    with pytest.raises(ConfigurationError, match="enable_profiling=True is not available"):
-        GPUOrchStrategy(enable_profiling=True)
-
-
 def test_loaders_whose_samples_cannot_be_batched_anew_are_refused(tmp_path):
     sampler = torch.utils.data.BatchSampler(range(20), 4, False)
     custom = type("Custom", (torch.utils.data.BatchSampler,), {})(range(20), 4, False)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_gpuorch.batching import BatchHalver, OOMEvent, SingleSampleOOMError
 from lightning_gpuorch.memory import memory_summary
+from lightning_gpuorch.telemetry.current import observe_oom
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +107,14 @@ class OOMBatchHalving(Callback):
         """One per dataloader: their steps may lay out outputs in different ways."""
         if loader not in self._halvers:
             device = trainer.strategy.root_device
-            self._halvers[loader] = BatchHalver(self._on_oom, functools.partial(memory_summary, device))
+            self._halvers[loader] = BatchHalver(self._take_oom, functools.partial(memory_summary, device))
         return self._halvers[loader]
+
+    def _take_oom(self, event: OOMEvent) -> None:
+        lost = {} if event.next_size else {"lost_samples": event.size}
+        observe_oom(event.size, event.next_size or None, **lost)
+        if self._on_oom is not None:
+            self._on_oom(event)
 
     def _wrap_runtime(self, trainer: Any, pl_module: Any, runtime: Any) -> None:
         if runtime.world.topology.tensor_parallel_size > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ from lightning_gpuorch.telemetry.exporter import MetricsExporter
 from lightning_gpuorch.telemetry.exposition import snapshot_name
 from lightning_gpuorch.telemetry.failures import observer_failures
 from lightning_gpuorch.telemetry.metrics import RankMetrics
+
+log = logging.getLogger(__name__)
 
 _PROGRESS_INTERVAL_SECONDS = 2.0
 
@@ -43,8 +46,9 @@ class PrometheusMetrics(Callback):
         address: Interface to serve on.
         textfile: A ``.prom`` file that is kept up to date, for node_exporter's textfile collector.
         interval_seconds: Time between two snapshots.
-        baseline: Of one device, for ``distributed_scaling_efficiency_percent``; without it the series is absent. Only
-            this plugin's strategy knows the progress of the whole job.
+        baseline: Of one device, for ``distributed_scaling_efficiency_percent``: a file of ``gpuorch calibrate``, or a
+            ready baseline. Without one the series is absent, as it is when the file is for another model, device, batch
+            size or version, which the log then says. Only this plugin's strategy knows the progress of the whole job.
 
     Raises:
         ConfigurationError: An argument cannot be used.
@@ -58,7 +62,7 @@ class PrometheusMetrics(Callback):
         address: str = "0.0.0.0",
         textfile: str | os.PathLike[str] | None = None,
         interval_seconds: float = 1.0,
-        baseline: Baseline | None = None,
+        baseline: Baseline | str | os.PathLike[str] | None = None,
     ):
         if port is not None and not 0 <= port <= 65535:
             raise ConfigurationError(f"port={port} must be between 0 and 65535, or None to serve nothing.")
@@ -70,6 +74,7 @@ class PrometheusMetrics(Callback):
         self._textfile, self._interval_seconds = textfile, interval_seconds
         self._baseline = baseline
         self._efficiency: ScalingEfficiency | None = None
+        self._wants_efficiency = False
         self._looked_at = 0.0
         self._info: RankInfo | None = None
         self._metrics: RankMetrics | None = None
@@ -108,8 +113,7 @@ class PrometheusMetrics(Callback):
                 directory.mkdir(mode=0o700, exist_ok=True)
             except OSError as error:
                 observer_failures.add("metrics", error)
-        if self._baseline is not None and info.rank == 0:
-            self._efficiency = ScalingEfficiency(self._baseline, info.world_size)
+        self._wants_efficiency = self._baseline is not None and info.rank == 0
         self._exporter = MetricsExporter(
             self._metrics.registry,
             directory,
@@ -177,13 +181,32 @@ class PrometheusMetrics(Callback):
 
     def _observe_efficiency(self) -> None:
         now = time.monotonic()
-        if self._efficiency is None or self._metrics is None or now - self._looked_at < _PROGRESS_INTERVAL_SECONDS:
+        if not self._wants_efficiency or self._metrics is None or now - self._looked_at < _PROGRESS_INTERVAL_SECONDS:
             return
         self._looked_at = now
-        job = getattr(self._info.runtime, "job", None) if self._info is not None else None
-        progress = job.progress() if job is not None else {}
+        info = self._info
+        job = getattr(info.runtime, "job", None) if info is not None else None
+        if job is None or info is None:
+            return
+        if self._efficiency is None:
+            baseline = self._load_baseline(info.runtime)
+            if baseline is None:
+                self._wants_efficiency = False
+                return
+            self._efficiency = ScalingEfficiency(baseline, info.world_size)
+        progress = job.progress()
         if "samples_done" in progress:
             self._metrics.set_scaling_efficiency(self._efficiency.update(now, progress["samples_done"]))
+
+    def _load_baseline(self, runtime: Any) -> Baseline | None:
+        """The baseline, if it is one for this run; it is only known now what is run."""
+        if self._baseline is None or isinstance(self._baseline, Baseline):
+            return self._baseline
+        try:
+            return Baseline.load(self._baseline, runtime.measured_with())
+        except (ConfigurationError, OSError) as error:
+            log.warning("distributed_scaling_efficiency_percent is left out: %s", error)
+            return None
 
     def _observe_memory(self) -> None:
         """In the exporting thread: memory figures, unless a health monitor provides better ones."""

@@ -11,9 +11,13 @@ from typing import Any
 import click
 
 from lightning_gpuorch._version import __version__
+from lightning_gpuorch.cli.calibrate import calibrate
+from lightning_gpuorch.cli.doctor import doctor
 from lightning_gpuorch.cli.predictions import predictions
 from lightning_gpuorch.cli.report import report
 from lightning_gpuorch.cli.run import run
+from lightning_gpuorch.cli.top import top
+from lightning_gpuorch.testing.chaos import chaos
 
 
 @click.group(name="gpuorch")
@@ -23,8 +27,12 @@ def gpuorch() -> None:
 
 
 gpuorch.add_command(run)
+gpuorch.add_command(chaos)
 gpuorch.add_command(predictions)
 gpuorch.add_command(report)
+gpuorch.add_command(top)
+gpuorch.add_command(doctor)
+gpuorch.add_command(calibrate)
 
 
 class _LightningGroup(click.Group):

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.devices import choose_devices
-from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.devices import choose_devices, device_pool
+from lightning_gpuorch.errors import GPUOrchError
 
 _PRECISIONS = (
     "transformer-engine", "transformer-engine-float16", "16-true", "16-mixed", "bf16-true", "bf16-mixed", "32-true",
@@ -38,8 +38,9 @@ def run(script: str, script_args: tuple[str, ...], **options: Any) -> None:
     """
     try:
         code = _run(script, list(script_args), **options)
-    except ConfigurationError as error:
-        raise click.ClickException(str(error)) from None
+    except GPUOrchError as error:
+        click.echo(f"Error: {error}", err=True)
+        code = error.exit_code
     sys.stdout.flush()
     sys.exit(code)
 
@@ -47,17 +48,14 @@ def run(script: str, script_args: tuple[str, ...], **options: Any) -> None:
 def _run(script: str, script_args: list[str], **options: Any) -> int:
     if options["strategy"] != "gpuorch":
         return _fabric_run(script, script_args, options)
-    if options["num_nodes"] != 1:
-        raise ConfigurationError(
-            f"--num-nodes {options['num_nodes']}: several nodes are not supported by `gpuorch run` yet; launch with "
-            "torchrun or srun, where the strategy works as well."
-        )
     # The supervisor is light: neither torch nor Lightning is imported in this process.
+    from lightning_gpuorch.head_link import NodePlace
     from lightning_gpuorch.spawn import script_spawner
     from lightning_gpuorch.supervisor import Supervisor
     from lightning_gpuorch.telemetry.logs import configure_logging
 
     config = OrchestratorConfig.resolve()
+    place = NodePlace(options["num_nodes"], options["node_rank"], options["main_address"], options["main_port"])
     configure_logging(config.log_level, rank=None, replica=0)
     accelerator, count, indices = choose_devices(options["accelerator"], options["devices"])
     environment = {
@@ -65,12 +63,14 @@ def _run(script: str, script_args: list[str], **options: Any) -> int:
         "LT_ACCELERATOR": accelerator,
         "LT_STRATEGY": "gpuorch",
         "LT_DEVICES": str(count),
-        "LT_NUM_NODES": "1",
+        "LT_NUM_NODES": str(place.num_nodes),
     }
     if options["precision"] is not None:
         environment["LT_PRECISION"] = options["precision"]
     spawner = script_spawner(["script", os.path.abspath(script), *script_args], config.enable_warm_start)
-    return Supervisor(spawner, count, config, device_indices=indices, environment=environment).run()
+    gpus = (indices or list(range(count))) if accelerator == "cuda" else []
+    pool = device_pool(gpus, config.spare_devices)
+    return Supervisor(spawner, count, config, devices=pool, environment=environment, place=place).run()
 
 
 def _fabric_run(script: str, script_args: list[str], options: dict[str, Any]) -> int:

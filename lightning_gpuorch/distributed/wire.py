@@ -27,6 +27,11 @@ from lightning_gpuorch.errors import ControlPlaneError, ControlPlaneTimeoutError
 _PREFIX = struct.Struct("!IQ")
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_PAYLOAD_BYTES = 2 * 2**30
+_SILENCE_SECONDS = 10
+"""A peer whose kernel acknowledges nothing for so long is taken for unreachable, also while an answer is awaited."""
+
+_SERVED_SECONDS = 1.0
+"""A connection that lived so long was served; one that ends sooner was refused."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ class ControlServer:
         await asyncio.gather(*connections, return_exceptions=True)
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        _notice_silence(writer.get_extra_info("socket"))
         try:
             hello = await self._read(reader)
             if hello.header.get("token") != self._token:
@@ -194,6 +200,9 @@ class LocalChannel:
 class RemoteChannel:
     """A channel over TCP. Reconnects and repeats a request until its deadline.
 
+    A deadline is for the answer of a head that can be reached. While it cannot, the clock stands still and
+    ``connect_timeout_seconds`` counts: a cut of the network shorter than that costs only its own length.
+
     Thread-safe: each request in flight has a connection of its own, so one that waits for others holds up nobody.
 
     Args:
@@ -213,35 +222,38 @@ class RemoteChannel:
         _check_sizes(0, len(payload))
         deadline = time.monotonic() + timeout_seconds
         lost_since: float | None = None
+        sent = 0.0
         number = next(self._ids)
         frame = encode(Message(dict(header, id=number), payload))
         while True:
             connection: socket.socket | None = None
             try:
                 connection = self._idle.pop() if self._idle else self._connect(deadline)
-                connection.settimeout(max(0.01, deadline - time.monotonic()))
+                sent = time.monotonic()
+                connection.settimeout(max(0.01, deadline - sent))
                 connection.sendall(frame)
                 answer = self._receive(connection, deadline)
                 if answer.header.get("id") != number:
                     raise ConnectionError("answer to another request")
                 self._idle.append(connection)
                 return _checked(answer, header)
-            except TimeoutError:
-                _close(connection)
-                raise ControlPlaneTimeoutError(
-                    f"request {header.get('op')!r} was not answered by the head at {self.address} within "
-                    f"{timeout_seconds:g} s."
-                ) from None
             except (OSError, struct.error) as error:
                 _close(connection)
                 now = time.monotonic()
-                lost_since = lost_since or now
-                if now - lost_since > self._connect_timeout_seconds or now > deadline:
+                if isinstance(error, TimeoutError) and error.errno is None:  # our own clock, not the kernel's
+                    raise ControlPlaneTimeoutError(
+                        f"request {header.get('op')!r} was not answered by the head at {self.address} within "
+                        f"{timeout_seconds:g} s."
+                    ) from None
+                if lost_since is None or (connection is not None and now - sent > _SERVED_SECONDS):
+                    lost_since = now
+                if now - lost_since > self._connect_timeout_seconds:
                     raise ControlPlaneError(
                         f"the head at {self.address} cannot be reached for {now - lost_since:.1f} s ({error}); "
                         "is its supervisor still running?"
                     ) from error
                 time.sleep(0.05)
+                deadline = time.monotonic() + timeout_seconds
 
     def close(self) -> None:
         """Close all idle connections."""
@@ -256,6 +268,7 @@ class RemoteChannel:
         except TimeoutError as error:  # unreachable for now, which is not "no answer": try again
             raise ConnectionError(str(error)) from None
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _notice_silence(connection)
         connection.sendall(encode(Message({"token": self._token})))
         return connection
 
@@ -274,6 +287,19 @@ class RemoteChannel:
         header_bytes, payload_bytes = _PREFIX.unpack(exactly(_PREFIX.size))
         header = json.loads(exactly(header_bytes))
         return Message(header, exactly(payload_bytes))
+
+
+def _notice_silence(connection: socket.socket) -> None:
+    """Let the kernel end a connection whose other side is gone without a word: a cut cable, a host that lost power."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", _SILENCE_SECONDS // 2),
+        ("TCP_KEEPINTVL", 2),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", 1000 * _SILENCE_SECONDS),
+    ):
+        if hasattr(socket, name):  # not everywhere; there, only the deadline ends the wait
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _close(connection: socket.socket | None) -> None:

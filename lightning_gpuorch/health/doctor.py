@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import itertools
 import os
 import platform
 import resource
@@ -123,6 +124,7 @@ def check_gpus() -> list[Check]:
             checks.append(Check("driver", Outcome.GOOD, str(pynvml.nvmlSystemGetDriverVersion())))
             for index in range(pynvml.nvmlDeviceGetCount()):
                 checks.append(_check_gpu(index))
+            checks += _check_topology()
     except DeviceNotFoundError as error:
         return [Check("GPUs", Outcome.WARNING, str(error), "without NVIDIA's driver, jobs run on the CPU")]
     return checks
@@ -149,12 +151,55 @@ def _check_gpu(index: int) -> Check:
     return Check(name, Outcome.BAD if verdict >= Verdict.DRAIN else Outcome.WARNING, seen, advice)
 
 
+_LEVELS = {
+    0: "on one board", 10: "behind one PCIe switch", 20: "behind several PCIe switches", 30: "behind one host bridge",
+    40: "on one CPU socket", 50: "across CPU sockets",
+}  # fmt: skip
+"""NVML's ``nvmlGpuTopologyLevel``: the nearest thing that two GPUs share."""
+
+
+_P2P_READ = 0
+"""``NVML_P2P_CAPS_INDEX_READ``; a stray comma makes pynvml's own constant a tuple."""
+
+
+def _check_topology() -> list[Check]:
+    """How the GPUs hang together, and which pairs the driver lets read each other's memory."""
+    import pynvml
+
+    handles = {}
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        try:
+            handles[index] = pynvml.nvmlDeviceGetHandleByIndex(index)
+        except pynvml.NVMLError:  # its own line has said so
+            continue
+    levels: dict[str, list[str]] = {}
+    without = []
+    for a, b in itertools.combinations(handles, 2):
+        try:
+            level = pynvml.nvmlDeviceGetTopologyCommonAncestor(handles[a], handles[b])
+            status = pynvml.nvmlDeviceGetP2PStatus(handles[a], handles[b], _P2P_READ)
+        except pynvml.NVMLError as error:
+            return [Check("topology", Outcome.WARNING, f"the driver does not tell: {error}")]
+        levels.setdefault(_LEVELS.get(level, f"level {level}"), []).append(f"{a}-{b}")
+        if status != pynvml.NVML_P2P_STATUS_OK:
+            without.append(f"{a}-{b}")
+    if not levels:
+        return []
+    seen = "; ".join(f"{', '.join(pairs[:8])}{', ...' if len(pairs) > 8 else ''} {at}" for at, pairs in levels.items())
+    if not without:
+        return [Check("topology", Outcome.GOOD, f"{seen}; all pairs can read each other's memory")]
+    advice = "tensor parallelism over these goes through host memory; keep a group on GPUs that are connected"
+    return [Check("topology", Outcome.WARNING, f"{seen}; no peer access: {', '.join(without[:8])}", advice)]
+
+
 def check_peer_access() -> list[Check]:
     """Whether GPUs reach each other's memory, and which NCCL there is."""
     import torch
 
     if not torch.cuda.is_available():
-        return []
+        built = torch.version.cuda
+        seen = f"built for CUDA {built}, but sees no GPU" if built else "this torch is a build without CUDA"
+        return [Check("NCCL", Outcome.GOOD if built is None else Outcome.WARNING, seen)]
     checks = [Check("NCCL", Outcome.GOOD, ".".join(map(str, torch.cuda.nccl.version())))]  # type: ignore[no-untyped-call]
     count = torch.cuda.device_count()
     pairs = [(a, b) for a in range(count) for b in range(a + 1, count)]

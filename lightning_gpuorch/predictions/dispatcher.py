@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import heapq
 import threading
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,19 +25,28 @@ STOP: Answer = {"do": "stop"}
 PAUSE: Answer = {"do": "pause"}
 DRAIN: Answer = {"do": "drain"}
 FENCED: Answer = {"do": "fenced"}
+_DEATHS_ALONE = 2
+"""One death may be chance even where a unit was computed alone."""
 
 
 @dataclass
 class ChunkFault:
-    """What is known of a chunk that took workers down with it.
+    """What is known of a chunk in which workers have died.
+
+    A death proves little: the worker may have been killed from outside. So the units of a step in which several have
+    died are computed one by one from then on, and a unit is given up only when it has killed workers all by itself.
 
     Attributes:
         deaths: Workers that died while computing it.
+        deaths_of: The same for each unit that was part of the step.
+        deaths_alone: Workers that died while they computed nothing but this unit.
         isolate: Units to be computed one by one from now on, as ``[start, stop)``.
         skip: Units given up.
     """
 
     deaths: int = 0
+    deaths_of: Counter[int] = field(default_factory=Counter)
+    deaths_alone: Counter[int] = field(default_factory=Counter)
     isolate: tuple[int, int] | None = None
     skip: list[int] = field(default_factory=list)
 
@@ -57,7 +67,8 @@ class LeaseQueue:
         num_chunks: Chunks of the loader; None for a stream whose end is not known yet.
         chunk_size: Units per chunk.
         done: Chunks that are already durable.
-        max_chunk_failures: Deaths in one chunk until a single unit is given up.
+        max_chunk_failures: Deaths in which a unit was involved until it is given up, at least two of them while it was
+            computed alone. One death before that, it begins to be computed alone.
     """
 
     def __init__(self, num_chunks: int | None, chunk_size: int, done: Iterable[int] = (), max_chunk_failures: int = 3):
@@ -68,22 +79,23 @@ class LeaseQueue:
         self.faults: dict[int, ChunkFault] = {}
         self.quarantined: list[Quarantined] = []
         self.lost_races = 0
-        self._given_up: set[int] = set()
         self._max_chunk_failures = max_chunk_failures
         self._fresh = 0
         self._returned: list[int] = []
+        self._suspected: list[int] = []
         self._leases: dict[int, Owner] = {}
         self._answers: dict[Owner, list[Answer]] = {}
         self._waiting: dict[Owner, list[tuple[int, Future[Answer]]]] = {}
         self._fenced: set[Owner] = set()
+        self._leaving: set[Owner] = set()
         self._draining = False
         self._lock = threading.RLock()
 
     @property
     def finished(self) -> bool:
-        """Whether every chunk is durable or given up."""
+        """Whether every chunk is durable, less what was given up in it."""
         with self._lock:
-            return self.num_chunks is not None and len(self.done | self._given_up) >= self.num_chunks
+            return self.num_chunks is not None and len(self.done) >= self.num_chunks
 
     @property
     def num_done(self) -> int:
@@ -141,8 +153,9 @@ class LeaseQueue:
             self.num_chunks = num_chunks
             for chunk in [c for c in self._leases if c >= num_chunks]:
                 del self._leases[chunk]
-            self._returned = [c for c in self._returned if c < num_chunks]
-            heapq.heapify(self._returned)
+            for waiting in (self._returned, self._suspected):
+                waiting[:] = [c for c in waiting if c < num_chunks]
+                heapq.heapify(waiting)
             self._serve_waiting()
 
     def revoke(self, owner: Owner, blamed: int | None = None, position: tuple[int, int] | None = None) -> list[int]:
@@ -151,7 +164,7 @@ class LeaseQueue:
         Args:
             owner: The generation that ended.
             blamed: Chunk it was computing when it died of a fault, if it did.
-            position: Units ``[start, stop)`` of the step it was in, if known.
+            position: Units ``[start, stop)`` of the step it was in; without it nothing is blamed.
 
         Returns:
             The chunks that went back.
@@ -163,25 +176,38 @@ class LeaseQueue:
             back = self.leases_of(owner)
             for chunk in back:
                 del self._leases[chunk]
-                heapq.heappush(self._returned, chunk)
-            if blamed in back:
+            if blamed in back and position is not None:
                 self._blame(blamed, position)
+            for chunk in back:
+                self._put_back(chunk)
             self._answers.pop(owner, None)
             self._serve_waiting()
             return back
+
+    def release(self, owner: Owner) -> list[int]:
+        """Take back what an owner holds whose lease term is over; if it lives after all, it may go on and ask again.
+
+        Returns:
+            The chunks that went back.
+        """
+        with self._lock:
+            back = self.leases_of(owner)
+            for chunk in back:
+                del self._leases[chunk]
+                self._put_back(chunk)
+            self._serve_waiting()
+            return back
+
+    def let_go(self, owner: Owner) -> None:
+        """Hand an owner no more work: it finishes what it holds and leaves; the others go on."""
+        with self._lock:
+            self._leaving.add(owner)
+            self._serve_waiting()
 
     def quarantine(self, start: int, stop: int, reason: str) -> None:
         """Record units that will have no prediction."""
         with self._lock:
             self.quarantined.append(Quarantined(start, stop, reason))
-
-    def give_up(self, chunk: int, reason: str) -> None:
-        """Give up a whole chunk."""
-        with self._lock:
-            self._given_up.add(chunk)
-            self._leases.pop(chunk, None)
-            self.quarantine(chunk * self.chunk_size, (chunk + 1) * self.chunk_size, reason)
-            self._serve_waiting()
 
     def drain(self) -> None:
         """Hand out no more work; whoever asks is told to leave."""
@@ -189,22 +215,25 @@ class LeaseQueue:
             self._draining = True
             self._serve_waiting()
 
-    def _blame(self, chunk: int, position: tuple[int, int] | None) -> None:
+    def _blame(self, chunk: int, position: tuple[int, int]) -> None:
         fault = self.faults.setdefault(chunk, ChunkFault())
         fault.deaths += 1
-        if fault.isolate is not None and position is not None and position[1] - position[0] == 1:
-            # The unit that killed a worker all by itself is the poison; the rest of the chunk is still wanted.
-            fault.skip.append(position[0])
-            self.quarantine(position[0], position[1], f"{fault.deaths} workers died computing it")
-        elif fault.deaths >= self._max_chunk_failures - 1 and position is not None:
-            fault.isolate = position
-        elif fault.deaths > self._max_chunk_failures + 2:
-            self.give_up(chunk, f"{fault.deaths} workers died in it, at no position that could be told")
+        units = range(*position)
+        fault.deaths_of.update(units)
+        if len(units) == 1:
+            unit = units.start
+            fault.deaths_alone[unit] += 1
+            if fault.deaths_alone[unit] >= _DEATHS_ALONE and fault.deaths_of[unit] >= self._max_chunk_failures:
+                fault.skip.append(unit)
+                self.quarantine(unit, unit + 1, f"{fault.deaths_of[unit]} workers died computing it")
+        suspects = [u for u, deaths in fault.deaths_of.items() if deaths >= max(1, self._max_chunk_failures - 1)]
+        if suspects:
+            fault.isolate = (min(suspects), max(suspects) + 1)
 
     def _decide(self, owner: Owner, block: bool) -> Answer | None:
         if self.finished:
             return STOP
-        if self._draining:
+        if self._draining or owner in self._leaving:
             return DRAIN
         fresh = self._fresh
         chunk = self._take()
@@ -213,7 +242,7 @@ class LeaseQueue:
         self._leases[chunk] = owner
         answer: Answer = {"do": "chunk", "chunk": chunk}
         if self.num_chunks is not None:
-            answer["left"] = max(0, self.num_chunks - len(self.done) - len(self._given_up) - len(self._leases))
+            answer["left"] = max(0, self.num_chunks - len(self.done) - len(self._leases))
         if chunk < fresh:
             answer["again"] = True
         fault = self.faults.get(chunk)
@@ -221,17 +250,27 @@ class LeaseQueue:
             answer.update(isolate=list(fault.isolate), skip=list(fault.skip))
         return answer
 
+    def _put_back(self, chunk: int) -> None:
+        suspected = chunk in self.faults and self.faults[chunk].isolate is not None
+        heapq.heappush(self._suspected if suspected else self._returned, chunk)
+
     def _take(self) -> int | None:
+        return next(
+            (chunk for chunk in self._open_chunks() if chunk not in self.done and chunk not in self._leases), None
+        )
+
+    def _open_chunks(self) -> Iterator[int]:
+        """Chunks in the order of leasing: handed back, fresh, and last what seems to kill workers.
+
+        A worker that gets a suspected chunk has then shown that it can compute others, and nothing waits behind it.
+        """
         while self._returned:
-            chunk = heapq.heappop(self._returned)
-            if chunk not in self.done and chunk not in self._given_up and chunk not in self._leases:
-                return chunk
+            yield heapq.heappop(self._returned)
         while self.num_chunks is None or self._fresh < self.num_chunks:
-            chunk = self._fresh
             self._fresh += 1
-            if chunk not in self.done and chunk not in self._leases:
-                return chunk
-        return None
+            yield self._fresh - 1
+        while self._suspected:
+            yield heapq.heappop(self._suspected)
 
     def _serve_waiting(self) -> None:
         while any(self._serve(owner) for owner in list(self._waiting)):

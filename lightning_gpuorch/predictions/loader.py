@@ -215,11 +215,13 @@ class LeasedLoader:
                 self._queue.end_of_stream(position)
                 continue
             if self._batcher is None:
-                position = yield from self._stream_chunk(stream, chunk, start)
+                position = yield from self._stream_chunk(stream, chunk, start, frozenset(answer.get("skip", ())))
             else:
                 position = yield from self._windowed_stream_chunk(stream, chunk, start, answer)
 
-    def _stream_chunk(self, stream: Iterator[Any], chunk: int, start: int) -> Generator[Any, None, int]:
+    def _stream_chunk(
+        self, stream: Iterator[Any], chunk: int, start: int, skip: frozenset[int]
+    ) -> Generator[Any, None, int]:
         """The batches of a chunk as they come; returns where the stream stands."""
         self._sink.begin(chunk, None)
         position = start
@@ -230,6 +232,8 @@ class LeasedLoader:
                 self._queue.end_of_stream(number)
                 break
             position = number + 1
+            if number in skip:  # read, since the stream cannot be entered elsewhere, and not computed
+                continue
             self._delivered.append(Ticket(self.index, chunk, Span(number, 1, number, None), None))
             yield batch
         self._sink.end(chunk)
@@ -243,13 +247,15 @@ class LeasedLoader:
         stop = start + len(read)
         if len(read) < self.layout.chunk_size:
             self._queue.end_of_stream(stop)
-        self._sink.begin(chunk, len(read))
+        isolate, skip = range(*answer.get("isolate", (0, 0))), frozenset(answer.get("skip", ()))
+        batches = [(number, samples) for number, samples in enumerate(read, start) if number not in skip]
+        self._sink.begin(chunk, len(batches))
         previous, window = self._window, self._window_for(answer)
         if previous is not None and previous is not window:
             yield from self._batches_of(previous)
-        for number, samples in enumerate(read, start):
+        for number, samples in batches:
             window.num_expected += 1
-            window.add(chunk, Span(number, 1, number, None), samples, alone=False)
+            window.add(chunk, Span(number, 1, number, None), samples, alone=number in isolate)
         if window.is_full:
             self._window = None
             yield from self._batches_of(window)
@@ -349,12 +355,12 @@ class SharedLoader:
 
     Args:
         source: The user's loader, described.
-        replica: Which share.
-        num_replicas: How many shares.
+        share: Gives which share this is and how many there are; asked when the loader is used, because a model that is
+            set up later may decide it.
     """
 
-    def __init__(self, source: Source, replica: int, num_replicas: int):
-        self.source, self._replica, self._num_replicas = source, replica, num_replicas
+    def __init__(self, source: Source, share: Callable[[], tuple[int, int]]):
+        self.source, self._share = source, share
         self.batch_sampler: Any = None
 
     @property
@@ -366,15 +372,16 @@ class SharedLoader:
         """Batches of the largest share."""
         if self.source.num_batches is None:
             raise TypeError("the length of this stream is not known")
-        return -(-self.source.num_batches // self._num_replicas)
+        return -(-self.source.num_batches // self._share()[1])
 
     def __iter__(self) -> Iterator[Any]:
+        replica, num_replicas = self._share()
         if isinstance(self.source, StreamSource):
             for number, batch in enumerate(self.source.iterate()):
-                if number % self._num_replicas == self._replica:
+                if number % num_replicas == replica:
                     yield batch
         else:
-            yield from self.source.reordered(_SharedBatches(self.source, self._replica, self._num_replicas))
+            yield from self.source.reordered(_SharedBatches(self.source, replica, num_replicas))
 
 
 class _SharedBatches:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import atexit
 import collections
+import contextlib
 import dataclasses
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +58,7 @@ class PartWriter:
         max_pending_bytes: Size of predictions that may wait.
         on_committed: Told of each part that is durable. What it raises counts as an error of the writer.
         full_retry_seconds: How long a full disk is tried again before it is an error.
+        around_commit: Makes a context in which each part is written and reported.
     """
 
     def __init__(
@@ -65,11 +68,13 @@ class PartWriter:
         max_pending_bytes: int,
         on_committed: OnCommitted | None = None,
         full_retry_seconds: float = 10.0,
+        around_commit: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ):
         self._stores = stores
         self._max_pending_bytes = max_pending_bytes
         self._on_committed = on_committed
         self._full_retry_seconds = full_retry_seconds
+        self._around_commit = around_commit
         self._queue: collections.deque[_Pending] = collections.deque()
         self._pending_bytes = 0
         self._closing = False
@@ -178,10 +183,11 @@ class PartWriter:
                 # It stays in the queue until it is durable, so that flush() and the error know of it.
                 pending = self._queue[0]
             try:
-                won = self._commit(pending)
-                if self._on_committed is not None:
-                    num_samples = sum(batch.size or 0 for batch in pending.batches)
-                    self._on_committed(pending.loader, pending.chunk, won, num_samples)
+                with self._around_commit():
+                    won = self._commit(pending)
+                    if self._on_committed is not None:
+                        num_samples = sum(batch.size or 0 for batch in pending.batches)
+                        self._on_committed(pending.loader, pending.chunk, won, num_samples)
             except BaseException as error:  # noqa: BLE001 - it is carried to the thread that hands over
                 with self._changed:
                     self._fail(error)

@@ -1,8 +1,8 @@
 """What does this process report to?
 
-A process has at most one event log and one set of metrics. Code that has something to tell (an OOM that was handled, a
-collective that took long) asks here, so that no object has to be handed through everything, and nothing is imported
-where nobody listens.
+A process has at most one event log, one set of metrics and one rank's telemetry. Code that has something to tell (an OOM
+that was handled, a collective that took long) asks here, so that no object has to be handed through everything, and
+nothing is imported where nobody listens.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_gpuorch.telemetry.events import EventLog
     from lightning_gpuorch.telemetry.metrics import RankMetrics
+    from lightning_gpuorch.telemetry.rank import RankTelemetry
 
 _events: EventLog | None = None
 _metrics: RankMetrics | None = None
+_rank: RankTelemetry | None = None
 
 
 def current_events() -> EventLog | None:
@@ -43,3 +45,31 @@ def emit(kind: str, /, **fields: Any) -> None:
     """Record an event if this process has an event log; see :meth:`EventLog.record`."""
     if _events is not None:
         _events.record(kind, **fields)
+
+
+def use_rank(rank: RankTelemetry | None) -> None:
+    """Make a rank's telemetry that of this process; None leaves it without."""
+    global _rank
+    _rank = rank
+
+
+def observe_oom(batch_size: int, retry_batch_size: int | None = None, **fields: Any) -> None:
+    """Record a step that ran out of memory, wherever this process records such things.
+
+    Args:
+        batch_size: Samples that did not fit.
+        retry_batch_size: Samples of the next attempt; None if there is none.
+        **fields: More of the ``oom`` event: step, chunk, lost_samples, recovery_seconds.
+    """
+    if _rank is not None:
+        _rank.observe_oom(batch_size, retry_batch_size, **fields)
+    elif _metrics is not None:
+        _metrics.oom_events.inc()
+
+
+def observe_collective(op: str, seconds: float) -> None:
+    """Record a collective that has just completed; see :meth:`RankTelemetry.observe_collective`."""
+    if _rank is not None:
+        _rank.observe_collective(op, seconds)
+    elif _metrics is not None:
+        _metrics.observe_collective(op, seconds)

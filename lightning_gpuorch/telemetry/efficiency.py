@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_gpuorch.environment import CALIBRATION
 from lightning_gpuorch.errors import ConfigurationError
 
 
@@ -88,6 +89,71 @@ class Baseline:
             raise ConfigurationError(
                 f"the baseline in {path} is not for this run: {'; '.join(differences)}. Run gpuorch calibrate again."
             )
+        return baseline
+
+
+class Calibration:
+    """Measures the throughput of one device while a script runs, and writes it as a baseline.
+
+    Time runs from the end of the warm-up to the end of the last step, fetching of data included, since the job that is
+    compared pays for that, too.
+
+    Args:
+        seconds: How long to measure after the warm-up.
+        path: Where the baseline goes.
+        warm_up_steps: Steps that do not count.
+        min_steps: Fewer that count give no baseline.
+    """
+
+    def __init__(self, seconds: float, path: str | os.PathLike[str], *, warm_up_steps: int = 3, min_steps: int = 10):
+        self._seconds, self.path = seconds, Path(path)
+        self._warm_up_steps, self._min_steps = warm_up_steps, min_steps
+        self._steps = 0
+        self._samples = 0
+        self._began = self._ended = 0.0
+
+    @classmethod
+    def from_environment(cls, variables: Mapping[str, str] = os.environ) -> Calibration | None:
+        """The calibration this process was asked for, if any."""
+        if CALIBRATION not in variables:
+            return None
+        seconds, _, path = variables[CALIBRATION].partition(" ")
+        return cls(float(seconds), path)
+
+    def count(self, num_samples: int, now: float) -> bool:
+        """Count a step that has just ended.
+
+        Args:
+            num_samples: Samples in it.
+            now: Seconds, by a clock that only goes forward.
+
+        Returns:
+            Whether enough is measured.
+        """
+        self._steps += 1
+        if self._steps <= self._warm_up_steps:
+            self._began = now
+            return False
+        self._samples += num_samples
+        self._ended = now
+        return now - self._began >= self._seconds and self._steps >= self._warm_up_steps + self._min_steps
+
+    def finish(self, fingerprint: Mapping[str, Any]) -> Baseline:
+        """Write the baseline.
+
+        Raises:
+            ConfigurationError: Too little was measured to say anything.
+            OSError: The file cannot be written.
+        """
+        measured = self._steps - self._warm_up_steps
+        if measured < self._min_steps or self._samples == 0:
+            raise ConfigurationError(
+                f"{self._steps} steps are too few to measure one device: {self._warm_up_steps} warm up and at least "
+                f"{self._min_steps} have to follow. Give the script more data, or a smaller batch size."
+            )
+        seconds = self._ended - self._began
+        baseline = Baseline(self._samples / seconds, fingerprint, self._samples)
+        baseline.save(self.path)
         return baseline
 
 

@@ -129,7 +129,8 @@ EVENT_SCHEMA: Mapping[str, EventKind] = {
         {},
         {"exit_code": "of the process or the run", "samples": "done", "num_samples": "of the job", "steps": "done",
          "missing_samples": "sample indices without a prediction, as ranges", "num_missing": "how many",
-         "reason": "why it ended", "observer_failures": "failures of logs, metrics and so on, by name"},
+         "reason": "why it ended", "complete": "whether every prediction is durable",
+         "observer_failures": "failures of logs, metrics and so on, by name"},
         urgent=True,
     ),
 }  # fmt: skip

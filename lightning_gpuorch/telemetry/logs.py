@@ -85,6 +85,14 @@ def reset_logging() -> None:
     logger.setLevel(logging.NOTSET)
 
 
+def close_log_files() -> None:
+    """Write no further JSON lines: what is logged from now on goes to the console alone."""
+    logger = logging.getLogger(LOGGER)
+    for handler in [h for h in logger.handlers if isinstance(h, _JsonFileHandler)]:
+        logger.removeHandler(handler)
+        handler.close()
+
+
 def json_fields(record: logging.LogRecord, static: Mapping[str, Any] = CONTEXT) -> dict[str, Any]:
     """The fields of a record's JSON line, ``extra=`` included.
 

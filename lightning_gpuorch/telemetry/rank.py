@@ -4,34 +4,45 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lightning_gpuorch.telemetry.current import current_metrics, use_events
+from lightning_gpuorch.telemetry.current import current_events, current_metrics, use_events, use_rank
 from lightning_gpuorch.telemetry.events import EventLog
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
-from lightning_gpuorch.telemetry.logs import CONTEXT, configure_logging
+from lightning_gpuorch.telemetry.logs import CONTEXT, close_log_files, configure_logging
 from lightning_gpuorch.telemetry.profiling import BoundedProfiler
 from lightning_gpuorch.telemetry.steps import StepRecorder
+from lightning_gpuorch.telemetry.tracing import StepTrace, StepTracer, make_tracer_provider
+
+TRACE_TO_FILE = "file"
 
 
 class RankTelemetry:
-    """Logs, events, step statistics and, if wanted, profiles of one rank.
+    """Logs, events, step statistics, traces and, if wanted, profiles of one rank.
 
-    Below the run directory, logs go to ``logs/``, events to ``events/`` and profiles to ``profiles/``.
+    Below the run directory, logs go to ``logs/``, events to ``events/``, profiles to ``profiles/``, and traces, where
+    a file is asked for, to ``traces/``.
 
     Args:
         run_directory: Of the run, on this node; None logs to the console and records nothing.
         rank: Global rank.
         replica: Data-parallel index.
         generation: How often this rank was started before.
+        run_id: Identity of the run, from which trace ids are derived.
         is_leader: Whether this rank counts samples for its tensor-parallel group.
         log_level: Lowest level to log.
         enable_profiling: Record a bounded PyTorch profile, and further ones on ``SIGUSR2``.
+        trace_every_steps: One step in so many is traced, if OpenTelemetry is installed.
+        trace_endpoint: URL of an OTLP/HTTP collector, or ``file``; empty takes the application's own set-up.
         start: More fields of the ``start`` event: device, device_name, device_memory_bytes.
         failures: Where failures are counted.
+
+    Raises:
+        ConfigurationError: A trace endpoint is given and OpenTelemetry is not installed, or a number is out of range.
     """
 
     def __init__(
@@ -41,9 +52,12 @@ class RankTelemetry:
         rank: int,
         replica: int,
         generation: int = 0,
+        run_id: str = "",
         is_leader: bool = True,
         log_level: str = "INFO",
         enable_profiling: bool = False,
+        trace_every_steps: int = 100,
+        trace_endpoint: str = "",
         start: dict[str, Any] | None = None,
         failures: FailureTally = observer_failures,
     ):
@@ -62,41 +76,71 @@ class RankTelemetry:
         self.steps: StepRecorder | None = None
         self.profiler: BoundedProfiler | None = None
         self._step_began = 0.0
-        if directory is None:
-            return
-        who = {"rank": rank, "replica": replica, "generation": generation}
-        self.events = EventLog(
-            directory / "events", f"rank-{rank:05d}.attempt-{generation}", common=who, failures=failures
-        )
-        self.steps = StepRecorder(self.events, counts_samples=is_leader)
-        use_events(self.events)
-        self.events.record("start", **who, pid=os.getpid(), host=socket.gethostname(), **(start or {}))
-        if enable_profiling:
-            self.profiler = BoundedProfiler(directory / "profiles", rank, failures=failures)
+        self._provider: Any = None
+        if trace_endpoint and (trace_endpoint != TRACE_TO_FILE or directory is not None):
+            to_file = trace_endpoint == TRACE_TO_FILE
+            name = f"rank-{rank:05d}.attempt-{generation}.jsonl"
+            self._provider = make_tracer_provider(
+                endpoint=None if to_file else trace_endpoint,
+                file=directory / "traces" / name if to_file and directory is not None else None,
+                rank=rank,
+                failures=failures,
+            )
+        # Steps of a restarted rank are counted from 0 again: their traces are others.
+        self.tracer = StepTracer(
+            f"{run_id}/{generation}", rank, replica=replica, is_leader=is_leader, every=trace_every_steps,
+            provider=self._provider, failures=failures,
+        )  # fmt: skip
+        self._trace = StepTrace(self.tracer)
+        CONTEXT["trace_id"] = self._trace  # its text is the id of the step in hand, made when a line is written
+        if directory is not None:
+            who = {"rank": rank, "replica": replica, "generation": generation}
+            self.events = EventLog(
+                directory / "events", f"rank-{rank:05d}.attempt-{generation}", common=who, failures=failures
+            )
+            self.steps = StepRecorder(self.events, counts_samples=is_leader)
+            use_events(self.events)
+            self.events.record("start", **who, pid=os.getpid(), host=socket.gethostname(), **(start or {}))
+            if enable_profiling:
+                self.profiler = BoundedProfiler(directory / "profiles", rank, failures=failures)
+                if threading.current_thread() is threading.main_thread():
+                    self.profiler.record_on_signal()
+        use_rank(self)
 
-    def begin_step(self, step: int, chunk: int | None = None) -> None:
-        """Tell that a step begins; about half a microsecond.
+    def begin_step(self, step: int, chunk: int | None = None, fetched_ns: tuple[int, int] | None = None) -> None:
+        """Tell that a step begins; about a microsecond.
 
         Args:
             step: Its number on this rank.
             chunk: The chunk it belongs to.
+            fetched_ns: Unix time in nanoseconds at which its batch was asked for and was there.
         """
         CONTEXT["step"], CONTEXT["chunk"] = step, chunk
         if self.profiler is not None:
             self.profiler.step()
+        self._trace.begin(step, chunk, fetched_ns)
         self._step_began = time.perf_counter()
 
+    def computed(self) -> None:
+        """Tell that the output is there; what follows until the end of the step is keeping it."""
+        self._trace.computed()
+
     def end_step(self, num_samples: int) -> None:
-        """Tell that the step is over; about half a microsecond.
+        """Tell that the step is over; about a microsecond.
 
         Args:
             num_samples: Samples in it.
         """
         if self.steps is not None:
             self.steps.record_step(time.perf_counter() - self._step_began, num_samples)
+        self._trace.end(num_samples)
+
+    def fail_step(self, error: BaseException) -> None:
+        """Tell that the step has ended with an error, which goes on to whoever called it."""
+        self._trace.fail(error)
 
     def observe_collective(self, op: str, seconds: float) -> None:
-        """Count a collective that completed within a step: for the events, and for the metrics if there are any.
+        """Count a collective that has just completed: for events and traces, and for the metrics if there are any.
 
         Args:
             op: ``all_reduce``, ``all_gather``, ...
@@ -104,6 +148,7 @@ class RankTelemetry:
         """
         if self.steps is not None:
             self.steps.record_communication(seconds)
+        self._trace.add_collective(op, seconds)
         metrics = current_metrics()
         if metrics is not None:
             metrics.observe_collective(op, seconds)
@@ -118,7 +163,9 @@ class RankTelemetry:
         """
         if self.events is not None:
             known = {} if retry_batch_size is None else {"retry_batch_size": retry_batch_size}
-            self.events.record("oom", batch_size=batch_size, **known, **fields)
+            place = {name: CONTEXT[name] for name in ("step", "chunk") if CONTEXT.get(name) is not None}
+            self.events.record("oom", **{"batch_size": batch_size, **known, **place, **fields})
+        self._trace.add_fault("oom", f"out of memory with {batch_size} samples")
         metrics = current_metrics()
         if metrics is not None:
             metrics.oom_events.inc()
@@ -133,15 +180,23 @@ class RankTelemetry:
             return
         self._closed = True
         CONTEXT.clear()
+        use_rank(None)
         if self.profiler is not None:
             self.profiler.close()
+        if self._provider is not None:
+            try:
+                self._provider.shutdown()
+            except Exception as error:  # noqa: BLE001 - an observer never ends the run
+                self._failures.add("tracing", error)
         if self.events is not None:
             if self.steps is not None:
                 self.steps.flush()
                 fields = {"steps": self.steps.steps, "samples": self.steps.samples, **fields}
             self.events.record("end", **fields, observer_failures=self._failures.counts())
             self.events.close()
-            use_events(None)
+            if current_events() is self.events:
+                use_events(None)
+        close_log_files()
 
     def __enter__(self) -> RankTelemetry:
         return self

@@ -111,6 +111,10 @@ def _header(summary: RunSummary) -> str:
 
 def _outcome(summary: RunSummary) -> tuple[str, str]:
     total = f"{summary.num_samples:,} " if summary.num_samples is not None else ""
+    if summary.exit_code is None and summary.complete is not None:
+        if summary.complete:
+            return "good", f"Complete: all {total}samples have their prediction."
+        return "bad", "Samples are missing; what was computed is durable."
     if summary.exit_code is None:
         return "warn", "No end was recorded: the run is still going on, or its supervisor was killed."
     if summary.exit_code == 0:

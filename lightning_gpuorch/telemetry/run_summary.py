@@ -55,6 +55,7 @@ class RunSummary:
         end: Of the last.
         run: The ``run`` event, or an empty one.
         exit_code: Of the run, or None if it has not ended or nobody could say.
+        complete: Whether every prediction is durable, or None if it has not ended or nobody could say.
         ranks: By rank.
         throughput: Time and samples, one pair per interval of steps.
         incidents: Events a person wants to know of, by time.
@@ -67,6 +68,7 @@ class RunSummary:
     end: float
     run: Event
     exit_code: int | None
+    complete: bool | None
     num_samples: int | None
     missing: str
     ranks: dict[int, RankSummary]
@@ -127,6 +129,7 @@ def summarize(events: Sequence[Event]) -> RunSummary:
         end=events[-1]["ts"],
         run=next((e for e in events if e["kind"] == "run"), {}),
         exit_code=ends[-1].get("exit_code") if ends else None,
+        complete=ends[-1].get("complete") if ends else None,
         num_samples=totals[-1] if totals else None,
         missing=str(ends[-1].get("missing_samples", "")) if ends else "",
         ranks=dict(sorted(ranks.items())),

@@ -8,10 +8,12 @@ taken anyway. A step that is not sampled costs one division.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MAX_COLLECTIVES = 512
+"""Spans of collectives in one step; a model with more shows its first."""
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -33,6 +38,7 @@ class Phase:
     name: str
     begin_ns: int
     end_ns: int
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,11 @@ class StepTracer:
         self._tracer = trace.get_tracer("lightning_gpuorch", tracer_provider=provider)
         if hasattr(self._tracer, "id_generator"):  # the SDK's; without it spans hang on a parent that nobody records
             self._ids = self._tracer.id_generator = _ChosenIds(self._tracer.id_generator)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything can be recorded at all."""
+        return self._tracer is not None
 
     def is_sampled(self, step: int) -> bool:
         """Whether a step is recorded: the same answer on every rank."""
@@ -154,7 +165,9 @@ class StepTracer:
             span.set_status(Status(StatusCode.ERROR, error))
         inside = trace.set_span_in_context(span)
         for phase in phases:
-            self._tracer.start_span(f"inference.{phase.name}", inside, start_time=phase.begin_ns).end(phase.end_ns)
+            self._tracer.start_span(
+                f"inference.{phase.name}", inside, attributes=dict(phase.attributes), start_time=phase.begin_ns
+            ).end(phase.end_ns)
         span.end(end_ns)
 
     def _identify(self, step: int, attempt: int) -> tuple[int, int]:
@@ -167,6 +180,90 @@ class StepTracer:
 
         trace_id, span_id = self._identify(step, attempt)
         return SpanContext(trace_id, span_id, is_remote=True, trace_flags=TraceFlags(TraceFlags.SAMPLED))
+
+
+class StepTrace:
+    """The timestamps of the step in hand; when it is over, its spans, if it is sampled or something went wrong in it.
+
+    A step in which memory ran out becomes several attempts, each linked to the one it repeats. Used by one thread. Its
+    text is the id of the step's trace.
+
+    Args:
+        tracer: Records the spans.
+    """
+
+    def __init__(self, tracer: StepTracer):
+        self._tracer, self._enabled = tracer, tracer.enabled
+        self._step, self._chunk = 0, -1
+        self._sampled = False
+        self._fetched_ns: tuple[int, int] | None = None
+        self._began_ns = self._computed_ns = 0
+        self._faults: list[Fault] = []
+        self._collectives: list[Phase] = []
+
+    def __str__(self) -> str:
+        return self._tracer.trace_id(self._step)
+
+    def begin(self, step: int, chunk: int | None, fetched_ns: tuple[int, int] | None) -> None:
+        """A step begins; see :meth:`RankTelemetry.begin_step`."""
+        self._step = step
+        if not self._enabled:
+            return
+        self._chunk, self._fetched_ns = -1 if chunk is None else chunk, fetched_ns
+        self._sampled = self._tracer.is_sampled(step)
+        self._began_ns, self._computed_ns = time.time_ns(), 0
+
+    def computed(self) -> None:
+        """The output is there."""
+        if self._enabled:
+            self._computed_ns = time.time_ns()
+
+    def add_collective(self, op: str, seconds: float) -> None:
+        """A collective within the step has just completed."""
+        if self._sampled and len(self._collectives) < _MAX_COLLECTIVES:
+            now = time.time_ns()
+            self._collectives.append(Phase("communication", now - int(seconds * 1e9), now, {"gpuorch.op": op}))
+
+    def add_fault(self, kind: str, message: str) -> None:
+        """Something went wrong within the step, and it is being tried again."""
+        if self._enabled:
+            self._faults.append(Fault(kind, time.time_ns(), message))
+
+    def end(self, num_samples: int) -> None:
+        """The step is over."""
+        if self._sampled or self._faults:
+            self._record({"gpuorch.batch_size": num_samples}, None)
+
+    def fail(self, error: BaseException) -> None:
+        """The step has ended with an error; it is recorded, sampled or not."""
+        if self._enabled and self._began_ns:
+            self._record({}, f"{type(error).__name__}: {error}")
+
+    def _record(self, attributes: dict[str, str | int | float | bool], error: str | None) -> None:
+        now = time.time_ns()
+        computed = self._computed_ns or now
+        faults, self._faults = self._faults, []
+        collectives, self._collectives = self._collectives, []
+        self._sampled = False
+        limits = [self._began_ns, *(fault.at_ns for fault in faults), computed]
+        for attempt, (begin, end) in enumerate(itertools.pairwise(limits)):
+            last = attempt == len(faults)
+            phases = [Phase("forward", begin, end)]
+            phases += [phase for phase in collectives if begin <= phase.end_ns <= end]
+            if attempt == 0 and self._fetched_ns is not None:
+                asked, there = self._fetched_ns
+                phases = [Phase("fetch", asked, there), Phase("transfer", there, max(there, begin)), *phases]
+            if last and self._computed_ns:
+                phases.append(Phase("write", computed, now))
+            self._tracer.record_step(
+                self._step,
+                phases,
+                attempt=attempt,
+                retry_of=attempt - 1 if attempt else None,
+                attributes={"gpuorch.chunk": self._chunk, **attributes},
+                faults=() if last else (faults[attempt],),
+                error=error if last else faults[attempt].message,
+            )
 
 
 def make_tracer_provider(

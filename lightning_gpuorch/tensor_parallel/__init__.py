@@ -5,9 +5,15 @@ from lightning_gpuorch.tensor_parallel.apply import applied_plan, apply_plan
 from lightning_gpuorch.tensor_parallel.checkpoint import Checkpoint, open_checkpoint
 from lightning_gpuorch.tensor_parallel.communicator import Communicator
 from lightning_gpuorch.tensor_parallel.example_input import cut_small, find_example_input
-from lightning_gpuorch.tensor_parallel.generation import from_first_rank, generate, synchronize_random_state
+from lightning_gpuorch.tensor_parallel.generation import (
+    from_first_rank,
+    generate,
+    random_state_digest,
+    synchronize_random_state,
+)
 from lightning_gpuorch.tensor_parallel.loading import LoadReport, load_sharded
 from lightning_gpuorch.tensor_parallel.meta import empty_parameters
+from lightning_gpuorch.tensor_parallel.model_report import build_model, model_report
 from lightning_gpuorch.tensor_parallel.plan import (
     AttributePatch,
     LayerKind,
@@ -40,6 +46,7 @@ __all__ = [
     "VerificationReport",
     "applied_plan",
     "apply_plan",
+    "build_model",
     "check_first_batch",
     "cut_small",
     "empty_parameters",
@@ -47,9 +54,11 @@ __all__ = [
     "from_first_rank",
     "generate",
     "load_sharded",
+    "model_report",
     "open_checkpoint",
     "plan_on_first_rank",
     "plan_tensor_parallel",
+    "random_state_digest",
     "smallest_tensor_parallel_size",
     "synchronize_random_state",
     "verify_plan",

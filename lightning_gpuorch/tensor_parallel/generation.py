@@ -7,6 +7,7 @@ rank.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,6 +52,14 @@ def synchronize_random_state(communicator: Communicator, device: torch.device | 
     torch.set_rng_state(cpu_state)
     if cuda is not None and cuda_state is not None:
         torch.cuda.set_rng_state(cuda_state, cuda)
+
+
+def random_state_digest(device: torch.device | None = None) -> int:
+    """A checksum of the random state that :func:`synchronize_random_state` gives to all ranks."""
+    running = zlib.crc32(torch.get_rng_state().numpy().tobytes())
+    if device is not None and device.type == "cuda":
+        running = zlib.crc32(torch.cuda.get_rng_state(device).numpy().tobytes(), running)
+    return running
 
 
 def generate(model: nn.Module, inputs: torch.Tensor | Mapping[str, Any], **options: Any) -> Any:

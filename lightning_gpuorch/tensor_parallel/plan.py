@@ -219,14 +219,17 @@ class TensorParallelPlan:
 
     # -- text and JSON ------------------------------------------------------------------------------------------------
 
-    def describe(self) -> str:
-        """Write the plan for people: layers by kind, bytes per rank, collectives, what stays whole and why."""
-        size = self.tensor_parallel_size
-        lines = [
-            f"Tensor-parallel plan for {size} ranks: {format_bytes(self.total_bytes)} of parameters, "
+    def summary(self) -> str:
+        """Write what the plan costs in one line."""
+        return (
+            f"Tensor-parallel plan for {self.tensor_parallel_size} ranks: {format_bytes(self.total_bytes)} of parameters, "
             f"{100 * self.sharded_fraction:.1f}% sharded, at most {format_bytes(self.max_rank_bytes)} per rank, "
             f"{format_bytes(self.replicated_bytes)} on every rank."
-        ]
+        )
+
+    def describe(self) -> str:
+        """Write the plan for people: layers by kind, bytes per rank, collectives, what stays whole and why."""
+        lines = [self.summary()]
         counts = self.collectives()
         total = sum(counts.values())
         parts = ", ".join(f"{count} {operation}" for operation, count in sorted(counts.items()))

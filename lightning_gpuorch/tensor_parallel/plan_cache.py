@@ -29,6 +29,7 @@ from lightning_gpuorch.tensor_parallel.communicator import Communicator
 from lightning_gpuorch.tensor_parallel.generation import from_first_rank
 from lightning_gpuorch.tensor_parallel.plan import FORMAT_VERSION, TensorParallelPlan
 from lightning_gpuorch.tensor_parallel.planning import plan_tensor_parallel
+from lightning_gpuorch.tensor_parallel.verify import verify_plan
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,9 @@ class PlanCache:
         arguments = (example_input, dict(example_kwargs or {}), method, list(also), seed)
         path = self.directory / f"{fingerprint(model, tensor_parallel_size, arguments)}.json"
         cached = self._read(path)
-        if cached is not None:
+        if cached is not None and self._is_right(
+            cached, model, ModelCall.of(example_input, example_kwargs, method), also
+        ):
             return cached
         plan = plan_tensor_parallel(
             model,
@@ -76,6 +79,19 @@ class PlanCache:
         )
         self._write(path, plan)
         return plan
+
+    @staticmethod
+    def _is_right(plan: TensorParallelPlan, model: nn.Module, call: ModelCall, also: Sequence[ModelCall]) -> bool:
+        """Verify a plan from a file as any other: code that the fingerprint does not see may have changed."""
+        reports = [
+            verify_plan(model, plan, one.args, example_kwargs=one.kwargs, method=one.method) for one in (call, *also)
+        ]
+        for report in reports:
+            if not report.ok:
+                logger.warning(
+                    "The cached tensor-parallel plan is not right any more (%s); planning again.", report.failures[0]
+                )
+        return all(report.ok for report in reports)
 
     def _read(self, path: Path) -> TensorParallelPlan | None:
         try:

@@ -43,6 +43,11 @@ class FirstBatchCheck:
     error: float | None = None
     _handles: list[Any] = dataclasses.field(default_factory=list)
 
+    @property
+    def pending(self) -> bool:
+        """Whether the block has not been called yet."""
+        return bool(self._handles)
+
     def remove(self) -> None:
         """Take the check off the model."""
         for handle in self._handles:
@@ -54,7 +59,7 @@ def check_first_batch(model: nn.Module) -> FirstBatchCheck | None:
     """Check a sharded model's first cut block when it is first called; every rank of the group does the same.
 
     The block's call is a collective operation then. It raises :class:`TensorParallelError` on every rank if any rank
-    finds a difference. Attach it before ``torch.compile``, and compile after the first batch.
+    finds a difference. A call that ``torch.compile`` traces is not checked.
 
     Args:
         model: A sharded model with its weights loaded.
@@ -78,11 +83,13 @@ def check_first_batch(model: nn.Module) -> FirstBatchCheck | None:
     calls: list[tuple[Any, Any]] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((snapshot(args), snapshot(kwargs)))
+        if check.pending and not torch.compiler.is_compiling():
+            calls[:] = [(snapshot(args), snapshot(kwargs))]
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        check.remove()
-        check.error = _compare(model, plan, name, calls[-1], output)
+        if calls and check.pending and not torch.compiler.is_compiling():
+            check.remove()
+            check.error = _compare(model, plan, name, calls.pop(), output)
 
     check._handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
     check._handles.append(block.register_forward_hook(after, with_kwargs=True))

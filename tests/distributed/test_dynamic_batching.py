@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lightning_gpuorch import read_predictions
@@ -32,8 +33,10 @@ def test_killed_and_resumed_with_another_number_of_devices(runner: Runner, tmp_p
         assert process.poll() is None, runner.log_of(process)
         assert time.monotonic() < deadline, runner.log_of(process)
         time.sleep(0.05)
+    workers = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     runner.wait(process)
+    assert not psutil.wait_procs(workers, timeout=20)[1]
     before = len(read_predictions(tmp_path / "out", allow_missing=True).missing)
     assert 0 < before < 3000, "some of it is durable"
     for path in logs.iterdir():

@@ -76,7 +76,7 @@ def outputs(batch: list[list[int]]) -> dict[str, Any]:
         "tensor": torch.tensor(ids, dtype=torch.float32).unsqueeze(1) * torch.ones(3),
         "array": np.array(ids),
         "text": [f"sample {i}" for i in ids],
-        "pair": (torch.tensor(ids), [torch.full((len(sample),), sample[0]) for sample in batch]),
+        "pair": (torch.tensor(ids), [torch.full((100 + len(sample),), sample[0]) for sample in batch]),
         "constant": "model",
     }
 

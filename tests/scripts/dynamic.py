@@ -108,7 +108,7 @@ def main() -> None:
     trainer = quiet_trainer(strategy, options.devices)
     model = Pooler(options.log, options.poison, options.slow)
     if options.budgets:
-        rank = trainer.strategy._worker.rank
+        rank = trainer.strategy._worker.rank if trainer.strategy._worker else 0
         with CPUMemoryBudget(options.budgets[rank], resident=model) as budget:
             got = trainer.predict(model, loader)
         ooms = budget.num_ooms

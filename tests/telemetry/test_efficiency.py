@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gpuorch.errors import ConfigurationError
-from lightning_gpuorch.telemetry.efficiency import Baseline, ScalingEfficiency
+from lightning_gpuorch.telemetry.efficiency import Baseline, Calibration, ScalingEfficiency
 
 FINGERPRINT = {"model": "ab12", "dtype": "torch.float32", "device": "cpu", "batch_size": 32}
 
@@ -66,3 +66,28 @@ def test_resumed_samples_and_the_first_moment_do_not_count_and_old_times_are_for
     for second in range(11, 31):
         found = efficiency.update(float(second), 7000)
     assert found == 0.0  # a stalled job does not live on its past
+
+
+@pytest.mark.parametrize(("steps", "done"), [(12, None), (13, False), (30, True)])
+def test_a_calibration_counts_what_follows_the_warm_up_and_too_little_gives_no_baseline(
+    tmp_path: Path, steps: int, done: bool | None
+) -> None:
+    calibration = Calibration(seconds=2.0, path=tmp_path / "baseline.json")
+    enough = [calibration.count(8, now=100.0 + (0.1 * step if step > 2 else 50 * (step - 2))) for step in range(steps)]
+    if done is None:
+        with pytest.raises(ConfigurationError, match="12 steps are too few"):
+            calibration.finish({"model": "M"})
+        assert not list(tmp_path.iterdir())
+        return
+    assert enough[-1] is done
+    calibration.finish({"model": "M"})
+    baseline = Baseline.load(tmp_path / "baseline.json", {"model": "M"})
+    assert baseline.samples_per_second == pytest.approx((steps - 3) * 8 / (0.1 * (steps - 1)))
+    assert baseline.num_samples == (steps - 3) * 8
+
+
+def test_a_calibration_is_asked_for_by_the_environment(tmp_path: Path) -> None:
+    assert Calibration.from_environment({}) is None
+    asked = Calibration.from_environment({"_GPUORCH_CALIBRATION": f"2.5 {tmp_path}/a file"})
+    assert asked is not None
+    assert asked.path == tmp_path / "a file"

@@ -1,5 +1,8 @@
 """The lease queue as a state machine: whatever the order of events, every chunk is done once."""
 
+import collections
+import random
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -111,17 +114,83 @@ def test_drain_tells_everybody_to_leave():
     assert queue.next((0, 0), 2, block=False).result(0) == {"do": "drain"}
 
 
+def _lease(queue, generation, chunk):
+    """Take work as one generation until the chunk comes up; returns the answer that hands it out."""
+    for number in range(100):
+        answer = queue.next((0, generation), number, block=False).result(0)
+        if answer.get("chunk") == chunk:
+            return answer
+    raise AssertionError(f"chunk {chunk} is not handed out")
+
+
+def _die(queue, generation, chunk, position):
+    _lease(queue, generation, chunk)
+    queue.revoke((0, generation), blamed=chunk, position=position)
+
+
 def test_poison_is_isolated_then_given_up_and_the_rest_of_the_chunk_is_still_wanted():
     queue = LeaseQueue(2, SIZE, max_chunk_failures=3)
-    steps = [(4, 8), (4, 8), (6, 7)]  # deaths in a batch twice, then in a single sample of it
-    for generation, position in enumerate(steps):
-        answers = [queue.next((0, generation), n, block=False).result(0) for n in range(2)]
-        assert any(a["chunk"] == 1 for a in answers)
-        queue.revoke((0, generation), blamed=1, position=position)
-    chunk = next(a for n in range(2) if (a := queue.next((0, 9), n, block=False).result(0))["chunk"] == 1)
+    # deaths in a batch twice, then in a single sample of it twice
+    for generation, position in enumerate([(4, 8), (4, 8), (6, 7), (6, 7)]):
+        assert queue.quarantined == []
+        _die(queue, generation, 1, position)
+    chunk = _lease(queue, 9, 1)
     assert chunk["isolate"] == [4, 8]
     assert chunk["skip"] == [6]
     assert [(q.start, q.stop) for q in queue.quarantined] == [(6, 7)]
+
+
+def test_two_poison_samples_in_one_chunk_are_both_found():
+    queue = LeaseQueue(1, 8, max_chunk_failures=3)
+    deaths = [(0, 4), (0, 4), (1, 2), (1, 2), (4, 8), (4, 8), (6, 7), (6, 7)]
+    for generation, position in enumerate(deaths):
+        _die(queue, generation, 0, position)
+    chunk = _lease(queue, 99, 0)
+    assert chunk["skip"] == [1, 6]
+    assert chunk["isolate"] == [0, 8]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_deaths_give_no_sample_up(seed):
+    rng = random.Random(seed)
+    queue = LeaseQueue(1, 8, max_chunk_failures=3)
+    alone = collections.Counter()
+    for generation in range(6):
+        answer = _lease(queue, generation, 0)
+        isolate = range(*answer.get("isolate", (0, 0)))
+        unit = rng.randrange(8)
+        if unit in isolate and alone[unit]:
+            continue  # a second death of the same sample alone is no longer chance
+        position = (unit, unit + 1) if unit in isolate else (unit - unit % 4, unit - unit % 4 + 4)
+        alone[unit] += unit in isolate
+        queue.revoke((0, generation), blamed=0, position=position)
+    assert queue.quarantined == []
+
+
+def test_different_samples_that_die_alone_once_are_not_given_up():
+    queue = LeaseQueue(1, SIZE, max_chunk_failures=3)  # batches of one sample: every death is a death alone
+    for generation in range(SIZE):
+        _die(queue, generation, 0, (generation, generation + 1))
+    for generation in range(SIZE):
+        _die(queue, SIZE + generation, 0, (generation, generation + 1))
+    assert queue.quarantined == [], "two deaths each are fewer than max_chunk_failures"
+    _die(queue, 50, 0, (2, 3))
+    assert [q.start for q in queue.quarantined] == [2]
+
+
+def test_a_death_outside_a_step_blames_nothing():
+    queue = LeaseQueue(1, SIZE)
+    for generation in range(10):
+        _die(queue, generation, 0, None)
+    assert queue.faults == {}
+
+
+def test_what_seems_to_kill_workers_is_handed_out_last():
+    queue = LeaseQueue(4, SIZE, max_chunk_failures=3)
+    _die(queue, 0, 0, (0, 2))
+    assert queue.next((0, 1), 0, block=False).result(0)["chunk"] == 0, "one death may be chance"
+    queue.revoke((0, 1), blamed=0, position=(0, 2))
+    assert [queue.next((0, 2), n, block=False).result(0)["chunk"] for n in range(4)] == [1, 2, 3, 0]
 
 
 def test_a_stream_ends_where_it_is_said_to():

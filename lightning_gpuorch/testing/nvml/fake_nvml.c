@@ -354,6 +354,18 @@ nvml_return nvmlDeviceGetFieldValues(Device *device, int count, FieldValue *valu
     }
     return SUCCESS;
 }
+/* Both about a pair: what the second of the two says. */
+nvml_return nvmlDeviceGetTopologyCommonAncestor(Device *device, Device *other, uint32_t *level) {
+    ENTER(device);
+    *level = (uint32_t)number_or(other->index, "topology", 10);
+    return SUCCESS;
+}
+nvml_return nvmlDeviceGetP2PStatus(Device *device, Device *other, uint32_t capability, uint32_t *status) {
+    ENTER(device);
+    (void)capability;
+    *status = (uint32_t)number_or(other->index, "p2p", 0);
+    return SUCCESS;
+}
 nvml_return nvmlDeviceGetNvLinkState(Device *device, uint32_t link, uint32_t *up) {
     char key[TEXT];
     ENTER(device);

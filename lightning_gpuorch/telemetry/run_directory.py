@@ -1,0 +1,217 @@
+"""Where do the records of a run lie while it runs, and which runs are there on this node?
+
+Every run has a directory ``<temporary directory>/gpuorch-<uid>/<run id>/``: events, logs, metrics, profiles. The file
+``run.json`` in it names the process that answers for the run, so that whoever wants to look at a running job finds it
+without being told where it is. When the run ends, its records go beside the predictions, if those are kept, and the
+directory is removed; a run that was killed leaves it, and it is swept away a week later.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from lightning_gpuorch.telemetry.events import EventLog, read_events
+from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
+from lightning_gpuorch.telemetry.report import write_report
+
+log = logging.getLogger(__name__)
+
+OWNER_FILE = "run.json"
+KEPT = ("events", "logs", "errors", "profiles", "traces")
+"""What of a run's records is kept; metrics have been scraped, or never will be."""
+_SWEEP_AFTER_SECONDS = 7 * 86400.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on this node.
+
+    Attributes:
+        run_id: Its identity.
+        directory: Where its records are.
+        pid: The process that answers for it: the supervisor, or the only rank.
+        command: Its command line.
+        began: Unix time at which it began, in seconds.
+        alive: Whether that process is still there.
+    """
+
+    run_id: str
+    directory: Path
+    pid: int
+    command: str
+    began: float
+    alive: bool
+
+    def job_directories(self) -> list[Path]:
+        """Where its predict calls write their results, as far as they have begun.
+
+        Raises:
+            OSError: Its events cannot be read.
+        """
+        events, _ = read_events(self.directory / "events")
+        return [Path(event["directory"]) for event in events if event["kind"] == "job" and "directory" in event]
+
+
+def runs_directory() -> Path:
+    """The directory of all runs of this user on this node."""
+    return Path(tempfile.gettempdir()) / f"gpuorch-{os.getuid()}"
+
+
+def create_run_directory(run_id: str) -> Path:
+    """Make the directory of a run, for which this process answers; sweep away what killed runs have left long ago.
+
+    Args:
+        run_id: Identity of the run.
+
+    Returns:
+        The directory; somewhere else if another user has taken the place.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    base = runs_directory()
+    base.mkdir(mode=0o700, exist_ok=True)
+    state = base.lstat()
+    if state.st_uid == os.getuid() and not base.is_symlink() and not state.st_mode & 0o022:
+        directory = base / run_id
+        directory.mkdir(mode=0o700)
+        sweep()
+    else:
+        directory = Path(tempfile.mkdtemp(prefix=f"gpuorch-{run_id}-"))
+    owner = {"run_id": run_id, "pid": os.getpid(), "pid_began": psutil.Process().create_time(), "began": time.time(),
+             "command": shlex.join(sys.argv)}  # fmt: skip
+    (directory / OWNER_FILE).write_text(json.dumps(owner), encoding="utf-8")
+    return directory
+
+
+def find_runs() -> list[Run]:
+    """All runs of this user on this node whose records are still there, newest first."""
+    found = []
+    for path in runs_directory().glob(f"*/{OWNER_FILE}"):
+        try:
+            owner = json.loads(path.read_text(encoding="utf-8"))
+            run = Run(
+                run_id=owner["run_id"], directory=path.parent, pid=owner["pid"], command=owner["command"],
+                began=owner["began"], alive=_is_alive(owner["pid"], owner["pid_began"]),
+            )  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError) as error:  # ended and tidied up a moment ago, or just begun
+            log.debug("%s tells of no run: %r", path, error)
+            continue
+        found.append(run)
+    return sorted(found, key=lambda run: -run.began)
+
+
+def sweep(older_than_seconds: float = _SWEEP_AFTER_SECONDS) -> None:
+    """Remove what runs have left that were killed long ago."""
+    for run in find_runs():
+        if not run.alive and run.began < time.time() - older_than_seconds:
+            shutil.rmtree(run.directory, ignore_errors=True)
+
+
+def keep_records(run_directory: Path, target: Path, failures: FailureTally = observer_failures) -> None:
+    """Copy a node's records of a run to where they stay. Never ends the run.
+
+    Args:
+        run_directory: Where this node has kept them; everybody who writes there is gone.
+        target: Where they go; made if it does not exist. Other nodes write there, too.
+        failures: Where a failure is counted.
+    """
+    try:
+        for name in KEPT:
+            if (run_directory / name).is_dir():
+                shutil.copytree(run_directory / name, target / name, dirs_exist_ok=True)
+    except Exception as error:  # noqa: BLE001 - records that cannot be kept cost nobody a prediction
+        failures.add("records", error)
+
+
+def report_run(target: Path, failures: FailureTally = observer_failures) -> None:
+    """Write the report of a run whose records are kept. Never ends the run."""
+    try:
+        log.info("the report of this run is %s", write_report(target, target / "report.html"))
+    except Exception as error:  # noqa: BLE001 - a report that cannot be written costs nobody a prediction
+        failures.add("report", error)
+
+
+def records_target(run_id: str, directories: Sequence[tuple[Path, bool]], run_directory: Path) -> Path | None:
+    """Where the records of a run are to be kept.
+
+    Args:
+        run_id: Identity of the run.
+        directories: Of its predict calls, and for each whether it is removed at the end.
+        run_directory: Of the run.
+
+    Returns:
+        Beside the predictions that are kept; else, if somebody asked for profiles or traces, where predictions would have
+        been; else None.
+    """
+    for directory, ephemeral in directories:
+        if not ephemeral and directory.is_dir():
+            return directory / "runs" / run_id
+    if directories and any((run_directory / name).is_dir() for name in ("profiles", "traces")):
+        return directories[0][0].parent
+    return None
+
+
+class RunRecords:
+    """What the process records that answers for a run without a supervisor: the run, its predict calls, its end.
+
+    Args:
+        run_id: Identity of the run.
+        failures: Where failures are counted.
+        **run: Fields of the ``run`` event.
+    """
+
+    def __init__(self, run_id: str, *, failures: FailureTally = observer_failures, **run: object):
+        self.directory: Path | None = None
+        self._run_id, self._failures = run_id, failures
+        self._events: EventLog | None = None
+        try:
+            self.directory = create_run_directory(run_id)
+        except OSError as error:
+            failures.add("events", error)
+            return
+        self._events = EventLog(self.directory / "events", "supervisor", failures=failures)
+        self.record("run", command=shlex.join(sys.argv), run_id=run_id, **run)
+
+    def record(self, kind: str, /, **fields: object) -> None:
+        """Record an event of the run as a whole."""
+        if self._events is not None:
+            self._events.record(kind, **fields)
+
+    def close(self, directories: Sequence[tuple[Path, bool]], **end: object) -> None:
+        """Record the end, keep the records if predictions are kept, and remove the directory; safe to call again.
+
+        Args:
+            directories: See :func:`records_target`.
+            **end: Fields of the ``end`` event.
+        """
+        events, self._events = self._events, None
+        if events is None or self.directory is None:
+            return
+        events.record("end", **end)
+        events.close()
+        target = records_target(self._run_id, directories, self.directory)
+        if target is not None:
+            keep_records(self.directory, target, self._failures)
+            report_run(target, self._failures)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _is_alive(pid: int, began: float) -> bool:
+    """Whether a process is there, and the same one: numbers are used again."""
+    try:
+        return abs(psutil.Process(pid).create_time() - began) < 2.0
+    except psutil.Error:
+        return False

@@ -1,0 +1,30 @@
+"""Tensor parallelism through the strategies, on real processes: degree, loading, plans, generation, compilation."""
+
+import pytest
+
+
+@pytest.fixture
+def places(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    return {"CHECKPOINTS": str(tmp_path / "checkpoints"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+
+def test_degree_from_the_budget_and_weights_read_by_part(runner, places, tmp_path):
+    done = runner.run("tp_strategies.py", "--devices", 2, timeout=170, environment=places)
+    result = done.result
+    ways = ("trainer", "ckpt", "safetensors", "load_distributed_model", "load_raw", "load", "bare", "right")
+    for way in ways:
+        assert result[way]["difference"] < 1e-5, way
+        assert result[way]["size"] == 2, way
+        assert result[way]["bytes"] == result[way]["planned"], way
+    assert result["rest"] == {"step": 3}
+    assert "blocks.0.qkv.weight is not planned for" in result["wrong"]
+    assert "2 ranks: 41.38 KiB each: fits" in done.output  # the arithmetic is logged
+    assert done.output.count("agrees with the unsharded block") >= len(ways)
+    assert list((tmp_path / "cache/lightning_gpuorch/plans").glob("*.json"))
+
+
+def test_a_model_that_fits_no_degree_is_refused_with_the_arithmetic(runner, places):
+    done = runner.run("tp_strategies.py", "--devices", 2, "--budget", 0.3, timeout=170, code=78, environment=places)
+    assert "Model does not fit 1 or 2 devices; tensor_parallel_size=4 would do." in done.output
+    assert "at least 41.12 KiB each: too much" in done.output

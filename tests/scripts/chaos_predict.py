@@ -1,0 +1,47 @@
+"""A quick predict run for fault campaigns: many small chunks; its arithmetic gives the same bits in every batch size."""
+
+import time
+
+import lightning.pytorch as pl
+import torch
+from common import Rows, parser, quiet_trainer
+from torch.utils.data import DataLoader
+
+from lightning_gpuorch import read_predictions
+from lightning_gpuorch.pytorch import GPUOrchStrategy
+
+
+class Model(pl.LightningModule):
+    def __init__(self, options):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((2,), 0.1))
+        self.options = options
+
+    def predict_step(self, batch, batch_idx):
+        time.sleep(self.options.step)
+        if self.options.tp > 1:  # each rank has a share of the product, and all need the sum
+            share = batch * self.weight / 4
+            torch.distributed.all_reduce(share)
+            batch = share
+        return {"row": batch * self.weight, "name": [f"sample {row[0]:g}" for row in batch.tolist()]}
+
+
+def main():
+    options = parser()
+    options.add_argument("--samples", type=int, default=240)
+    options.add_argument("--batch", type=int, default=2)
+    options.add_argument("--chunk", type=int, default=2)
+    options.add_argument("--step", type=float, default=0.01)
+    options.add_argument(
+        "--lose-after-fault", action="store_true", help="be the script that loses a sample when harmed"
+    )
+    options = options.parse_args()
+    strategy = GPUOrchStrategy(tensor_parallel_size=options.tp, output_dir=options.output, chunk_size=options.chunk)
+    trainer = quiet_trainer(strategy, options.devices)
+    trainer.predict(Model(options), DataLoader(Rows(options.samples), batch_size=options.batch))
+    if trainer.is_global_zero:
+        print(len(read_predictions(options.output)), "batches")
+
+
+if __name__ == "__main__":
+    main()
