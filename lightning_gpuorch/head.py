@@ -110,6 +110,7 @@ class Head:
         self._published: dict[str, Any] = {}
         self._lookups: dict[str, list[Future[Message]]] = {}
         self._draining = False
+        self._opening = threading.Lock()
         self._lock = threading.RLock()
 
     def handle(self, request: Message) -> Future[Message]:
@@ -125,6 +126,10 @@ class Head:
         operation = getattr(self, f"_op_{name}", None) or getattr(self.nodes, f"op_{name}", None)
         if operation is None:
             return refused(ControlPlaneError(f"unknown request {request.header.get('op')!r}; versions differ?"))
+        return self._carry_out(operation, request)
+
+    @staticmethod
+    def _carry_out(operation: Callable[[Message], Any], request: Message) -> Future[Message]:
         try:
             answer = operation(request)
         except GPUOrchError as error:
@@ -327,24 +332,26 @@ class Head:
     def _op_gather_missing(self, request: Message) -> dict[str, Any]:
         return {"missing": self.ledger.missing(request.header["number"])}
 
-    def _op_open(self, request: Message) -> dict[str, Any]:
+    def _op_open(self, request: Message) -> Future[Message]:
+        """Begin a job, or take part in it. Checking what is there already may take long: a thread does it."""
+        answer: Future[Message] = Future()
+
+        def open_job() -> None:
+            answer.set_result(self._carry_out(self._open, request).result())
+
+        threading.Thread(target=open_job, name="gpuorch-open", daemon=True).start()
+        return answer
+
+    def _open(self, request: Message) -> dict[str, Any]:
         header = request.header
-        number = int(header["job"])
-        with self._lock:
+        number, wanted = int(header["job"]), Manifest.from_dict(header["manifest"])
+        with self._opening:  # not self._lock, which all other requests need meanwhile
             job = self.jobs.get(number)
-            wanted = Manifest.from_dict(header["manifest"])
             if job is None:
-                job = self._create_job(Path(header["directory"]), wanted, bool(header["ephemeral"]))
-                self.jobs[number] = job
-                self._on_event(
-                    "job",
-                    job=number,
-                    directory=str(job.directory),
-                    resumed_chunks=job.resumed_chunks,
-                    loaders=[layout.to_dict() for layout in job.manifest.loaders],
-                )
+                job = self._create_job(number, Path(header["directory"]), wanted, bool(header["ephemeral"]))
             else:
                 open_or_create(job.directory, wanted)  # the same identity on every rank, or an error that names it
+        with self._lock:
             job.opened_by.add(int(header["rank"]))
             return {
                 "directory": str(job.directory),
@@ -354,24 +361,37 @@ class Head:
                 "finished": job.finished,
             }
 
-    def _create_job(self, directory: Path, wanted: Manifest, ephemeral: bool) -> Job:
+    def _create_job(self, number: int, directory: Path, wanted: Manifest, ephemeral: bool) -> Job:
         manifest = open_or_create(directory, wanted)
-        queues = []
-        for index, layout in enumerate(manifest.loaders):
-            store = PartStore(loader_directory(directory, index))
+        stores = [PartStore(loader_directory(directory, index)) for index in range(len(manifest.loaders))]
+        for store in stores:
             store.sweep_temporaries()
-            queue = LeaseQueue(
-                layout.num_chunks if layout.num_units is not None else None,
-                layout.chunk_size,
-                store.done(),
-                self._max_chunk_failures,
-            )
-            if self._draining:
-                queue.drain()
-            for owner in self._let_go:
-                queue.let_go(owner)
-            queues.append(queue)
-        return Job(directory, manifest, queues, ephemeral)
+            for damage in store.set_damaged_aside():
+                log.warning("%s It is set aside as *.damaged, and its chunk is computed again.", damage)
+        with self._lock:
+            queues = [
+                LeaseQueue(
+                    layout.num_chunks if layout.num_units is not None else None,
+                    layout.chunk_size,
+                    store.done(),
+                    self._max_chunk_failures,
+                )
+                for layout, store in zip(manifest.loaders, stores, strict=True)
+            ]
+            for queue in queues:
+                if self._draining:
+                    queue.drain()
+                for owner in self._let_go:
+                    queue.let_go(owner)
+            job = self.jobs[number] = Job(directory, manifest, queues, ephemeral)
+        self._on_event(
+            "job",
+            job=number,
+            directory=str(directory),
+            resumed_chunks=job.resumed_chunks,
+            loaders=[layout.to_dict() for layout in manifest.loaders],
+        )
+        return job
 
     def _queue(self, request: Message) -> LeaseQueue:
         return self.jobs[int(request.header["job"])].queues[int(request.header["loader"])]

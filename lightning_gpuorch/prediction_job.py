@@ -83,7 +83,9 @@ class PredictionJob:
             versions={"lightning_gpuorch": __version__, "torch": torch.__version__},
         )
         directory, ephemeral = world.job_directory(runtime.output_dir, default_root)
-        answer = self._call("open", directory=str(directory), ephemeral=ephemeral, manifest=wanted.to_dict()).header
+        asked = {"directory": str(directory), "ephemeral": ephemeral, "manifest": wanted.to_dict()}
+        with _phase(Phase.WAIT, then=Phase.STARTING):  # what is there already is checked first, however much it is
+            answer = self._call("open", **asked, timeout_seconds=_FOREVER_SECONDS).header
         self.directory = Path(answer["directory"])
         self.ephemeral = ephemeral
         self.finished_before = bool(answer["finished"])
@@ -258,15 +260,16 @@ class PredictionJob:
             self._summarise(answer)
         return read_predictions(self.directory)
 
-    def settle(self) -> None:
-        """Collect the outputs that are on their way and wait until all whole chunks are durable.
+    def flush(self) -> None:
+        """Wait until everything computed so far is durable.
 
         Raises:
             PredictionStorageError: Something could not be written.
         """
         self._collect()
         if self._writer is not None:
-            self._writer.flush()
+            with _phase(Phase.COMMIT, then=Phase.RUN):
+                self._writer.flush()
 
     def _collect(self, leave: int = 0) -> None:
         """Hand on outputs that have reached the host, all but the last ``leave`` steps'."""
@@ -312,7 +315,7 @@ class PredictionJob:
 
     def _on_ended(self, answer: str) -> None:
         self._ended = answer
-        self.settle()
+        self.flush()
         if answer in ("drain", "fenced"):
             self.finish()
 
@@ -360,7 +363,8 @@ class _Queue:
 
     def next(self, block: bool) -> dict[str, Any]:
         if block:
-            self._job.settle()  # nobody may have to wait for what this rank holds, nor it for a writer that has failed
+            # Own chunks first: others may wait for them as well, and a writer that has failed must say so now.
+            self._job.flush()
         # Waiting for others to finish has no limit of its own: the supervisor judges who is stuck.
         timeout = _FOREVER_SECONDS if block else None
         with _phase(Phase.WAIT, then=Phase.RUN) if block else contextlib.nullcontext():

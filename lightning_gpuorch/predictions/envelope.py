@@ -25,7 +25,6 @@ what a caller keeps does not keep the rest of the file in memory. How a predicti
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import struct
 import zlib
@@ -35,16 +34,19 @@ from typing import Any
 from lightning_gpuorch.errors import CorruptPartError, PredictionStorageError
 from lightning_gpuorch.predictions.codec import Column, Node, TreeEncoder
 from lightning_gpuorch.predictions.decoder import decode_tree
+from lightning_gpuorch.predictions.frame import (
+    COVERED,
+    FORMAT_VERSION,
+    MAGIC,
+    OWN_FIELDS,
+    PRELUDE_BYTES,
+    check_header,
+    check_prelude,
+    damage,
+    without_own_fields,
+)
 
-FORMAT_VERSION = 1
-
-_MAGIC = b"GPQ1"
-_COVERED = struct.Struct("<4sHHI")
-_PRELUDE_BYTES = _COVERED.size + 4
 _ALIGNMENT_BYTES = 64
-_FIRST_READ_BYTES = 4096
-"""Enough for the header of most parts: one read instead of two."""
-_OWN_FIELDS = frozenset({"structure_bytes", "columns_bytes", "body_crc32"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +76,9 @@ def encode_envelope(fields: Mapping[str, Any], predictions: Sequence[Any]) -> En
         UnsupportedPredictionError: A prediction contains a type without a durable form.
         PredictionStorageError: ``fields`` is not plain JSON.
     """
-    if not _OWN_FIELDS.isdisjoint(fields):
+    if not OWN_FIELDS.isdisjoint(fields):
         raise PredictionStorageError(
-            f"{sorted(_OWN_FIELDS)} are fields of the envelope itself; rename those of {fields}."
+            f"{sorted(OWN_FIELDS)} are fields of the envelope itself; rename those of {fields}."
         )
     encoder = TreeEncoder()
     structure = _padded([encoder.encode(prediction) for prediction in predictions], 0)
@@ -88,10 +90,10 @@ def encode_envelope(fields: Mapping[str, Any], predictions: Sequence[Any]) -> En
     columns_bytes = sum(buffer.nbytes for buffer in columns)
     own = {"structure_bytes": len(structure), "columns_bytes": columns_bytes, "body_crc32": checksum}
     try:
-        header = _padded({**fields, **own}, _PRELUDE_BYTES)
+        header = _padded({**fields, **own}, PRELUDE_BYTES)
     except (TypeError, ValueError) as error:
         raise PredictionStorageError(f"The metadata of a part must be plain JSON, got {fields!r}: {error}.") from error
-    covered = _COVERED.pack(_MAGIC, FORMAT_VERSION, 0, len(header))
+    covered = COVERED.pack(MAGIC, FORMAT_VERSION, 0, len(header))
     prelude = covered + struct.pack("<I", zlib.crc32(header, zlib.crc32(covered)))
     num_bytes = len(prelude) + len(header) + len(structure) + columns_bytes
     return EncodedEnvelope([memoryview(prelude + header), *body], num_bytes)
@@ -139,13 +141,13 @@ class Envelope:
 
     def __init__(self, raw: bytearray | bytes, source: str):
         view = memoryview(raw)
-        header_bytes = _check_prelude(view[:_PRELUDE_BYTES], len(view), source)
-        header = _check_header(view, header_bytes, len(view), source)
-        body = view[_PRELUDE_BYTES + header_bytes :]
+        header_bytes = check_prelude(view[:PRELUDE_BYTES], len(view), source)
+        header = check_header(view, header_bytes, len(view), source)
+        body = view[PRELUDE_BYTES + header_bytes :]
         if zlib.crc32(body) != header["body_crc32"]:
             raise damage(source, "the checksum of its body does not fit")
         structure, columns = body[: header["structure_bytes"]], body[header["structure_bytes"] :]
-        self.fields = _without_own_fields(header)
+        self.fields = without_own_fields(header)
         self._source = source
         self._nodes: list[Node] = json.loads(bytes(structure))
         self.num_predictions = len(self._nodes)
@@ -176,67 +178,3 @@ class Envelope:
         """Return the bytes of a column, in the file's buffer."""
         start, end = self._entries[str(column)]["data_offsets"]
         return self._data[start:end]
-
-
-def read_fields(file: io.FileIO, file_bytes: int, source: str) -> dict[str, Any]:
-    """Read the writer's fields only.
-
-    Args:
-        file: The file, at its beginning.
-        file_bytes: Its length.
-        source: Its name, for error messages.
-
-    Returns:
-        The fields. The header's checksum and the file's length are verified, the body's checksum is not.
-
-    Raises:
-        CorruptPartError: A checksum, a length or the magic does not fit.
-    """
-    raw = file.read(_FIRST_READ_BYTES)
-    header_bytes = _check_prelude(memoryview(raw)[:_PRELUDE_BYTES], file_bytes, source)
-    if len(raw) < _PRELUDE_BYTES + header_bytes:
-        raw += file.read(_PRELUDE_BYTES + header_bytes - len(raw))
-    return _without_own_fields(_check_header(memoryview(raw), header_bytes, file_bytes, source))
-
-
-def damage(source: str, what: str) -> CorruptPartError:
-    """Return the error to raise for a damaged file: which one, what is wrong with it, and the way out."""
-    return CorruptPartError(
-        f"{source} is damaged: {what}. Restore it from a copy; or delete it and run the same command again, which "
-        "computes only what it held."
-    )
-
-
-def _check_prelude(prelude: memoryview, file_bytes: int, source: str) -> int:
-    """Check the first bytes as far as can be without the header; returns the header's length."""
-    if len(prelude) < _PRELUDE_BYTES:
-        raise damage(source, f"it ends after {file_bytes} bytes")
-    magic, version, _, header_bytes = _COVERED.unpack(prelude[: _COVERED.size])
-    if magic != _MAGIC:
-        raise damage(source, f"it begins with {bytes(magic)!r} in place of {_MAGIC!r}")
-    if file_bytes < _PRELUDE_BYTES + header_bytes:
-        raise damage(source, f"it ends after {file_bytes} bytes, within its header")
-    if version > FORMAT_VERSION:
-        raise CorruptPartError(
-            f"{source} says it has format {version}, and this version of lightning_gpuorch reads formats up to "
-            f"{FORMAT_VERSION}. It is damaged, or a newer version has written it."
-        )
-    return int(header_bytes)
-
-
-def _check_header(view: memoryview, header_bytes: int, file_bytes: int, source: str) -> dict[str, Any]:
-    end = _PRELUDE_BYTES + header_bytes
-    if len(view) < end:
-        raise damage(source, f"it ends after {len(view)} bytes, within its header")
-    (expected,) = struct.unpack("<I", view[_COVERED.size : _PRELUDE_BYTES])
-    if zlib.crc32(view[_PRELUDE_BYTES:end], zlib.crc32(view[: _COVERED.size])) != expected:
-        raise damage(source, "the checksum of its header does not fit")
-    header: dict[str, Any] = json.loads(bytes(view[_PRELUDE_BYTES:end]))
-    expected_bytes = end + header["structure_bytes"] + header["columns_bytes"]
-    if file_bytes != expected_bytes:
-        raise damage(source, f"it has {file_bytes} bytes in place of {expected_bytes}")
-    return header
-
-
-def _without_own_fields(header: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in header.items() if name not in _OWN_FIELDS}

@@ -107,6 +107,18 @@ def remove(path: Path) -> None:
     _fsync_directory(path.parent)
 
 
+def set_aside(path: Path, target: Path) -> None:
+    """Give a committed file another name durably, in the same directory; what has that name is replaced.
+
+    Raises:
+        OSError: The file system refused.
+    """
+    if target.is_dir():
+        shutil.rmtree(target)
+    os.replace(path, target)
+    _fsync_directory(path.parent)
+
+
 def sweep_temporaries(directory: Path, older_than_seconds: float) -> int:
     """Remove what killed writers left.
 

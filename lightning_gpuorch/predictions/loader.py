@@ -130,6 +130,7 @@ class LeasedLoader:
         """What a sample's input or output takes on the host, and how long it takes, as far as is known."""
         self._batcher, self._num_replicas = batcher, num_replicas
         self._window: Window | None = None
+        self._sizes: set[int] = set()
         self.batch_sampler: Any = None
         """Set by whoever has to satisfy a framework that looks for indices here."""
         self._queue, self._sink, self._delivered, self._on_ended = queue, sink, delivered, on_ended
@@ -293,7 +294,7 @@ class LeasedLoader:
             return
         self.observe(num_bytes=size_bytes(window.samples), num_samples=len(window.samples))
         collate = None if isinstance(self.source, StreamSource) else self.source.collate
-        for positions, longest in window.batches(self._batcher):
+        for positions, longest in window.batches(self._batcher, self._sizes):
             batch = self.source.loader.collate_fn([window.samples[position] for position in positions])
             for position in positions:
                 window.samples[position] = None

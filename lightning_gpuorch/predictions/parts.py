@@ -15,6 +15,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,14 +26,17 @@ from lightning_gpuorch.predictions.files import (
     create_once,
     make_directory,
     remove,
+    set_aside,
     storage_error,
     sweep_temporaries,
 )
+from lightning_gpuorch.predictions.frame import NewerFormatError, check_file, read_fields
 from lightning_gpuorch.predictions.layout import StoredBatch
 
 if TYPE_CHECKING:
     from lightning_gpuorch.predictions.envelope import Envelope
 
+_CHECKING_THREADS = 4
 _PART_NAME = re.compile(r"part-(\d{9,})\.gpq")
 
 
@@ -182,8 +186,6 @@ class PartStore:
             CorruptPartError: The header is damaged, the file has not its length, or it holds another chunk.
             MissingPredictionsError: There is no such part.
         """
-        from lightning_gpuorch.predictions.envelope import read_fields
-
         with _opened(self.path(chunk)) as (file, file_bytes, source):
             return self._unpack_header(read_fields(file, file_bytes, source), chunk)
 
@@ -205,6 +207,41 @@ class PartStore:
                 yield chunk, error
             else:
                 yield chunk, None
+
+    def set_damaged_aside(self) -> list[CorruptPartError]:
+        """Check every byte of all parts, and rename those that are damaged, so that their chunks count as missing.
+
+        Reads all parts, several at a time; needs no torch. Not while a job writes here.
+
+        Returns:
+            What is wrong, one error per damaged part; each names the file, which is kept as ``part-....gpq.damaged``.
+
+        Raises:
+            NewerFormatError: A newer version has written a part.
+            PredictionStorageError: The directory cannot be read, or a part not renamed.
+        """
+        chunks = sorted(self.done())
+        if not chunks:
+            return []
+        with ThreadPoolExecutor(min(_CHECKING_THREADS, len(chunks)), "gpuorch-check") as pool:
+            found = [(c, error) for c, error in zip(chunks, pool.map(self._check, chunks), strict=True) if error]
+        for chunk, _ in found:
+            path = self.path(chunk)
+            try:
+                set_aside(path, path.with_name(f"{path.name}.damaged"))
+            except OSError as error:
+                raise storage_error(error, self.directory) from error
+        return [error for _, error in found]
+
+    def _check(self, chunk: int) -> CorruptPartError | None:
+        try:
+            with _opened(self.path(chunk)) as (file, file_bytes, source):
+                self._unpack_header(check_file(file, file_bytes, source), chunk)
+        except NewerFormatError:
+            raise
+        except CorruptPartError as error:
+            return error
+        return None
 
     def discard(self, chunk: int) -> None:
         """Remove a part durably, so that a rerun computes its chunk again. Not while a job runs.

@@ -90,8 +90,13 @@ class Window:
         self.num_open = len(self.samples)
         self.pieces.append(Piece(chunk, span, start, self.num_open, alone))
 
-    def batches(self, batcher: Batcher) -> Iterator[tuple[list[int], int]]:
+    def batches(self, batcher: Batcher, sizes: set[int]) -> Iterator[tuple[list[int], int]]:
         """Cut batches, each when it is asked for.
+
+        Args:
+            batcher: Decides how large they are.
+            sizes: Sizes that batches had so far; added to. If all are equal, the last batch is cut in two: only outputs
+                of different sizes tell which dimensions follow the number of samples.
 
         Yields:
             Positions of the samples, ascending, and the length of the longest.
@@ -110,6 +115,9 @@ class Window:
         start = 0
         while start < len(positions):
             stop = start + batcher.next_count(lengths[positions[start:]])
+            if stop == len(positions) and sizes == {stop - start}:
+                stop -= (stop - start) // 2
+            sizes.add(stop - start)
             yield sorted(positions[start:stop].tolist()), int(lengths[positions[start]])
             start = stop
 

@@ -31,7 +31,7 @@ LIMITS = {
     "GPUORCH_HEARTBEAT_TIMEOUT_SEC": "2.5",
     "GPUORCH_STEP_TIMEOUT_SEC": "4",
     "GPUORCH_COMMIT_TIMEOUT_SEC": "4",
-    "GPUORCH_START_TIMEOUT_SEC": "8",
+    "GPUORCH_START_TIMEOUT_SEC": "6",
     "GPUORCH_EXIT_TIMEOUT_SEC": "10",
     "GPUORCH_MAX_RESTART_ATTEMPTS": "50",
 }
@@ -97,10 +97,11 @@ def plans(
         yield [cell for cell, _ in chosen], FaultPlan(tuple(fault for _, fault in chosen))
 
 
-def chaos_for(setup: str, work: Path | None = None, samples: int = 3200, chunk: int = 8) -> Chaos:
-    """The undisturbed run of a setup; each replica would need 16 s for all of it."""
+def chaos_for(setup: str) -> Chaos:
+    """The undisturbed run of a setup."""
     processes, tp = SETUPS[setup]
-    step = 0.02 if processes // tp > 2 else 0.01
+    # Several replicas need work for some seconds, or the others are done before a stuck one is found and comes back.
+    samples, step = (480, 0.01) if processes == tp else (1600, 0.02 if processes // tp > 2 else 0.01)
     gpuorch = [
         sys.executable,
         "-m",
@@ -112,8 +113,8 @@ def chaos_for(setup: str, work: Path | None = None, samples: int = 3200, chunk: 
         "cpu",
     ]
     script = [str(SCRIPT), "--devices", str(processes), "--tp", str(tp), "--output", "{output}"]
-    size = ["--samples", str(samples), "--chunk", str(chunk), "--step", str(step)]
-    return Chaos([*gpuorch, *script, *size], work and work / setup, limit_seconds=RUN_LIMIT_SECONDS)
+    size = ["--samples", str(samples), "--chunk", str(samples // 400 * 2 or 2), "--step", str(step)]
+    return Chaos([*gpuorch, *script, *size], limit_seconds=RUN_LIMIT_SECONDS)
 
 
 def run_setup(setup: str, times: int, faults: int, seed: int, record: Path, deadline: float) -> None:

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from lightning_gpuorch import read_predictions
+from tests.conftest import gpuorch_run
 
 LIMITS = {"GPUORCH_HEARTBEAT_TIMEOUT_SEC": "2.5", "GPUORCH_STEP_TIMEOUT_SEC": "4", "GPUORCH_EXIT_TIMEOUT_SEC": "20"}
 SLOW = "slow_predict.py"
@@ -39,8 +40,6 @@ def _recomputed(tmp_path):
     ("harm", "victim", "tp", "devices"),
     [
         ("kill", 0, 1, 2),
-        ("exit0", 0, 1, 2),
-        ("exception", 1, 1, 2),
         ("stop", 1, 1, 2),
         ("gil", 0, 1, 2),
         ("kill", 1, 2, 2),
@@ -50,7 +49,7 @@ def _recomputed(tmp_path):
 def test_a_fault_costs_at_most_a_chunk(runner, tmp_path, harm, victim, tp, devices):
     finished = runner.run(
         SLOW, "--output", "out", "--harm", harm, "--victim", victim, "--tp", tp, "--devices", devices, "--at", 2,
-        "--samples", 400, environment=LIMITS, timeout=170,
+        "--samples", 400, environment=LIMITS, timeout=170, launcher=gpuorch_run(devices),
     )  # fmt: skip
     assert finished.result["right"]
     assert "restarting replica" in finished.output
@@ -67,7 +66,7 @@ def test_a_fault_costs_at_most_a_chunk(runner, tmp_path, harm, victim, tp, devic
 def test_a_stuck_follower_is_found_though_the_model_has_no_collectives(runner):
     finished = runner.run(
         SLOW, "--output", "out", "--harm", "hang", "--victim", 1, "--tp", 2, "--at", 2, "--no-collectives",
-        environment=LIMITS, timeout=170,
+        environment=LIMITS, timeout=170, launcher=gpuorch_run(),
     )  # fmt: skip
     assert finished.result["right"]
     assert "rank 1 is stuck" in finished.output
@@ -75,7 +74,10 @@ def test_a_stuck_follower_is_found_though_the_model_has_no_collectives(runner):
 
 
 def test_the_other_replica_does_not_notice(runner, tmp_path):
-    runner.run(SLOW, "--output", "out", "--harm", "kill", "--victim", 1, "--at", 2, "--samples", 800, timeout=170)
+    runner.run(
+        SLOW, "--output", "out", "--harm", "kill", "--victim", 1, "--at", 2, "--samples", 800, timeout=170,
+        launcher=gpuorch_run(),
+    )  # fmt: skip
     notes = _notes(tmp_path)
     other = [(int(pid), float(when)) for rank, pid, when, _ in notes if rank == "0"]
     assert len({pid for pid, _ in other}) == 1, "rank 0 was restarted too"
@@ -86,8 +88,8 @@ def test_the_other_replica_does_not_notice(runner, tmp_path):
 
 def test_a_replica_that_always_fails_is_retired(runner):
     finished = runner.run(
-        SLOW, "--output", "out", "--harm", "exception", "--victim", 1, "--at", 0, "--every-time", "--samples", 4000,
-        environment={"GPUORCH_MAX_RESTART_ATTEMPTS": "1"}, timeout=170,
+        SLOW, "--output", "out", "--harm", "exception", "--victim", 1, "--at", 0, "--every-time", "--samples", 1200,
+        "--step", 0.03, environment={"GPUORCH_MAX_RESTART_ATTEMPTS": "1"}, timeout=170, launcher=gpuorch_run(),
     )  # fmt: skip
     assert finished.result["right"]
     assert "replica 1 is retired, 1 workers go on" in finished.output
@@ -97,6 +99,7 @@ def test_when_all_replicas_fail_the_cause_is_shown_and_the_work_kept(runner, tmp
     finished = runner.run(
         SLOW, "--output", "out", "--harm", "exception", "--victim", 0, "--at", 5, "--every-time", "--devices", 2, "--tp", 2,
         "--samples", 400, environment={"GPUORCH_ENABLE_AUTO_RESTART": "false"}, code=None, timeout=170,
+        launcher=gpuorch_run(),
     )  # fmt: skip
     assert finished.code not in (0, 75)
     assert "first failure: rank 0, generation 0" in finished.output
@@ -106,7 +109,7 @@ def test_when_all_replicas_fail_the_cause_is_shown_and_the_work_kept(runner, tmp
 
 
 def test_a_poison_sample_costs_only_itself(runner, tmp_path):
-    finished = runner.run(SLOW, "--output", "out", "--poison", 50, code=65, timeout=170)
+    finished = runner.run(SLOW, "--output", "out", "--poison", 50, code=65, timeout=170, launcher=gpuorch_run())
     assert "no prediction for 1 samples: 50" in finished.output
     found = read_predictions(tmp_path / "out", allow_missing=True)
     assert found.missing == [50]
@@ -115,7 +118,8 @@ def test_a_poison_sample_costs_only_itself(runner, tmp_path):
 
 
 def test_sigkill_of_the_supervisor_leaves_no_orphan_and_the_same_command_resumes(runner, tmp_path):
-    process = runner.start(SLOW, "--output", "out", "--samples", 400)
+    command, launcher = (SLOW, "--output", "out", "--samples", 400), gpuorch_run()
+    process = runner.start(*command, launcher=launcher)
     _wait_for_notes(process, tmp_path, 20)
     workers = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
@@ -123,24 +127,32 @@ def test_sigkill_of_the_supervisor_leaves_no_orphan_and_the_same_command_resumes
     assert not [w for w in alive if w.status() != psutil.STATUS_ZOMBIE], "orphans after 2 s"
     runner.wait(process)
     before = len(_notes(tmp_path))
-    assert runner.run(SLOW, "--output", "out", "--samples", 400).result["right"]
+    assert runner.run(*command, launcher=launcher).result["right"]
     assert _recomputed(tmp_path) <= 2 * 2 * 2, "at most the chunks in hand are computed again"
-    again = runner.run(SLOW, "--output", "out", "--samples", 400)
+    again = runner.run(*command, launcher=launcher)
     assert again.result["right"]
     assert "nothing to do" in again.output
     assert len(_notes(tmp_path)) < 2 * before + 400
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_drain_recomputes_nothing(runner, tmp_path, number):
+def test_drain_recomputes_nothing(runner, tmp_path):
+    command, launcher = (SLOW, "--output", "out", "--samples", 400), gpuorch_run()
+    process = runner.start(*command, launcher=launcher)
+    _wait_for_notes(process, tmp_path, 20)
+    os.kill(process.pid, signal.SIGTERM)
+    assert runner.wait(process, 60) == 75
+    assert runner.run(*command, launcher=launcher).result["right"]
+    assert _recomputed(tmp_path) == 0
+
+
+def test_ctrl_c_drains_and_another_number_of_devices_and_batch_size_go_on(runner, tmp_path):
     process = runner.start(SLOW, "--output", "out", "--samples", 400)
     _wait_for_notes(process, tmp_path, 20)
-    os.kill(process.pid, number)
+    os.kill(process.pid, signal.SIGINT)
     assert runner.wait(process, 60) == 75
+    before = len(_notes(tmp_path))
     assert runner.run(SLOW, "--output", "out", "--samples", 400, "--devices", 1, "--batch", 6).result["right"]
-    process_batches = [int(batch) for _, _, _, batch in _notes(tmp_path)]
-    assert process_batches
-    assert runner.run(SLOW, "--output", "out", "--samples", 400).result["right"]
+    assert len(_notes(tmp_path)) - before < 400 / 4, "only what was missing"
 
 
 def test_drain_of_a_single_process(runner, tmp_path):

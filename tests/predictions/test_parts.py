@@ -102,6 +102,46 @@ def test_verify_names_each_damaged_part_and_only_those(store: PartStore) -> None
     assert list(store.verify([0])) == [(0, None)]
 
 
+def test_damaged_parts_are_set_aside_and_only_those(store: PartStore) -> None:
+    for chunk in range(4):
+        store.commit(chunk, [batch(4 * chunk, fill=float(chunk))], {})
+    whole = content_path(store.path(0)).read_bytes()
+    rng = random.Random(3)
+    harms: list[Callable[[bytearray], bytes]] = [lambda raw: bytes(raw[: len(raw) // 2]), lambda raw: b""]
+    for bit in sorted({0, 33, 8 * len(whole) - 1, *(rng.randrange(8 * len(whole)) for _ in range(60))}):
+        harms.append(lambda raw, bit=bit: bytes(flipped(raw, bit)))  # type: ignore[misc]
+    for harm in harms:
+        path = content_path(store.path(2))
+        before = path.read_bytes()
+        path.write_bytes(harm(bytearray(before)))
+        found = store.set_damaged_aside()
+        assert [str(path.parent if path.name == "content" else path) in str(error) for error in found] == [True]
+        assert store.done() == {0, 1, 3}
+        assert content_path(store.directory / "part-000000002.gpq.damaged").exists()
+        assert store.commit(2, [batch(8, fill=2.0)], {}), "its place is free"
+        assert store.set_damaged_aside() == []
+
+
+def flipped(raw: bytearray, bit: int) -> bytearray:
+    raw[bit // 8] ^= 1 << bit % 8
+    return raw
+
+
+def test_a_part_in_the_place_of_another_is_set_aside(store: PartStore) -> None:
+    store.commit(0, [batch(0)], {})
+    store.path(0).rename(store.path(5))
+    assert "holds chunk 0" in str(store.set_damaged_aside()[0])
+    assert store.done() == set()
+
+
+def test_a_part_of_a_newer_version_is_not_taken_for_damaged(store: PartStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_gpuorch.predictions.envelope.FORMAT_VERSION", 2)
+    store.commit(0, [batch(0)], {})
+    with pytest.raises(CorruptPartError, match="a newer version has written it"):
+        store.set_damaged_aside()
+    assert store.done() == {0}
+
+
 def test_a_header_is_verified_without_its_body(store: PartStore) -> None:
     store.commit(0, [batch(0)], {})
     flip(store.path(0), -3)
@@ -382,7 +422,7 @@ def truncate(path: Path, length: int) -> None:
 
 def test_the_supervisor_can_list_parts_without_torch() -> None:
     code = (
-        "import sys; from lightning_gpuorch.predictions import PartStore, Manifest; "
+        "import sys; from lightning_gpuorch.predictions import PartStore, Manifest; PartStore('.').set_damaged_aside(); "
         "assert 'torch' not in sys.modules, 'torch'; assert 'lightning' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

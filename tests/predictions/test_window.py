@@ -110,6 +110,13 @@ def test_batches_take_samples_from_several_chunks_but_not_at_the_end() -> None:
     assert all(len(chunks) == 1 for step, chunks in zip(job.steps, chunks_of, strict=True) if max(step) >= 1592)
 
 
+def test_outputs_as_wide_as_every_batch_is_long_are_no_similarity_matrix() -> None:
+    job = Job([4] * 64, batch_size=8, chunk_batches=4, tokens=32)
+    stored = job.run(lambda batch: torch.tensor([[float(s[0])] * 8 for s in batch]))
+    assert max(map(len, job.steps)) == 8
+    assert [b.output[:, 0].tolist() for b in stored] == [[float(i) for i in range(k, k + 8)] for k in range(0, 64, 8)]
+
+
 def test_samples_given_up_are_left_out_and_named_by_their_units() -> None:
     job = Job([5 + i % 3 for i in range(40)], batch_size=4, chunk_batches=2, tokens=40)
     stored = job.run(outputs, lose=frozenset({3, 17, 18}))

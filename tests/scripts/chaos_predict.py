@@ -23,6 +23,8 @@ class Model(pl.LightningModule):
             share = batch * self.weight / 4
             torch.distributed.all_reduce(share)
             batch = share
+        if self.options.careless and self.trainer.strategy.runtime.generation > 0:
+            batch = batch + 1
         return {"row": batch * self.weight, "name": [f"sample {row[0]:g}" for row in batch.tolist()]}
 
 
@@ -32,11 +34,14 @@ def main():
     options.add_argument("--batch", type=int, default=2)
     options.add_argument("--chunk", type=int, default=2)
     options.add_argument("--step", type=float, default=0.01)
-    options.add_argument(
-        "--lose-after-fault", action="store_true", help="be the script that loses a sample when harmed"
-    )
+    options.add_argument("--careless", action="store_true", help="compute something else after a restart")
     options = options.parse_args()
-    strategy = GPUOrchStrategy(tensor_parallel_size=options.tp, output_dir=options.output, chunk_size=options.chunk)
+    strategy = GPUOrchStrategy(
+        tensor_parallel_size=options.tp,
+        output_dir=options.output,
+        chunk_size=options.chunk,
+        parallelize_fn=lambda module, mesh: module,  # its collectives are its own
+    )
     trainer = quiet_trainer(strategy, options.devices)
     trainer.predict(Model(options), DataLoader(Rows(options.samples), batch_size=options.batch))
     if trainer.is_global_zero:

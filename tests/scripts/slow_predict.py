@@ -34,7 +34,7 @@ class Model(pl.LightningModule):
         self.steps += 1
         with open(options.notes, "a") as notes:
             notes.write(f"{rank} {os.getpid()} {time.monotonic():.4f} {batch_idx}\n")
-        return batch * 2
+        return torch.nn.functional.pad(batch * 2, (0, options.padding))
 
     def _once(self):
         if self.options.every_time:
@@ -76,9 +76,15 @@ def main():
     options.add_argument("--at", type=int, default=3)
     options.add_argument("--no-collectives", action="store_true")
     options.add_argument("--every-time", action="store_true")
+    options.add_argument("--padding", type=int, default=0, help="columns that make the predictions large")
     options.add_argument("--poison", type=int, default=None)
     options = options.parse_args()
-    strategy = GPUOrchStrategy(tensor_parallel_size=options.tp, output_dir=options.output, chunk_size=options.chunk)
+    strategy = GPUOrchStrategy(
+        tensor_parallel_size=options.tp,
+        output_dir=options.output,
+        chunk_size=options.chunk,
+        parallelize_fn=lambda module, mesh: module,  # its collectives are its own
+    )
     trainer = quiet_trainer(strategy, options.devices)
     predictions = trainer.predict(Model(options), DataLoader(Rows(options.samples), batch_size=options.batch))
     values = [float(v) for batch in predictions for v in batch[:, 0]]
