@@ -71,11 +71,12 @@ class PredictionJob:
                 runtime.length_fn,
             )
         batchers = [None if self._dynamic is None else self._dynamic.batcher(source) for source in sources]
-        chunk = runtime.config.chunk_size
+        chunk, replicas = runtime.config.chunk_size, world.topology.num_replicas
+        dynamic = self._dynamic is not None
         wanted = Manifest(
             loaders=[
                 source.layout(
-                    default_chunk_batches(source.num_batches, world.topology.num_replicas) if chunk == "auto" else chunk
+                    default_chunk_batches(source.num_batches, replicas, windows=dynamic) if chunk == "auto" else chunk
                 )
                 for source in sources
             ],

@@ -272,16 +272,18 @@ def check_rebatchable(source: Source) -> None:
     )
 
 
-def default_chunk_batches(num_batches: int | None, num_replicas: int) -> int:
+def default_chunk_batches(num_batches: int | None, num_replicas: int, windows: bool = False) -> int:
     """Batches per chunk: small enough to share the work evenly, large enough to cost little.
 
     Args:
         num_batches: Batches of the loader, if known.
         num_replicas: Replicas that share them.
+        windows: Several chunks are batched together, so that small ones cost no padding and even out the end.
     """
     if num_batches is None:
         return 4
-    return max(1, min(MAX_CHUNK_BATCHES, num_batches // (num_replicas * CHUNKS_PER_REPLICA)))
+    wanted = num_replicas * CHUNKS_PER_REPLICA * (2 if windows else 1)
+    return max(1, min(MAX_CHUNK_BATCHES, num_batches // wanted))
 
 
 T = TypeVar("T")
