@@ -47,6 +47,7 @@ from lightning_gpuorch.tensor_parallel import (
     smallest_tensor_parallel_size,
     verify_plan,
 )
+from lightning_gpuorch.tensor_parallel.isolation import CommunicatesError, NoCollectives
 from lightning_gpuorch.tensor_parallel.plan import format_bytes
 from lightning_gpuorch.tensors import fingerprint_files, fingerprint_tensors, fingerprint_weights
 
@@ -108,6 +109,8 @@ class ModelSetup:
         self.runtime, self.parallelize_fn, self.plan, self.example_input = runtime, parallelize_fn, plan, example_input
         self._ready: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._fingerprints: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+        self.load_report: LoadReport | None = None
+        """What the last :meth:`load` did on this rank: bytes read, seconds, missing and unexpected names."""
 
     def is_ready(self, model: nn.Module) -> bool:
         """Whether :meth:`prepare` returned this model, or its user has sharded it."""
@@ -171,7 +174,8 @@ class ModelSetup:
         outcome: _Decision | GPUOrchError | None = None
         if world.topology.rank == 0:
             try:
-                outcome = self._choose(model, batch, budget)
+                with torch.compiler.set_stance("force_eager"):  # what the user has compiled is planned uncompiled
+                    outcome = self._choose(model, batch, budget)
             except GPUOrchError as error:
                 outcome = error
         outcome = world.collectives.broadcast_object(outcome)
@@ -208,7 +212,21 @@ class ModelSetup:
             stays = f"The model stays whole: {format_bytes(total)} on each of {sizes[0]} ranks."
             return _Decision(sizes[0], warning=f"{error} {stays}")
         on_cpu(model)
+        try:
+            with NoCollectives():  # type: ignore[no-untyped-call]
+                return self._planned(model, example, method, sizes, budget_bytes)
+        except CommunicatesError as error:
+            if self.plan is not None:
+                raise
+            check_model_fits(model, budget_bytes)
+            return _Decision(sizes[0], lines=(f"{named} is left as it is: {error}",))
+
+    def _planned(
+        self, model: nn.Module, example: Any, method: str, sizes: tuple[int, ...], budget_bytes: int
+    ) -> _Decision:
+        """A verified plan, the user's or one that is found, for the smallest size that fits."""
         if self.plan is not None:
+            usable = int(budget_bytes * (1 - ACTIVATION_HEADROOM))
             return self._given(model, example, method, sizes, usable)
         choice = smallest_tensor_parallel_size(
             model,
@@ -330,6 +348,7 @@ class ModelSetup:
         with _LoadProgress(topology.rank == 0, checkpoint.location) as progress:
             report = load_sharded(model, checkpoint, plan, rank, device=device, strict=strict, progress=progress)
         model.to(device)  # the buffers
+        self.load_report = report
         if self.runtime.config.model_fingerprint == "auto":
             if isinstance(source, (str, os.PathLike)):
                 self._fingerprints[model] = fingerprint_files(Path(source))
