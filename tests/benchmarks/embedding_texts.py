@@ -5,8 +5,9 @@
 Needs the ``examples`` extra and ``pip install sentence-transformers``. All programs take the texts in the same, unsorted
 order, cut them at 256 tokens, use batches of 32 where they have a fixed size, and give unit vectors, which are compared.
 They run one after another, round by round, on two processes of one thread each (sentence-transformers and the raw loop:
-one process; ``--programs`` also knows sentence-transformers with torch's default number of threads). The raw loop takes
-the first ``--raw-texts`` only, and its figures are multiplied up.
+one process; ``--programs`` also knows sentence-transformers with torch's default number of threads). With
+``--fixed-texts N`` the programs with fixed batches (stock ddp, the raw loop) take the first N texts only, and the figure of
+inference is multiplied up: the order is a shuffle, so their cost is in proportion.
 
 Two figures for each: CPU-seconds of the whole process tree, from start to exit, and of inference alone (of all ranks,
 from ``on_predict_start`` to ``on_predict_end``, or around the loop), which leaves out imports and loading the model.
@@ -228,6 +229,7 @@ PROGRAMS: dict[str, Callable[[list[str], str], None]] = {
     "sentence-transformers, default threads": sentence_transformers_default,
     "floor": floor,
 }
+FIXED = ("stock ddp", "raw loop", "ours, fixed batches")
 ROUND = [
     "ours",
     "sentence-transformers",
@@ -288,8 +290,8 @@ def compare(options: argparse.Namespace) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     texts, origins = collect(options.texts)
     (directory / "texts.json").write_text(json.dumps(texts))
-    num_raw = min(options.raw_texts, len(texts))
-    (directory / "raw.json").write_text(json.dumps(texts[:num_raw]))
+    num_fixed = min(options.fixed_texts or len(texts), len(texts))
+    (directory / "fixed.json").write_text(json.dumps(texts[:num_fixed]))
     lengths = [len(ids) for ids in tokenizer()(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]]
     padded = sum(max(part) * len(part) for i in range(0, len(lengths), 32) if (part := lengths[i : i + 32]))
     quarters = ", ".join(str(round(cut)) for cut in [*statistics.quantiles(lengths, n=4), max(lengths)])
@@ -304,11 +306,11 @@ def compare(options: argparse.Namespace) -> None:
     for number in range(options.rounds):
         for name in options.programs:
             out = directory / f"{name.replace(' ', '_')}-{number}.pt"
-            raw = name == "raw loop"
-            used, seconds = run(name, directory / ("raw.json" if raw else "texts.json"), out)
+            fixed = name in FIXED
+            used, seconds = run(name, directory / ("fixed.json" if fixed else "texts.json"), out)
             alone = sum(float(path.read_text()) for path in directory.glob(f"{out.name}.cpu-*"))
-            if raw:
-                used, alone = used + alone * (len(texts) / num_raw - 1), alone * len(texts) / num_raw
+            if fixed:
+                used, alone = used + alone * (len(texts) / num_fixed - 1), alone * len(texts) / num_fixed
             whole[name].append(used)
             inference[name].append(alone)
             vectors[name] = torch.load(out)
@@ -338,7 +340,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--programs", nargs="+", default=ROUND, choices=[p for p in PROGRAMS if p != "floor"])
-    parser.add_argument("--raw-texts", type=int, default=4_000)
+    parser.add_argument("--fixed-texts", type=int, default=None)
     parser.add_argument("--directory", help="where texts, vectors and logs go")
     parser.add_argument("--program", choices=list(PROGRAMS), help=argparse.SUPPRESS)
     parser.add_argument("--file", help=argparse.SUPPRESS)
