@@ -51,3 +51,10 @@ def test_a_replica_that_dies_comes_back_with_the_size_that_was_decided(runner, p
     assert done.result["layout"] == [2, 2]
     assert done.result["difference"] < 1e-5
     assert "restarting replica 0" in done.output
+
+
+def test_ranks_with_different_weights_are_found_on_the_first_batch(runner, places):
+    done = runner.run("tp_restart.py", "--devices", 2, "--damaged", timeout=170, code=78, environment=places)
+    assert "On the first batch, blocks.0" in done.output
+    assert "differs from the unsharded block" in done.output
+    assert "restarting" not in done.output
