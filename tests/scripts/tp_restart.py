@@ -40,7 +40,7 @@ def main():
     with torch.no_grad():
         expected = model.blocks(data)
     fraction = 0.7 * model_bytes(model).total / total_memory_bytes(CPU)
-    strategy = GPUOrchStrategy(memory_fraction=fraction, chunk_size=1)
+    strategy = GPUOrchStrategy(memory_fraction=fraction, chunk_size=1, output_dir=options.output)
     trainer = quiet_trainer(strategy, options.devices)
     outputs = torch.cat(list(trainer.predict(model, DataLoader(data, batch_size=4))))
     topology = strategy.runtime.world.topology
