@@ -209,7 +209,7 @@ class StrategyShell:
     def _gather_for_metric(self, tensor: Tensor, group: Any = None) -> list[Tensor]:
         world = self.runtime.world
         gathered = world.collectives.gather_by_rank(tensor.detach().cpu())
-        shares = one_per_replica(gathered, world.topology.tensor_parallel_size)
+        shares = one_per_replica(gathered, world.topology.ranks_per_replica)
         return [share.to(tensor.device) for share in shares]
 
     # Collectives over the whole job, through the control plane. Before the job is joined there is nobody to wait for.
@@ -242,7 +242,7 @@ class StrategyShell:
         tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
         world = self.runtime.world
         gathered = world.collectives.gather_by_rank(tensor.detach().cpu())
-        stack = torch.stack(list(one_per_replica(gathered, world.topology.tensor_parallel_size)))
+        stack = torch.stack(list(one_per_replica(gathered, world.topology.ranks_per_replica)))
         return _REDUCTIONS[name](stack).to(tensor.device)
 
     def _job_decide(self, decision: bool, all_agree: bool) -> bool:

@@ -56,6 +56,8 @@ class OrchestratorConfig:
     """A GPU whose check has not answered by then is not used; the check imports torch first."""
     spare_devices: int = 0
     """GPUs of each node to hold back for replicas whose own GPU fails."""
+    allow_tensor_parallel_shrink: bool = False
+    """When the last replica has lost devices and there are no spares, let it go on with those it has left."""
     lease_term_sec: float = 30.0
     """A node that is silent for so long loses the chunks it holds to others; it may come back."""
     node_timeout_sec: float = 300.0

@@ -127,7 +127,7 @@ class Runtime:
             stage = {"op": "stage", "gang": training, "every_replica": evaluating, **world.owner}
             world.channel.call(stage, timeout_seconds=30)
         if training or world.settled:
-            self.settle(1 if not world.settled else world.topology.tensor_parallel_size)
+            self.settle(1 if not world.settled else world.topology.ranks_per_replica)
         return world
 
     def settle(self, tensor_parallel_size: int) -> Topology:
@@ -148,9 +148,10 @@ class Runtime:
             self._placed = True
             self._record(world)
             world.form_world(world.topology, whole_job=self._training)
-            if tensor_parallel_size > 1 and self.mesh is None:
+            size = world.topology.tensor_parallel_size
+            if size > 1 and self.mesh is None:
                 replicas = world.topology.num_replicas if world.spans_job else 1
-                self.mesh = world.groups.device_mesh(replicas, tensor_parallel_size)
+                self.mesh = world.groups.device_mesh(replicas, size)
         return world.topology
 
     @property
@@ -231,7 +232,7 @@ class Runtime:
         dist.all_gather(digests, mine, group=group)
         values, random_states = zip(*(pair.tolist() for pair in digests), strict=True)
         if len(set(values)) > 1:
-            first = topology.replica * topology.tensor_parallel_size
+            first = topology.replica * topology.ranks_per_replica
             odd = [first + index for index, value in enumerate(values) if value != values[0]]
             raise InputMismatchError(
                 f"ranks {odd} of replica {topology.replica} were given another batch than rank {first}; all ranks of a "
