@@ -6,7 +6,7 @@ import atexit
 import logging
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ import torch
 from lightning_gpuorch._version import __version__
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.distributed import Topology
-from lightning_gpuorch.errors import ConfigurationError, GPUOrchError, InputMismatchError
+from lightning_gpuorch.errors import GPUOrchError, InputMismatchError
+from lightning_gpuorch.memory import ResourceAllocator
+from lightning_gpuorch.memory.transfer import Transfers
 from lightning_gpuorch.prediction_job import PredictionJob, StepWrapper
 from lightning_gpuorch.predictions.loader import SharedLoader
 from lightning_gpuorch.predictions.source import describe
@@ -40,11 +42,14 @@ class Runtime:
     """
 
     def __init__(self, config: OrchestratorConfig, output_dir: str | os.PathLike[str] | None = None):
-        if config.enable_dynamic_batching:
-            raise ConfigurationError("enable_dynamic_batching=True is not available in this version; leave it False.")
         self.config, self.output_dir = config, output_dir
         self.step_wrappers: list[StepWrapper] = []
+        self.length_fn: Callable[[Any], int] | None = None
+        """Gives the length of a sample, for dynamic batching; None knows common types."""
         self.device = torch.device("cpu")
+        self.transfers: Transfers | None = None
+        """Copies that overlap with steps, on CUDA."""
+        self._allocator: ResourceAllocator | None = None
         self.mesh: DeviceMesh | None = None
         self.job: PredictionJob | None = None
         self.calibration = Calibration.from_environment()
@@ -59,6 +64,13 @@ class Runtime:
         if self._world is None:
             raise GPUOrchError("the job is not set up yet; call launch() (Fabric) or use the Trainer's entry points.")
         return self._world
+
+    @property
+    def allocator(self) -> ResourceAllocator:
+        """The memory budget of this rank's device. Making it caps torch's allocator, on CUDA."""
+        if self._allocator is None:
+            self._allocator = ResourceAllocator(self.device, self.config.memory_fraction)
+        return self._allocator
 
     @property
     def replica(self) -> int:
@@ -104,9 +116,11 @@ class Runtime:
             training: Form one world over the whole job, whose ranks restart together.
             evaluating: Every replica has a fixed share that nobody else can take over.
         """
-        self.device = device
+        if device != self.device:
+            self.device, self._allocator = device, None
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            self.transfers = Transfers(device, self.allocator.pinned_pool)
         world = self._world = join(self.config, device, external)
         self._training, self._placed = training, False
         if world.topology.world_size > 1:
