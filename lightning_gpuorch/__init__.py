@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_gpuorch.orchestrator import MultiGPUOrchestrator
     from lightning_gpuorch.predictions import read_predictions
     from lightning_gpuorch.recovery import FailureRecoveryManager
+    from lightning_gpuorch.tensor_parallel import TensorParallelPlan, plan_tensor_parallel
 
 _HOMES = {
     "FailureRecoveryManager": "lightning_gpuorch.recovery",
@@ -28,6 +29,8 @@ _HOMES = {
     "OrchestratorConfig": "lightning_gpuorch.config",
     "ProcessGroupManager": "lightning_gpuorch.distributed",
     "ResourceAllocator": "lightning_gpuorch.memory",
+    "TensorParallelPlan": "lightning_gpuorch.tensor_parallel",
+    "plan_tensor_parallel": "lightning_gpuorch.tensor_parallel",
     "read_predictions": "lightning_gpuorch.predictions",
 }
 
@@ -38,7 +41,9 @@ __all__ = [
     "OrchestratorConfig",
     "ProcessGroupManager",
     "ResourceAllocator",
+    "TensorParallelPlan",
     "__version__",
+    "plan_tensor_parallel",
     "read_predictions",
 ]
 

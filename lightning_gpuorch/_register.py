@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
@@ -43,7 +44,11 @@ def _factory(home: str | None, package: str) -> Callable[..., Any]:
                 f"strategy='gpuorch' works with the package `lightning`, and this is `{package}`, a separate copy whose "
                 f"objects do not mix with it. Import `lightning.pytorch` or `lightning.fabric` instead of `{package}`."
             )
-        return importlib.import_module(home).GPUOrchStrategy(**options)
+        chosen = os.environ.get("LT_STRATEGY")
+        strategy = importlib.import_module(home).GPUOrchStrategy(**options)
+        if chosen is not None:  # a strategy that a script makes itself takes the place of the launcher's choice
+            os.environ["LT_STRATEGY"] = chosen
+        return strategy
 
     return gpuorch_strategy
 

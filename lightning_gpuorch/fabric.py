@@ -64,6 +64,10 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):  # type: ignore[misc]
             process_group_backend=self.config.backend if self.config.backend != "auto" else None,
         )
         self._start_method = start_method
+        if os.environ.get("LT_STRATEGY") == "gpuorch":
+            # Launched by `gpuorch run`, a script may name the strategy or make it: Fabric would refuse an object as a
+            # contradiction to the name, or replace it by one without its options.
+            del os.environ["LT_STRATEGY"]
 
     # Processes
 

@@ -108,6 +108,8 @@ class ModelSetup:
         self.runtime, self.parallelize_fn, self.plan, self.example_input = runtime, parallelize_fn, plan, example_input
         self._ready: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._fingerprints: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+        self.load_report: LoadReport | None = None
+        """What the last :meth:`load` did on this rank: bytes read, seconds, missing and unexpected names."""
 
     def is_ready(self, model: nn.Module) -> bool:
         """Whether :meth:`prepare` returned this model, or its user has sharded it."""
@@ -171,7 +173,8 @@ class ModelSetup:
         outcome: _Decision | GPUOrchError | None = None
         if world.topology.rank == 0:
             try:
-                outcome = self._choose(model, batch, budget)
+                with torch.compiler.set_stance("force_eager"):  # what the user has compiled is planned uncompiled
+                    outcome = self._choose(model, batch, budget)
             except GPUOrchError as error:
                 outcome = error
         outcome = world.collectives.broadcast_object(outcome)
@@ -330,6 +333,7 @@ class ModelSetup:
         with _LoadProgress(topology.rank == 0, checkpoint.location) as progress:
             report = load_sharded(model, checkpoint, plan, rank, device=device, strict=strict, progress=progress)
         model.to(device)  # the buffers
+        self.load_report = report
         if self.runtime.config.model_fingerprint == "auto":
             if isinstance(source, (str, os.PathLike)):
                 self._fingerprints[model] = fingerprint_files(Path(source))

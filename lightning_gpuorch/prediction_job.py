@@ -80,6 +80,7 @@ class PredictionJob:
         self.resumed_chunks = sum(answer["resumed"])
         manifest = Manifest.from_dict(answer["manifest"])
         self.delivered = _Delivered()
+        self._chunks_began: dict[tuple[int, int], float] = {}
         self._asked_ns = time.time_ns()
         self._fetched_ns: tuple[int, int] | None = None
         self.samples = 0
@@ -156,6 +157,8 @@ class PredictionJob:
         for wrapper in reversed(self._runtime.step_wrappers):
             step = functools.partial(_wrapped, wrapper, step, ticket)
         self._lost.clear()
+        if self._writer is not None:
+            self._chunks_began.setdefault((ticket.loader, ticket.chunk), time.monotonic())
         telemetry = self._runtime.telemetry
         telemetry.begin_step(self.steps, ticket.chunk, self._fetched_ns)
         heartbeat, span = current_heartbeat(), ticket.span
@@ -263,7 +266,9 @@ class PredictionJob:
             self._writer.put(loader, chunk, batches, metadata)
 
     def _on_committed(self, loader: int, chunk: int, won: bool, samples: int) -> None:
-        emit("chunk", job=self.number, loader=loader, chunk=chunk, samples=samples, won=won)
+        began = self._chunks_began.pop((loader, chunk), None)
+        took = {} if began is None else {"seconds": round(time.monotonic() - began, 6)}
+        emit("chunk", job=self.number, loader=loader, chunk=chunk, samples=samples, won=won, **took)
         quarantined = self._quarantined.pop((loader, chunk), [])
         self._call("done", loader=loader, chunk=chunk, won=won, samples=samples, quarantined=quarantined)
 

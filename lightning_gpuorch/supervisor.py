@@ -199,7 +199,8 @@ class Supervisor:
             self._workers.kill(list(self._workers))
             for beginning in self._beginnings:
                 _cancel(beginning.checks)
-            self._record("end", exit_code=code, **self._missing)
+            done = {} if self.head is None else {"samples": sum(job.samples_done for job in self.head.jobs.values())}
+            self._record("end", exit_code=code, **done, **self._missing)
             for number, handler in previous.items():
                 signal.signal(number, handler)
             self._workers.close()

@@ -247,7 +247,8 @@ def _how_complete(jobs: dict[int, Job]) -> dict[str, Any]:
             return {}
     if not jobs:
         return {}
-    return {"complete": False, "missing_samples": "; ".join(missing)} if missing else {"complete": True}
+    done = {"complete": not missing, "samples": sum(job.samples_done for job in jobs.values())}
+    return {**done, "missing_samples": "; ".join(missing)} if missing else done
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from lightning_gpuorch.callbacks._rank import RankInfo
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.health.devices import DeviceIdentity
 from lightning_gpuorch.health.monitor import HealthMonitor, HealthReport
+from lightning_gpuorch.health.probe import ProbeResult, probe_all_reduce
 from lightning_gpuorch.health.verdict import Verdict
 from lightning_gpuorch.telemetry.current import current_metrics, emit
 
@@ -24,7 +25,8 @@ class GPUHealthMonitor(Callback):
     events.
 
     Readings are taken on threads of their own: a driver that hangs makes the verdict UNKNOWN and no step slower.
-    Without a GPU, memory and load of the machine are shown.
+    Without a GPU, memory and load of the machine are shown. Where ranks share a model, their all-reduce is timed once
+    before the first step.
 
     Args:
         interval_seconds: Time between two readings.
@@ -56,6 +58,7 @@ class GPUHealthMonitor(Callback):
         self._info: RankInfo | None = None
         self._xids_shown = 0
         self._previous: Verdict | None = None
+        self._probe: ProbeResult | None = None
         self.monitor: HealthMonitor | None = None
         """The monitor, while a predict loop runs."""
 
@@ -73,6 +76,7 @@ class GPUHealthMonitor(Callback):
             on_verdict=self._take_verdict,
             on_reading=self._take_reading,
         )
+        self._probe_collectives(info)
 
     def on_predict_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -92,6 +96,20 @@ class GPUHealthMonitor(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str = "predict") -> None:
         """Stop, however the loop was left."""
         self._finish()
+
+    def _probe_collectives(self, info: RankInfo) -> None:
+        """Time the all-reduce of the replica's ranks once, before the first step; all of them are here now."""
+        if info.runtime is None or not torch.distributed.is_initialized():
+            return
+        size = info.runtime.topology.tensor_parallel_size
+        if size == 1 or info.runtime.mesh is None or self.monitor is None:
+            return
+        group = info.runtime.mesh.get_group("tensor_parallel")
+        self._probe = probe_all_reduce(
+            lambda tensor: torch.distributed.all_reduce(tensor, group=group), size, info.device,
+            num_bytes=16 * 2**20 if info.device.type == "cuda" else 2**20,
+        )  # fmt: skip
+        self.monitor.note_probe(self._probe)
 
     def _finish(self) -> None:
         monitor, self.monitor = self.monitor, None
@@ -122,6 +140,9 @@ class GPUHealthMonitor(Callback):
                 utilization_ratio=reading.utilization_ratio,
                 ecc_uncorrected=reading.ecc_uncorrected,
             )
+            if self._probe is not None:
+                metrics.probe_seconds.set(self._probe.latency_seconds)
+                metrics.probe_bandwidth.set(self._probe.bandwidth_bytes_per_second)
             metrics.health_status.set(int(report.verdict))
             metrics.xid_errors.inc(len(report.xids) - self._xids_shown)
             self._xids_shown = len(report.xids)

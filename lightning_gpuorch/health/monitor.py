@@ -29,6 +29,7 @@ from lightning_gpuorch.health.devices import (
     NVMLReader,
     nvml_session,
 )
+from lightning_gpuorch.health.probe import ProbeResult
 from lightning_gpuorch.health.reading import DeviceReading
 from lightning_gpuorch.health.trend import MemoryTrend
 from lightning_gpuorch.health.verdict import Finding, Verdict, judge_reading, judge_xids
@@ -114,6 +115,8 @@ class HealthMonitor:
         self._unavailable: str | None = None
         self._trend = MemoryTrend()
         self._last_step_at: float | None = None
+        self._longest_stall_seconds = 0.0
+        self._probe: ProbeResult | None = None
         self._stop = threading.Event()
         targets = {"health": self._take_readings, "verdict": self._publish}
         if self._identity is not None:
@@ -130,9 +133,13 @@ class HealthMonitor:
             return self._report()
 
     def get_health_summary(self) -> dict[str, Any]:
-        """Everything that is known, as plain data: verdict, evidence, the last reading, XIDs, trend, responsiveness."""
+        """Everything that is known, as plain data: verdict, evidence, the last reading, XIDs, trend, responsiveness.
+
+        ``longest_stall_seconds`` is the longest time for which no thread of this process could run Python: it was
+        stopped, starved, or something held the GIL.
+        """
         report = self.check_health()
-        stepped = self._last_step_at
+        stepped, probe = self._last_step_at, self._probe
         return {
             "verdict": str(report.verdict),
             "evidence": report.evidence,
@@ -143,6 +150,9 @@ class HealthMonitor:
             "xids": list(report.xids),
             "memory_full_in_seconds": report.memory_full_in_seconds,
             "seconds_since_last_step": time.monotonic() - stepped if stepped is not None else None,
+            "longest_stall_seconds": self._longest_stall_seconds,
+            "all_reduce_latency_seconds": probe.latency_seconds if probe is not None else None,
+            "all_reduce_bandwidth_bytes_per_second": probe.bandwidth_bytes_per_second if probe is not None else None,
         }
 
     def wait_for_reading(self, timeout_seconds: float) -> HealthReport:
@@ -154,6 +164,10 @@ class HealthMonitor:
     def note_step(self) -> None:
         """Tell that a step was completed; part of the summary. Costs less than a tenth of a microsecond."""
         self._last_step_at = time.monotonic()
+
+    def note_probe(self, result: ProbeResult) -> None:
+        """Tell what a probe of the collectives has found; part of the summary."""
+        self._probe = result
 
     def close(self, timeout_seconds: float = 2.0) -> None:
         """Stop. A thread that the driver does not let go is left behind."""
@@ -282,7 +296,11 @@ class HealthMonitor:
         seen = 0
         while True:
             with self._changed:
-                self._changed.wait(min(self._interval_seconds, self._stale_after_seconds / 4))
+                timeout = min(self._interval_seconds, self._stale_after_seconds / 4)
+                began = time.monotonic()
+                self._changed.wait(timeout)
+                late = time.monotonic() - began - timeout
+                self._longest_stall_seconds = max(self._longest_stall_seconds, late)
                 if self._stopping:
                     return
                 report, fresh = self._report(), self._num_readings != seen

@@ -74,7 +74,7 @@ EVENT_SCHEMA: Mapping[str, EventKind] = {
     "chunk": EventKind(
         "A chunk is durable.",
         {"loader": "dataloader index", "chunk": "chunk index"},
-        {"job": "number of the predict call", "samples": "in it", "seconds": "from lease to commit",
+        {"job": "number of the predict call", "samples": "in it", "seconds": "from its first step to its commit",
          "nbytes": "of its part file", "won": "false: another replica had written it before"},
     ),
     "oom": EventKind(

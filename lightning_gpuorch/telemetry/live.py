@@ -317,13 +317,14 @@ def watch(
             time.sleep(refresh_seconds)
 
 
-def snapshot(events: Iterable[dict[str, Any]], now: float) -> RenderableType:
+def snapshot(events: Iterable[dict[str, Any]], now: float, height: int | None = None) -> RenderableType:
     """The view at one moment, for tests and pictures.
 
     Args:
         events: By time; those after ``now`` are left out.
         now: Unix time.
+        height: Lines there are; None shows all ranks.
     """
     view = LiveView()
     view.add(event for event in events if event["ts"] <= now)
-    return view.render(now)
+    return view.render(now, height)

@@ -10,8 +10,8 @@ gauge whose value is not known is absent, never 0.
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
+import sys
 import time
 from collections.abc import Iterator
 
@@ -126,7 +126,7 @@ class RankMetrics:
         )
         Gauge(
             "gpuorch_build_info", "Constant 1; what is running.", ("version", "torch", "python"), registry=registry
-        ).labels(__version__, importlib.metadata.version("torch"), platform.python_version()).set(1)
+        ).labels(__version__, getattr(sys.modules.get("torch"), "__version__", ""), platform.python_version()).set(1)
         registry.register(_FailuresCollector(label, failures))
         Gauge(
             "distributed_inference_rank_info",

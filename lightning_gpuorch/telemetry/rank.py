@@ -76,6 +76,7 @@ class RankTelemetry:
         self.steps: StepRecorder | None = None
         self.profiler: BoundedProfiler | None = None
         self._step_began = 0.0
+        self._in_step = False
         self._provider: Any = None
         if trace_endpoint and (trace_endpoint != TRACE_TO_FILE or directory is not None):
             to_file = trace_endpoint == TRACE_TO_FILE
@@ -119,6 +120,7 @@ class RankTelemetry:
         if self.profiler is not None:
             self.profiler.step()
         self._trace.begin(step, chunk, fetched_ns)
+        self._in_step = True
         self._step_began = time.perf_counter()
 
     def computed(self) -> None:
@@ -133,22 +135,25 @@ class RankTelemetry:
         """
         if self.steps is not None:
             self.steps.record_step(time.perf_counter() - self._step_began, num_samples)
+        self._in_step = False
         self._trace.end(num_samples)
 
     def fail_step(self, error: BaseException) -> None:
         """Tell that the step has ended with an error, which goes on to whoever called it."""
+        self._in_step = False
         self._trace.fail(error)
 
     def observe_collective(self, op: str, seconds: float) -> None:
-        """Count a collective that has just completed: for events and traces, and for the metrics if there are any.
+        """Count a collective that has just completed: for the metrics, and within a step for events and traces.
 
         Args:
             op: ``all_reduce``, ``all_gather``, ...
             seconds: From its start on this rank to its completion, waiting for other ranks included.
         """
-        if self.steps is not None:
-            self.steps.record_communication(seconds)
-        self._trace.add_collective(op, seconds)
+        if self._in_step:
+            if self.steps is not None:
+                self.steps.record_communication(seconds)
+            self._trace.add_collective(op, seconds)
         metrics = current_metrics()
         if metrics is not None:
             metrics.observe_collective(op, seconds)

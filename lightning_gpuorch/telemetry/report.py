@@ -75,7 +75,7 @@ def render(summary: RunSummary, unreadable_lines: int = 0) -> str:
         _section("Device memory", "", _per_rank_chart(summary, axis, "memory")),
         _section("Device temperature", "", _per_rank_chart(summary, axis, "temperature")),
         _section("Ranks", "", _rank_table(summary)),
-        _section("Slowest chunks", "From lease to durable.", _chunks(summary)),
+        _section("Slowest chunks", "From the first step to durable.", _chunks(summary)),
         _footer(summary, unreadable_lines),
     ]
     return (

@@ -59,6 +59,7 @@ class RunSummary:
         ranks: By rank.
         throughput: Time and samples, one pair per interval of steps.
         incidents: Events a person wants to know of, by time.
+        samples_durable: Samples that this run has made durable, if it has ended and could say; else 0.
         lost: Reason and sample range of everything that has no prediction.
         slowest_chunks: ``chunk`` events by duration, slowest first.
         observer_failures: Failures of logs, metrics and so on, by name.
@@ -74,6 +75,7 @@ class RunSummary:
     ranks: dict[int, RankSummary]
     throughput: list[tuple[float, float, float]]
     incidents: list[Event]
+    samples_durable: int
     lost: list[tuple[int, int, str]]
     slowest_chunks: list[Event]
     observer_failures: dict[str, int]
@@ -85,8 +87,11 @@ class RunSummary:
 
     @property
     def samples(self) -> int:
-        """Samples computed, those computed again after a failure included."""
-        return sum(rank.samples for rank in self.ranks.values())
+        """Samples computed, those computed again after a failure included.
+
+        What a rank did in the second before it was killed it could not tell; what is durable is known all the same.
+        """
+        return max(self.samples_durable, sum(rank.samples for rank in self.ranks.values()))
 
     def count(self, kind: str) -> int:
         """Incidents of a kind."""
@@ -135,6 +140,7 @@ def summarize(events: Sequence[Event]) -> RunSummary:
         ranks=dict(sorted(ranks.items())),
         throughput=throughput,
         incidents=[e for e in events if e["kind"] in INCIDENT_KINDS],
+        samples_durable=int(ends[-1].get("samples") or 0) if ends else 0,
         lost=[
             (e["start"], e["stop"], str(e.get("reason", e.get("why", "unknown"))))
             for e in events

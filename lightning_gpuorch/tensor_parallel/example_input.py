@@ -24,7 +24,7 @@ def find_example_input(model: nn.Module, batch: Any = None) -> tuple[Any, str]:
         batch: A real batch, used if the model itself says nothing.
 
     Returns:
-        The example, and where it comes from: ``example_input_array``, ``config`` or ``batch``.
+        The example, and where it comes from: ``example_input_array``, ``config``, ``dummy_inputs`` or ``batch``.
 
     Raises:
         TensorParallelError: If there is none.
@@ -35,6 +35,9 @@ def find_example_input(model: nn.Module, batch: Any = None) -> tuple[Any, str]:
     configured = _from_config(model)
     if configured is not None:
         return configured, "config"
+    dummy = getattr(model, "dummy_inputs", None)
+    if isinstance(dummy, Mapping) and dummy and getattr(model, "main_input_name", next(iter(dummy))) in dummy:
+        return dict(dummy), "dummy_inputs"
     if batch is not None:
         return cut_small(batch), "batch"
     raise TensorParallelError(

@@ -25,11 +25,18 @@ def group_of(model: nn.Module) -> Communicator:
     Raises:
         TensorParallelError: If the model has no sharded layer.
     """
+    communicator = _communicator(model)
+    if communicator is None:
+        raise TensorParallelError(f"{type(model).__name__} has no sharded layer; apply a plan first.")
+    return communicator
+
+
+def _communicator(model: nn.Module) -> Communicator | None:
     for module in model.modules():
         communicator = getattr(module, "communicator", None)
         if isinstance(communicator, Communicator):
             return communicator
-    raise TensorParallelError(f"{type(model).__name__} has no sharded layer; apply a plan first.")
+    return None
 
 
 def from_first_rank(value: Any, communicator: Communicator) -> Any:
@@ -63,12 +70,13 @@ def random_state_digest(device: torch.device | None = None) -> int:
 
 
 def generate(model: nn.Module, inputs: torch.Tensor | Mapping[str, Any], **options: Any) -> Any:
-    """Generate with a sharded transformers model; every rank calls this and gets the same tokens.
+    """Generate with a transformers model; every rank that shares it calls this and gets the same tokens.
 
-    Greedy search, sampling and beam search work with every kind of key/value cache; each rank caches its own heads.
+    Greedy search, sampling and beam search work with every kind of key/value cache; each rank caches its own heads. A
+    model that is whole on this rank generates by itself.
 
     Args:
-        model: A sharded model with a ``generate`` method.
+        model: A model with a ``generate`` method.
         inputs: Token ids ``(batch, length)``, or keyword tensors as a tokenizer returns them. The first rank's count.
         **options: Options of ``generate``. The first rank's count.
 
@@ -76,26 +84,24 @@ def generate(model: nn.Module, inputs: torch.Tensor | Mapping[str, Any], **optio
         What ``generate`` returns.
 
     Raises:
-        TensorParallelError: If the model is not sharded or cannot generate, or an option would let ranks stop at
-        different
-            times.
+        TensorParallelError: If the model cannot generate, or an option would let ranks stop at different times.
     """
     run = getattr(model, "generate", None)
     if run is None:
         raise TensorParallelError(f"{type(model).__name__} has no generate method.")
-    communicator = group_of(model)
-    if options.get("max_time") is not None:
-        raise TensorParallelError(
-            "max_time stops each rank by its own clock, and ranks that stop at different steps wait for each "
-            "other for ever. "
-            "Use max_new_tokens."
-        )
     device = next(model.parameters()).device
     arguments = {"inputs": inputs} if isinstance(inputs, torch.Tensor) else dict(inputs)
-    arguments, options = from_first_rank((arguments, options), communicator)
+    communicator = _communicator(model)
+    if communicator is not None:
+        if options.get("max_time") is not None:
+            raise TensorParallelError(
+                "max_time stops each rank by its own clock, and ranks that stop at different steps wait for each other for "
+                "ever. Use max_new_tokens."
+            )
+        arguments, options = from_first_rank((arguments, options), communicator)
+        synchronize_random_state(communicator, device)
     arguments = {
         key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in arguments.items()
     }
-    synchronize_random_state(communicator, device)
     with torch.no_grad():
         return run(**arguments, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import enum
 import math
 import warnings
@@ -102,6 +103,9 @@ class StubInstaller:
             for module in self.anatomy.names:
                 # Forwards may keep things on their module (masks, rotary tables, counters): none of a run stays.
                 stack.callback(_restore_state, module, dict(module.__dict__), _tensor_dicts(module))
+                for name, value in module.__dict__.items():
+                    if type(value) in (list, dict, set) and not name.startswith("_"):
+                        stack.callback(_refill, value, copy.copy(value))
             stack.enter_context(evaluation_mode(self.model))
             stack.enter_context(torch.random.fork_rng(devices=[]))
             stack.enter_context(warnings.catch_warnings())
@@ -227,6 +231,15 @@ class StubInstaller:
 
 def _tensor_dicts(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     return dict(module._parameters), dict(module._buffers)
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Undo what was added to a list, dict or set, or taken from it; what it holds is not looked into."""
+    if isinstance(container, list):
+        container[:] = content
+    else:
+        container.clear()
+        container.update(content)
 
 
 def _restore_state(

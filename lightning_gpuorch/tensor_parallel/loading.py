@@ -168,10 +168,16 @@ def _seen_by_model(checkpoint: Checkpoint, model: nn.Module, targets: list[_Targ
     keys = set(checkpoint.keys())
     if all(any(name in keys for name in target.names) for target in targets):
         return checkpoint
-    if any(cls.__module__ == "transformers.modeling_utils" for cls in type(model).__mro__):
+    # The model itself, or the one inside of a LightningModule; the names around it differ by a prefix only.
+    outermost: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        is_inside = any(not outer or name.startswith(f"{outer}.") for outer in outermost)
+        if not is_inside and any(cls.__module__ == "transformers.modeling_utils" for cls in type(module).__mro__):
+            outermost[name] = module
+    if len(outermost) == 1:
         from lightning_gpuorch.tensor_parallel.transformers_checkpoint import converted_checkpoint
 
-        return converted_checkpoint(checkpoint, model)
+        return converted_checkpoint(checkpoint, next(iter(outermost.values())))
     return checkpoint
 
 

@@ -12,8 +12,8 @@ from lightning_gpuorch.errors import ModelDoesNotFitError, TensorParallelError
 from lightning_gpuorch.tensor_parallel.plan import TensorParallelPlan, format_bytes
 from lightning_gpuorch.tensor_parallel.planning import plan_tensor_parallel
 
-MAX_SIZE_TO_RECOMMEND = 64
-"""Where no degree at hand is enough, larger ones up to this are planned to say which would be."""
+MAX_SIZE_TO_RECOMMEND = 1024
+"""Where no degree at hand is enough, the message names a larger one up to this."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +145,15 @@ def smallest_tensor_parallel_size(
     if refusals and any(whole.at_least(size) <= usable for size in sizes):
         raise TensorParallelError("\n  ".join(["No degree fits that could be planned:", *lines, str(refusals[0])]))
     fitting = None
-    if whole.buffers < usable and (example_input is not None or example_kwargs):
-        beyond = (2**power for power in range(1, 31) if sizes[-1] < 2**power <= MAX_SIZE_TO_RECOMMEND)
-        fitting = next((choice.tensor_parallel_size for size in beyond if (choice := try_size(size)) is not None), None)
+    if example_input is not None or example_kwargs:
+        try:
+            two = planner(model, example_input, 2, example_kwargs=example_kwargs, method=method)
+            fitting = _size_beyond(sizes[-1], usable, two.replicated_bytes + whole.buffers, two.total_bytes, lines)
+        except TensorParallelError as error:
+            lines.append(f"no plan passes verification: {error}")
     best = min(whole.at_least(size) for size in sizes)
     advice = (
-        f"tensor_parallel_size={fitting} would do" if fitting else "no tensor_parallel_size was found that would do"
+        f"tensor_parallel_size={fitting} could do" if fitting else "no tensor_parallel_size was found that would do"
     )
     raise ModelDoesNotFitError(
         "\n  ".join([f"{type(model).__name__} does not fit {_ranks(sizes)}; {advice}.", *lines]),
@@ -158,6 +161,23 @@ def smallest_tensor_parallel_size(
         budget_bytes,
         fitting,
     )
+
+
+def _size_beyond(largest: int, usable: int, on_every_rank: int, total: int, lines: list[str]) -> int | None:
+    """The power of two at which a model would fit, as far as what stays on every rank tells."""
+    size = 2
+    while size <= MAX_SIZE_TO_RECOMMEND:
+        if size > largest:
+            needed = on_every_rank + -(-total // size)
+            fits = needed <= usable
+            lines.append(f"{size} ranks: about {format_bytes(needed)} each: {'could fit' if fits else 'too much'}")
+            if fits:
+                return size
+        if on_every_rank > usable:
+            lines.append(f"{format_bytes(on_every_rank)} stay on every rank, however many there are")
+            return None
+        size *= 2
+    return None
 
 
 def _ranks(sizes: Sequence[int]) -> str:

@@ -26,5 +26,28 @@ def test_degree_from_the_budget_and_weights_read_by_part(runner, places, tmp_pat
 
 def test_a_model_that_fits_no_degree_is_refused_with_the_arithmetic(runner, places):
     done = runner.run("tp_strategies.py", "--devices", 2, "--budget", 0.3, timeout=170, code=78, environment=places)
-    assert "Model does not fit 1 or 2 devices; tensor_parallel_size=4 would do." in done.output
+    assert "Model does not fit 1 or 2 devices; tensor_parallel_size=4 could do." in done.output
     assert "at least 41.12 KiB each: too much" in done.output
+
+
+def test_generation_bfloat16_and_compilation_of_a_wrapped_model(runner, places):
+    """A transformers model inside a LightningModule, built on meta, its weights from a transformers directory."""
+    pytest.importorskip("transformers")
+    environment = {**places, "BACKEND": "inductor"}
+    result = runner.run("tp_generate.py", "--devices", 2, "--tp", 2, timeout=170, environment=environment).result
+    assert result["greedy"]
+    assert result["sampling"]  # the same tokens on both ranks, whose own seeds differ
+    assert result["beam"]
+    dtype, error = result["bfloat16"]
+    assert dtype == "torch.bfloat16"
+    assert error < 0.03
+    assert result["compiled"] < 1e-5
+    assert result["sharded"]
+    assert result["graphs"] == 1
+
+
+def test_a_replica_that_dies_comes_back_with_the_size_that_was_decided(runner, places):
+    done = runner.run("tp_restart.py", "--devices", 4, timeout=170, environment=places)
+    assert done.result["layout"] == [2, 2]
+    assert done.result["difference"] < 1e-5
+    assert "restarting replica 0" in done.output

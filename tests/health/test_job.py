@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).with_name("job_with_gpus.py")
 
 
 @pytest.mark.parametrize("xid", [79])
-def test_a_gpu_that_falls_off_the_bus_is_reported_and_every_prediction_is_there(
+def test_a_gpu_that_falls_off_the_bus_retires_its_replica_and_every_prediction_is_there(
     runner: Runner, tmp_path: Path, fake_library: Path, xid: int
 ) -> None:
     gpus = FakeNVML(tmp_path, num_gpus=4, library=fake_library)
@@ -33,6 +33,14 @@ def test_a_gpu_that_falls_off_the_bus_is_reported_and_every_prediction_is_there(
     (verdict,) = (event for event in events if event["kind"] == "verdict")
     assert (verdict["rank"], verdict["verdict"], verdict["device"]) == (1, "failed", gpus.uuid(1))
     assert verdict["evidence"][0] == "xid_79: GPU has fallen off the bus"
+    (retired,) = (event for event in events if event["kind"] == "retire")
+    assert (retired["replica"], retired["ranks"]) == (1, [1])
+    assert "xid_79" in retired["reason"]
+    chunks_of_1 = [event["ts"] for event in events if event["kind"] == "chunk" and event["rank"] == 1]
+    chunks_of_0 = [event["ts"] for event in events if event["kind"] == "chunk" and event["rank"] == 0]
+    assert chunks_of_1, "both have worked before"
+    assert max(chunks_of_1) < retired["ts"] < max(chunks_of_0), "the other has done the rest"
+    assert not [event for event in events if event["kind"] == "restart"]
     assert "xid_79: GPU has fallen off the bus" in (records / "report.html").read_text(encoding="utf-8")
     temperatures = {e["rank"] for e in events if e["kind"] == "device" and e.get("temperature_celsius") == 45}
     assert temperatures == {0, 1}

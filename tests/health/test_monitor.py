@@ -156,6 +156,17 @@ def test_the_summary_is_plain_data(gpus: FakeNVML) -> None:
     assert (summary["verdict"], summary["xids"]) == ("degraded", [63])
     assert summary["evidence"] == ["xid_63: row remapping or page retirement was recorded"]
     assert summary["temperature_celsius"] == 45
+    assert 0 <= summary["longest_stall_seconds"] < 5
+    assert summary["all_reduce_latency_seconds"] is None
+
+
+def test_a_process_that_cannot_run_python_is_seen_to_stall(gpus: FakeNVML) -> None:
+    import ctypes
+
+    with watch(gpus) as monitor:
+        monitor.wait_for_reading(10)
+        ctypes.PyDLL(None).usleep(600_000)  # with the GIL held
+        eventually(lambda: monitor.get_health_summary()["longest_stall_seconds"] > 0.3)
 
 
 def test_callbacks_that_raise_or_hang_are_counted_and_change_no_verdict(gpus: FakeNVML, tally: FailureTally) -> None:
