@@ -198,18 +198,32 @@ def test_a_death_near_the_end_is_no_success_where_nobody_restarts(runner, tmp_pa
         read_predictions(tmp_path / "out")
 
 
-def test_two_tasks_of_slurm(runner, tmp_path):
+def test_two_tasks_of_slurm_of_which_one_dies_and_is_not_restarted(runner, tmp_path):
     slurm = {
         "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "predict", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
         "SLURM_NNODES": "1", "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0", "MASTER_PORT": str(_free_port()),
+        "GPUORCH_LEASE_TERM_SEC": "2",
     }  # fmt: skip
-    command = (SLOW, "--output", "out", "--step", 0.01, "--result", tmp_path / "result.json")
+    command = (
+        SLOW,
+        "--output",
+        "out",
+        "--harm",
+        "kill",
+        "--victim",
+        1,
+        "--at",
+        3,
+        "--result",
+        tmp_path / "result.json",
+    )
     tasks = [
         runner.start(*command, environment={**slurm, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
         for rank in range(2)
     ]
-    for task in tasks:
-        assert runner.wait(task, 90) == 0, runner.log_of(task)
+    assert runner.wait(tasks[1], 90) == -signal.SIGKILL, "so srun's exit code is not 0"
+    assert runner.wait(tasks[0], 60) == 0, runner.log_of(tasks[0])
+    assert "rank 1 has gone without a goodbye" in runner.log_of(tasks[0])
     assert json.loads((tmp_path / "result.json").read_text())["right"]
     assert {note[0] for note in _notes(tmp_path)} == {"0", "1"}, "both have worked"
 
