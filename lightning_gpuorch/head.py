@@ -375,6 +375,7 @@ class Head:
                     layout.chunk_size,
                     store.done(),
                     self._max_chunk_failures,
+                    store.is_durable,
                 )
                 for layout, store in zip(manifest.loaders, stores, strict=True)
             ]

@@ -47,6 +47,7 @@ from lightning_gpuorch.tensor_parallel import (
     smallest_tensor_parallel_size,
     verify_plan,
 )
+from lightning_gpuorch.tensor_parallel.isolation import CommunicatesError, NoCollectives
 from lightning_gpuorch.tensor_parallel.plan import format_bytes
 from lightning_gpuorch.tensors import fingerprint_files, fingerprint_tensors, fingerprint_weights
 
@@ -211,7 +212,21 @@ class ModelSetup:
             stays = f"The model stays whole: {format_bytes(total)} on each of {sizes[0]} ranks."
             return _Decision(sizes[0], warning=f"{error} {stays}")
         on_cpu(model)
+        try:
+            with NoCollectives():  # type: ignore[no-untyped-call]
+                return self._planned(model, example, method, sizes, budget_bytes)
+        except CommunicatesError as error:
+            if self.plan is not None:
+                raise
+            check_model_fits(model, budget_bytes)
+            return _Decision(sizes[0], lines=(f"{named} is left as it is: {error}",))
+
+    def _planned(
+        self, model: nn.Module, example: Any, method: str, sizes: tuple[int, ...], budget_bytes: int
+    ) -> _Decision:
+        """A verified plan, the user's or one that is found, for the smallest size that fits."""
         if self.plan is not None:
+            usable = int(budget_bytes * (1 - ACTIVATION_HEADROOM))
             return self._given(model, example, method, sizes, usable)
         choice = smallest_tensor_parallel_size(
             model,

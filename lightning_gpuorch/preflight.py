@@ -44,14 +44,14 @@ class Preflight:
     Args:
         index: CUDA ordinal of the device.
         timeout_seconds: No answer for so long counts against the device.
-        command: What to run; the index is added.
+        command: What to run instead of :data:`COMMAND`; the index is added.
     """
 
-    def __init__(self, index: int, timeout_seconds: float, command: Sequence[str] = COMMAND):
+    def __init__(self, index: int, timeout_seconds: float, command: Sequence[str] = ()):
         self._deadline = time.monotonic() + timeout_seconds
         self._timeout_seconds = timeout_seconds
         self._process = subprocess.Popen(
-            [*command, str(index)],
+            [*(command or COMMAND), str(index)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

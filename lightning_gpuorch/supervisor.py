@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import secrets
 import shlex
 import shutil
 import signal
@@ -20,14 +19,15 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lightning_gpuorch.beginnings import Beginnings
+from lightning_gpuorch.conclusion import Conclusion, conclude
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.device_pool import DevicePool
-from lightning_gpuorch.distributed import Channel, ControlServer, LocalChannel, RemoteChannel
 from lightning_gpuorch.environment import WorkerEnvironment
 from lightning_gpuorch.errors import (
     EXIT_CONFIGURATION,
@@ -37,22 +37,19 @@ from lightning_gpuorch.errors import (
     EXIT_STORAGE,
     FINAL_EXIT_CODES,
     ControlPlaneError,
-    ControlPlaneTimeoutError,
-    MissingPredictionsError,
     format_indices,
 )
 from lightning_gpuorch.head import Head
-from lightning_gpuorch.head_link import HeadLink, JobState, NodePlace, StateWatch
-from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits
+from lightning_gpuorch.head_link import JobState, NodePlace
+from lightning_gpuorch.membership import Membership
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
-from lightning_gpuorch.preflight import Finding, Preflight
+from lightning_gpuorch.rank_watch import RankWatch
 from lightning_gpuorch.recovery import Action, Decision, FailureKind, FailureRecoveryManager
 from lightning_gpuorch.run_records import describe_failure, failure_record
 from lightning_gpuorch.spawn import Spawner
 from lightning_gpuorch.telemetry.events import EventLog
 from lightning_gpuorch.telemetry.run_directory import (
     create_run_directory,
-    find_runs,
     keep_records,
     records_target,
     report_run,
@@ -63,23 +60,12 @@ from lightning_gpuorch.world import new_run_id, remove_ephemeral
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02
-JUDGE_SECONDS = 0.2
-_SHARED_MEMORY = Path("/dev/shm")
 _FINAL_KINDS = {
     EXIT_CONFIGURATION: FailureKind.CONFIGURATION,
     EXIT_STORAGE: FailureKind.STORAGE,
     EXIT_DATA_MISSING: FailureKind.MISSING_DATA,
     EXIT_RESUMABLE: FailureKind.STOP_REQUESTED,
 }
-
-
-@dataclass
-class _Beginning:
-    """A generation whose devices are being checked."""
-
-    ranks: list[int]
-    checks: dict[int, Preflight]
-    faults: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -126,37 +112,21 @@ class Supervisor:
         self._events = EventLog(self.run_directory / "events", source)
         self.keep_results = False
         """Leave results nobody asked to keep for :meth:`clean_up_at_exit`: the caller is this process."""
-        self._token = config.token or secrets.token_hex(16)
-        self.head: Head | None = None
-        self._server: ControlServer | None = None
-        channel = self._host_head(tensor_parallel_size) if place.node_rank == 0 else self._reach_head()
-        self._link = HeadLink(channel, place.node_rank, config.timeout_sec)
-        self._watch = StateWatch(self._link, 0.0 if self.head is not None else min(1.0, config.lease_term_sec / 5))
+        self._job = Membership(config, place, num_workers, self.run_id, tensor_parallel_size, self._record)
+        self._link = self._job.link
         self.recovery = FailureRecoveryManager(config.max_restart_attempts, config.enable_auto_restart)
         self._devices = devices or DevicePool.of_indices([None] * num_workers)
         self._environment = dict(environment or {})
         self._spawner = spawner
         self._workers = Workers(spawner, self.run_directory / "errors")
-        shared_memory = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else self.run_directory
-        self._table = HeartbeatTable(
-            str(shared_memory / f"gpuorch-{self.run_id}-{place.node_rank}"), num_workers, create=True
-        )
-        _sweep_shared_memory()
-        limits = Limits(
-            alive=config.heartbeat_timeout_sec,
-            start=config.start_timeout_sec,
-            step=config.step_timeout_sec,
-            commit=config.commit_timeout_sec,
-            exit=config.exit_timeout_sec,
-        )
-        self._judge = Judge(self._table, limits)
-        self._next_judgement = 0.0
-        self._first_rank, self._world_size = 0, num_workers
+        name = f"gpuorch-{self.run_id}-{place.node_rank}"
+        self._watch = RankWatch(config, name, self.run_directory, num_workers, self._local)
         self._generation: dict[int, int] = {}
         self._gang_generation = 0
         self._ended: dict[int, int] = {}
-        self._retired: set[int] = set()
-        self._beginnings: list[_Beginning] = []
+        self._beginnings = Beginnings(
+            self._devices, self._local, config.preflight_timeout_sec if config.enable_preflight else None
+        )
         self._leaving: dict[int, _Leaving] = {}
         self._seen_verdicts: set[tuple[int, int, str]] = set()
         self._first_failure: dict[str, Any] | None = None
@@ -165,6 +135,11 @@ class Supervisor:
         self._progress: dict[int, int] = {}
         self._restarts = 0
         self._missing: dict[str, Any] = {}
+
+    @property
+    def head(self) -> Head | None:
+        """The head of the job, on node 0."""
+        return self._job.head
 
     def add_environment(self, variables: dict[str, str]) -> None:
         """Give more variables to workers that are started from now on."""
@@ -185,8 +160,13 @@ class Supervisor:
         previous = self._install_signal_handlers()
         code = EXIT_FAILURE
         try:
-            self._join()
-            ranks = list(range(self._first_rank, self._first_rank + self.num_workers))
+            self._job.join()
+            self.run_id = self._job.run_id
+            self._record(
+                "run", world_size=self._job.world_size, tensor_parallel_size=self._state.tensor_parallel_size or 1,
+                command=shlex.join(sys.argv), run_id=self.run_id, host=socket.gethostname(),
+            )  # fmt: skip
+            ranks = list(range(self._job.first_rank, self._job.first_rank + self.num_workers))
             self._generation = dict.fromkeys(ranks, 0)
             self._begin(ranks)
             while self._workers or self._beginnings:
@@ -197,86 +177,38 @@ class Supervisor:
             log.error("%s; this node stops, what it has computed is durable", error)
         finally:
             self._workers.kill(list(self._workers))
-            for beginning in self._beginnings:
-                _cancel(beginning.checks)
+            self._beginnings.cancel()
             done = {} if self.head is None else {"samples": sum(job.samples_done for job in self.head.jobs.values())}
             self._record("end", exit_code=code, **done, **self._missing)
             for number, handler in previous.items():
                 signal.signal(number, handler)
             self._workers.close()
-            self._watch.close()
+            self._job.stop_watching()
             self._clean_up()
         return code
 
-    # The job as a whole
-
-    def _host_head(self, tensor_parallel_size: int | None) -> Channel:
-        config, place = self.config, self.place
-        self.head = Head(
-            self.num_workers, config.max_chunk_failures, self._record, num_nodes=place.num_nodes,
-            lease_term_seconds=config.lease_term_sec, node_timeout_seconds=config.node_timeout_sec,
-        )  # fmt: skip
-        self.head.tensor_parallel_size = tensor_parallel_size
-        several = place.num_nodes > 1
-        if several and not config.token:
-            self._token = ""
-            log.warning(
-                "no token is set: whoever reaches port %d can take part in this job; set GPUORCH_TOKEN to the same "
-                "secret on all nodes", place.main_port,
-            )  # fmt: skip
-        self._server = ControlServer(
-            self.head, "0.0.0.0" if several else "127.0.0.1", place.main_port if several else 0, self._token
-        )
-        self._control = f"127.0.0.1:{self._server.port}"
-        return LocalChannel(self.head)
-
-    def _reach_head(self) -> Channel:
-        self._token = self.config.token
-        self._control = f"{self.place.main_address}:{self.place.main_port}"
-        # Until the head is there, and over cuts of the network, for as long as the head waits for us.
-        patience = max(self.config.start_timeout_sec, self.config.node_timeout_sec)
-        return RemoteChannel(self._control, self._token, connect_timeout_seconds=patience)
-
-    def _join(self) -> None:
-        if self.place.num_nodes > 1:
-            log.info("node %d of %d: waiting for all nodes", self.place.node_rank, self.place.num_nodes)
-        try:
-            first, size, run_id = self._link.join(
-                self.num_workers, self.place.num_nodes, self.run_id, self.config.start_timeout_sec
-            )
-        except ControlPlaneError as error:
-            missing = self.head.nodes.missing if self.head is not None else []
-            raise ControlPlaneError(f"{error} Nodes {missing} have not joined." if missing else str(error)) from error
-        self._first_rank, self._world_size, self.run_id = first, size, run_id
-        self._watch.start()
-        self._record(
-            "run", world_size=size, tensor_parallel_size=self._state.tensor_parallel_size or 1,
-            command=shlex.join(sys.argv), run_id=run_id, host=socket.gethostname(),
-        )  # fmt: skip
-
     @property
     def _state(self) -> JobState:
-        return self._watch.state()
+        return self._job.state()
 
     def _look_around(self) -> None:
         """One round of watching."""
-        self._check_signals()
-        self._check_job()
+        self._heed()
         self._check_beginnings()
         self._check_verdicts()
         for worker, code in self._workers.ended():
             self._on_exit(worker, code)
         self._check_liveness()
 
+    def _heed(self) -> None:
+        """Do what somebody asks for, here or elsewhere."""
+        self._check_signals()
+        self._check_job()
+
     def _check_job(self) -> None:
-        """Follow what the head and other nodes have decided; on node 0, watch the other nodes."""
-        if self.head is not None:
-            self.head.nodes.check_terms()
-        elif self._link.silent_seconds > self.config.node_timeout_sec:
-            raise ControlPlaneError(f"the head at {self._control} is silent for {self._link.silent_seconds:.0f} s")
+        """Follow what the head and other nodes have decided."""
+        self._job.check()
         state = self._state
-        if state.lost:
-            raise ControlPlaneError("the head has given this node up, and goes on without it")
         if state.abort_code is not None:
             self._end_all(state.abort_code)
         elif state.gang_generation > self._gang_generation:
@@ -293,32 +225,12 @@ class Supervisor:
     # Beginning a generation
 
     def _begin(self, ranks: Sequence[int]) -> None:
-        """Start ranks, after their devices have been checked."""
-        checked = {} if not self.config.enable_preflight else {
-            rank: device.index
-            for rank in ranks
-            if (device := self._devices.holders.get(self._local(rank))) is not None and device.index is not None
-        }  # fmt: skip
-        checks = {rank: self._preflight(index) for rank, index in checked.items() if index is not None}
-        if checks:
-            self._spawner.prepare()
-            self._beginnings.append(_Beginning(list(ranks), checks))
-        else:
-            for rank in ranks:
-                self._start(rank)
-
-    def _preflight(self, index: int) -> Preflight:
-        return Preflight(index, self.config.preflight_timeout_sec)
+        """Start ranks, as soon as their devices have been checked."""
+        self._spawner.prepare()
+        self._beginnings.begin(ranks)
 
     def _check_beginnings(self) -> None:
-        for beginning in list(self._beginnings):
-            for rank, check in list(beginning.checks.items()):
-                found = check.poll()
-                if found is not None:
-                    self._take_finding(beginning, rank, found)
-            if beginning.checks:
-                continue
-            self._beginnings.remove(beginning)
+        for beginning in self._beginnings.ready():
             size = self._state.tensor_parallel_size or 1
             doomed = {rank // size: why for rank, why in beginning.faults.items()}
             for rank in beginning.ranks:
@@ -327,62 +239,38 @@ class Supervisor:
             for replica, why in doomed.items():
                 self._retire(replica, [r for r in beginning.ranks if r // size == replica], why)
 
-    def _take_finding(self, beginning: _Beginning, rank: int, found: Finding) -> None:
-        del beginning.checks[rank]
-        local = self._local(rank)
-        device = self._devices.holders[local]
-        device.uuid = found.uuid or device.uuid
-        if found.ok:
-            return
-        log.error("%s of rank %d fails its check: %s", device, rank, found.evidence)
-        spare = self._replace_device(rank, found.evidence)
-        if spare is None:
-            beginning.faults[rank] = f"{device} of rank {rank} fails its check ({found.evidence}) and there is no spare"
-        else:
-            beginning.checks[rank] = self._preflight(spare)
-
-    def _replace_device(self, rank: int, why: str) -> int | None:
-        """Condemn a rank's device; returns the index of the spare that takes its place, if there is one."""
-        bad = self._devices.condemn(self._local(rank), why)
-        spare = self._devices.replace(self._local(rank))
-        if spare is None:
-            return None
-        log.warning("rank %d moves from %s to %s", rank, bad, spare)
-        return spare.index
-
     def _start(self, rank: int) -> None:
         local = self._local(rank)
         device = self._devices.holders.get(local)
         worker = WorkerEnvironment(
             rank=rank,
-            world_size=self._world_size,
+            world_size=self._job.world_size,
             local_rank=local,
             node_rank=self.place.node_rank,
-            control=self._control,
-            token=self._token,
+            control=self._job.control,
+            token=self._job.token,
             generation=self._generation[rank],
             device_index=device.index if device is not None else None,
             run_id=self.run_id,
             host=self.place.main_address if self.place.num_nodes > 1 and not self.place.node_rank else "127.0.0.1",
-            heartbeat=self._table.path,
+            heartbeat=self._watch.path,
             run_directory=str(self.run_directory),
             local_world_size=self.num_workers,
         )
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.num_workers)))
-        self._table.clear(local)
-        self._judge.forget(local)
+        self._watch.forget(rank)
         self._workers.start(
             rank, worker.generation, {**self._environment, **worker.variables(), "OMP_NUM_THREADS": threads}
         )
 
     def _local(self, rank: int) -> int:
-        return rank - self._first_rank
+        return rank - self._job.first_rank
 
     # Watching
 
     def _on_exit(self, worker: Worker, code: int) -> None:
         rank = worker.rank
-        state = self._watch.state(fresh=True)  # what it has closed just now counts
+        state = self._job.state(fresh=True)  # what it has closed just now counts
         if code == 0 and rank not in state.open_ranks:
             self._ended[rank] = 0
             self._link.rank_left(rank, "has ended")
@@ -411,14 +299,14 @@ class Supervisor:
             self._begin_drain(FailureKind.STORAGE.value)
 
     def _on_failure(self, worker: Worker, kind: FailureKind, evidence: str, in_step: bool = True) -> None:
-        rank, state = worker.rank, self._watch.state(fresh=True)
+        rank, state = worker.rank, self._job.state(fresh=True)
         size = state.tensor_parallel_size
         group = self._group_of(rank, state)
         generation = self._generation[rank]
         self.recovery.tensor_parallel_size = size or 1
         by_device = kind in (FailureKind.GPU_FAILED, FailureKind.GPU_DRAIN)
-        blamed, positions = self._blame(rank, group) if in_step and not by_device else ({}, {})
-        works = any(self._table.row(self._local(member)).progress for member in group)
+        blamed, positions = self._watch.in_work(rank, group) if in_step and not by_device else ({}, {})
+        works = self._watch.have_worked(group)
         complete = state.open_ranks.get(rank, False)
         self._workers.kill(group)
         if works and self._link.deaths_before(blamed, positions):
@@ -438,7 +326,7 @@ class Supervisor:
             self._ended[rank] = 0 if complete else EXIT_FAILURE
             log.warning("%s; the others of its replica are done, so it is ended, not restarted", decision.reason)
             return
-        moved = decision.action is Action.REPLACE_DEVICE and self._replace_device(rank, evidence) is not None
+        moved = decision.action is Action.REPLACE_DEVICE and self._beginnings.replace_device(rank, evidence)
         if decision.action is Action.RESTART_REPLICA and state.gang:
             self._tell_restart(decision, group)
             self._restart_gang(self._link.restart_gang(self._gang_generation))
@@ -472,17 +360,15 @@ class Supervisor:
 
     def _retire(self, replica: int, group: Sequence[int], reason: str) -> None:
         self._workers.kill(group)
-        self._retired.add(replica)
         self._record("retire", replica=replica, reason=reason, ranks=list(group))
         self._ended.update(dict.fromkeys(group, EXIT_FAILURE))
         self._link.retire(replica)
         freed = self._devices.release(map(self._local, group))
         if freed:
             log.info("%s can serve other replicas now", ", ".join(map(str, freed)))
-        state = self._watch.state(fresh=True)
-        left = len(self._workers) + sum(len(beginning.ranks) for beginning in self._beginnings)
-        others = self.head is None or bool(self.head.nodes.others_present())
-        if (left or others) and not state.gang and not state.needs_every_replica:
+        state = self._job.state(fresh=True)
+        left = len(self._workers) + len(self._beginnings.ranks)
+        if (left or self._job.others_present()) and not state.gang and not state.needs_every_replica:
             log.error("%s; replica %d is retired, %d workers go on", reason, replica, left)
             return
         log.error("%s; %s", reason, "the others cannot go on without it" if left else "no replica is left to go on")
@@ -490,31 +376,15 @@ class Supervisor:
 
     def _check_liveness(self) -> None:
         """Find who is stuck; show where it stands, and treat it as dead."""
-        if time.monotonic() < self._next_judgement:
+        found = self._watch.find_stuck(self._workers)
+        if found is None:
             return
-        self._next_judgement = time.monotonic() + JUDGE_SECONDS
-        pids = {self._local(rank): self._workers[rank].process.pid for rank in self._workers}
-        started = {self._local(rank): self._workers[rank].started_ns for rank in self._workers}
-        verdict = self._judge.check(pids, started)
-        if verdict is None:
-            return
-        rank = verdict.rank + self._first_rank
+        rank, verdict = found
         group = self._group_of(rank, self._state)
         where = self._workers.dump_stacks(group, rank)
         self._record("hang", rank=rank, reason=verdict.reason, phase=verdict.row.phase.name, stacks=where)
         log.error("rank %d is stuck: %s%s", rank, verdict.reason, f"; it stands at\n{where}" if where else "")
         self._on_failure(self._workers[rank], FailureKind.STUCK, verdict.reason, in_step=verdict.in_step)
-
-    def _blame(
-        self, culprit: int, group: Sequence[int]
-    ) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], tuple[int, int]]]:
-        """The chunk and the position the culprit was computing, else its group, by (job, loader)."""
-        for rank in (culprit, *group):
-            row = self._table.row(self._local(rank))
-            if row.pid and row.chunk >= 0:
-                key = (row.job, row.loader)
-                return {key: row.chunk}, {key: (row.unit_start, row.unit_stop)}
-        return {}, {}
 
     def _group_of(self, rank: int, state: JobState, with_ended: bool = False) -> list[int]:
         """Ranks of this node that share a fate: a replica; all of them while it is not known, or when training."""
@@ -592,88 +462,61 @@ class Supervisor:
             self._end_all(EXIT_RESUMABLE)
 
     def _begin_drain(self, reason: str) -> None:
+        self._drain_deadline = self._drain_deadline or time.monotonic() + self.config.exit_timeout_sec
         self._link.drain()
         self._record("drain", reason=reason)
         self._check_job()
 
     def _end_all(self, code: int) -> None:
-        for beginning in self._beginnings:
-            _cancel(beginning.checks)
-            self._ended.update(dict.fromkeys(beginning.ranks, code))
-        self._beginnings.clear()
-        self._ended.update(dict.fromkeys(self._workers, code))
+        self._ended.update(dict.fromkeys([*self._beginnings.ranks, *self._workers], code))
+        self._beginnings.cancel()
         self._workers.kill(list(self._workers))
 
     # The end
 
     def _finish(self) -> int:
         """This node's ranks have ended: wait for the others, and learn or decide how the job has ended."""
-        if self.head is None:
-            state = self._state
-            if state.records is not None:
-                keep_records(self.run_directory, Path(state.records) / "runs" / self.run_id)
-            return self._await_conclusion()
-        while self.head.nodes.others_present():
-            time.sleep(POLL_SECONDS)
-            self._check_signals()
-            self._check_job()
-        code = self._conclude(self.head)
-        self.head.nodes.conclude(code)
-        return code
+        head = self.head
+        if head is None:
+            records = self._state.records
+            if records is not None:
+                keep_records(self.run_directory, Path(records) / "runs" / self.run_id)
+            return self._job.leave(self._ended, meanwhile=self._pass_on_stop)
+        self._job.wait_for_others(meanwhile=self._heed)
+        codes = {*self._ended.values(), *head.nodes.codes().values()}
+        end = conclude(head, codes | {EXIT_FAILURE} if head.nodes.lost_ranks() else codes, bool(self._stop_signals))
+        self._tell_conclusion(end)
+        head.nodes.conclude(end.exit_code)
+        return end.exit_code
 
-    def _await_conclusion(self) -> int:
-        while True:
-            try:
-                return self._link.leave(self._ended, timeout_seconds=5.0)
-            except ControlPlaneTimeoutError:  # others still work
-                if self._stop_signals and not self._state.draining:
-                    self._link.drain()
+    def _pass_on_stop(self) -> None:
+        if self._stop_signals and not self._state.draining:
+            self._link.drain()
 
-    def _conclude(self, head: Head) -> int:
-        lost = dict.fromkeys(head.nodes.lost_ranks(), EXIT_FAILURE)
-        codes = {*self._ended.values(), *head.nodes.codes().values(), *lost.values()}
-        try:
-            head.verify()
-        except MissingPredictionsError as error:
-            self._missing = {"missing_samples": format_indices(error.indices), "num_missing": len(error.indices)}
-            stopped = bool(self._stop_signals) or EXIT_RESUMABLE in codes
-            for code in (EXIT_CONFIGURATION, EXIT_STORAGE):
-                if code in codes:
-                    self._show_first_failure()
-                    return code
-            if stopped:
-                log.info("stopped on request; the same command goes on from here")
-                return EXIT_RESUMABLE
-            self._show_first_failure()
-            log.error("%s", error)
-            return EXIT_DATA_MISSING if codes <= {0, EXIT_DATA_MISSING} else EXIT_FAILURE
-        whole = head.gang or head.needs_every_replica  # a stage that a retired replica leaves incomplete
-        given_up = bool(self._retired or lost or head.retired)
-        others_finished = bool(head.jobs) and given_up and 0 in codes and codes <= {0, EXIT_FAILURE}
-        if codes <= {0} or (others_finished and not whole):
-            if self._restarts or given_up:
-                log.info("complete after %d restarts; %d replicas retired", self._restarts, len(head.retired))
-            return 0
-        if self._stop_signals:
-            return EXIT_RESUMABLE
-        self._show_first_failure()
-        return max(codes - {0})
+    def _tell_conclusion(self, end: Conclusion) -> None:
+        missing, code = end.missing, end.exit_code
+        if missing is not None:
+            self._missing = {"missing_samples": format_indices(missing.indices), "num_missing": len(missing.indices)}
+        if end.by_failure and self._first_failure is not None:
+            log.error("%s", describe_failure(self._first_failure))
+        if code == EXIT_RESUMABLE and missing is not None:
+            log.info("stopped on request; the same command goes on from here")
+        elif missing is not None and code in (EXIT_DATA_MISSING, EXIT_FAILURE):
+            log.error("%s", missing)
+        retired = len(self.head.retired) if self.head is not None else 0
+        if code == 0 and (self._restarts or retired):
+            log.info("complete after %d restarts; %d replicas retired", self._restarts, retired)
 
     def _remember_failure(self, worker: Worker, reason: str) -> None:
         record = failure_record(worker, reason)
         self._record("failure", **record)
         self._first_failure = self._first_failure or record
 
-    def _show_first_failure(self) -> None:
-        if self._first_failure is not None:
-            log.error("%s", describe_failure(self._first_failure))
-
     def _record(self, kind: str, **fields: Any) -> None:
         self._events.record(kind, **fields)
 
     def _clean_up(self) -> None:
-        self._table.close()
-        Path(self._table.path).unlink(missing_ok=True)
+        self._watch.close()
         self._events.close()
         head = self.head
         if head is not None:
@@ -685,22 +528,9 @@ class Supervisor:
             if target is not None:
                 keep_records(self.run_directory, target)
                 report_run(target)
-        if self._server is not None:
-            self._server.close()
+        self._job.close()
         if self.keep_results:
             return
         if head is not None:
             remove_ephemeral(head)
         shutil.rmtree(self.run_directory, ignore_errors=True)
-
-
-def _sweep_shared_memory() -> None:
-    """Remove the heartbeat tables of supervisors that were killed; what is there of their records stays for a while."""
-    for run in find_runs():
-        for table in () if run.alive else _SHARED_MEMORY.glob(f"gpuorch-{run.run_id}-*"):
-            table.unlink(missing_ok=True)
-
-
-def _cancel(checks: dict[int, Preflight]) -> None:
-    for check in checks.values():
-        check.cancel()

@@ -12,6 +12,7 @@ repeated request as the same request.
 from __future__ import annotations
 
 import asyncio
+import hmac
 import itertools
 import json
 import socket
@@ -142,7 +143,7 @@ class ControlServer:
         _notice_silence(writer.get_extra_info("socket"))
         try:
             hello = await self._read(reader)
-            if hello.header.get("token") != self._token:
+            if not hmac.compare_digest(str(hello.header.get("token")).encode(), self._token.encode()):
                 return
             while True:
                 request = await self._read(reader)

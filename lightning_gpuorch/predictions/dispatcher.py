@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,9 +69,18 @@ class LeaseQueue:
         done: Chunks that are already durable.
         max_chunk_failures: Deaths in which a unit was involved until it is given up, at least two of them while it was
             computed alone. One death before that, it begins to be computed alone.
+        is_durable: Looks whether a chunk's part file exists. Asked before a chunk that came back is leased again: its
+            holder may have died, or been cut off, between the file and the report.
     """
 
-    def __init__(self, num_chunks: int | None, chunk_size: int, done: Iterable[int] = (), max_chunk_failures: int = 3):
+    def __init__(
+        self,
+        num_chunks: int | None,
+        chunk_size: int,
+        done: Iterable[int] = (),
+        max_chunk_failures: int = 3,
+        is_durable: Callable[[int], bool] = lambda chunk: False,
+    ):
         self.num_chunks = num_chunks
         self.chunk_size = chunk_size
         self.done = set(done)
@@ -79,7 +88,7 @@ class LeaseQueue:
         self.faults: dict[int, ChunkFault] = {}
         self.quarantined: list[Quarantined] = []
         self.lost_races = 0
-        self._max_chunk_failures = max_chunk_failures
+        self._max_chunk_failures, self._is_durable = max_chunk_failures, is_durable
         self._fresh = 0
         self._returned: list[int] = []
         self._suspected: list[int] = []
@@ -236,6 +245,8 @@ class LeaseQueue:
             return DRAIN
         chunk = self._take()
         if chunk is None:
+            if self.finished:  # what came back was durable after all
+                return STOP
             return None if block else PAUSE
         self._leases[chunk] = owner
         answer: Answer = {"do": "chunk", "chunk": chunk}
@@ -259,7 +270,10 @@ class LeaseQueue:
         A worker that gets a suspected chunk has then shown that it can compute others, and nothing waits behind it.
         """
         while self._returned:
-            yield heapq.heappop(self._returned)
+            chunk = heapq.heappop(self._returned)
+            if self._is_durable(chunk):
+                self.done.add(chunk)
+            yield chunk
         while self.num_chunks is None or self._fresh < self.num_chunks:
             self._fresh += 1
             yield self._fresh - 1

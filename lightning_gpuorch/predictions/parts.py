@@ -161,6 +161,10 @@ class PartStore:
             raise storage_error(error, self.directory) from error
         return {int(match[1]) for match in map(_PART_NAME.fullmatch, names) if match}
 
+    def is_durable(self, chunk: int) -> bool:
+        """Whether a chunk has been committed, by whomever."""
+        return self.path(chunk).exists()
+
     def read(self, chunk: int) -> Part:
         """Read and verify a part.
 

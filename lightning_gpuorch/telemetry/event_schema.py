@@ -60,7 +60,7 @@ EVENT_SCHEMA: Mapping[str, EventKind] = {
         "What a rank did since its last event of this kind, about once per second.",
         {"steps": "steps completed", "samples": "samples in them, counted once per replica",
          "busy_seconds": "time inside steps", "begin": "Unix time at which the first of them began"},
-        {"comm_seconds": "time inside collectives", "comm_wait_seconds": "of that, waiting for other ranks",
+        {"comm_seconds": "time inside collectives, waiting for other ranks included",
          "slowest_seconds": "the slowest step", "slowest_step": "its number", "batch_size": "of the last step",
          "step": "number of the last step"},
     ),

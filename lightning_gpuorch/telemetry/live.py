@@ -18,7 +18,7 @@ from rich.text import Text
 
 from lightning_gpuorch.telemetry.charts import axis_time, duration
 from lightning_gpuorch.telemetry.lanes import describe
-from lightning_gpuorch.telemetry.run_summary import INCIDENT_KINDS, Event, total_samples
+from lightning_gpuorch.telemetry.run_summary import INCIDENT_KINDS, Event, JobTotals
 
 _RATE_WINDOW_SECONDS = 15.0
 _SILENT_SECONDS = 10.0
@@ -122,7 +122,7 @@ class LiveView:
         self._counts: collections.Counter[str] = collections.Counter()
         self._began: float | None = None
         self._title = ""
-        self._num_samples: int | None = None
+        self._totals = JobTotals()
         self._complete: bool | None = None
         self.exit_code: int | None = None
         """Of the run, once it has ended, if somebody could say."""
@@ -135,8 +135,7 @@ class LiveView:
             self._began = self._began if self._began is not None else event["ts"]
             if event["kind"] in ("run", "job"):
                 self._title = str(event.get("command", self._title))
-                total = total_samples(event)
-                self._num_samples = total if total is not None else self._num_samples
+                self._totals.add(event)
                 if event["kind"] == "run":
                     self.exit_code, self.is_over = None, False
             if event["kind"] in INCIDENT_KINDS:
@@ -198,10 +197,14 @@ class LiveView:
     def _headline(self, ranks: list[_Rank], now: float) -> Text:
         done, rate = sum(rank.samples for rank in ranks), sum(rank.rate(now) for rank in ranks)
         text = Text(f"{self._title}\n" if self._title else "", style="bold")
-        total = f" of {self._num_samples:,}" if self._num_samples else ""
-        text.append(f"{done:,}{total} samples, {rate:,.0f}/s", style="not bold")
-        if self._num_samples and rate > 0 and done < self._num_samples and not self.is_over:
-            text.append(f", about {duration((self._num_samples - done) / rate)} left", style="not bold")
+        there, num_samples = self._totals.resumed_samples, self._totals.num_samples
+        total = f" of {num_samples:,}" if num_samples else ""
+        text.append(f"{done + there:,}{total} samples, {rate:,.0f}/s", style="not bold")
+        if there:
+            text.append(f", about {there:,} of them from an earlier run", style="not bold")
+        left = (num_samples or 0) - there - done
+        if left > 0 and rate > 0 and not self.is_over:
+            text.append(f", about {duration(left / rate)} left", style="not bold")
         working = sum(not rank.ended and not rank.retired for rank in ranks)
         text.append(f"; {working} of {len(ranks)} ranks at work", style="not bold")
         for kind, name in (("oom", "out of memory"), ("restart", "restarts"), ("retire", "retired")):

@@ -131,9 +131,13 @@ def keep_records(run_directory: Path, target: Path, failures: FailureTally = obs
     try:
         for name in KEPT:
             if (run_directory / name).is_dir():
-                shutil.copytree(run_directory / name, target / name, dirs_exist_ok=True)
+                shutil.copytree(run_directory / name, target / name, ignore=_empty_files, dirs_exist_ok=True)
     except Exception as error:  # noqa: BLE001 - records that cannot be kept cost nobody a prediction
         failures.add("records", error)
+
+
+def _empty_files(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if (path := Path(folder) / name).is_file() and not path.stat().st_size]
 
 
 def report_run(target: Path, failures: FailureTally = observer_failures) -> None:

@@ -126,7 +126,9 @@ def summarize(events: Sequence[Event]) -> RunSummary:
             for name, count in (event.get("observer_failures") or {}).items():
                 failures[name] = failures.get(name, 0) + count
     _split_communication(ranks.values())
-    totals = [total for e in events if (total := total_samples(e)) is not None]
+    totals = JobTotals()
+    for event in events:
+        totals.add(event)
     chunks = [e for e in events if e["kind"] == "chunk" and isinstance(e.get("seconds"), (int, float))]
     begins = [e["begin"] for e in events if isinstance(e.get("begin"), (int, float))]
     return RunSummary(
@@ -135,7 +137,7 @@ def summarize(events: Sequence[Event]) -> RunSummary:
         run=next((e for e in events if e["kind"] == "run"), {}),
         exit_code=ends[-1].get("exit_code") if ends else None,
         complete=ends[-1].get("complete") if ends else None,
-        num_samples=totals[-1] if totals else None,
+        num_samples=totals.num_samples,
         missing=str(ends[-1].get("missing_samples", "")) if ends else "",
         ranks=dict(sorted(ranks.items())),
         throughput=throughput,
@@ -188,6 +190,43 @@ def total_samples(event: Event) -> int | None:
     if not counts or len(counts) < len(loaders) or not all(isinstance(count, int) for count in counts):
         return None  # a stream has no length, and units of other kinds hold an unknown number of samples
     return int(sum(counts))
+
+
+class JobTotals:
+    """Samples of all predict calls of a run together, and how many of them were there before it began."""
+
+    def __init__(self) -> None:
+        self._by_job: dict[Any, tuple[int | None, int]] = {}
+        self._of_run: int | None = None
+
+    def add(self, event: Event) -> None:
+        """Take a ``run`` or ``job`` event; others say nothing."""
+        total = total_samples(event)
+        if event["kind"] == "run":
+            self._by_job.clear()
+            self._of_run = total
+        elif event["kind"] == "job":
+            self._by_job[event.get("job")] = (total, 0 if total is None else _resumed_samples(event, total))
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples of the run, or None if nobody could say."""
+        totals = [total for total, _ in self._by_job.values() if total is not None]
+        return sum(totals) if totals and len(totals) == len(self._by_job) else self._of_run
+
+    @property
+    def resumed_samples(self) -> int:
+        """Samples that an earlier run had made durable; by whole chunks, of which the last may be smaller."""
+        return sum(resumed for _, resumed in self._by_job.values())
+
+
+def _resumed_samples(event: Event, total: int) -> int:
+    chunks = event.get("num_chunks") or sum(
+        -(-loader["num_units"] // loader["chunk_size"])
+        for loader in event.get("loaders") or ()
+        if loader.get("num_units") and loader.get("chunk_size")
+    )
+    return round(total * min(1.0, (event.get("resumed_chunks") or 0) / chunks)) if chunks else 0
 
 
 def _begin_of(event: Event) -> float:

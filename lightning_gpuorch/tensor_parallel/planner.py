@@ -32,14 +32,17 @@ def probe(stubbed: StubbedModel, num_ranks: int) -> Decisions:
     dependencies = analyze(stubbed, stubbed.reference, num_ranks)
     search = BlockSearch(stubbed, num_ranks)
     decisions = Decisions(notes=list(dependencies.notes))
-    solutions = []
+    solutions, failed = [], []
     for block in _blocks(stubbed, dependencies):
         solution, problem = search.solve(block)
         if solution is None:
-            decisions.notes.append(f"{block.name}: gathered, no cut passed ({problem})")
+            failed.append((block, problem))
         else:
             solutions.append(solution)
     _keep_compatible(stubbed, solutions, num_ranks, decisions)
+    for block, problem in failed:
+        if any(pair.consumer not in decisions.roles for pair in block.pairs):  # not cut as part of another block either
+            decisions.notes.append(f"{block.name}: gathered, no cut passed ({problem})")
     decide_whole_layers(stubbed, decisions)
     return decisions
 

@@ -24,6 +24,7 @@ from lightning_gpuorch.tensor_parallel.experts import keeps_shape
 from lightning_gpuorch.tensor_parallel.hidden_weight import WeightReadDirectly
 from lightning_gpuorch.tensor_parallel.installation import StubInstaller
 from lightning_gpuorch.tensor_parallel.intervals import take
+from lightning_gpuorch.tensor_parallel.isolation import CommunicatesError
 from lightning_gpuorch.tensor_parallel.plan import LayerKind, ShapeRule
 from lightning_gpuorch.tensor_parallel.records import REPLICATED, Deviation, LayerCall, LocalPlan, Reference
 from lightning_gpuorch.tensor_parallel.shape_rules import ShapeRuleMode, index_rules
@@ -71,6 +72,8 @@ class StubbedModel(StubInstaller):
                 self._copy_inputs = True  # the model writes into tensors its layers were given
             except WeightReadDirectly as error:
                 self._unstub(error)
+            except CommunicatesError:
+                raise
             except Exception as error:
                 raise TensorParallelError(
                     f"{type(self.model).__name__} failed on the example input, before anything was sharded: {error!r}. "

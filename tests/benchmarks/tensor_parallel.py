@@ -5,7 +5,8 @@
     python tests/benchmarks/tensor_parallel.py loading --directory /somewhere/with/4GB
 
 ``compute`` runs the whole model and its half on the same two processes, in turns. ``loading`` writes a random checkpoint
-of about 1.8 GB, loads it on two ranks in two ways, each in processes of its own, in turns, and removes it.
+of about 1.8 GB, loads it on two ranks, by part and with ``from_pretrained``, as it is and converted to bfloat16, each in
+processes of its own, in turns, and removes it.
 """
 
 from __future__ import annotations
@@ -201,11 +202,14 @@ def loading_rank(options: argparse.Namespace) -> None:
     small = {**LARGE, "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 256}
     plan_tensor_parallel(llama(small), TOKENS, 2)  # what is imported on the way is not what loading takes
     started, cpu = time.monotonic(), time.process_time()
+    dtype = torch.bfloat16 if "bfloat16" in options.way else torch.float32
     with PeakMemory() as memory:
-        if options.way == "by part":
-            model = orchestrator.load_distributed_model(options.checkpoint)
+        if options.way.startswith("by part"):
+            with empty_parameters():
+                model = llama(LARGE, dtype)
+            model = orchestrator.load_distributed_model(options.checkpoint, model)
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype=torch.float32)
+            model = transformers.AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype=dtype)
             model = orchestrator.load_distributed_model(model)
     report = orchestrator.model_setup.load_report
     with torch.inference_mode():
@@ -217,6 +221,7 @@ def loading_rank(options: argparse.Namespace) -> None:
         "seconds": time.monotonic() - started,
         "cpu_seconds": time.process_time() - cpu,
         "read_mib": None if report is None else report.bytes_read / MIB,
+        "part_mib": sum(row.local_bytes(rank) // row.itemsize * 4 for _, row in plan.unique_parameters()) / MIB,
         "shard_mib": plan.bytes_on(rank) / MIB,
         "replicated_mib": plan.replicated_bytes / MIB,
         "before_mib": memory.before,
@@ -238,29 +243,25 @@ def loading(options: argparse.Namespace) -> None:
         del model
         size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
         print(f"checkpoint of {size / 1e9:.2f} GB in {len(list(checkpoint.glob('*.safetensors')))} files", flush=True)
+        ways = ("by part", "from_pretrained", "by part, to bfloat16", "from_pretrained, to bfloat16")
         for number in range(options.rounds):
-            for way in ("by part", "from_pretrained"):
+            for way in ways:
                 on_two_ranks(
                     "loading-rank", "--checkpoint", checkpoint, "--way", way, "--results", results, "--round", number
                 )
         rows = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
-        values = [row["logits"] for row in rows]
-        print(f"mean squared logit over all ranks, ways and rounds: {min(values):.9g} to {max(values):.9g}")
-        for way in ("by part", "from_pretrained"):
+        for way in ways:
+            values = [row["logits"] for row in rows if row["way"] == way]
+            print(f"{way}: mean squared logit from {min(values):.9g} to {max(values):.9g}")
             for rank in range(2):
                 own = [row for row in rows if row["way"] == way and row["rank"] == rank]
                 shard = own[0]["shard_mib"]
                 peak = max(row["peak_mib"] - row["before_mib"] for row in own)
-                read = own[0]["read_mib"]
-                asked = (
-                    f"read {read:.1f} MiB = {read / shard:.4f} x its part"
-                    if read is not None
-                    else f"read all {size / MIB:.1f} MiB"
-                )
-                print(f"{way:>16}, rank {rank}: part {shard:.1f} MiB ({own[0]['replicated_mib']:.1f} MiB on every rank), "
-                      f"{asked}; anonymous memory {peak:.0f} MiB more at its peak = {peak / shard:.3f} x its part, "
-                      f"resident {max(row['resident_mib'] for row in own):.0f} MiB more; "
-                      f"{statistics.median(row['seconds'] for row in own):.1f} s, "
+                read = own[0]["read_mib"] or size / MIB  # from_pretrained does not say: every tensor, whole
+                print(f"  rank {rank}: keeps {shard:.0f} MiB ({own[0]['replicated_mib']:.1f} of them on every rank); read "
+                      f"{read:.1f} MiB = {read / own[0]['part_mib']:.4f} x its part of the file; anonymous memory "
+                      f"{peak:.0f} MiB more at its peak = {peak / shard:.3f} x what it keeps, resident "
+                      f"{max(row['resident_mib'] for row in own):.0f} MiB more; "
                       f"{statistics.median(row['cpu_seconds'] for row in own):.1f} CPU s")  # fmt: skip
 
 

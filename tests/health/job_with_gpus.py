@@ -35,4 +35,4 @@ if __name__ == "__main__":
             PrometheusMetrics(0, address="127.0.0.1", interval_seconds=0.2),
         ],
     )  # fmt: skip
-    trainer.predict(Slow(), DataLoader(TensorDataset(torch.arange(4000.0).unsqueeze(1)), batch_size=8))
+    trainer.predict(Slow(), DataLoader(TensorDataset(torch.arange(2000.0).unsqueeze(1)), batch_size=8))

@@ -58,6 +58,7 @@ def main():
     strategy = GPUOrchStrategy(
         tensor_parallel_size=options.tp, output_dir=options.output, chunk_size=2, enable_profiling=options.profiling,
         trace_endpoint=options.trace, trace_every_steps=options.trace_every,
+        parallelize_fn=lambda module, mesh: module,  # its collectives are its own
     )  # fmt: skip
     baseline = strategy.config.baseline_file or None
     callbacks.append(

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.telemetry.aggregates import JobThroughput, StepLatency
+from tests.conftest import Runner
 
 
 def gathered(metrics: list[Any]) -> torch.Tensor:
@@ -133,3 +134,20 @@ def test_tensorboard_takes_them(tmp_path: Path) -> None:
     seen = EventAccumulator(logger.log_dir)
     seen.Reload()
     assert seen.Scalars("p99_seconds")[-1].value == pytest.approx(0.25, rel=0.1)
+
+
+def test_figures_of_two_ranks_are_gathered_over_the_job_and_logged(runner: Runner, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = runner.run("job_figures.py", "--devices", 2).result
+    # Rank 0, which has logged, never took 0.2 s for a step: it knows from rank 1.
+    assert 0.17 < found["slowest_step_seconds"] < 1.0
+    # All 160 samples count, those of rank 1 too: rank 0 cannot have done them all in the time that its steps took.
+    assert 160 / found["seconds"] < found["samples_per_second"] < 2 * 4 / 0.02
+    with open(tmp_path / "logs" / "lightning_logs" / "version_0" / "metrics.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["samples_per_second"]) == pytest.approx(found["samples_per_second"])
+    seen = EventAccumulator(str(tmp_path / "logs" / "lightning_logs" / "version_1"))
+    seen.Reload()
+    assert seen.Scalars("slowest_step_seconds")[-1].value == pytest.approx(found["slowest_step_seconds"])

@@ -95,3 +95,17 @@ def test_watching_ends_with_the_run_and_returns_its_code(tmp_path: Path) -> None
 
 def test_watching_can_be_ended(tmp_path: Path) -> None:
     assert watch(tmp_path, Console(file=io.StringIO()), refresh_seconds=0.01, is_over=lambda: True) is None
+
+
+def test_what_an_earlier_run_has_done_counts_and_several_calls_add_up() -> None:
+    layout = {"unit": "sample", "num_units": 1000, "chunk_size": 100, "batch_size": 10}
+    view = LiveView()
+    view.add([
+        {"ts": 1.0, "kind": "run", "world_size": 1, "tensor_parallel_size": 1},
+        {"ts": 2.0, "kind": "job", "job": 0, "loaders": [layout], "resumed_chunks": 4},
+        {"ts": 2.5, "kind": "job", "job": 1, "loaders": [layout], "resumed_chunks": 0},
+        {"ts": 3.0, "kind": "start", "rank": 0, "generation": 0},
+        {"ts": 4.0, "kind": "steps", "rank": 0, "steps": 10, "samples": 100, "busy_seconds": 1.0, "begin": 3.0},
+    ])  # fmt: skip
+    text = " ".join(shown(view.render(4.0)).split())
+    assert "500 of 2,000 samples, 100/s, about 400 of them from an earlier run, about 15 s left" in text

@@ -1,0 +1,173 @@
+"""Jobs of several nodes: two supervisors on this machine, or in two network namespaces joined by a cable that is cut."""
+
+import collections
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lightning_gpuorch import read_predictions
+
+SLOW = "slow_predict.py"
+SHORT_TERMS = {"GPUORCH_LEASE_TERM_SEC": "3", "GPUORCH_NODE_TIMEOUT_SEC": "30", "GPUORCH_TOKEN": "ours"}
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _start(runner, node, port, *arguments, devices=1, around=(), address="127.0.0.1", environment=None):
+    launcher = (
+        *around, sys.executable, "-m", "lightning_gpuorch", "run", "--accelerator", "cpu", "--num-nodes", "2",
+        "--node-rank", str(node), "--main-address", address, "--main-port", str(port), "--devices", str(devices),
+    )  # fmt: skip
+    return runner.start(
+        SLOW, "--devices", devices, "--output", "out", *arguments,
+        launcher=launcher, environment={**SHORT_TERMS, **(environment or {})},
+    )  # fmt: skip
+
+
+def _notes(tmp_path):
+    path = tmp_path / "notes.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line.split() for line in lines if line.count(" ") == 3]
+
+
+def _wait_until(condition, processes, what, timeout=90):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert all(process.poll() is None for process in processes), f"a node ended before {what}"
+        assert time.monotonic() < deadline, f"no {what} within {timeout} s"
+        time.sleep(0.02)
+
+
+def _right(directory, samples):
+    values = [float(value) for batch in read_predictions(directory) for value in batch[:, 0]]
+    return values == [2.0 * index for index in range(samples)]
+
+
+def test_nodes_of_different_size_share_a_job_and_each_restarts_its_own(runner, tmp_path):
+    port = _free_port()
+    harm = ("--samples", 400, "--harm", "kill", "--victim", 2, "--at", 3)
+    head, other = _start(runner, 0, port, *harm), _start(runner, 1, port, *harm, devices=2)
+    assert runner.wait(head) == 0, runner.log_of(head)
+    assert runner.wait(other) == 0, runner.log_of(other)
+    assert _right(tmp_path / "out", 400)
+    assert {note[0] for note in _notes(tmp_path)} == {"0", "1", "2"}
+    assert "restarting replica 2" in runner.log_of(other)
+    assert "restarting" not in runner.log_of(head), "the other node's supervisor deals with it"
+    assert len(list(tmp_path.glob("out/runs/*/events/supervisor*.jsonl"))) == 2, "the records of both nodes are kept"
+
+
+def test_a_lost_node_is_given_up_and_the_others_finish(runner, tmp_path):
+    port = _free_port()
+    head, other = _start(runner, 0, port, "--samples", 600), _start(runner, 1, port, "--samples", 600)
+    _wait_until(lambda: any(note[0] == "1" for note in _notes(tmp_path)), (head, other), "work on node 1")
+    os.killpg(other.pid, signal.SIGKILL)
+    assert runner.wait(head) == 0, runner.log_of(head)
+    assert _right(tmp_path / "out", 600)
+    assert "node 1 is given up" in runner.log_of(head)
+
+
+def test_sigterm_on_any_node_drains_the_job(runner, tmp_path):
+    port = _free_port()
+    head, other = _start(runner, 0, port, "--samples", 600), _start(runner, 1, port, "--samples", 600)
+    _wait_until(lambda: len({note[0] for note in _notes(tmp_path)}) == 2, (head, other), "work on both nodes")
+    other.send_signal(signal.SIGTERM)
+    assert (runner.wait(head, 60), runner.wait(other, 60)) == (75, 75)
+    assert runner.run(SLOW, "--devices", 2, "--output", "out", "--samples", 600).result["right"]
+    repeated = collections.Counter(note[3] for note in _notes(tmp_path))
+    assert not [batch for batch, count in repeated.items() if count > 1], "a batch was computed again"
+
+
+def test_a_replica_over_two_nodes_is_refused(runner):
+    port = _free_port()
+    nodes = [_start(runner, node, port, "--tp", 2) for node in (0, 1)]
+    assert [runner.wait(node, 60) for node in nodes] == [78, 78]
+    assert "the ranks of a tensor-parallel group share a node" in "".join(map(runner.log_of, nodes))
+
+
+def test_a_node_with_another_token_is_not_let_in(runner):
+    port = _free_port()
+    short = {"GPUORCH_START_TIMEOUT_SEC": "4", "GPUORCH_NODE_TIMEOUT_SEC": "4"}
+    head = _start(runner, 0, port, environment=short)
+    other = _start(runner, 1, port, environment={**short, "GPUORCH_TOKEN": "guessed"})
+    assert (runner.wait(head, 60), runner.wait(other, 60)) == (1, 1)
+    assert "Nodes [1] have not joined" in runner.log_of(head)
+    assert "cannot be reached" in runner.log_of(other)
+
+
+@pytest.fixture
+def cable():
+    """Two network namespaces joined by a veth pair; yields their names and a function that cuts or mends it."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    names = [f"gpuorch-{os.getpid()}-{side}" for side in "ab"]
+    ends = [f"gpo{os.getpid() % 100000}{side}" for side in "ab"]
+
+    def ip(*arguments):
+        return subprocess.run(("ip", *arguments), capture_output=True, text=True, timeout=20)
+
+    made = ip("netns", "add", names[0])
+    if made.returncode:
+        pytest.skip(f"no network namespaces here: {made.stderr.strip()}")
+    try:
+        assert ip("netns", "add", names[1]).returncode == 0
+        pair = ("link", "add", ends[0], "netns", names[0], "type", "veth", "peer", "name", ends[1], "netns", names[1])
+        assert ip(*pair).returncode == 0
+        for number, (name, end) in enumerate(zip(names, ends, strict=True), 1):
+            assert ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", end).returncode == 0
+            for link in ("lo", end):
+                assert ip("-n", name, "link", "set", link, "up").returncode == 0
+
+        def set_cable(state):
+            assert ip("-n", names[1], "link", "set", ends[1], state).returncode == 0
+
+        yield names, set_cable
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+@pytest.mark.root
+def test_a_short_cut_of_the_network_changes_nothing_and_a_long_one_loses_nothing(runner, tmp_path, cable):
+    names, set_cable = cable
+    port, samples = _free_port(), 2400
+    nodes = [
+        _start(
+            runner, node, port, "--samples", samples, address="10.77.0.1", around=("ip", "netns", "exec", names[node])
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+
+    def of_rank_1():
+        return [note for note in _notes(tmp_path) if note[0] == "1"]
+
+    def cut(seconds):
+        set_cable("down")
+        done = len(of_rank_1())
+        time.sleep(seconds)  # the length of the cut is what is tested
+        set_cable("up")
+        # The chunk in hand and the one that was asked for: without the head there are no more.
+        assert len(of_rank_1()) - done <= 6
+        mended = len(of_rank_1())
+        _wait_until(lambda: len(of_rank_1()) > mended, nodes, "work on node 1 after the cut")
+
+    _wait_until(lambda: len(of_rank_1()) > 5, nodes, "work on node 1")
+    cut(1.5)
+    assert "silent" not in runner.log_of(nodes[0]), "a cut shorter than the lease term is not noticed"
+    cut(7)
+    assert [runner.wait(node, 120) for node in nodes] == [0, 0], runner.log_of(nodes[1])
+    assert _right(tmp_path / "out", samples)
+    assert "node 1 is silent" in runner.log_of(nodes[0])
+    assert "node 1 is heard of again" in runner.log_of(nodes[0])
+    assert len({note[1] for note in of_rank_1()}) == 1, "the worker behind the cut was not restarted"
+    counts = collections.Counter(note[3] for note in _notes(tmp_path))
+    assert sum(count - 1 for count in counts.values()) <= 4, "at most the chunk in hand was computed twice"
