@@ -391,6 +391,7 @@ class Head:
             directory=str(directory),
             resumed_chunks=job.resumed_chunks,
             loaders=[layout.to_dict() for layout in manifest.loaders],
+            tensor_parallel_size=self.tensor_parallel_size or 1,
         )
         return job
 

@@ -37,7 +37,7 @@ class EventKind:
 EVENT_SCHEMA: Mapping[str, EventKind] = {
     "run": EventKind(
         "The supervisor begins, once per start of the command.",
-        {"world_size": "ranks of the job", "tensor_parallel_size": "ranks per replica"},
+        {"world_size": "ranks of the job", "tensor_parallel_size": "ranks per replica, 1 if not known yet"},
         {"command": "the command line", "versions": "name to version", "output_dir": "where results go",
          "num_samples": "samples of the job, if known", "run_id": "identity of this start", "host": "node"},
         urgent=True,
@@ -46,7 +46,8 @@ EVENT_SCHEMA: Mapping[str, EventKind] = {
         "A predict call begins.",
         {"job": "its number in the run", "directory": "where its results go"},
         {"loaders": "layout of each dataloader", "resumed_chunks": "chunks that were there already",
-         "num_samples": "its samples, if known", "num_chunks": "its chunks, if known"},
+         "num_samples": "its samples, if known", "num_chunks": "its chunks, if known",
+         "tensor_parallel_size": "ranks per replica"},
         urgent=True,
     ),
     "start": EventKind(

@@ -53,7 +53,7 @@ class RunSummary:
     Attributes:
         begin: Of the first event.
         end: Of the last.
-        run: The ``run`` event, or an empty one.
+        run: The ``run`` event, or an empty one; with the tensor-parallel size that was decided later, if one was.
         exit_code: Of the run, or None if it has not ended or nobody could say.
         complete: Whether every prediction is durable, or None if it has not ended or nobody could say.
         ranks: By rank.
@@ -134,7 +134,7 @@ def summarize(events: Sequence[Event]) -> RunSummary:
     return RunSummary(
         begin=min([events[0]["ts"], *begins]),
         end=events[-1]["ts"],
-        run=next((e for e in events if e["kind"] == "run"), {}),
+        run=_run_event(events),
         exit_code=ends[-1].get("exit_code") if ends else None,
         complete=ends[-1].get("complete") if ends else None,
         num_samples=totals.num_samples,
@@ -177,6 +177,12 @@ def _add(rank: RankSummary, event: Event) -> None:
         rank.starts += 1
     elif kind == "verdict":
         rank.verdict = event.get("verdict")
+
+
+def _run_event(events: Sequence[Event]) -> Event:
+    run = next((e for e in events if e["kind"] == "run"), {})
+    sizes = [e["tensor_parallel_size"] for e in events if e["kind"] == "job" and "tensor_parallel_size" in e]
+    return {**run, "tensor_parallel_size": sizes[-1]} if run and sizes else run
 
 
 def total_samples(event: Event) -> int | None:

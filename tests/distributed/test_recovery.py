@@ -88,7 +88,7 @@ def test_the_other_replica_does_not_notice(runner, tmp_path):
     other = [(int(pid), float(when)) for rank, pid, when, _ in notes if rank == "0"]
     assert len({pid for pid, _ in other}) == 1, "rank 0 was restarted too"
     gaps = [b - a for (_, a), (_, b) in itertools.pairwise(other)]
-    assert max(gaps) < 0.05 + 1.0, f"rank 0 paused for {max(gaps):.2f} s"
+    assert max(gaps) < 0.05 + 0.5, f"rank 0 paused for {max(gaps):.2f} s"
     assert len({pid for rank, pid, _, _ in notes if rank == "1"}) == 2, "rank 1 came back and worked on"
 
 
@@ -204,19 +204,8 @@ def test_two_tasks_of_slurm_of_which_one_dies_and_is_not_restarted(runner, tmp_p
         "SLURM_NNODES": "1", "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0", "MASTER_PORT": str(_free_port()),
         "GPUORCH_LEASE_TERM_SEC": "2",
     }  # fmt: skip
-    command = (
-        SLOW,
-        "--output",
-        "out",
-        "--harm",
-        "kill",
-        "--victim",
-        1,
-        "--at",
-        3,
-        "--result",
-        tmp_path / "result.json",
-    )
+    harm = ("--harm", "kill", "--victim", 1, "--at", 3)
+    command = (SLOW, "--output", "out", *harm, "--result", tmp_path / "result.json")
     tasks = [
         runner.start(*command, environment={**slurm, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
         for rank in range(2)
@@ -232,3 +221,12 @@ def _free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def test_a_replica_lost_in_evaluation_is_never_a_success_though_an_earlier_predict_call_was(runner, tmp_path):
+    finished = runner.run(
+        "validate_harmed.py", "--output", "out", environment={"GPUORCH_MAX_RESTART_ATTEMPTS": "0"}, code=1, timeout=120
+    )
+    assert "exit code 9" in finished.output
+    assert "the others cannot go on without it" in finished.output
+    assert len(read_predictions(tmp_path / "out")) == 10, "what was predicted is kept"

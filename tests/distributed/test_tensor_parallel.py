@@ -46,8 +46,17 @@ def test_generation_bfloat16_and_compilation_of_a_wrapped_model(runner, places):
     assert result["graphs"] == 1
 
 
-def test_a_replica_that_dies_comes_back_with_the_size_that_was_decided(runner, places):
-    done = runner.run("tp_restart.py", "--devices", 4, timeout=170, environment=places)
+def test_a_replica_that_dies_comes_back_with_the_size_that_was_decided(runner, places, tmp_path):
+    done = runner.run("tp_restart.py", "--devices", 4, "--output", "out", timeout=170, environment=places)
     assert done.result["layout"] == [2, 2]
     assert done.result["difference"] < 1e-5
     assert "restarting replica 0" in done.output
+    (report,) = tmp_path.glob("out/runs/*/report.html")
+    assert "4 ranks, tensor-parallel size 2" in report.read_text()
+
+
+def test_ranks_with_different_weights_are_found_on_the_first_batch(runner, places):
+    done = runner.run("tp_restart.py", "--devices", 2, "--damaged", timeout=170, code=78, environment=places)
+    assert "On the first batch, blocks.0" in done.output
+    assert "differs from the unsharded block" in done.output
+    assert "restarting" not in done.output

@@ -1,4 +1,4 @@
-"""The degree is open until the model is known; a rank dies later, and its replica comes back with the same plan."""
+"""A replica shares a model by a size decided late; then one of its ranks dies, or holds other weights than it should."""
 
 import os
 import signal
@@ -13,6 +13,8 @@ from lightning_gpuorch.pytorch import GPUOrchStrategy
 
 
 class Mortal(Model):
+    """Its second rank dies in its first step."""
+
     def predict_step(self, batch, batch_idx):
         world = self.trainer.strategy.runtime.world
         if world.topology.rank == 1 and world.generation == 0:
@@ -20,14 +22,25 @@ class Mortal(Model):
         return super().predict_step(batch, batch_idx)
 
 
+class Damaged(Model):
+    """Its second rank adds another bias than the first."""
+
+    def on_predict_start(self):
+        if self.trainer.global_rank == 1:
+            with torch.no_grad():
+                self.blocks[0].out.bias.add_(0.5)
+
+
 def main():
-    options = parser().parse_args()
+    options = parser()
+    options.add_argument("--damaged", action="store_true")
+    options = options.parse_args()
     data = torch.randn(48, 6, 32, generator=torch.Generator().manual_seed(1))
-    model = Mortal()
+    model = Damaged() if options.damaged else Mortal()
     with torch.no_grad():
         expected = model.blocks(data)
     fraction = 0.7 * model_bytes(model).total / total_memory_bytes(CPU)
-    strategy = GPUOrchStrategy(memory_fraction=fraction, chunk_size=1)
+    strategy = GPUOrchStrategy(memory_fraction=fraction, chunk_size=1, output_dir=options.output)
     trainer = quiet_trainer(strategy, options.devices)
     outputs = torch.cat(list(trainer.predict(model, DataLoader(data, batch_size=4))))
     topology = strategy.runtime.world.topology
