@@ -117,12 +117,16 @@ class StrategyShell:
         tensor_parallel_plan: Any,
         example_input: Any,
         output_dir: str | os.PathLike[str] | None,
+        length_fn: Callable[[Any], int] | None = None,
     ) -> None:
         exit_with_codes()
         resolved = OrchestratorConfig.resolve(config, **options)
         if output_dir is not None and not isinstance(output_dir, (str, os.PathLike)):
             raise ConfigurationError(f"output_dir={output_dir!r} is a {type(output_dir).__name__}; expected a path.")
+        if length_fn is not None and not callable(length_fn):
+            raise ConfigurationError(f"length_fn={length_fn!r} is not callable.")
         self.runtime = Runtime(resolved, output_dir)
+        self.runtime.length_fn = length_fn
         self.model_setup = ModelSetup(self.runtime, parallelize_fn, tensor_parallel_plan, example_input)
         self._worker = WorkerEnvironment.read()
 
@@ -205,7 +209,7 @@ class StrategyShell:
     def _gather_for_metric(self, tensor: Tensor, group: Any = None) -> list[Tensor]:
         world = self.runtime.world
         gathered = world.collectives.gather_by_rank(tensor.detach().cpu())
-        shares = one_per_replica(gathered, world.topology.tensor_parallel_size)
+        shares = one_per_replica(gathered, world.topology.ranks_per_replica)
         return [share.to(tensor.device) for share in shares]
 
     # Collectives over the whole job, through the control plane. Before the job is joined there is nobody to wait for.
@@ -238,7 +242,7 @@ class StrategyShell:
         tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
         world = self.runtime.world
         gathered = world.collectives.gather_by_rank(tensor.detach().cpu())
-        stack = torch.stack(list(one_per_replica(gathered, world.topology.tensor_parallel_size)))
+        stack = torch.stack(list(one_per_replica(gathered, world.topology.ranks_per_replica)))
         return _REDUCTIONS[name](stack).to(tensor.device)
 
     def _job_decide(self, decision: bool, all_agree: bool) -> bool:

@@ -56,6 +56,8 @@ class OrchestratorConfig:
     """A GPU whose check has not answered by then is not used; the check imports torch first."""
     spare_devices: int = 0
     """GPUs of each node to hold back for replicas whose own GPU fails."""
+    allow_tensor_parallel_shrink: bool = False
+    """When the last replica has lost devices and there are no spares, let it go on with those it has left."""
     lease_term_sec: float = 30.0
     """A node that is silent for so long loses the chunks it holds to others; it may come back."""
     node_timeout_sec: float = 300.0
@@ -69,7 +71,9 @@ class OrchestratorConfig:
     batch_size: int = 32
     """Samples per batch where the plugin itself builds the batches."""
     enable_dynamic_batching: bool = False
-    """Form batches by token budget instead of a fixed count. Not available yet: True is refused."""
+    """Form batches of similar length by a token budget and by what memory allows, instead of a fixed count."""
+    max_batch_tokens: int | Literal["auto"] = "auto"
+    """Padded tokens of a dynamic batch; ``auto`` takes 2,048 on the CPU and what fits into memory on a GPU."""
     tensor_parallel_size: int | Literal["auto"] = "auto"
     """Ranks that share one copy of the model; ``auto`` takes the fewest at which its weights, and headroom for
     activations, fit the memory budget of every device."""
@@ -169,6 +173,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_restart_attempts": _not_negative,
     "max_chunk_failures": _at_least_one,
     "batch_size": _at_least_one,
+    "max_batch_tokens": _at_least_one,
     "tensor_parallel_size": _at_least_one,
     "data_parallel_size": _at_least_one,
     "chunk_size": _at_least_one,

@@ -17,6 +17,7 @@ RUN_ID = "_GPUORCH_RUN_ID"
 HOST = "_GPUORCH_HOST"
 HEARTBEAT = "_GPUORCH_HEARTBEAT"
 RUN_DIRECTORY = "_GPUORCH_RUN_DIRECTORY"
+SHRUNK = "_GPUORCH_SHRUNK"
 CALIBRATION = "_GPUORCH_CALIBRATION"
 """``<seconds> <file>``: measure one device for so long, write the baseline to the file, and end."""
 
@@ -39,6 +40,7 @@ class WorkerEnvironment:
         heartbeat: Path of the node's heartbeat table, if the supervisor judges liveness.
         local_world_size: Ranks on this node, which is the number of rows of that table.
         run_directory: Where logs, events and metrics of the run go.
+        shrunk: Devices this rank's replica has left, and how many it began with, if it goes on with fewer.
     """
 
     rank: int
@@ -54,6 +56,7 @@ class WorkerEnvironment:
     heartbeat: str | None
     run_directory: str | None
     local_world_size: int = 1
+    shrunk: tuple[int, int] | None = None
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> WorkerEnvironment | None:
@@ -61,6 +64,7 @@ class WorkerEnvironment:
         if CONTROL not in environment:
             return None
         device = environment.get(DEVICE)
+        left, _, before = environment.get(SHRUNK, "").partition("/")
         return cls(
             rank=int(environment["RANK"]),
             world_size=int(environment["WORLD_SIZE"]),
@@ -75,6 +79,7 @@ class WorkerEnvironment:
             heartbeat=environment.get(HEARTBEAT) or None,
             run_directory=environment.get(RUN_DIRECTORY) or None,
             local_world_size=int(environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"])),
+            shrunk=(int(left), int(before)) if before else None,
         )
 
     def variables(self) -> dict[str, str]:
@@ -93,4 +98,5 @@ class WorkerEnvironment:
             HOST: self.host,
             HEARTBEAT: self.heartbeat or "",
             RUN_DIRECTORY: self.run_directory or "",
+            SHRUNK: "" if self.shrunk is None else f"{self.shrunk[0]}/{self.shrunk[1]}",
         }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -38,6 +38,8 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):  # type: ignore[misc]
         example_input: An input for planning, where the model has none.
         output_dir: Where predictions are kept. A rerun with the same directory computes only what is missing. Without
             it they live until the process ends.
+        length_fn: Gives the length of a sample, for dynamic batching; text, sequences, tensors and dicts with
+            ``input_ids`` and the like need none.
         start_method: How several devices are started: ``popen`` runs the script anew for each rank, ``fork`` forks
             this process, as notebooks need it.
         **options: Fields of :class:`~lightning_gpuorch.OrchestratorConfig`.
@@ -54,10 +56,11 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):  # type: ignore[misc]
         tensor_parallel_plan: Any = None,
         example_input: Any = None,
         output_dir: str | os.PathLike[str] | None = None,
+        length_fn: Callable[[Any], int] | None = None,
         start_method: Literal["popen", "fork"] = "popen",
         **options: Any,
     ):
-        self._init_shell(config, options, parallelize_fn, tensor_parallel_plan, example_input, output_dir)
+        self._init_shell(config, options, parallelize_fn, tensor_parallel_plan, example_input, output_dir, length_fn)
         super().__init__(
             cluster_environment=self.supervised_environment,
             checkpoint_io=MappedCheckpointIO(),

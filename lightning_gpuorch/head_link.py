@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,6 +139,10 @@ class HeadLink:
     def retire(self, replica: int) -> None:
         """Report that a replica will not come back."""
         self._call("node_retire", replica=replica)
+
+    def drop_ranks(self, ranks: Sequence[int]) -> None:
+        """Report that a replica goes on without some of its ranks."""
+        self._call("node_drop_ranks", ranks=list(ranks))
 
     def rank_left(self, rank: int, why: str) -> None:
         """Report that a rank has ended in good order."""

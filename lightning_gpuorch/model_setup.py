@@ -172,18 +172,22 @@ class ModelSetup:
     def _decide(self, model: nn.Module, batch: BatchSource | None) -> _Decision:
         world = self.runtime.world
         budget = memory_budget_bytes(self.runtime.device, self.runtime.config.memory_fraction)
-        if world.settled and world.topology.tensor_parallel_size == 1:
+        topology = world.topology
+        if world.settled and topology.ranks_per_replica == 1:
             check_model_fits(model, budget)
             return _Decision(1)
         budget = min(world.collectives.all_gather_object(budget))
         outcome: _Decision | GPUOrchError | None = None
-        if world.topology.rank == 0:
+        if topology.rank == 0 or topology.shrunk:
             try:
                 with torch.compiler.set_stance("force_eager"):  # what the user has compiled is planned uncompiled
                     outcome = self._choose(model, batch, budget)
             except GPUOrchError as error:
                 outcome = error
-        outcome = world.collectives.broadcast_object(outcome)
+        # What was decided for the whole group no longer fits a replica that has shrunk, so each of its ranks decides, and
+        # all decide the same; the collective is called all the same, as every life of a rank calls them in one order.
+        decided = world.collectives.broadcast_object(outcome)
+        outcome = outcome if topology.shrunk else decided
         if isinstance(outcome, GPUOrchError):
             raise outcome
         assert outcome is not None

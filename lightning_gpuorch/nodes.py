@@ -228,6 +228,11 @@ class NodeDesk:
         self._head.retire(int(request.header["replica"]))
         return {}
 
+    def op_node_drop_ranks(self, request: Message) -> dict[str, Any]:
+        """A replica goes on without some of its ranks: nobody waits for them any more."""
+        self._head.ledger.retire(int(rank) for rank in request.header["ranks"])
+        return {}
+
     def op_node_rank_left(self, request: Message) -> dict[str, Any]:
         """A rank has ended in good order."""
         self._head.ledger.leave(int(request.header["rank"]), str(request.header["why"]))

@@ -35,6 +35,7 @@ class MultiGPUOrchestrator:
         parallelize_fn: Called as ``parallelize_fn(module, device_mesh)``, where no Fabric strategy has one.
         tensor_parallel_plan: A ready plan, instead of ``parallelize_fn``; it is verified.
         example_input: What models are called with, where they do not say so themselves.
+        length_fn: Gives the length of a sample, for dynamic batching; common types need none.
         **options: Fields of :class:`~lightning_gpuorch.OrchestratorConfig`.
 
     Example::
@@ -58,6 +59,7 @@ class MultiGPUOrchestrator:
         parallelize_fn: ParallelizeFn | None = None,
         tensor_parallel_plan: Any = None,
         example_input: Any = None,
+        length_fn: Callable[[Any], int] | None = None,
         **options: Any,
     ):
         strategy = getattr(fabric, "strategy", None)
@@ -76,6 +78,8 @@ class MultiGPUOrchestrator:
         else:
             self.runtime = Runtime(OrchestratorConfig.resolve(config, **options), output_dir)
             self.model_setup = ModelSetup(self.runtime, parallelize_fn, tensor_parallel_plan, example_input)
+        if length_fn is not None:
+            self.runtime.length_fn = length_fn
         self.fabric = fabric
         self.predictions: Any = None
         """Every prediction of the last :meth:`predict`, in dataset order, once it has run to its end."""
@@ -259,6 +263,8 @@ class MultiGPUOrchestrator:
         try:
             for number, batch in enumerate(job.loaders[0]):
                 ticket = job.take()
+                if self.runtime.transfers is not None:
+                    batch = self.runtime.transfers.to_device(batch)
                 batch = to_device(batch, self.runtime.device)
                 self._call("on_predict_batch_start", batch=batch, batch_idx=number)
                 output = job.run_step(functools.partial(self._compute, step=step), batch, ticket)

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_gpuorch._version import __version__
+from lightning_gpuorch.dynamic_steps import DynamicSteps
 from lightning_gpuorch.errors import EXIT_RESUMABLE
 from lightning_gpuorch.liveness import Phase, current_heartbeat
+from lightning_gpuorch.memory.transfer import HostCopy
 from lightning_gpuorch.predictions.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.layout import LoaderLayout, StoredBatch
 from lightning_gpuorch.predictions.loader import LeasedLoader, Ticket
@@ -29,7 +31,7 @@ from lightning_gpuorch.predictions.manifest import Manifest
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 from lightning_gpuorch.predictions.reader import read_predictions
 from lightning_gpuorch.predictions.source import default_chunk_batches, describe
-from lightning_gpuorch.predictions.writer import PartWriter
+from lightning_gpuorch.predictions.writer import PartWriter, size_bytes
 from lightning_gpuorch.telemetry.current import emit
 from lightning_gpuorch.tensors import to_host, whole
 
@@ -59,11 +61,22 @@ class PredictionJob:
         self._runtime, self._world = runtime, world
         self.number = world.next_job()
         sources = [describe(loader, limit) for loader, limit in zip(loaders, limits, strict=True)]
-        chunk = runtime.config.chunk_size
+        self._dynamic: DynamicSteps | None = None
+        if runtime.config.enable_dynamic_batching:
+            self._dynamic = DynamicSteps(
+                runtime.config,
+                runtime.device,
+                runtime.allocator.budget_bytes,
+                world.topology.tensor_parallel_size,
+                runtime.length_fn,
+            )
+        batchers = [None if self._dynamic is None else self._dynamic.batcher(source) for source in sources]
+        chunk, replicas = runtime.config.chunk_size, world.topology.num_replicas
+        dynamic = self._dynamic is not None
         wanted = Manifest(
             loaders=[
                 source.layout(
-                    default_chunk_batches(source.num_batches, world.topology.num_replicas) if chunk == "auto" else chunk
+                    default_chunk_batches(source.num_batches, replicas, windows=dynamic) if chunk == "auto" else chunk
                 )
                 for source in sources
             ],
@@ -83,6 +96,7 @@ class PredictionJob:
         self._chunks_began: dict[tuple[int, int], float] = {}
         self._asked_ns = time.time_ns()
         self._fetched_ns: tuple[int, int] | None = None
+        self._copies: collections.deque[tuple[Ticket, HostCopy, frozenset[int]]] = collections.deque()
         self.samples = 0
         self.steps = 0
         self._ended: str | None = None
@@ -95,7 +109,15 @@ class PredictionJob:
         ]
         self.loaders = [
             LeasedLoader(
-                source, layout, _Queue(self, index), self._collectors[index], self.delivered, index, self._on_ended
+                source,
+                layout,
+                _Queue(self, index),
+                _Sink(self, self._collectors[index]),
+                self.delivered,
+                index,
+                self._on_ended,
+                batchers[index],
+                world.topology.num_replicas,
             )
             for index, (source, layout) in enumerate(zip(sources, manifest.loaders, strict=True))
         ]
@@ -137,9 +159,10 @@ class PredictionJob:
         """
         self._lost.update(positions)
         span = ticket.span
-        entries = self._quarantined.setdefault((ticket.loader, ticket.chunk), [])
+        chunk_size = self.loaders[ticket.loader].layout.chunk_size
         for position in positions:
-            unit = span.first_unit + (position if span.num_units > 1 else 0)
+            unit = span.unit(position)
+            entries = self._quarantined.setdefault((ticket.loader, unit // chunk_size), [])
             entries.append((unit, unit + 1, reason))
 
     def run_step(self, call: Callable[[Any], Any], batch: Any, ticket: Ticket) -> Any:
@@ -153,10 +176,13 @@ class PredictionJob:
         Returns:
             The output, as ``call`` returned it.
         """
-        step = call
-        for wrapper in reversed(self._runtime.step_wrappers):
+        step, wrappers = call, self._runtime.step_wrappers
+        if self._dynamic is not None:
+            step, wrappers = self._dynamic.measured(call, ticket), wrappers or self._dynamic.halving(self.lose)
+        for wrapper in reversed(wrappers):
             step = functools.partial(_wrapped, wrapper, step, ticket)
         self._lost.clear()
+        began = time.perf_counter()
         if self._writer is not None:
             self._chunks_began.setdefault((ticket.loader, ticket.chunk), time.monotonic())
         telemetry = self._runtime.telemetry
@@ -179,17 +205,30 @@ class PredictionJob:
             output = whole(output)
         self.steps += 1
         self.samples += ticket.size or 0
-        kept = to_host(output) if self._writer is not None else None
+        self._observe(ticket, output, time.perf_counter() - began)
+        if self._writer is not None:
+            self._copies.append((ticket, self._host_copy(output), frozenset(self._lost)))
         if heartbeat is not None:
             heartbeat.end_step()  # what fails from here on is not to be blamed on the batch
-        if self._writer is not None:
-            self._collectors[ticket.loader].add(ticket, kept, frozenset(self._lost))
+        # On CUDA this step still computes; what it gives is picked up when the next one is on its way.
+        self._collect(leave=0 if self._runtime.transfers is None else 1)
         telemetry.end_step(ticket.size or 0)
         calibration = self._runtime.calibration
         if calibration is not None and calibration.count(ticket.size or 0, time.perf_counter()):
             self._end_calibration()
         self._asked_ns = time.time_ns()
         return output
+
+    def _host_copy(self, output: Any) -> HostCopy:
+        transfers = self._runtime.transfers
+        return HostCopy(to_host(output)) if transfers is None else transfers.to_host(output)
+
+    def _observe(self, ticket: Ticket, output: Any, seconds: float) -> None:
+        """Tell what bounds windows. Time differs between the ranks of a group, whose windows must not."""
+        if self._dynamic is None:
+            return
+        seconds = seconds if self._world.topology.tensor_parallel_size == 1 else 0.0
+        self.loaders[ticket.loader].observe(num_samples=ticket.size or 0, num_bytes=size_bytes(output), seconds=seconds)
 
     def _end_calibration(self) -> None:
         """Write the baseline, and end the script in good order: the rest of its data is of no interest.
@@ -213,6 +252,7 @@ class PredictionJob:
             SystemExit: The job was asked to stop; the exit code says that it can be resumed.
         """
         with _phase(Phase.COMMIT, then=Phase.OUTSIDE):
+            self._collect()
             self.close()
         if self._ended in ("drain", "fenced"):
             log.info("stopped on request; the same command goes on from here")
@@ -230,9 +270,16 @@ class PredictionJob:
         Raises:
             PredictionStorageError: Something could not be written.
         """
+        self._collect()
         if self._writer is not None:
             with _phase(Phase.COMMIT, then=Phase.RUN):
                 self._writer.flush()
+
+    def _collect(self, leave: int = 0) -> None:
+        """Hand on outputs that have reached the host, all but the last ``leave`` steps'."""
+        while len(self._copies) > leave:
+            ticket, copy, lost = self._copies.popleft()
+            self._collectors[ticket.loader].add(ticket, copy.result(), lost)
 
     def close(self) -> None:
         """Stop the writer after it has written what it has; safe to call again."""
@@ -298,6 +345,20 @@ class _Delivered(collections.deque[Ticket]):
         """Take the ticket of a batch that has just been fetched."""
         super().append(ticket)
         self.at_ns.append(time.time_ns())
+
+
+class _Sink:
+    """A collector that gets a chunk's last output before it is told that the chunk is over."""
+
+    def __init__(self, job: PredictionJob, collector: ChunkCollector | NoCollector):
+        self._job, self._collector = job, collector
+
+    def begin(self, chunk: int, num_batches: int | None) -> None:
+        self._collector.begin(chunk, num_batches)
+
+    def end(self, chunk: int) -> None:
+        self._job._collect()
+        self._collector.end(chunk)
 
 
 class _Queue:

@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_gpuorch import _compat
@@ -46,6 +47,8 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
         example_input: An input for planning, where the model has none.
         output_dir: Where predictions are kept. A rerun with the same directory computes only what is missing. Without
             it they live until the process ends.
+        length_fn: Gives the length of a sample, for dynamic batching; text, sequences, tensors and dicts with
+            ``input_ids`` and the like need none.
         start_method: How several devices are started: ``popen`` runs the script anew for each rank, ``fork`` forks
             this process, as notebooks need it.
         **options: Fields of :class:`~lightning_gpuorch.OrchestratorConfig`.
@@ -64,10 +67,11 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
         tensor_parallel_plan: Any = None,
         example_input: Any = None,
         output_dir: str | os.PathLike[str] | None = None,
+        length_fn: Callable[[Any], int] | None = None,
         start_method: Literal["popen", "fork"] = "popen",
         **options: Any,
     ):
-        self._init_shell(config, options, parallelize_fn, tensor_parallel_plan, example_input, output_dir)
+        self._init_shell(config, options, parallelize_fn, tensor_parallel_plan, example_input, output_dir, length_fn)
         super().__init__(
             cluster_environment=self.supervised_environment,
             process_group_backend=self.config.backend if self.config.backend != "auto" else None,
@@ -224,6 +228,15 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
         assert self.runtime.job is not None
         return self.runtime.job
 
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Move a batch while the step before it computes, on CUDA; a ``transfer_batch_to_device`` of the user's decides."""
+        transfers = self.runtime.transfers
+        if transfers is not None and not self._training and device in (None, self.root_device):
+            owners = (self.lightning_module, getattr(self._trainer, "datamodule", None))
+            if not any(owner is not None and is_overridden("transfer_batch_to_device", owner) for owner in owners):
+                batch = transfers.to_device(batch)
+        return super().batch_to_device(batch, device, dataloader_idx)
+
     # Predict
 
     def on_predict_start(self) -> None:
@@ -252,7 +265,8 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
             return self._predict_step_on_iterator(job, *args)
         ticket = job.take()
         rest = list(args[1:])
-        if len(args) == 3 or (len(args) == 2 and len(self._pending) == 1):
+        # A dynamic batch is none of the loader's; it keeps the number Lightning gave it.
+        if ticket.window is None and (len(args) == 3 or (len(args) == 2 and len(self._pending) == 1)):
             rest[0] = ticket.span.batch_index  # as a single device would count
         step = super().predict_step
         return job.run_step(lambda batch: step(batch, *rest, **kwargs), args[0], ticket)

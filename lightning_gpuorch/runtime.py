@@ -6,7 +6,7 @@ import atexit
 import logging
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ import torch
 from lightning_gpuorch._version import __version__
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.distributed import Topology
-from lightning_gpuorch.errors import ConfigurationError, GPUOrchError, InputMismatchError
+from lightning_gpuorch.errors import GPUOrchError, InputMismatchError
+from lightning_gpuorch.memory import ResourceAllocator
+from lightning_gpuorch.memory.transfer import Transfers
 from lightning_gpuorch.prediction_job import PredictionJob, StepWrapper
 from lightning_gpuorch.predictions.loader import SharedLoader
 from lightning_gpuorch.predictions.source import describe
@@ -40,11 +42,14 @@ class Runtime:
     """
 
     def __init__(self, config: OrchestratorConfig, output_dir: str | os.PathLike[str] | None = None):
-        if config.enable_dynamic_batching:
-            raise ConfigurationError("enable_dynamic_batching=True is not available in this version; leave it False.")
         self.config, self.output_dir = config, output_dir
         self.step_wrappers: list[StepWrapper] = []
+        self.length_fn: Callable[[Any], int] | None = None
+        """Gives the length of a sample, for dynamic batching; None knows common types."""
         self.device = torch.device("cpu")
+        self.transfers: Transfers | None = None
+        """Copies that overlap with steps, on CUDA."""
+        self._allocator: ResourceAllocator | None = None
         self.mesh: DeviceMesh | None = None
         self.job: PredictionJob | None = None
         self.calibration = Calibration.from_environment()
@@ -59,6 +64,13 @@ class Runtime:
         if self._world is None:
             raise GPUOrchError("the job is not set up yet; call launch() (Fabric) or use the Trainer's entry points.")
         return self._world
+
+    @property
+    def allocator(self) -> ResourceAllocator:
+        """The memory budget of this rank's device. Making it caps torch's allocator, on CUDA."""
+        if self._allocator is None:
+            self._allocator = ResourceAllocator(self.device, self.config.memory_fraction)
+        return self._allocator
 
     @property
     def replica(self) -> int:
@@ -104,16 +116,18 @@ class Runtime:
             training: Form one world over the whole job, whose ranks restart together.
             evaluating: Every replica has a fixed share that nobody else can take over.
         """
-        self.device = device
+        if device != self.device:
+            self.device, self._allocator = device, None
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            self.transfers = Transfers(device, self.allocator.pinned_pool)
         world = self._world = join(self.config, device, external)
         self._training, self._placed = training, False
         if world.topology.world_size > 1:
             stage = {"op": "stage", "gang": training, "every_replica": evaluating, **world.owner}
             world.channel.call(stage, timeout_seconds=30)
         if training or world.settled:
-            self.settle(1 if not world.settled else world.topology.tensor_parallel_size)
+            self.settle(1 if not world.settled else world.topology.ranks_per_replica)
         return world
 
     def settle(self, tensor_parallel_size: int) -> Topology:
@@ -134,9 +148,10 @@ class Runtime:
             self._placed = True
             self._record(world)
             world.form_world(world.topology, whole_job=self._training)
-            if tensor_parallel_size > 1 and self.mesh is None:
+            size = world.topology.tensor_parallel_size
+            if size > 1 and self.mesh is None:
                 replicas = world.topology.num_replicas if world.spans_job else 1
-                self.mesh = world.groups.device_mesh(replicas, tensor_parallel_size)
+                self.mesh = world.groups.device_mesh(replicas, size)
         return world.topology
 
     @property
@@ -217,7 +232,7 @@ class Runtime:
         dist.all_gather(digests, mine, group=group)
         values, random_states = zip(*(pair.tolist() for pair in digests), strict=True)
         if len(set(values)) > 1:
-            first = topology.replica * topology.tensor_parallel_size
+            first = topology.replica * topology.ranks_per_replica
             odd = [first + index for index, value in enumerate(values) if value != values[0]]
             raise InputMismatchError(
                 f"ranks {odd} of replica {topology.replica} were given another batch than rank {first}; all ranks of a "

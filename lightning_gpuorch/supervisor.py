@@ -124,6 +124,7 @@ class Supervisor:
         self._generation: dict[int, int] = {}
         self._gang_generation = 0
         self._ended: dict[int, int] = {}
+        self._shrunk: dict[int, tuple[int, int]] = {}
         self._beginnings = Beginnings(
             self._devices, self._local, config.preflight_timeout_sec if config.enable_preflight else None
         )
@@ -256,6 +257,7 @@ class Supervisor:
             heartbeat=self._watch.path,
             run_directory=str(self.run_directory),
             local_world_size=self.num_workers,
+            shrunk=self._shrunk.get(rank),
         )
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.num_workers)))
         self._watch.forget(rank)
@@ -360,6 +362,8 @@ class Supervisor:
 
     def _retire(self, replica: int, group: Sequence[int], reason: str) -> None:
         self._workers.kill(group)
+        if self._shrink(replica, group, reason):
+            return
         self._record("retire", replica=replica, reason=reason, ranks=list(group))
         self._ended.update(dict.fromkeys(group, EXIT_FAILURE))
         self._link.retire(replica)
@@ -373,6 +377,32 @@ class Supervisor:
             return
         log.error("%s; %s", reason, "the others cannot go on without it" if left else "no replica is left to go on")
         self._link.abort(EXIT_FAILURE)
+
+    def _shrink(self, replica: int, group: Sequence[int], reason: str) -> bool:
+        """Let a replica that would be retired go on with the devices it has left; only the last one, and if allowed."""
+        state = self._job.state(fresh=True)
+        size, others = state.tensor_parallel_size or 1, self._workers or self._beginnings or self._job.others_present()
+        healthy = [rank for rank in group if self._local(rank) in self._devices.holders]
+        if not self.config.allow_tensor_parallel_shrink or others or state.gang or len(healthy) == len(group):
+            return False
+        left = max((n for n in range(1, len(healthy) + 1) if size % n == 0), default=0)
+        if not left:
+            return False
+        self._devices.release(map(self._local, group))
+        first = replica * size
+        stay, go = list(range(first, first + left)), [rank for rank in group if rank >= first + left]
+        for rank in stay:
+            self._devices.replace(self._local(rank))
+        self._shrunk = dict.fromkeys(stay, (left, size))
+        for rank in go:
+            del self._generation[rank]
+        self._link.drop_ranks(go)
+        self._restarts += 1
+        reason = f"{reason}; going on with {left} of {size} ranks"
+        self._record("restart", replica=replica, reason=reason, ranks=stay)
+        log.warning("%s", reason)
+        self._next_generation(stay, max(self._generation[rank] for rank in stay) + 1)
+        return True
 
     def _check_liveness(self) -> None:
         """Find who is stuck; show where it stands, and treat it as dead."""
@@ -392,7 +422,7 @@ class Supervisor:
         if size is None or state.gang:
             group = list(self._generation)
         else:
-            group = list(range(rank // size * size, rank // size * size + size))
+            group = [r for r in range(rank // size * size, rank // size * size + size) if r in self._generation]
         return [r for r in group if with_ended or r not in self._ended or r == rank]
 
     # Devices that are about to fail, or have

@@ -144,16 +144,19 @@ class World:
         Raises:
             ConfigurationError: It is decided otherwise already, or other ranks decided otherwise.
         """
-        if self.settled and tensor_parallel_size == self.topology.tensor_parallel_size:
-            return
+        if self.settled and (self.topology.shrunk or tensor_parallel_size == self.topology.tensor_parallel_size):
+            return  # what is asked for is what this replica began with, whatever is left of it
         if self.settled:
             raise ConfigurationError(
                 f"tensor_parallel_size={tensor_parallel_size} is asked for, but this job runs with "
                 f"{self.topology.tensor_parallel_size}: a script cannot change it between two uses of gpuorch."
             )
-        self.topology = dataclasses.replace(self.topology, tensor_parallel_size=tensor_parallel_size)
+        if not self.topology.shrunk:
+            self.topology = dataclasses.replace(
+                self.topology, tensor_parallel_size=tensor_parallel_size, ranks_per_replica=tensor_parallel_size
+            )
         self.settled = True
-        header = {"op": "hello", "tensor_parallel_size": tensor_parallel_size, **self.owner}
+        header = {"op": "hello", "tensor_parallel_size": self.topology.ranks_per_replica, **self.owner}
         self.channel.call(header, timeout_seconds=30)
 
 
@@ -188,10 +191,15 @@ def join(config: OrchestratorConfig, device: torch.device, external: ExternalRan
     else:
         external, ranks = None, (0, 1, 0)
     size = _tensor_parallel_size(config, ranks[1])
-    topology = Topology(*ranks, tensor_parallel_size=size or 1)
+    left, size = worker.shrunk if worker is not None and worker.shrunk is not None else (size or 1, size)
+    topology = Topology(*ranks, tensor_parallel_size=left, ranks_per_replica=size or 1)
     if _world is not None:
         if size is None:
-            topology = dataclasses.replace(topology, tensor_parallel_size=_world.topology.tensor_parallel_size)
+            topology = dataclasses.replace(
+                topology,
+                tensor_parallel_size=_world.topology.tensor_parallel_size,
+                ranks_per_replica=_world.topology.ranks_per_replica,
+            )
         elif not _world.settled:
             _world.settle(size)
         if _world.topology != topology:

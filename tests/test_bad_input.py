@@ -56,9 +56,28 @@ def test_unknown_option():
         FabricStrategy(nonsense=1)
 
 
-def test_what_is_not_there_yet_is_refused_and_not_ignored():
-    with pytest.raises(ConfigurationError, match="enable_dynamic_batching=True is not available"):
-        GPUOrchStrategy(enable_dynamic_batching=True)
+def test_loaders_whose_samples_cannot_be_batched_anew_are_refused(tmp_path):
+    sampler = torch.utils.data.BatchSampler(range(20), 4, False)
+    custom = type("Custom", (torch.utils.data.BatchSampler,), {})(range(20), 4, False)
+    options = {"output_dir": tmp_path, "enable_dynamic_batching": True, "model_fingerprint": "off"}
+    data = torch.arange(40.0).reshape(20, 2)
+    for loader, match in (
+        (DataLoader(data, batch_sampler=custom), "its batch sampler, Custom, makes its batches"),
+        (DataLoader(data, batch_size=None), "batches that the dataset has made"),
+        (type("Batches", (), {"__iter__": lambda self: iter([data])})(), "a Batches gives batches"),
+        (DataLoader([object()] * 8, batch_size=4, collate_fn=list), "type object is not known.*length_fn"),
+    ):
+        model = Model()
+        with pytest.raises(ConfigurationError, match=match):
+            predict(model, loader, **options)
+        assert model.steps == 0
+        assert list(tmp_path.iterdir()) == []
+    got = predict(Model(), DataLoader(data, batch_sampler=sampler), **options)
+    assert torch.equal(torch.cat(list(got)), data * 2)
+    with pytest.raises(ConfigurationError, match="length_fn=3 is not callable"):
+        GPUOrchStrategy(length_fn=3)
+    with pytest.raises(ConfigurationError, match="max_batch_tokens=0"):
+        GPUOrchStrategy(max_batch_tokens=0)
 
 
 def test_wrong_kinds_of_arguments():

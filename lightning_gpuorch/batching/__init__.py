@@ -1,5 +1,6 @@
 """Batches that fit: halving after memory ran out, a model of memory fitted online, batches by token budget."""
 
+from lightning_gpuorch.batching.dynamic import DynamicBatcher
 from lightning_gpuorch.batching.halving import BatchHalver, HalvedOutput, OOMEvent, SingleSampleOOMError
 from lightning_gpuorch.batching.limits import SizeLimits, shape_bucket
 from lightning_gpuorch.batching.memory_model import BatchSizer, MemoryModel
@@ -15,6 +16,7 @@ from lightning_gpuorch.batching.token_budget import (
 __all__ = [
     "BatchHalver",
     "BatchSizer",
+    "DynamicBatcher",
     "HalvedOutput",
     "MemoryModel",
     "OOMEvent",

@@ -125,7 +125,8 @@ class LeaseQueue:
             block: Wait for work that others may still hand back, instead of answering "pause".
 
         Returns:
-            One of ``{"do": "chunk", "chunk": c, "isolate": ..., "skip": ...}``, ``pause`` (nothing now; make your
+            One of ``{"do": "chunk", "chunk": c, "left": n, "again": ..., "isolate": ..., "skip": ...}`` (``left`` chunks
+            nobody has yet; ``again`` if somebody else had this one and lost it), ``pause`` (nothing now; make your
             own chunks durable, then ask again with ``block``), ``stop`` (all done), ``drain`` (leave, resumable) and
             ``fenced`` (this generation was replaced; leave).
         """
@@ -243,6 +244,7 @@ class LeaseQueue:
             return STOP
         if self._draining or owner in self._leaving:
             return DRAIN
+        fresh = self._fresh
         chunk = self._take()
         if chunk is None:
             if self.finished:  # what came back was durable after all
@@ -250,6 +252,10 @@ class LeaseQueue:
             return None if block else PAUSE
         self._leases[chunk] = owner
         answer: Answer = {"do": "chunk", "chunk": chunk}
+        if self.num_chunks is not None:
+            answer["left"] = max(0, self.num_chunks - len(self.done) - len(self._leases))
+        if chunk < fresh:
+            answer["again"] = True
         fault = self.faults.get(chunk)
         if fault is not None and fault.isolate is not None:
             answer.update(isolate=list(fault.isolate), skip=list(fault.skip))

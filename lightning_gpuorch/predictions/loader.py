@@ -8,13 +8,27 @@ moment, the loader waits inside ``next`` for what other replicas may still give 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from torch.utils.data import DataLoader
 
 from lightning_gpuorch.errors import ControlPlaneError
 from lightning_gpuorch.predictions.layout import LoaderLayout
 from lightning_gpuorch.predictions.source import BatchSource, MapSource, Source, Span, StreamSource
+from lightning_gpuorch.predictions.window import Batcher, Window
+from lightning_gpuorch.predictions.writer import size_bytes
+
+SAMPLES_PER_WINDOW = 4096
+"""Samples that are sorted together at most, unless a single chunk has more."""
+BYTES_PER_WINDOW = 256 * 2**20
+"""Inputs or outputs of a window, on the host."""
+SECONDS_PER_WINDOW = 20.0
+"""Time a window may take: what a death can cost, and what a drain has to wait for."""
+WINDOWS_LEFT_PER_REPLICA = 4
+"""A window takes at most this part of what a replica has still to expect, so that all replicas end together."""
 
 
 class WorkQueue(Protocol):
@@ -50,16 +64,24 @@ class Ticket:
         chunk: Chunk it belongs to.
         span: Units, batch number and dataset indices.
         collate: Builds a batch of given dataset indices anew; None in streams.
+        window: The window its samples come from, with dynamic batching.
+        positions: Their positions in the window, ascending.
+        shape: Samples in the batch and what each is padded to, where the batch shows it.
     """
 
     loader: int
     chunk: int
     span: Span
     collate: Callable[[list[int]], Any] | None
+    window: Window | None = None
+    positions: Sequence[int] = ()
+    shape: tuple[int, int] | None = None
 
     @property
     def size(self) -> int | None:
         """Samples in the batch, if known."""
+        if self.window is not None:
+            return len(self.positions)
         return None if self.span.indices is None else len(self.span.indices)
 
     @property
@@ -87,6 +109,8 @@ class LeasedLoader:
         delivered: Gets the ticket of each batch that is given out.
         index: Index of the dataloader in the job.
         on_ended: Called with the last answer (stop, drain or fenced) when the loader ends.
+        batcher: Forms the batches, out of windows of samples; None gives the loader's own.
+        num_replicas: Replicas that share the chunks.
     """
 
     def __init__(
@@ -98,12 +122,19 @@ class LeasedLoader:
         delivered: collections.deque[Ticket],
         index: int = 0,
         on_ended: Callable[[str], None] = lambda answer: None,
+        batcher: Batcher | None = None,
+        num_replicas: int = 1,
     ):
         self.source, self.layout, self.index = source, layout, index
+        self.bytes_per_sample = self.seconds_per_sample = 0.0
+        """What a sample's input or output takes on the host, and how long it takes, as far as is known."""
+        self._batcher, self._num_replicas = batcher, num_replicas
+        self._window: Window | None = None
+        self._sizes: set[int] = set()
         self.batch_sampler: Any = None
         """Set by whoever has to satisfy a framework that looks for indices here."""
         self._queue, self._sink, self._delivered, self._on_ended = queue, sink, delivered, on_ended
-        self._requested: collections.deque[Ticket] = collections.deque()
+        self._requested: collections.deque[tuple[Ticket, bool]] = collections.deque()
         self._answer = ""
         self._block = False
 
@@ -120,11 +151,14 @@ class LeasedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         self._requested.clear()
-        self._answer, self._block = "", False
+        self._answer, self._block, self._window = "", False, None
         if isinstance(self.source, StreamSource):
             yield from self._stream(self.source)
-        else:
+        elif self._batcher is None:
             yield from self._indexed(self.source)
+        else:
+            assert isinstance(self.source, MapSource)
+            yield from self._windowed(self.source)
         self._on_ended(self._answer)
 
     def _indexed(self, source: MapSource | BatchSource) -> Iterator[Any]:
@@ -132,42 +166,149 @@ class LeasedLoader:
         try:
             while self._answer in ("", "pause"):
                 for batch in loader:
-                    self._delivered.append(self._requested.popleft())
+                    self._delivered.append(self._requested.popleft()[0])
                     yield batch
                 self._block = True
         finally:
             loader._iterator = None  # ends the workers, which outlive one iteration
 
+    def _windowed(self, source: MapSource) -> Iterator[Any]:
+        """Batches by length out of windows of one or several chunks."""
+        loader = source.uncollated(_LeasedBatches(self))
+        try:
+            while self._answer in ("", "pause"):
+                window = None
+                for samples in loader:
+                    ticket, alone = self._requested.popleft()
+                    if window is not None and window is not ticket.window:
+                        yield from self._batches_of(window)
+                    window = ticket.window
+                    assert window is not None
+                    window.add(ticket.chunk, ticket.span, samples, alone)
+                    if window.is_full:
+                        yield from self._batches_of(window)
+                        window = None
+                if window is not None:
+                    yield from self._batches_of(window)
+                self._window, self._block = None, True
+        finally:
+            loader._iterator = None  # ends the workers, which outlive one iteration
+
     def _stream(self, source: StreamSource) -> Iterator[Any]:
-        position, stream = 0, source.iterate()
+        begin = source.iterate if self._batcher is None else source.iterate_uncollated
+        position, stream = 0, begin()
         while True:
             answer = self._next_answer()
+            if answer["do"] != "chunk" and self._window is not None:
+                yield from self._batches_of(self._window)
+                self._window = None
             if answer["do"] == "pause":
                 self._block = True
                 continue
             if answer["do"] != "chunk":
                 return
-            chunk, skip = int(answer["chunk"]), frozenset(answer.get("skip", ()))
+            chunk = int(answer["chunk"])
             start = chunk * self.layout.chunk_size
             if start < position:
-                position, stream = 0, source.iterate()
+                position, stream = 0, begin()
             position += _skip(stream, start - position)
             if position < start:
                 self._queue.end_of_stream(position)
                 continue
-            self._sink.begin(chunk, None)
-            for number in range(start, start + self.layout.chunk_size):
-                try:
-                    batch = next(stream)
-                except StopIteration:
-                    self._queue.end_of_stream(number)
-                    break
-                position = number + 1
-                if number in skip:  # read, since the stream cannot be entered elsewhere, and not computed
-                    continue
-                self._delivered.append(Ticket(self.index, chunk, Span(number, 1, number, None), None))
-                yield batch
-            self._sink.end(chunk)
+            if self._batcher is None:
+                position = yield from self._stream_chunk(stream, chunk, start, frozenset(answer.get("skip", ())))
+            else:
+                position = yield from self._windowed_stream_chunk(stream, chunk, start, answer)
+
+    def _stream_chunk(
+        self, stream: Iterator[Any], chunk: int, start: int, skip: frozenset[int]
+    ) -> Generator[Any, None, int]:
+        """The batches of a chunk as they come; returns where the stream stands."""
+        self._sink.begin(chunk, None)
+        position = start
+        for number in range(start, start + self.layout.chunk_size):
+            try:
+                batch = next(stream)
+            except StopIteration:
+                self._queue.end_of_stream(number)
+                break
+            position = number + 1
+            if number in skip:  # read, since the stream cannot be entered elsewhere, and not computed
+                continue
+            self._delivered.append(Ticket(self.index, chunk, Span(number, 1, number, None), None))
+            yield batch
+        self._sink.end(chunk)
+        return position
+
+    def _windowed_stream_chunk(
+        self, stream: Iterator[Any], chunk: int, start: int, answer: dict[str, Any]
+    ) -> Generator[Any, None, int]:
+        """Read a chunk into the window; returns where the stream stands."""
+        read = list(itertools.islice(stream, self.layout.chunk_size))
+        stop = start + len(read)
+        if len(read) < self.layout.chunk_size:
+            self._queue.end_of_stream(stop)
+        isolate, skip = range(*answer.get("isolate", (0, 0))), frozenset(answer.get("skip", ()))
+        batches = [(number, samples) for number, samples in enumerate(read, start) if number not in skip]
+        self._sink.begin(chunk, len(batches))
+        previous, window = self._window, self._window_for(answer)
+        if previous is not None and previous is not window:
+            yield from self._batches_of(previous)
+        for number, samples in batches:
+            window.num_expected += 1
+            window.add(chunk, Span(number, 1, number, None), samples, alone=number in isolate)
+        if window.is_full:
+            self._window = None
+            yield from self._batches_of(window)
+        return stop
+
+    def _window_for(self, answer: dict[str, Any]) -> Window:
+        """The window a chunk goes to. One that was lost by somebody else goes alone, so that blame can be precise."""
+        alone = bool(answer.get("again")) or "isolate" in answer
+        window = self._window
+        if window is None or window.closed or alone:
+            if window is not None:
+                window.closed = True
+            window = self._window = Window(1 if alone else self._chunks_per_window(answer.get("left")))
+        window.num_chunks += 1
+        window.closed = window.num_chunks >= window.max_chunks
+        return window
+
+    def _chunks_per_window(self, left: int | None) -> int:
+        size = self.layout.chunk_size
+        if isinstance(self.source, StreamSource):
+            size *= int(getattr(self.source.loader, "batch_size", None) or 1)
+        if not self.bytes_per_sample:
+            return 1  # nothing is known of this data yet
+        limits = [SAMPLES_PER_WINDOW / size, BYTES_PER_WINDOW / (self.bytes_per_sample * size)]
+        if self.seconds_per_sample:
+            limits.append(SECONDS_PER_WINDOW / (self.seconds_per_sample * size))
+        if left is not None:
+            limits.append(left / (WINDOWS_LEFT_PER_REPLICA * self._num_replicas))
+        return max(1, int(min(limits)))
+
+    def _batches_of(self, window: Window) -> Iterator[Any]:
+        assert self._batcher is not None
+        assert isinstance(self.source.loader, DataLoader)
+        if not window.samples:
+            return
+        self.observe(num_bytes=size_bytes(window.samples), num_samples=len(window.samples))
+        collate = None if isinstance(self.source, StreamSource) else self.source.collate
+        for positions, longest in window.batches(self._batcher, self._sizes):
+            batch = self.source.loader.collate_fn([window.samples[position] for position in positions])
+            for position in positions:
+                window.samples[position] = None
+            chunk, span = window.ticket_span(positions)
+            shape = self._batcher.formed(batch, longest) or (len(positions), longest)
+            self._delivered.append(Ticket(self.index, chunk, span, collate, window, positions, shape))
+            yield batch
+
+    def observe(self, *, num_samples: int, num_bytes: int = 0, seconds: float = 0.0) -> None:
+        """Take in what samples take on the host and how long they took: both bound windows."""
+        if num_samples:
+            self.bytes_per_sample = max(self.bytes_per_sample, num_bytes / num_samples)
+            if seconds:
+                self.seconds_per_sample += 0.2 * (seconds / num_samples - self.seconds_per_sample)
 
     def _next_answer(self) -> dict[str, Any]:
         answer = self._queue.next(self._block)
@@ -187,9 +328,14 @@ class LeasedLoader:
             skip = frozenset(answer.get("skip", ()))
             spans = list(self.source.spans(self.layout, chunk, isolate, skip))
             self._sink.begin(chunk, len(spans))
+            window = None
+            if self._batcher is not None:
+                window = self._window_for(answer)
+                window.num_expected += len(spans)
             for span in spans:
                 assert span.indices is not None
-                self._requested.append(Ticket(self.index, chunk, span, self.source.collate))
+                alone = span.num_units == 1 and span.first_unit in isolate
+                self._requested.append((Ticket(self.index, chunk, span, self.source.collate, window), alone))
                 yield span.indices
 
 

@@ -37,12 +37,20 @@ class Span:
         num_units: Units it covers.
         batch_index: The loader's batch it belongs to, as a single device would count.
         indices: Dataset indices of its samples, in order; None in streams.
+        units: The unit of each sample, ascending, where they are not consecutive.
     """
 
     first_unit: int
     num_units: int
     batch_index: int
     indices: list[int] | None
+    units: list[int] | None = None
+
+    def unit(self, position: int) -> int:
+        """The unit of the sample at a position of the batch."""
+        if self.units is not None:
+            return self.units[position]
+        return self.first_unit + (position if self.num_units > 1 else 0)
 
 
 class MapSource:
@@ -101,6 +109,10 @@ class MapSource:
         if self.loader.batch_sampler is None:
             return _with_sampler(self.loader, "sampler", _Flattened(batches))
         return _with_sampler(self.loader, "batch_sampler", batches)
+
+    def uncollated(self, batches: Iterable[list[int]]) -> DataLoader[Any]:
+        """As :meth:`reordered`, but it gives lists of samples, which nobody has collated or pinned."""
+        return _without_collation(self.reordered(batches))
 
     def collate(self, indices: list[int]) -> Any:
         """Build a batch of the given samples anew, as the loader would."""
@@ -199,6 +211,11 @@ class StreamSource:
         """Start the stream from its beginning."""
         return itertools.islice(iter(self.loader), self.limit)
 
+    def iterate_uncollated(self) -> Iterator[list[Any]]:
+        """Start the stream from its beginning; each item is the list of samples of one of the loader's batches."""
+        assert isinstance(self.loader, DataLoader)
+        return itertools.islice(iter(_without_collation(copy.copy(self.loader))), self.limit)
+
 
 Source = MapSource | BatchSource | StreamSource
 
@@ -231,16 +248,42 @@ def describe(loader: Any, limit: int | None = None) -> Source:
     return BatchSource(loader, limit)
 
 
-def default_chunk_batches(num_batches: int | None, num_replicas: int) -> int:
+def check_rebatchable(source: Source) -> None:
+    """Refuse a loader whose samples cannot be put into other batches than its own.
+
+    Args:
+        source: The loader, described.
+
+    Raises:
+        ConfigurationError: Its batches are made by the user.
+    """
+    loader = source.loader
+    if isinstance(source, BatchSource):
+        made_by = f"its batch sampler, {type(source.loader.batch_sampler).__name__}, makes its batches"
+    elif not isinstance(loader, DataLoader):
+        made_by = f"a {type(loader).__name__} gives batches that are made already"
+    elif loader.batch_sampler is None and loader.batch_size is None:
+        made_by = "DataLoader(batch_size=None) gives batches that the dataset has made"
+    else:
+        return
+    raise ConfigurationError(
+        f"enable_dynamic_batching=True needs a DataLoader that collates single samples, and {made_by}. Pass a DataLoader "
+        "with a batch_size, or set enable_dynamic_batching=False."
+    )
+
+
+def default_chunk_batches(num_batches: int | None, num_replicas: int, windows: bool = False) -> int:
     """Batches per chunk: small enough to share the work evenly, large enough to cost little.
 
     Args:
         num_batches: Batches of the loader, if known.
         num_replicas: Replicas that share them.
+        windows: Several chunks are batched together, so that small ones cost no padding and even out the end.
     """
     if num_batches is None:
         return 4
-    return max(1, min(MAX_CHUNK_BATCHES, num_batches // (num_replicas * CHUNKS_PER_REPLICA)))
+    wanted = num_replicas * CHUNKS_PER_REPLICA * (2 if windows else 1)
+    return max(1, min(MAX_CHUNK_BATCHES, num_batches // wanted))
 
 
 T = TypeVar("T")
@@ -327,6 +370,18 @@ def _with_sampler(loader: DataLoader[Any], name: str, sampler: Any) -> DataLoade
     if loader.num_workers:
         object.__setattr__(clone, "persistent_workers", True)  # the loader is iterated again after a pause
     return clone
+
+
+def _without_collation(clone: DataLoader[Any]) -> DataLoader[Any]:
+    """Let a copy of a loader give the samples of a batch as they come from the dataset."""
+    clone._iterator = None
+    clone.collate_fn = _as_it_is
+    clone.pin_memory = False
+    return clone
+
+
+def _as_it_is(samples: list[Any]) -> list[Any]:
+    return samples
 
 
 def _qualified_name(obj: Any) -> str:

@@ -14,7 +14,7 @@ raises :class:`AmbiguousStructureError`, and an :class:`OutputLayout` that has s
 closes it.
 """
 
-from lightning_gpuorch.structure.cutting import batch_size_of, iter_samples, slice_samples
+from lightning_gpuorch.structure.cutting import batch_size_of, iter_samples, slice_samples, take_samples
 from lightning_gpuorch.structure.kinds import (
     AmbiguousStructureError,
     CannotMergeError,
@@ -34,4 +34,5 @@ __all__ = [
     "map_arrays",
     "merge_samples",
     "slice_samples",
+    "take_samples",
 ]

@@ -1,7 +1,8 @@
-"""Samples out of a batch or output: a range of them, one after another, and how many there are."""
+"""Samples out of a batch or output: a range of them, any of them, one after another, and how many there are."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from lightning_gpuorch.structure.kinds import (
 )
 
 _Cut = Callable[[Any], Any]
-"""Takes a position or a slice; gives the part of one node."""
+"""Takes a position, a slice or a list of positions; gives the part of one node."""
 
 
 def slice_samples(tree: Any, start: int, stop: int, size: int | None, layout: OutputLayout | None = None) -> Any:
@@ -48,6 +49,26 @@ def slice_samples(tree: Any, start: int, stop: int, size: int | None, layout: Ou
     if start == 0 and stop == size:
         return tree
     return _Cutter(size, layout).of(tree)(slice(start, stop))
+
+
+def take_samples(tree: Any, rows: list[int], size: int, layout: OutputLayout) -> Any:
+    """Some samples of an output, in any order.
+
+    Args:
+        tree: The output of ``size`` samples.
+        rows: Which samples.
+        size: Samples in ``tree``.
+        layout: What is known of the step's outputs.
+
+    Returns:
+        A tree of the same structure with new tensors and arrays; where nothing in it has a sample dimension (``None``,
+        a constant), the tree itself.
+
+    Raises:
+        CannotSplitError: A container cannot be rebuilt.
+        AmbiguousStructureError: A list can be read as samples or as columns.
+    """
+    return _Cutter(size, layout).of(tree, require=False)(rows)
 
 
 def iter_samples(tree: Any, size: int | None, layout: OutputLayout | None = None) -> Iterator[Any]:
@@ -104,9 +125,9 @@ class _Cutter:
         self._root = "batch" if layout is None else "output"
         self._found = False
 
-    def of(self, tree: Any) -> _Cut:
+    def of(self, tree: Any, require: bool = True) -> _Cut:
         cut = self._cut(tree, "")
-        if not self._found:
+        if require and not self._found:
             raise CannotSplitError(f"nothing in this {type(tree).__name__} has {self._size} entries, one per sample.")
         return cut
 
@@ -122,7 +143,7 @@ class _Cutter:
             by_sample = node is Node.SEQUENCE and self._is_per_sample(value, path)
         if by_sample:
             self._found = True
-            return value.__getitem__  # type: ignore[no-any-return]
+            return value.__getitem__ if node is Node.ARRAY else functools.partial(_entries, value)
         if node in (Node.ARRAY, Node.CONSTANT):
             return lambda where: value
         cuts = [self._cut(item, path + name) for name, item in children(value, node)]
@@ -133,7 +154,7 @@ class _Cutter:
             value,
             node,
             [cut(where) for cut in cuts],
-            encodings[where] if isinstance(where, slice) else [encodings[where]],
+            [encodings[where]] if isinstance(where, int) else _entries(encodings, where),
         )
 
     def _is_per_sample(self, value: Any, path: str) -> bool:
@@ -159,6 +180,13 @@ class _Cutter:
                 f"they may be one per sample, or {len(value)} columns. Use a dict for columns."
             )
         return True
+
+
+def _entries(sequence: Any, where: Any) -> Any:
+    if not isinstance(where, list):
+        return sequence[where]
+    entries = [sequence[row] for row in where]
+    return entries if isinstance(sequence, range) else type(sequence)(entries)
 
 
 def _collect_sizes(value: Any, arrays: set[int], lists: set[int]) -> None:

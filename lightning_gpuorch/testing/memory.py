@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_gpuorch.memory.peaks import PeakMeter, use_stand_in
+
 ROUNDING_BYTES = 512
 """The CUDA caching allocator hands out multiples of this."""
 
@@ -42,6 +44,7 @@ class CPUMemoryBudget(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.limit_bytes = limit_bytes
         self.used_bytes = self.peak_bytes = self.num_ooms = 0
+        self._before: PeakMeter | None = None
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}
         if resident is not None:
             for tensor in (*resident.parameters(), *resident.buffers()):
@@ -50,6 +53,15 @@ class CPUMemoryBudget(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def reset_peak(self) -> None:
         """Start measuring the peak from what is alive now."""
         self.peak_bytes = self.used_bytes
+
+    def __enter__(self) -> CPUMemoryBudget:
+        self._before = use_stand_in(_BudgetMeter(self))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        use_stand_in(self._before)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -100,6 +112,23 @@ class CPUMemoryBudget(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if known is not None and known[1] is dead:
             del self._alive[key]
             self.used_bytes -= known[0]
+
+
+class _BudgetMeter:
+    """Lets dynamic batching learn from the budget as it does from a device."""
+
+    def __init__(self, budget: CPUMemoryBudget):
+        self._budget = budget
+
+    @property
+    def budget_bytes(self) -> float:
+        return self._budget.limit_bytes
+
+    def begin(self) -> None:
+        self._budget.reset_peak()
+
+    def peak_bytes(self) -> int:
+        return self._budget.peak_bytes
 
 
 def _is_counted(leaf: Any) -> bool:

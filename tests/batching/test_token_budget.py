@@ -44,7 +44,7 @@ def test_every_position_once_and_within_the_limits(
 @given(some_lengths, st.integers(1, 50), st.integers(1, 4000))
 @settings(max_examples=100, deadline=None)
 def test_a_stream_gives_each_sample_with_its_position(lengths: list[int], window: int, max_tokens: int) -> None:
-    samples = ["x" * length for length in lengths]
+    samples = [b"x" * length for length in lengths]
     seen: list[int] = []
     for batch in batch_stream(iter(samples), max_tokens, window=window):
         assert len({position // window for position, _ in batch}) == 1
@@ -61,7 +61,7 @@ def test_a_stream_is_not_read_further_than_a_window() -> None:
     def samples() -> Any:
         for number in range(1000):
             read.append(number)
-            yield "x" * (number % 7)
+            yield b"x" * (number % 7)
 
     next(batch_stream(samples(), 100, window=16))
     assert len(read) == 16
@@ -122,7 +122,8 @@ def test_each_replica_cuts_for_its_own_device() -> None:
 @pytest.mark.parametrize(
     ("sample", "length"),
     [
-        ("hello", 5),
+        ("hello", 1),
+        ("unbelievably, f(x) == 12", 10),
         (b"ab", 2),
         ([1, 2, 3], 3),
         (["a", "b"], 2),
@@ -131,8 +132,8 @@ def test_each_replica_cuts_for_its_own_device() -> None:
         (torch.zeros(3, 4), 12),
         (np.zeros(9), 9),
         ({"input_ids": [1, 2], "attention_mask": [1, 1]}, 2),
-        ({"label": 3, "text": "abc"}, 3),
-        (("abcd", 1), 4),
+        ({"label": 3, "text": "a b c"}, 3),
+        (("a bc", 1), 2),
         ((torch.zeros(6), torch.tensor(1)), 6),
     ],
 )
@@ -147,7 +148,7 @@ def test_an_unknown_sample_asks_for_a_length_fn(sample: Any) -> None:
 
 
 def test_lengths_of_a_dataset() -> None:
-    assert measure_lengths(["a", "bbb", "cc"]).tolist() == [1, 3, 2]
+    assert measure_lengths(["a", "b b b", "c c"]).tolist() == [1, 3, 2]
     assert measure_lengths([{"n": 4}, {"n": 2}], [1], length_fn=lambda sample: sample["n"]).tolist() == [2]
 
 

@@ -4,6 +4,8 @@ import os
 import signal
 import time
 
+import pytest
+
 from lightning_gpuorch import read_predictions
 
 
@@ -25,9 +27,12 @@ def _kill_once_it_works(runner, process, tmp_path, rank, then_bad=None):
     os.kill(working[-1], signal.SIGKILL)
 
 
-def _start(runner, tmp_path, devices, spares, *arguments):
+def _start(runner, tmp_path, devices, spares, *arguments, **environment):
     (tmp_path / "bad.txt").touch()  # empty: all are well
-    return runner.start("job_with_devices.py", tmp_path / "bad.txt", devices, spares, "--output", "out", *arguments)
+    return runner.start(
+        "job_with_devices.py", tmp_path / "bad.txt", devices, spares, "--output", "out", *arguments,
+        environment=environment,
+    )  # fmt: skip
 
 
 def _assert_right(tmp_path, samples):
@@ -67,3 +72,15 @@ def test_a_job_whose_devices_are_all_bad_does_not_start(runner, tmp_path):
     assert runner.wait(process) == 1
     assert "no replica is left to go on" in runner.log_of(process)
     assert not _pids(tmp_path, 0)
+
+
+@pytest.mark.parametrize(("size", "bad", "left"), [(2, "0", 1), (4, "1 3", 2)])
+def test_the_last_replica_goes_on_with_fewer_devices_if_that_is_allowed(runner, tmp_path, size, bad, left):
+    devices = ",".join(map(str, range(size)))
+    options = ("--tp", size, "--samples", 400, *(["--no-collectives"] if left == 1 else []))
+    process = _start(runner, tmp_path, devices, "-", *options, GPUORCH_ALLOW_TENSOR_PARALLEL_SHRINK="1")
+    _kill_once_it_works(runner, process, tmp_path, 1, then_bad=bad)
+    assert runner.wait(process) == 0, runner.log_of(process)
+    assert f"going on with {left} of {size} ranks" in runner.log_of(process)
+    _assert_right(tmp_path, 400)
+    assert len(_pids(tmp_path, left - 1)) > 0

@@ -1,6 +1,7 @@
 """Jobs of several nodes: two supervisors on this machine, or in two network namespaces joined by a cable that is cut."""
 
 import collections
+import json
 import os
 import shutil
 import signal
@@ -23,13 +24,13 @@ def _free_port():
         return probe.getsockname()[1]
 
 
-def _start(runner, node, port, *arguments, devices=1, around=(), address="127.0.0.1", environment=None):
+def _start(runner, node, port, *arguments, devices=1, around=(), address="127.0.0.1", environment=None, script=SLOW):
     launcher = (
         *around, sys.executable, "-m", "lightning_gpuorch", "run", "--accelerator", "cpu", "--num-nodes", "2",
         "--node-rank", str(node), "--main-address", address, "--main-port", str(port), "--devices", str(devices),
     )  # fmt: skip
     return runner.start(
-        SLOW, "--devices", devices, "--output", "out", *arguments,
+        script, "--devices", devices, "--output", "out", *arguments,
         launcher=launcher, environment={**SHORT_TERMS, **(environment or {})},
     )  # fmt: skip
 
@@ -85,6 +86,16 @@ def test_sigterm_on_any_node_drains_the_job(runner, tmp_path):
     assert runner.run(SLOW, "--devices", 2, "--output", "out", "--samples", 600).result["right"]
     repeated = collections.Counter(note[3] for note in _notes(tmp_path))
     assert not [batch for batch, count in repeated.items() if count > 1], "a batch was computed again"
+
+
+def test_training_restarts_on_all_nodes_together(runner, tmp_path):
+    port, result = _free_port(), tmp_path / "result.json"
+    options = ("--dies-once", tmp_path / "died", "--result", result)
+    nodes = [_start(runner, node, port, *options, script="fit.py") for node in (0, 1)]
+    assert [runner.wait(node) for node in nodes] == [0, 0], "".join(map(runner.log_of, nodes))
+    assert (tmp_path / "died").exists()
+    assert "restarting replica" in "".join(map(runner.log_of, nodes))
+    assert json.loads(result.read_text()) == {"weights_agree": True, "gradients_synced": True, "complete": True}
 
 
 def test_a_replica_over_two_nodes_is_refused(runner):

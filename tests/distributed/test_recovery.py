@@ -82,7 +82,7 @@ def test_the_other_replica_does_not_notice(runner, tmp_path):
     other = [(int(pid), float(when)) for rank, pid, when, _ in notes if rank == "0"]
     assert len({pid for pid, _ in other}) == 1, "rank 0 was restarted too"
     gaps = [b - a for (_, a), (_, b) in itertools.pairwise(other)]
-    assert max(gaps) < 0.05 + 1.0, f"rank 0 paused for {max(gaps):.2f} s"
+    assert max(gaps) < 0.05 + 0.5, f"rank 0 paused for {max(gaps):.2f} s"
     assert len({pid for rank, pid, _, _ in notes if rank == "1"}) == 2, "rank 1 came back and worked on"
 
 
@@ -182,3 +182,12 @@ def test_torchrun_restarts_the_whole_group_and_nothing_is_lost(runner, tmp_path)
     )
     assert finished.result["right"]
     assert _recomputed(tmp_path) <= 2 * 2 * 2
+
+
+def test_a_replica_lost_in_evaluation_is_never_a_success_though_an_earlier_predict_call_was(runner, tmp_path):
+    finished = runner.run(
+        "validate_harmed.py", "--output", "out", environment={"GPUORCH_MAX_RESTART_ATTEMPTS": "0"}, code=1, timeout=120
+    )
+    assert "exit code 9" in finished.output
+    assert "the others cannot go on without it" in finished.output
+    assert len(read_predictions(tmp_path / "out")) == 10, "what was predicted is kept"

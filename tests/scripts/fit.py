@@ -1,5 +1,8 @@
 """fit in one job-wide world, then predict in the same script."""
 
+import os
+from pathlib import Path
+
 import lightning.pytorch as pl
 import torch
 from common import Rows, parser, quiet_trainer, write_result
@@ -7,13 +10,17 @@ from torch.utils.data import DataLoader
 
 
 class Trained(pl.LightningModule):
-    def __init__(self):
+    def __init__(self, dies_once: str | None):
         super().__init__()
+        self.dies_once = dies_once
         torch.manual_seed(0)
         self.net = torch.nn.Linear(2, 1)
         self.gradient = None
 
     def training_step(self, batch, batch_idx):
+        if self.dies_once and self.trainer.global_rank == 1 and batch_idx == 2 and not Path(self.dies_once).exists():
+            Path(self.dies_once).touch()
+            os._exit(9)
         return (self.net(batch) - batch.sum(1, keepdim=True)).pow(2).mean()
 
     def on_after_backward(self):
@@ -27,8 +34,10 @@ class Trained(pl.LightningModule):
 
 
 def main():
-    options = parser().parse_args()
-    model = Trained()
+    options = parser()
+    options.add_argument("--dies-once", default=None)
+    options = options.parse_args()
+    model = Trained(options.dies_once)
     loader = DataLoader(Rows(32), batch_size=4)
     trainer = quiet_trainer("gpuorch", options.devices, max_epochs=1)
     trainer.fit(model, loader)

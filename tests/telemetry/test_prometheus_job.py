@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from lightning_gpuorch.cli import gpuorch
 from lightning_gpuorch.telemetry import read_endpoint
 from lightning_gpuorch.testing.nvml import FakeNVML, build_library, find_compiler
 from tests.conftest import Runner
@@ -89,8 +91,13 @@ def test_a_real_server_watches_a_job_through_a_straggler_a_killed_rank_and_a_sta
     # 2. Rank 1 is slower: rank 0 spends its time waiting, and the alert names the one it waits for.
     eventually(lambda: firing(prometheus, "InferenceStraggler") == {"1"}, 60)
 
+    (records,) = (tmp_path / f"gpuorch-{os.getuid()}").glob("run-*")
+    shown = CliRunner().invoke(gpuorch, ["top", str(records), "--once"], env={"COLUMNS": "160"}).output
+    (line,) = (line for line in shown.splitlines() if "the others wait for it" in line)
+    assert line.split()[0] == "1"
+
     # 3. The serving rank is killed; its replica comes back, serves on the same port, and no counter begins anew.
-    (metrics,) = (tmp_path / f"gpuorch-{os.getuid()}").glob("*/metrics")
+    metrics = records / "metrics"
     endpoint = read_endpoint(metrics)
     assert endpoint is not None
     before = steps()

@@ -93,7 +93,7 @@ def test_blocked_request_is_answered_when_a_chunk_comes_back():
     leader, follower = queue.next((1, 0), 0, block=True), queue.next((1, 0), 0, block=True)
     assert not leader.done()
     queue.revoke((0, 0))
-    assert leader.result(0) == follower.result(0) == {"do": "chunk", "chunk": 0}
+    assert leader.result(0) == follower.result(0) == {"do": "chunk", "chunk": 0, "left": 0, "again": True}
 
 
 def test_blocked_request_is_answered_stop_when_all_is_done():

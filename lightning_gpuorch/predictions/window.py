@@ -1,0 +1,174 @@
+"""Samples of one or several chunks that are batched by length, and their way back to the loader's own batches.
+
+A window holds the samples of consecutive leases in the order of the loader. Its batches take samples from anywhere in
+it; when the last of them is computed, the outputs are put together, taken apart again in the loader's order, and handed
+on as if the loader's batches had been computed. What is stored is the same with and without dynamic batching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_gpuorch.predictions.source import Span
+from lightning_gpuorch.structure import CannotMergeError, CannotSplitError, OutputLayout, merge_samples, take_samples
+
+
+class Batcher(Protocol):
+    """Cuts batches; see :class:`~lightning_gpuorch.batching.DynamicBatcher`."""
+
+    def measure(self, samples: Any) -> npt.NDArray[np.int64]:
+        """Lengths of samples."""
+        ...
+
+    def order(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Positions, longest first."""
+        ...
+
+    def next_count(self, lengths: npt.NDArray[np.int64]) -> int:
+        """How many of the next samples make a batch."""
+        ...
+
+    def formed(self, batch: Any, longest: int) -> tuple[int, int] | None:
+        """Take in a batch as it was collated."""
+        ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Samples of a window that the loader has in one batch, or that are computed alone.
+
+    Attributes:
+        chunk: Chunk they belong to.
+        span: Units, batch number and dataset indices.
+        start: Position of the first one in the window.
+        stop: One past the last.
+        alone: They must not share a batch with others.
+    """
+
+    chunk: int
+    span: Span
+    start: int
+    stop: int
+    alone: bool
+
+
+class Window:
+    """The samples of some chunks.
+
+    Args:
+        max_chunks: Chunks it is to hold.
+    """
+
+    def __init__(self, max_chunks: int):
+        self.max_chunks = max_chunks
+        self.num_chunks = 0
+        self.num_expected = 0
+        """Spans that are announced."""
+        self.closed = False
+        """No chunk will be announced any more."""
+        self.pieces: list[Piece] = []
+        self.samples: list[Any] = []
+        self.outputs: list[tuple[list[int], Any]] = []
+        """Positions in the window and output of each batch that is computed."""
+        self.num_open = 0
+        """Samples that are not computed yet."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether everything that belongs to it has come."""
+        return self.closed and len(self.pieces) == self.num_expected
+
+    def add(self, chunk: int, span: Span, samples: list[Any], alone: bool) -> None:
+        """Append the samples of a span."""
+        start = len(self.samples)
+        self.samples.extend(samples)
+        self.num_open = len(self.samples)
+        self.pieces.append(Piece(chunk, span, start, self.num_open, alone))
+
+    def batches(self, batcher: Batcher, sizes: set[int]) -> Iterator[tuple[list[int], int]]:
+        """Cut batches, each when it is asked for.
+
+        Args:
+            batcher: Decides how large they are.
+            sizes: Sizes that batches had so far; added to. If all are equal, the last batch is cut in two: only outputs
+                of different sizes tell which dimensions follow the number of samples.
+
+        Yields:
+            Positions of the samples, ascending, and the length of the longest.
+        """
+        lengths = batcher.measure(self.samples)
+        together = []
+        for piece in self.pieces:
+            if piece.alone:
+                yield list(range(piece.start, piece.stop)), int(lengths[piece.start : piece.stop].max(initial=0))
+            else:
+                together.append(np.arange(piece.start, piece.stop))
+        if not together:
+            return
+        positions = np.concatenate(together)
+        positions = positions[batcher.order(lengths[positions])]
+        start = 0
+        while start < len(positions):
+            stop = start + batcher.next_count(lengths[positions[start:]])
+            if stop == len(positions) and sizes == {stop - start}:
+                stop -= (stop - start) // 2
+            sizes.add(stop - start)
+            yield sorted(positions[start:stop].tolist()), int(lengths[positions[start]])
+            start = stop
+
+    def ticket_span(self, positions: list[int]) -> tuple[int, Span]:
+        """Chunk and span of a batch. What is told of a batch with samples of several chunks is told of the first."""
+        places = self._places(positions)
+        units = [piece.span.unit(offset) for piece, offset in places]
+        indices = [piece.span.indices[offset] for piece, offset in places if piece.span.indices is not None]
+        first = places[0][0]
+        last = max(unit for (piece, _), unit in zip(places, units, strict=True) if piece.chunk == first.chunk)
+        span = Span(units[0], last + 1 - units[0], first.span.batch_index, indices or None, units)
+        return first.chunk, span
+
+    def _places(self, positions: list[int]) -> list[tuple[Piece, int]]:
+        """Piece of each position, and where in it."""
+        starts = [piece.start for piece in self.pieces]
+        found = np.searchsorted(starts, positions, side="right") - 1
+        return [(self.pieces[i], p - self.pieces[i].start) for i, p in zip(found.tolist(), positions, strict=True)]
+
+    def regrouped(self, layout: OutputLayout) -> Iterator[tuple[Piece, Any, frozenset[int]]]:
+        """The outputs of the loader's batches, out of those that were computed.
+
+        Args:
+            layout: What is known of the step's outputs.
+
+        Yields:
+            A piece, its output, and the positions in it that have none.
+
+        Raises:
+            CannotMergeError: Outputs are not one per sample.
+            CannotSplitError: It cannot be told what belongs to a sample.
+        """
+        row_of = np.full(len(self.samples), -1)
+        computed = [position for positions, _ in self.outputs for position in positions]
+        row_of[computed] = np.arange(len(computed))
+        merged = None
+        if len(self.pieces) == len(self.outputs) == 1 and len(computed) == len(self.samples):
+            yield self.pieces[0], self.outputs[0][1], frozenset()  # it is the loader's own batch
+            return
+        try:
+            if computed:
+                sizes = [len(positions) for positions, _ in self.outputs]
+                merged = merge_samples([output for _, output in self.outputs], sizes, layout)
+            self.outputs.clear()
+            for piece in self.pieces:
+                rows = row_of[piece.start : piece.stop]
+                lost = frozenset(np.flatnonzero(rows < 0).tolist())
+                kept = rows[rows >= 0].tolist()
+                yield piece, take_samples(merged, kept, len(computed), layout) if kept else None, lost
+        except (CannotMergeError, CannotSplitError) as error:
+            raise type(error)(
+                f"with dynamic batching, outputs are put back into the loader's batches sample by sample, and these "
+                f"cannot be: {error} Otherwise set enable_dynamic_batching=False."
+            ) from error

@@ -1,0 +1,79 @@
+"""Dynamic batching in jobs of several processes: the results are those of the loader's own batches, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lightning_gpuorch import read_predictions
+from lightning_gpuorch.errors import EXIT_DATA_MISSING
+from tests.conftest import Runner
+
+SCRIPT = "dynamic.py"
+TOLERANCE = 1e-6
+
+
+def steps_in(directory: Path) -> list[list[object]]:
+    return [json.loads(line) for path in directory.glob("steps-*") for line in path.read_text().splitlines()]
+
+
+def test_killed_and_resumed_with_another_number_of_devices(runner: Runner, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    options = ("--samples", 3000, "--log", logs / "steps", "--output", tmp_path / "out", "--tokens", 64)
+    process = runner.start(SCRIPT, *options, "--devices", 2, "--slow", 0.02)
+    deadline = time.monotonic() + 90
+    while len(steps_in(logs)) < 60:
+        assert process.poll() is None, runner.log_of(process)
+        assert time.monotonic() < deadline, runner.log_of(process)
+        time.sleep(0.05)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    runner.wait(process)
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+    before = len(read_predictions(tmp_path / "out", allow_missing=True).missing)
+    assert 0 < before < 3000, "some of it is durable"
+    for path in logs.iterdir():
+        path.unlink()
+    result = runner.run(SCRIPT, *options, "--devices", 1).result
+    assert result["equal"]
+    assert result["difference"] <= TOLERANCE
+    assert sum(len(index) for _, index, _ in result["steps"]) == before, "nothing durable was computed again"
+    sizes = {shape[0] for _, _, shape in result["steps"]}
+    assert len(sizes) > 3, "batches differ in size"
+
+
+def test_replicas_with_different_memory_get_different_batches(runner: Runner, tmp_path: Path) -> None:
+    budgets = (160_000, 400_000)
+    result = runner.run(
+        SCRIPT, "--samples", 1500, "--chunk-size", 8, "--log", tmp_path / "steps", "--budgets", *budgets, "--slow", 0.01
+    ).result
+    assert result["equal"]
+    assert result["difference"] <= TOLERANCE
+    largest = [max(shape[0] * shape[1] for rank, _, shape in result["steps"] if rank == number) for number in range(2)]
+    assert largest[1] > 1.5 * largest[0], largest
+
+
+def test_a_poison_sample_is_found_in_a_window_of_many_chunks(runner: Runner, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    runner.run(SCRIPT, "--output", out, "--poison", 333, "--devices", 2, code=EXIT_DATA_MISSING, timeout=170)
+    predictions = read_predictions(out, allow_missing=True)
+    assert list(predictions.missing) == [333]
+    assert [i for batch in predictions for i in batch["index"]] == [i for i in range(600) if i != 333]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tensor_parallel_group_forms_the_same_batches(runner: Runner, tmp_path: Path, stream: bool) -> None:
+    options = ("--stream",) if stream else ()
+    result = runner.run(SCRIPT, "--devices", 2, "--tp", 2, "--log", tmp_path / "steps", *options).result
+    assert result["equal"]
+    assert result["difference"] <= TOLERANCE
+    by_rank = [[index for rank, index, _ in result["steps"] if rank == number] for number in range(2)]
+    assert by_rank[0] == by_rank[1]
+    assert len(by_rank[0]) > 5

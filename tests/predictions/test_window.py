@@ -1,0 +1,163 @@
+"""Outputs of batches that took samples from anywhere in a window, put back into the loader's batches."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from lightning_gpuorch.batching import DynamicBatcher
+from lightning_gpuorch.predictions.collector import ChunkCollector
+from lightning_gpuorch.predictions.layout import LoaderLayout, StoredBatch
+from lightning_gpuorch.predictions.loader import LeasedLoader
+from lightning_gpuorch.predictions.source import describe
+from lightning_gpuorch.structure import CannotMergeError
+
+
+class Queue:
+    """All chunks, in order."""
+
+    def __init__(self, chunks: int, **extra: dict[int, Any]):
+        self.chunks, self.asked, self.extra = chunks, 0, extra
+
+    def next(self, block: bool) -> dict[str, Any]:
+        if self.asked >= self.chunks:
+            return {"do": "stop"}
+        chunk, self.asked = self.asked, self.asked + 1
+        more = {name: by_chunk[chunk] for name, by_chunk in self.extra.items() if chunk in by_chunk}
+        return {"do": "chunk", "chunk": chunk, "left": self.chunks - self.asked, **more}
+
+    def end_of_stream(self, units: int) -> None:
+        raise AssertionError("no stream here")
+
+
+class Job:
+    """One loader, run with dynamic batching."""
+
+    def __init__(self, lengths: list[int], batch_size: int, chunk_batches: int, tokens: int, **extra: Any):
+        self.samples = [[i] * max(1, length) for i, length in enumerate(lengths)]
+        loader = DataLoader(self.samples, batch_size=batch_size, collate_fn=lambda samples: samples)
+        source = describe(loader)
+        self.layout: LoaderLayout = source.layout(chunk_batches)
+        self.stored: dict[int, list[StoredBatch]] = {}
+        self.collector = ChunkCollector(self.stored.__setitem__)
+        self.tickets: Any = collections.deque()
+        self.loader = LeasedLoader(
+            source,
+            self.layout,
+            Queue(self.layout.num_chunks, **extra),
+            self.collector,
+            self.tickets,
+            batcher=DynamicBatcher(tokens),
+        )
+        self.steps: list[list[int]] = []
+
+    def run(self, step: Any, lose: frozenset[int] = frozenset()) -> list[StoredBatch]:
+        for batch in self.loader:
+            ticket = self.tickets.popleft()
+            assert ticket.indices == [sample[0] for sample in batch]
+            assert [ticket.span.unit(place) for place in range(ticket.size)] == ticket.indices
+            self.steps.append(ticket.indices)
+            lost = frozenset(place for place, sample in enumerate(batch) if sample[0] in lose)
+            kept = [sample for sample in batch if sample[0] not in lose]
+            self.collector.add(ticket, step(kept) if kept else None, lost)
+        return [batch for chunk in sorted(self.stored) for batch in self.stored[chunk]]
+
+
+def outputs(batch: list[list[int]]) -> dict[str, Any]:
+    ids = [sample[0] for sample in batch]
+    return {
+        "tensor": torch.tensor(ids, dtype=torch.float32).unsqueeze(1) * torch.ones(3),
+        "array": np.array(ids),
+        "text": [f"sample {i}" for i in ids],
+        "pair": (torch.tensor(ids), [torch.full((100 + len(sample),), sample[0]) for sample in batch]),
+        "constant": "model",
+    }
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=80), st.integers(1, 9), st.integers(1, 5), st.integers(1, 200))
+@settings(max_examples=80, deadline=None)
+def test_what_is_stored_is_what_the_loaders_batches_give(
+    lengths: list[int], batch_size: int, chunk_batches: int, tokens: int
+) -> None:
+    job = Job(lengths, batch_size, chunk_batches, tokens)
+    stored = job.run(outputs)
+    expected = [job.samples[i : i + batch_size] for i in range(0, len(lengths), batch_size)]
+    assert sorted(i for step in job.steps for i in step) == list(range(len(lengths)))
+    assert [list(batch.indices) for batch in stored] == [[s[0] for s in batch] for batch in expected]
+    for got, batch in zip(stored, expected, strict=True):
+        want = outputs(batch)
+        assert torch.equal(got.output["tensor"], want["tensor"])
+        assert np.array_equal(got.output["array"], want["array"])
+        assert got.output["text"] == want["text"]
+        assert got.output["constant"] == "model"
+        assert isinstance(got.output["pair"], tuple)
+        assert torch.equal(got.output["pair"][0], want["pair"][0])
+        assert [t.tolist() for t in got.output["pair"][1]] == [t.tolist() for t in want["pair"][1]]
+
+
+def test_batches_take_samples_from_several_chunks_but_not_at_the_end() -> None:
+    job = Job([1 + i % 30 for i in range(1600)], batch_size=4, chunk_batches=2, tokens=64)
+    job.run(outputs)
+    chunks_of = [{i // 8 for i in step} for step in job.steps]
+    assert max(map(len, chunks_of)) > 5
+    assert all(len(chunks) == 1 for step, chunks in zip(job.steps, chunks_of, strict=True) if max(step) >= 1592)
+
+
+def test_outputs_as_wide_as_every_batch_is_long_are_no_similarity_matrix() -> None:
+    job = Job([4] * 64, batch_size=8, chunk_batches=4, tokens=32)
+    stored = job.run(lambda batch: torch.tensor([[float(s[0])] * 8 for s in batch]))
+    assert max(map(len, job.steps)) == 8
+    assert [b.output[:, 0].tolist() for b in stored] == [[float(i) for i in range(k, k + 8)] for k in range(0, 64, 8)]
+
+
+def test_samples_given_up_are_left_out_and_named_by_their_units() -> None:
+    job = Job([5 + i % 3 for i in range(40)], batch_size=4, chunk_batches=2, tokens=40)
+    stored = job.run(outputs, lose=frozenset({3, 17, 18}))
+    assert [i for batch in stored for i in batch.indices] == [i for i in range(40) if i not in (3, 17, 18)]
+    assert sum(batch.num_lost for batch in stored) == 3
+    assert stored[0].units == [0, 1, 2]
+
+
+def test_a_chunk_that_was_lost_goes_alone_and_isolated_samples_are_single() -> None:
+    job = Job(
+        [5] * 320,
+        batch_size=4,
+        chunk_batches=2,
+        tokens=10**6,
+        again={5: True, 20: True},
+        isolate={20: (160, 168)},
+        skip={20: [163]},
+    )
+    stored = job.run(outputs)
+    assert [i for batch in stored for i in batch.indices] == [i for i in range(320) if i != 163]
+    assert [step for step in job.steps if 40 in step] == [list(range(40, 48))]
+    assert [step for step in job.steps if set(step) & set(range(160, 168))] == [
+        [i] for i in range(160, 168) if i != 163
+    ]
+
+
+@pytest.mark.parametrize(
+    ("step", "match"),
+    [
+        (lambda batch: torch.tensor(float(len(batch))), "reduction over the batch"),
+        (lambda batch: {"n": len(batch)}, "of the whole batch"),
+        (lambda batch: torch.zeros(len(batch), max(map(len, batch)), 2), "list with one tensor per sample"),
+    ],
+)
+def test_outputs_that_are_not_per_sample_are_refused_with_advice(step: Any, match: str) -> None:
+    job = Job([1 + i % 30 for i in range(64)], batch_size=4, chunk_batches=4, tokens=64)
+    with pytest.raises(CannotMergeError, match=match) as caught:
+        job.run(step)
+    assert "enable_dynamic_batching=False" in str(caught.value)
+
+
+def test_a_step_without_predictions_gives_none_for_each_batch() -> None:
+    job = Job([1 + i % 30 for i in range(64)], batch_size=4, chunk_batches=4, tokens=64)
+    assert [batch.output for batch in job.run(lambda batch: None)] == [None] * 16
