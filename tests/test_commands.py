@@ -153,7 +153,7 @@ def test_a_directory_that_somebody_else_may_write_is_not_used(tmp_path: Path, mo
     assert create_run_directory("run-a").parent == tmp_path
 
 
-def test_calibrate_measures_one_device_and_the_job_shows_its_efficiency(runner: Runner, tmp_path: Path) -> None:
+def test_calibrate_measures_one_device_and_a_job_shows_its_efficiency(runner: Runner, tmp_path: Path) -> None:
     baseline, output = tmp_path / "baseline.json", tmp_path / "out"
     script = [str(SCRIPTS / "observed.py"), "--step", "0.02", "--samples", "4000", "--output", str(output)]
     done = subprocess.run(
@@ -168,7 +168,7 @@ def test_calibrate_measures_one_device_and_the_job_shows_its_efficiency(runner: 
     assert (found["fingerprint"]["model"], found["fingerprint"]["batch_sizes"]) == ("Model", [4])
 
     environment = {"GPUORCH_BASELINE_FILE": str(baseline), "TMPDIR": str(tmp_path)}
-    process = runner.start(*script, "--devices", 2, environment=environment)
+    process = runner.start(*script, "--devices", 1, environment=environment)
 
     def efficiency() -> float | None:
         assert process.poll() is None, runner.log_of(process)
@@ -182,4 +182,4 @@ def test_calibrate_measures_one_device_and_the_job_shows_its_efficiency(runner: 
                         return float(line.split()[-1])
         return None
 
-    assert 20 < eventually(efficiency) < 200
+    assert 50 < eventually(efficiency) < 200, "one device, as it was measured; the machine may be busy"
