@@ -35,6 +35,7 @@ from lightning_gpuorch.environment import WorkerEnvironment
 from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, MissingPredictionsError, format_indices
 from lightning_gpuorch.group_recovery import GroupRecovery
 from lightning_gpuorch.head import Head, Job, verify_complete
+from lightning_gpuorch.presence import Presence
 from lightning_gpuorch.telemetry.run_directory import RunRecords
 
 if TYPE_CHECKING:
@@ -403,8 +404,9 @@ def _join_external(
         spans_job=True,
         collectives_timeout=config.collective_timeout_sec,
     )
-    if topology.rank == 0:
-        atexit.register(_outlive_the_others, world, config.collective_timeout_sec)
+    if head is not None:
+        presence = Presence(head, server.connected_ranks, config.lease_term_sec)
+        atexit.register(_outlive_the_others, world, presence, config.collective_timeout_sec)
     else:
         atexit.register(stop_recording, world)  # runs before the goodbye
     return world
@@ -439,13 +441,13 @@ def _remove_if_empty(directory: Path) -> None:
         log.debug("%s stays: %s", directory, error)
 
 
-def _outlive_the_others(world: World, timeout_seconds: float) -> None:
+def _outlive_the_others(world: World, presence: Presence, timeout_seconds: float) -> None:
     """Rank 0 serves the head until all ranks are done with it."""
     head = world.head
     assert head is not None
-    others = set(range(1, head.world_size))
-    if not head.goodbyes.wait_for(others, timeout_seconds):
-        log.warning("rank 0 leaves although ranks %s have not", sorted(others - head.goodbyes.ranks))
+    left = presence.outlive_the_others(timeout_seconds)
+    if left:
+        log.warning("rank 0 leaves although ranks %s have not", left)
     stop_recording(world)
     remove_ephemeral(head)
 

@@ -89,6 +89,7 @@ class ControlServer:
 
     def __init__(self, handler: Handler, host: str = "127.0.0.1", port: int = 0, token: str = ""):
         self._handler, self._token = handler, token
+        self._ranks: dict[asyncio.StreamReader, int] = {}
         self._loop = asyncio.new_event_loop()
         self._started: Future[int] = Future()
         self._thread = threading.Thread(target=self._run, args=(host, port), name="gpuorch-control", daemon=True)
@@ -99,6 +100,10 @@ class ControlServer:
     def address(self) -> str:
         """``host:port`` for :class:`RemoteChannel`."""
         return f"{self.host}:{self.port}"
+
+    def connected_ranks(self) -> set[int]:
+        """Ranks that have a connection open, by what they said of themselves in their requests."""
+        return {rank for reader, rank in list(self._ranks.items()) if not reader.at_eof()}
 
     def close(self) -> None:
         """Stop serving; open connections are dropped."""
@@ -142,6 +147,8 @@ class ControlServer:
                 return
             while True:
                 request = await self._read(reader)
+                if "rank" in request.header:
+                    self._ranks[reader] = int(request.header["rank"])
                 answer = await asyncio.wrap_future(self._handler.handle(request))
                 header = dict(answer.header, id=request.header.get("id"))
                 writer.write(encode(Message(header, answer.payload)))
@@ -149,6 +156,7 @@ class ControlServer:
         except (asyncio.IncompleteReadError, ConnectionError, ControlPlaneError, ValueError):
             return  # the rank is gone, or it is not one of ours: its supervisor decides what follows
         finally:
+            self._ranks.pop(reader, None)
             writer.close()
 
     @staticmethod

@@ -2,14 +2,19 @@
 
 import collections
 import itertools
+import json
 import os
 import signal
+import socket
+import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
 from lightning_gpuorch import read_predictions
+from lightning_gpuorch.errors import MissingPredictionsError
 from tests.conftest import gpuorch_run
 
 LIMITS = {"GPUORCH_HEARTBEAT_TIMEOUT_SEC": "2.5", "GPUORCH_STEP_TIMEOUT_SEC": "4", "GPUORCH_EXIT_TIMEOUT_SEC": "20"}
@@ -49,10 +54,11 @@ def _recomputed(tmp_path):
 def test_a_fault_costs_at_most_a_chunk(runner, tmp_path, harm, victim, tp, devices):
     finished = runner.run(
         SLOW, "--output", "out", "--harm", harm, "--victim", victim, "--tp", tp, "--devices", devices, "--at", 2,
-        "--samples", 400, environment=LIMITS, timeout=170, launcher=gpuorch_run(devices),
+        "--samples", 400, "--late", 3 if (harm, tp) == ("kill", 2) else 0,
+        environment=LIMITS, timeout=170, launcher=gpuorch_run(devices),
     )  # fmt: skip
     assert finished.result["right"]
-    assert "restarting replica" in finished.output
+    assert finished.output.count("restarting replica") == 1, "the first restart works, also with a rank that comes late"
     # Chunks of 2 batches; each of the tp ranks notes every batch of its replica.
     twice_per_batch = tp - 1
     batches = 100
@@ -164,24 +170,57 @@ def test_drain_of_a_single_process(runner, tmp_path):
     assert _recomputed(tmp_path) == 0
 
 
-def test_torchrun_restarts_the_whole_group_and_nothing_is_lost(runner, tmp_path):
-    import sys
+def _tool(name):
+    return str(Path(sys.executable).with_name(name))
 
-    torchrun = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--max-restarts",
-        "2",
-    )
+
+def test_torchrun_restarts_the_whole_group_and_nothing_is_lost(runner, tmp_path):
+    torchrun = (_tool("torchrun"), "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
     finished = runner.run(
-        SLOW, "--output", "out", "--harm", "kill", "--victim", 1, "--at", 4, launcher=torchrun, timeout=170
+        SLOW, "--output", "out", "--harm", "kill", "--victim", 1, "--at", 4, "--late", 3, launcher=torchrun, timeout=170
     )
-    assert finished.result["right"]
+    assert finished.result["right"], "on the first attempt, with a rank that comes 3 s late"
     assert _recomputed(tmp_path) <= 2 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    "launcher", [("torchrun", "--standalone", "--nproc-per-node", "2"), ("fabric", "run", "--devices", "2")]
+)
+def test_a_death_near_the_end_is_no_success_where_nobody_restarts(runner, tmp_path, launcher):
+    finished = runner.run(
+        SLOW, "--output", "out", "--harm", "kill", "--victim", 1, "--at", 12,
+        launcher=(_tool(launcher[0]), *launcher[1:]), code=None, timeout=120,
+    )  # fmt: skip
+    assert finished.code != 0
+    assert finished.result is None
+    assert len(_notes(tmp_path)) >= 12
+    with pytest.raises(MissingPredictionsError):
+        read_predictions(tmp_path / "out")
+
+
+def test_two_tasks_of_slurm_of_which_one_dies_and_is_not_restarted(runner, tmp_path):
+    slurm = {
+        "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "predict", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1", "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0", "MASTER_PORT": str(_free_port()),
+        "GPUORCH_LEASE_TERM_SEC": "2",
+    }  # fmt: skip
+    harm = ("--harm", "kill", "--victim", 1, "--at", 3)
+    command = (SLOW, "--output", "out", *harm, "--result", tmp_path / "result.json")
+    tasks = [
+        runner.start(*command, environment={**slurm, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
+        for rank in range(2)
+    ]
+    assert runner.wait(tasks[1], 90) == -signal.SIGKILL, "so srun's exit code is not 0"
+    assert runner.wait(tasks[0], 60) == 0, runner.log_of(tasks[0])
+    assert "rank 1 has gone without a goodbye" in runner.log_of(tasks[0])
+    assert json.loads((tmp_path / "result.json").read_text())["right"]
+    assert {note[0] for note in _notes(tmp_path)} == {"0", "1"}, "both have worked"
+
+
+def _free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def test_a_replica_lost_in_evaluation_is_never_a_success_though_an_earlier_predict_call_was(runner, tmp_path):

@@ -64,6 +64,10 @@ class Model(pl.LightningModule):
                 ctypes.PyDLL(None).sleep(3600)
 
 
+def _restarts():
+    return int(os.environ.get("_GPUORCH_GENERATION") or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
 def main():
     options = parser()
     options.add_argument("--samples", type=int, default=120)
@@ -78,7 +82,10 @@ def main():
     options.add_argument("--every-time", action="store_true")
     options.add_argument("--padding", type=int, default=0, help="columns that make the predictions large")
     options.add_argument("--poison", type=int, default=None)
+    options.add_argument("--late", type=float, default=0.0, help="seconds that rank 1 is late after a restart")
     options = options.parse_args()
+    if os.environ.get("RANK") == "1" and _restarts():
+        time.sleep(options.late)
     strategy = GPUOrchStrategy(
         tensor_parallel_size=options.tp,
         output_dir=options.output,

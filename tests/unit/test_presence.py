@@ -1,0 +1,54 @@
+"""Ranks that vanish where no supervisor watches, with a real server and real connections."""
+
+import time
+
+import pytest
+
+from lightning_gpuorch import presence
+from lightning_gpuorch.distributed import ControlServer, RemoteChannel
+from lightning_gpuorch.head import Head
+from lightning_gpuorch.presence import Presence
+
+
+@pytest.fixture
+def job(monkeypatch):
+    monkeypatch.setattr(presence, "GONE_SECONDS", 0.5)
+    head = Head(3)
+    server = ControlServer(head, token="secret")
+    channels = {rank: RemoteChannel(server.address, "secret") for rank in (1, 2)}
+    for rank, channel in channels.items():
+        header = {"op": "hello", "tensor_parallel_size": 1, "rank": rank, "generation": 0}
+        channel.call(header, timeout_seconds=10)
+    watch = Presence(head, server.connected_ranks, give_up_seconds=1.0)
+    yield head, server, channels, watch
+    watch.close()
+    for channel in channels.values():
+        channel.close()
+    server.close()
+
+
+def test_who_is_connected_is_waited_for_and_who_is_gone_is_not(job):
+    _, server, channels, watch = job
+    assert server.connected_ranks() == {1, 2}
+    assert watch._left(0.5) == [1, 2]
+    channels[1].close()
+    channels[2].call({"op": "goodbye", "rank": 2}, timeout_seconds=10)
+    began = time.monotonic()
+    assert watch.outlive_the_others(timeout_seconds=30) == []
+    assert time.monotonic() - began < 10
+
+
+def test_a_living_rank_is_waited_for_until_the_time_is_over(job):
+    _, _, channels, watch = job
+    channels[1].close()
+    assert watch.outlive_the_others(timeout_seconds=2.0) == [2]
+
+
+def test_a_rank_that_is_gone_for_long_is_given_up_and_others_are_not(job):
+    head, _, channels, _ = job
+    channels[2].close()
+    deadline = time.monotonic() + 20
+    while not head.retired:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert head.retired == {2}
