@@ -56,6 +56,9 @@ log = logging.getLogger(__name__)
 ParallelizeFn = Callable[[nn.Module, Any], nn.Module]
 BatchSource = Callable[[], Any]
 
+_cut_from: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+"""Identity of the whole weights of models that hold only a part of them, or were read by part."""
+
 LOAD_REPORT_SECONDS = 10.0
 """How often a log line tells how far loading is, where there is no terminal for a progress bar."""
 
@@ -108,7 +111,6 @@ class ModelSetup:
             )
         self.runtime, self.parallelize_fn, self.plan, self.example_input = runtime, parallelize_fn, plan, example_input
         self._ready: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._fingerprints: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self.load_report: LoadReport | None = None
         """What the last :meth:`load` did on this rank: bytes read, seconds, missing and unexpected names."""
 
@@ -119,7 +121,10 @@ class ModelSetup:
     def fingerprint(self, model: nn.Module) -> str | None:
         """Identity of the model's weights as a whole, the same at every tensor-parallel size; None if not known."""
         setting = self.runtime.config.model_fingerprint
-        return {"off": None, "auto": self._fingerprints.get(model)}.get(setting, setting)
+        if setting != "auto":
+            return None if setting == "off" else setting
+        whole = applied_plan(model) is None and not _has_dtensors(model) and not has_meta(model)
+        return fingerprint_weights(model) if whole else _cut_from.get(model)
 
     # Sharding
 
@@ -139,8 +144,7 @@ class ModelSetup:
         """
         if self.is_ready(model):
             return model
-        if self.runtime.config.model_fingerprint == "auto" and not has_meta(model):
-            self._fingerprints[model] = fingerprint_weights(model)
+        identity = self.fingerprint(model)
         self.runtime.note_model(model)
         decision = self._decide(model, batch)
         topology = self.runtime.settle(decision.tensor_parallel_size)
@@ -159,9 +163,10 @@ class ModelSetup:
                 raise ConfigurationError(
                     f"parallelize_fn returned a {type(prepared).__name__}; it must return the parallelized module."
                 )
-            if prepared is not model and model in self._fingerprints:
-                self._fingerprints[prepared] = self._fingerprints[model]
-        self._ready.add(prepared)
+        for one in (model, prepared):
+            if identity is not None:
+                _cut_from[one] = identity
+            self._ready.add(one)
         return prepared
 
     def _decide(self, model: nn.Module, batch: BatchSource | None) -> _Decision:
@@ -355,9 +360,9 @@ class ModelSetup:
         self.load_report = report
         if self.runtime.config.model_fingerprint == "auto":
             if isinstance(source, (str, os.PathLike)):
-                self._fingerprints[model] = fingerprint_files(Path(source))
+                _cut_from[model] = fingerprint_files(Path(source))
             elif isinstance(source, Mapping):
-                self._fingerprints[model] = fingerprint_tensors(source)
+                _cut_from[model] = fingerprint_tensors(source)
         if topology.replica == 0:
             log.info("rank %d: %s", topology.rank, report.describe())
         if report.unexpected and topology.rank == 0:

@@ -40,14 +40,11 @@ def test_tensor_parallel_trainer_equals_the_unsharded_model(runner, devices, tp)
     assert (result["world"], result["torch_world"]) == (devices, tp)
 
 
-@pytest.mark.parametrize(("devices", "tp"), [(2, 2), (4, 2)])
-def test_a_model_goes_tensor_parallel_without_a_plan_by_hand(runner, devices, tp):
-    result = runner.run(
-        "tp_auto.py", "--devices", devices, "--tp", tp, timeout=170, launcher=gpuorch_run(devices)
-    ).result
+def test_a_model_goes_tensor_parallel_without_a_plan_by_hand(runner):
+    result = runner.run("tp_auto.py", "--devices", 4, "--tp", 2, timeout=170, launcher=gpuorch_run(4)).result
     assert result["trainer"] < 1e-5
     assert result["fabric"] < 1e-5
-    assert result["local_rows"] == 64 // tp
+    assert result["local_rows"] == 64 // 2
 
 
 @pytest.mark.parametrize(("devices", "tp"), [(1, 1), (2, 1), (4, 2)])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
@@ -26,13 +28,14 @@ def lines_of_tokens(output: str) -> list[str]:
 
 
 def test_generate_text_with_a_random_model() -> None:
-    arguments = ("--max-new-tokens", "4")
-    alone = lines_of_tokens(run(sys.executable, EXAMPLE, "--devices", "1", *arguments))
-    assert len(alone) == 2
+    example = runpy.run_path(EXAMPLE)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**example["RANDOM_CONFIG"])).eval()
+    expected = model.generate(torch.arange(5, 21).view(2, 8), max_new_tokens=4, do_sample=False).tolist()
     gpuorch = (str(Path(sys.executable).parent / "gpuorch"), "run", "--devices", "2", EXAMPLE)
-    output = run(*gpuorch, *arguments)
+    output = run(*gpuorch, "--max-new-tokens", "4")
     assert "Tensor-parallel plan for 2 ranks" in output
-    assert lines_of_tokens(output) == alone
+    assert lines_of_tokens(output) == [str(tokens) for tokens in expected]
 
 
 def test_generate_text_from_a_directory(tmp_path: Path) -> None:
