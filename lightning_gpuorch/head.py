@@ -369,10 +369,13 @@ class Head:
     def _create_job(self, number: int, directory: Path, wanted: Manifest, ephemeral: bool) -> Job:
         manifest = open_or_create(directory, wanted)
         stores = [PartStore(loader_directory(directory, index)) for index in range(len(manifest.loaders))]
-        for store in stores:
+        for layout, store in zip(manifest.loaders, stores, strict=True):
             store.sweep_temporaries()
             for damage in store.set_damaged_aside():
                 log.warning("%s It is set aside as *.damaged, and its chunk is computed again.", damage)
+            again = store.discard_incomplete(layout)
+            if again:
+                log.warning("chunks %s lack samples that an earlier run gave up; they are tried again", again)
         with self._lock:
             queues = [
                 LeaseQueue(

@@ -20,7 +20,6 @@ from tests.conftest import Runner
 from tests.telemetry.test_exporter import eventually, free_port
 from tests.telemetry.test_monitoring_files import DIRECTORY, Server
 
-pytest.importorskip("lightning_gpuorch.distributed.recoverable_group", reason="it times the collectives")
 pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed")
 
 NOT_HERE = {
