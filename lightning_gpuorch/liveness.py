@@ -141,6 +141,16 @@ class Heartbeat:
         now = time.monotonic_ns()
         self._table.write(self._rank, phase=phase, phase_ns=now, progress_ns=now)
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wait for other ranks in the middle of something: whoever does that is not the one that is stuck."""
+        before = self._table.row(self._rank).phase
+        self.enter(Phase.WAIT)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
     def begin_step(self, job: int, loader: int, chunk: int, unit_start: int, unit_stop: int) -> None:
         """Begin a step: say what is being computed, so that a death can be blamed on it."""
         phase = Phase.RUN if self._progress else Phase.WARMUP
