@@ -48,6 +48,8 @@ class OrchestratorConfig:
     """Longest time a worker may take to leave after its work is done, or to drain after SIGTERM."""
     enable_auto_restart: bool = True
     """Restart a replica whose rank died or got stuck."""
+    enable_group_recovery: bool = True
+    """Mend faults inside of a tensor-parallel group in place; otherwise they restart the replica."""
     enable_warm_start: bool = True
     """Fork workers from a process that has imported torch and Lightning already."""
     enable_preflight: bool = True

@@ -58,7 +58,7 @@ class DynamicSteps:
         self._max_tokens = None if config.max_batch_tokens == "auto" else config.max_batch_tokens
         alone = tensor_parallel_size == 1
         self._meter: PeakMeter | None = peak_meter(device, budget_bytes) if alone else None
-        self._halves = alone
+        self._halves, self._alone = alone or config.enable_group_recovery, alone
         self._batchers: list[DynamicBatcher] = []
         self._halvers: list[BatchHalver] = []
 
@@ -88,7 +88,7 @@ class DynamicSteps:
             batcher.measure([source.loader.dataset[first.indices[0]]])  # an unknown type is refused before work starts
         self._batchers.append(batcher)
         describe = functools.partial(memory_summary, self._device)
-        self._halvers.append(BatchHalver(describe_memory=describe))
+        self._halvers.append(BatchHalver(describe_memory=describe, outputs_to_host=not self._alone))
         return batcher
 
     def measured(self, call: Call, ticket: Ticket) -> Call:

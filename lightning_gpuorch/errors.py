@@ -15,6 +15,13 @@
     │   ├── ControlPlaneTimeoutError (TimeoutError)
     │   └── CollectiveMismatchError          ranks called different collectives
     ├── InputMismatchError                   the ranks of a TP group got different batches
+    ├── DataPlaneError                       ranks of a TP group could not complete a step together
+    │   ├── CollectiveError                  a collective failed
+    │   │   └── CollectiveTimeoutError (TimeoutError)
+    │   ├── StepAbortedError                 another rank of the group has left the step
+    │   ├── PeerFailedError                  the step raised an error on another rank of the group
+    │   └── GroupRecoveryError               the group could not be put together again
+    ├── GroupOutOfMemoryError (MemoryError)  a rank of the TP group ran out of memory; raised on all of them
     ├── MemoryBudgetError (MemoryError)      an allocation would exceed the budget
     └── TensorParallelError                  no plan, or a plan that fails verification
 
@@ -138,6 +145,34 @@ class InputMismatchError(GPUOrchError):
     """The ranks of one tensor-parallel group were given different batches."""
 
     exit_code = EXIT_CONFIGURATION
+
+
+class DataPlaneError(GPUOrchError):
+    """The ranks of a tensor-parallel group could not complete a step together."""
+
+
+class CollectiveError(DataPlaneError):
+    """A collective failed: a connection broke, or the ranks called different ones."""
+
+
+class CollectiveTimeoutError(CollectiveError, TimeoutError):
+    """The other ranks of the group did not take part in a collective in time."""
+
+
+class StepAbortedError(DataPlaneError):
+    """Another rank of the group has left the step. Let it pass: all ranks then decide together what to do."""
+
+
+class PeerFailedError(DataPlaneError):
+    """The step raised an error on another rank of the group, which no retry can mend."""
+
+
+class GroupRecoveryError(DataPlaneError):
+    """The ranks of the group could not agree or connect again; the replica has to be restarted."""
+
+
+class GroupOutOfMemoryError(GPUOrchError, MemoryError):
+    """A rank of the tensor-parallel group ran out of memory; all of its ranks raise this at the same point."""
 
 
 class MemoryBudgetError(GPUOrchError, MemoryError):

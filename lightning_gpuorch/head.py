@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_gpuorch.distributed import CollectiveLedger, Message, answered, refused
+from lightning_gpuorch.distributed import CollectiveLedger, Message, RecoveryLedger, answered, refused
 from lightning_gpuorch.errors import (
     ConfigurationError,
     ControlPlaneError,
@@ -97,6 +97,7 @@ class Head:
         self.tensor_parallel_size: int | None = None
         self.gang = False
         self.ledger = CollectiveLedger(range(world_size))
+        self.recoveries = RecoveryLedger()
         self.jobs: dict[int, Job] = {}
         self.reports: list[dict[str, Any]] = []
         self.generations: dict[int, int] = {}
@@ -229,6 +230,7 @@ class Head:
             Number of chunks that went back.
         """
         owner: Owner = (replica, generation)
+        self.recoveries.end_generation(replica, generation)
         back = 0
         with self._lock:
             for number, job in self.jobs.items():
@@ -332,6 +334,9 @@ class Head:
     def _op_gather_missing(self, request: Message) -> dict[str, Any]:
         return {"missing": self.ledger.missing(request.header["number"])}
 
+    def _op_recovery(self, request: Message) -> Future[Message]:
+        return self.recoveries.handle(request.header)
+
     def _op_open(self, request: Message) -> Future[Message]:
         """Begin a job, or take part in it. Checking what is there already may take long: a thread does it."""
         answer: Future[Message] = Future()
@@ -364,10 +369,13 @@ class Head:
     def _create_job(self, number: int, directory: Path, wanted: Manifest, ephemeral: bool) -> Job:
         manifest = open_or_create(directory, wanted)
         stores = [PartStore(loader_directory(directory, index)) for index in range(len(manifest.loaders))]
-        for store in stores:
+        for layout, store in zip(manifest.loaders, stores, strict=True):
             store.sweep_temporaries()
             for damage in store.set_damaged_aside():
                 log.warning("%s It is set aside as *.damaged, and its chunk is computed again.", damage)
+            again = store.discard_incomplete(layout)
+            if again:
+                log.warning("chunks %s lack samples that an earlier run gave up; they are tried again", again)
         with self._lock:
             queues = [
                 LeaseQueue(

@@ -18,7 +18,6 @@ from lightning_gpuorch.model_setup import ModelSetup, ParallelizeFn, first_batch
 from lightning_gpuorch.predictions.loader import SharedLoader
 from lightning_gpuorch.runtime import Runtime
 from lightning_gpuorch.tensor_parallel import build_model
-from lightning_gpuorch.tensors import whole
 from lightning_gpuorch.world import ExternalRanks, leave
 
 log = logging.getLogger(__name__)
@@ -213,18 +212,17 @@ class MultiGPUOrchestrator:
 
         Raises:
             InputMismatchError: The ranks of the group were given different batches.
+            GroupOutOfMemoryError: Memory ran out on one rank of a tensor-parallel group; all of its ranks raise this,
+                and may go on with a smaller batch.
         """
-        batch = to_device(batch, self.runtime.device)
-        self.runtime.check_same_input(batch)
-        return self._compute(batch, step)
+        return self.runtime.compute_together(
+            functools.partial(self._compute, step=step), to_device(batch, self.runtime.device)
+        )
 
     def _compute(self, batch: Any, step: Callable[[Any], Any] | None) -> Any:
         if self._health is not None:
             self._health.check_health()
         output = self._forward(batch, step)
-        if self.runtime.world.topology.tensor_parallel_size > 1:
-            output = whole(output)
-            self._group_barrier()
         self._steps += 1
         return output
 
@@ -299,15 +297,6 @@ class MultiGPUOrchestrator:
             if isinstance(batch, (list, tuple)):
                 return self._model(*batch)
             return self._model(batch)
-
-    def _group_barrier(self) -> None:
-        """Wait for the slowest rank of the tensor-parallel group."""
-        import torch.distributed as dist
-
-        mesh = self.runtime.mesh
-        group = mesh.get_group("tensor_parallel") if mesh is not None else None
-        on_gpu = self.runtime.device.type == "cuda"
-        dist.barrier(group, device_ids=[self.runtime.device.index] if on_gpu else None)
 
     def _call(self, hook: str, **arguments: Any) -> None:
         runner = self.fabric if self.fabric is not None else self

@@ -33,7 +33,7 @@ from lightning_gpuorch.predictions.reader import read_predictions
 from lightning_gpuorch.predictions.source import default_chunk_batches, describe
 from lightning_gpuorch.predictions.writer import PartWriter, size_bytes
 from lightning_gpuorch.telemetry.current import emit
-from lightning_gpuorch.tensors import to_host, whole
+from lightning_gpuorch.tensors import to_host
 
 if TYPE_CHECKING:
     from lightning_gpuorch.runtime import Runtime
@@ -176,9 +176,10 @@ class PredictionJob:
         Returns:
             The output, as ``call`` returned it.
         """
-        step, wrappers = call, self._runtime.step_wrappers
+        step: Callable[[Any], Any] = functools.partial(self._runtime.compute_together, call)
+        wrappers = self._runtime.step_wrappers
         if self._dynamic is not None:
-            step, wrappers = self._dynamic.measured(call, ticket), wrappers or self._dynamic.halving(self.lose)
+            step, wrappers = self._dynamic.measured(step, ticket), wrappers or self._dynamic.halving(self.lose)
         for wrapper in reversed(wrappers):
             step = functools.partial(_wrapped, wrapper, step, ticket)
         self._lost.clear()
@@ -192,17 +193,19 @@ class PredictionJob:
             stop = span.first_unit + span.num_units
             heartbeat.begin_step(self.number, ticket.loader, ticket.chunk, span.first_unit, stop)
         try:
-            self._runtime.check_same_input(batch)
             output = step(batch)
         except StopIteration as error:
             # Lightning's loop would take it for the end of the data and silently drop the rest.
             raise RuntimeError(f"the predict step raised StopIteration on batch {ticket.span.batch_index}") from error
+        except Exception as error:
+            telemetry.fail_step(error)
+            if self._world.recovery is not None:
+                self._world.recovery.abandon(error)
+            raise
         except BaseException as error:
             telemetry.fail_step(error)
             raise
         telemetry.computed()
-        if self._world.topology.tensor_parallel_size > 1:
-            output = whole(output)
         self.steps += 1
         self.samples += ticket.size or 0
         self._observe(ticket, output, time.perf_counter() - began)

@@ -15,16 +15,19 @@ import torch
 from lightning_gpuorch._version import __version__
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.distributed import Topology
+from lightning_gpuorch.distributed.recoverable_group import RecoverableProcessGroup, collective_hooks
 from lightning_gpuorch.errors import GPUOrchError, InputMismatchError
+from lightning_gpuorch.group_recovery import GroupRecovery
 from lightning_gpuorch.memory import ResourceAllocator
 from lightning_gpuorch.memory.transfer import Transfers
 from lightning_gpuorch.prediction_job import PredictionJob, StepWrapper
 from lightning_gpuorch.predictions.loader import SharedLoader
 from lightning_gpuorch.predictions.source import describe
+from lightning_gpuorch.telemetry.current import observe_collective
 from lightning_gpuorch.telemetry.efficiency import Calibration
 from lightning_gpuorch.telemetry.rank import RankTelemetry
 from lightning_gpuorch.tensor_parallel import Communicator, random_state_digest, synchronize_random_state
-from lightning_gpuorch.tensors import digest
+from lightning_gpuorch.tensors import digest, whole
 from lightning_gpuorch.world import ExternalRanks, World, join
 
 if TYPE_CHECKING:
@@ -152,7 +155,17 @@ class Runtime:
             if size > 1 and self.mesh is None:
                 replicas = world.topology.num_replicas if world.spans_job else 1
                 self.mesh = world.groups.device_mesh(replicas, size)
+            if not self._training:
+                self._watch_over_group(world)
         return world.topology
+
+    def _watch_over_group(self, world: World) -> None:
+        """Let faults inside of the tensor-parallel group be mended in place."""
+        group = self.mesh.get_group("tensor_parallel") if self.mesh is not None else None
+        if world.recovery is None and isinstance(group, RecoverableProcessGroup):
+            rank, size = world.topology.tensor_parallel_rank, world.topology.tensor_parallel_size
+            world.recovery = GroupRecovery(world.channel, world.owner, rank, size, group, self.config.timeout_sec)
+            collective_hooks[:] = [_observe_collective]
 
     @property
     def topology(self) -> Topology:
@@ -241,6 +254,33 @@ class Runtime:
         if len(set(random_states)) > 1:
             synchronize_random_state(Communicator(group), self.device)
 
+    def compute_together(self, call: Callable[[Any], Any], batch: Any) -> Any:
+        """Compute a batch, or a part of one, on all ranks of the tensor-parallel group; without a group, just compute.
+
+        The ranks compare their input first, DTensors in the output are gathered, and the output is returned when all
+        ranks have theirs. A fault on the way is mended in place; see :mod:`lightning_gpuorch.group_recovery`.
+
+        Args:
+            call: Computes a batch.
+            batch: The batch, the same on every rank of the group.
+
+        Raises:
+            InputMismatchError: The ranks were given different batches.
+            GroupOutOfMemoryError: Memory ran out on one of the ranks. All of them raise this, and may go on with a
+                smaller batch.
+            PeerFailedError: ``call`` raised on another rank.
+            GroupRecoveryError: The group cannot go on in place; this process has to end.
+        """
+        if self.world.topology.tensor_parallel_size == 1:
+            return call(batch)
+
+        def compute() -> Any:
+            self.check_same_input(batch)
+            return whole(call(batch))
+
+        recovery = self.world.recovery
+        return compute() if recovery is None else recovery.attempt(compute)
+
     def share(self, loader: Any, limit: int | None = None) -> SharedLoader:
         """This replica's fixed share of a loader's batches."""
         return SharedLoader(describe(loader, limit), lambda: (self.topology.replica, self.topology.num_replicas))
@@ -267,6 +307,10 @@ class Runtime:
             self.output_dir, default_root = None, self.run_directory
         self.job = PredictionJob(self, loaders, default_root, limits, model_fingerprint)
         return self.job
+
+
+def _observe_collective(op: str, num_bytes: int, seconds: float) -> None:
+    observe_collective(op, seconds)
 
 
 def _describe(device: torch.device) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from lightning_gpuorch.distributed import (
 )
 from lightning_gpuorch.environment import WorkerEnvironment
 from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, MissingPredictionsError, format_indices
+from lightning_gpuorch.group_recovery import GroupRecovery
 from lightning_gpuorch.head import Head, Job, verify_complete
 from lightning_gpuorch.presence import Presence
 from lightning_gpuorch.telemetry.run_directory import RunRecords
@@ -65,6 +66,7 @@ class World:
         settled: Whether the tensor-parallel size is decided. Until then every rank counts as a replica of its own, and
             the head has not been told.
         candidate_sizes: Tensor-parallel sizes that are possible with these ranks, ascending.
+        recovery: Mends faults inside of this rank's tensor-parallel group, if it is in one that can be mended.
     """
 
     topology: Topology
@@ -77,6 +79,7 @@ class World:
     supervised: bool
     run_directory: Path | None = None
     spans_job: bool = False
+    recovery: GroupRecovery | None = None
     telemetry: RankTelemetry | None = None
     records: RunRecords | None = None
     settled: bool = True
@@ -134,7 +137,7 @@ class World:
             answer = self.channel.call({"op": "lookup", "key": key}, timeout_seconds=timeout)
             host, port = answer.header["value"]
             store = self.groups.create_store(host, port, False, size)
-        self.groups.initialize(rank, size, store=store)
+        self.groups.initialize(rank, size, store=store, is_replica=not whole_job)
         self.spans_job = whole_job
 
     collectives_timeout: float = 1800.0
@@ -209,7 +212,7 @@ def join(config: OrchestratorConfig, device: torch.device, external: ExternalRan
                 f"tensor-parallel size between two uses of gpuorch (asked for {topology})."
             )
         return _world
-    groups = ProcessGroupManager(config.backend, config.timeout_sec, device)
+    groups = ProcessGroupManager(config.backend, config.timeout_sec, device, config.enable_group_recovery)
     if worker is not None:
         _world = _join_supervised(config, topology, groups, worker)
     elif external is not None:
@@ -229,6 +232,8 @@ def leave() -> None:
     if _world is None:
         return
     world, _world = _world, None
+    if world.recovery is not None:
+        world.recovery.close()
     world.groups.finalize()
     world.channel.close()
     stop_recording(world)

@@ -23,6 +23,8 @@ SCRIPTS = Path(__file__).parent / "scripts"
 
 def gpuorch_run(devices: int = 2) -> tuple[str, ...]:
     """A launcher that starts sooner than ``python``: its supervisor does not import what the script imports."""
+    if devices == 1:
+        return (sys.executable,)
     return (str(Path(sys.executable).with_name("gpuorch")), "run", "--devices", str(devices), "--accelerator", "cpu")
 
 

@@ -96,6 +96,8 @@ class BatchHalver:
         on_oom: Called for each caught error, after the memory was let go. What it raises is logged and dropped.
         describe_memory: Gives the line about memory in log and event; called when memory has been let go.
         limits: Remembers sizes.
+        outputs_to_host: Move the outputs of parts to the host from the start, not only after they were in the way.
+            Needed where ranks have to cut alike and their outputs may differ.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class BatchHalver:
         on_oom: Callable[[OOMEvent], Any] | None = None,
         describe_memory: Callable[[], str] | None = None,
         limits: SizeLimits | None = None,
+        outputs_to_host: bool = False,
     ):
         self.limits = SizeLimits() if limits is None else limits
         self.layout = OutputLayout()
@@ -113,7 +116,7 @@ class BatchHalver:
         self.num_lost = 0
         """Samples given up."""
         self._on_oom, self._describe_memory = on_oom, describe_memory
-        self._outputs_to_host = False
+        self._outputs_to_host = outputs_to_host
 
     def run(self, step: Step, batch: Any, *, size: int | None = None, recollate: Recollate | None = None) -> Any:
         """Compute a batch.

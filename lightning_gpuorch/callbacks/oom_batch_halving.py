@@ -27,10 +27,11 @@ class OOMBatchHalving(Callback):
     care. Outputs of every structure are merged in order; one that is a reduction over the batch is refused by name.
 
     With ``strategy="gpuorch"``, under the Trainer and under Fabric, a sample that does not fit alone is given up and
-    named, and the others go on. With other strategies ``predict_step`` of the module is wrapped while ``predict``
-    runs, and such a sample ends the run with :class:`~lightning_gpuorch.batching.SingleSampleOOMError`. Strategies that
-    communicate inside of a step (FSDP, DeepSpeed, ModelParallel, and tensor parallelism) are left alone, since a rank
-    that halves by itself would leave its peers waiting.
+    named, and the others go on; the ranks of a tensor-parallel group cut alike, whichever of them ran out of memory.
+    With other strategies ``predict_step`` of the module is wrapped while ``predict`` runs, and such a sample ends the
+    run with :class:`~lightning_gpuorch.batching.SingleSampleOOMError`. Other strategies that communicate inside of a
+    step (FSDP, DeepSpeed, ModelParallel) are left alone, since a rank that halves by itself would leave its peers
+    waiting.
 
     Args:
         on_oom: Called with each :class:`~lightning_gpuorch.batching.OOMEvent`, on the rank that ran out of memory.
@@ -106,19 +107,29 @@ class OOMBatchHalving(Callback):
     def _halver(self, trainer: Any, loader: int) -> BatchHalver:
         """One per dataloader: their steps may lay out outputs in different ways."""
         if loader not in self._halvers:
-            device = trainer.strategy.root_device
-            self._halvers[loader] = BatchHalver(self._take_oom, functools.partial(memory_summary, device))
+            strategy = trainer.strategy
+            runtime = getattr(strategy, "runtime", None)
+            self._halvers[loader] = BatchHalver(
+                functools.partial(self._take_oom, runtime),
+                functools.partial(memory_summary, strategy.root_device),
+                outputs_to_host=runtime is not None and runtime.world.topology.tensor_parallel_size > 1,
+            )
         return self._halvers[loader]
 
-    def _take_oom(self, event: OOMEvent) -> None:
-        lost = {} if event.next_size else {"lost_samples": event.size}
-        observe_oom(event.size, event.next_size or None, **lost)
+    def _take_oom(self, runtime: Any, event: OOMEvent) -> None:
+        recovery = None if runtime is None else runtime.world.recovery
+        if recovery is not None and recovery.last is not None and not recovery.last.own:
+            return  # the rank of the group that ran out of memory tells it
+        fields: dict[str, Any] = {} if event.next_size else {"lost_samples": event.size}
+        if recovery is not None:
+            fields["recovery_seconds"] = recovery.last.seconds
+        observe_oom(event.size, event.next_size or None, **fields)
         if self._on_oom is not None:
             self._on_oom(event)
 
     def _wrap_runtime(self, trainer: Any, pl_module: Any, runtime: Any) -> None:
-        if runtime.world.topology.tensor_parallel_size > 1:
-            log.warning("OOMBatchHalving: inactive, the ranks of a tensor-parallel group have to halve together")
+        if runtime.world.topology.tensor_parallel_size > 1 and runtime.world.recovery is None:
+            log.warning("OOMBatchHalving: inactive, enable_group_recovery=False lets no ranks halve together")
             return
 
         def wrapper(call: Callable[[Any], Any], batch: Any, ticket: Any) -> Any:

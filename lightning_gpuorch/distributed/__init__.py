@@ -2,6 +2,7 @@
 
 from lightning_gpuorch.distributed.collectives import CollectiveLedger, ControlCollectives, one_per_replica
 from lightning_gpuorch.distributed.process_group import MESH_AXES, ProcessGroupManager
+from lightning_gpuorch.distributed.recovery_ledger import RecoveryLedger
 from lightning_gpuorch.distributed.topology import Topology
 from lightning_gpuorch.distributed.wire import (
     Channel,
@@ -22,6 +23,7 @@ __all__ = [
     "LocalChannel",
     "Message",
     "ProcessGroupManager",
+    "RecoveryLedger",
     "RemoteChannel",
     "Topology",
     "answered",

@@ -25,10 +25,19 @@ class ProcessGroupManager:
         backend: ``nccl``, ``gloo``, or ``auto``: nccl on CUDA, gloo elsewhere.
         timeout_seconds: Longest wait for one collective.
         device: Device this rank computes on; it is bound before the first collective.
+        recoverable: Tensor-parallel groups survive a rank that leaves a step; see
+            :mod:`lightning_gpuorch.distributed.recoverable_group`.
     """
 
-    def __init__(self, backend: str = "auto", timeout_seconds: float = 30.0, device: torch.device | None = None):
+    def __init__(
+        self,
+        backend: str = "auto",
+        timeout_seconds: float = 30.0,
+        device: torch.device | None = None,
+        recoverable: bool = False,
+    ):
         self._backend, self._timeout_seconds, self._device = backend, timeout_seconds, device
+        self._recoverable = recoverable
         self._owns_world = False
 
     @property
@@ -53,6 +62,7 @@ class ProcessGroupManager:
         master_port: int = 29500,
         *,
         store: Store | None = None,
+        is_replica: bool = False,
     ) -> None:
         """Form the world. Does nothing if one of the same shape already exists.
 
@@ -62,6 +72,7 @@ class ProcessGroupManager:
             master_addr: Host of rank 0's store, if no ``store`` is given.
             master_port: Port of rank 0's store, if no ``store`` is given.
             store: A store that all ranks already share.
+            is_replica: The world is one tensor-parallel group, and recoverable if such groups are.
 
         Raises:
             ConfigurationError: Rank out of range, nccl without CUDA, or a world of another shape exists.
@@ -88,20 +99,27 @@ class ProcessGroupManager:
         timeout = timedelta(seconds=self._timeout_seconds)
         if store is None:
             store = self.create_store(master_addr, master_port, rank == 0, world_size)
+        backend = self._tensor_parallel_backend() if is_replica else self.backend
         options: dict[str, Any] = {}
-        if self.backend == "nccl":
+        if backend == "nccl":
             options["device_id"] = self._device
         try:
-            dist.init_process_group(
-                self.backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **options
-            )
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **options)
         except (dist.DistError, RuntimeError) as error:
             raise ControlPlaneError(
                 f"rank {rank} of {world_size} could not join its {self.backend} group within "
                 f"{self._timeout_seconds:g} s: {error}"
             ) from error
         self._owns_world = True
-        log.debug("rank %d of %d joined a %s group", rank, world_size, self.backend)
+        log.debug("rank %d of %d joined a %s group", rank, world_size, backend)
+
+    def _tensor_parallel_backend(self) -> str:
+        if not self._recoverable:
+            return self.backend
+        from lightning_gpuorch.distributed.recoverable_group import BACKENDS, register_backends
+
+        register_backends()
+        return BACKENDS[self.backend]
 
     def create_store(self, host: str, port: int, is_master: bool, world_size: int) -> Store:
         """Open the key-value store through which the ranks of a group find each other.
@@ -132,19 +150,30 @@ class ProcessGroupManager:
     def device_mesh(self, data_parallel_size: int, tensor_parallel_size: int) -> DeviceMesh:
         """The mesh handed to ``parallelize_fn``, with axes named ``data_parallel`` and ``tensor_parallel``.
 
-        A replica is a world of its own, so inside it ``data_parallel_size`` is 1.
+        A replica is a world of its own, so inside it ``data_parallel_size`` is 1, and its world is the mesh's
+        tensor-parallel group.
         """
-        from torch.distributed.device_mesh import init_device_mesh
+        import torch
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import DeviceMesh
 
         kind = self._device.type if self._device is not None else "cpu"
-        return init_device_mesh(kind, (data_parallel_size, tensor_parallel_size), mesh_dim_names=MESH_AXES)
+        ranks = torch.arange(data_parallel_size * tensor_parallel_size).view(data_parallel_size, tensor_parallel_size)
+        timeout = timedelta(seconds=self._timeout_seconds)
+        if data_parallel_size == 1:
+            tensor_parallel: Any = dist.group.WORLD
+        else:
+            backend = self._tensor_parallel_backend()
+            tensor_parallel = _own_group(ranks.tolist(), backend, timeout)
+        data_parallel = _own_group(ranks.T.tolist(), self.backend, timeout)
+        return DeviceMesh.from_group([data_parallel, tensor_parallel], kind, ranks, mesh_dim_names=MESH_AXES)
 
     def barrier(self) -> None:
         """Wait for all ranks of the world; a world of one needs no process group."""
         import torch.distributed as dist
 
         if self.initialized:
-            if dist.get_backend() == "nccl" and self._device is not None:
+            if self.backend == "nccl" and self._device is not None:
                 dist.barrier(device_ids=[self._device.index])
             else:
                 dist.barrier()
@@ -173,3 +202,15 @@ class ProcessGroupManager:
         if self._owns_world and dist.is_initialized():
             dist.destroy_process_group()
         self._owns_world = False
+
+
+def _own_group(groups: list[list[int]], backend: str, timeout: timedelta) -> Any:
+    """Make groups of global ranks, as every rank of the world must, and give the one this rank is in."""
+    import torch.distributed as dist
+
+    own = None
+    for ranks in groups:
+        group = dist.new_group(ranks, timeout=timeout, backend=backend)
+        if dist.get_rank() in ranks:
+            own = group
+    return own

@@ -31,7 +31,7 @@ from lightning_gpuorch.predictions.files import (
     sweep_temporaries,
 )
 from lightning_gpuorch.predictions.frame import NewerFormatError, check_file, read_fields
-from lightning_gpuorch.predictions.layout import StoredBatch
+from lightning_gpuorch.predictions.layout import LoaderLayout, StoredBatch
 
 if TYPE_CHECKING:
     from lightning_gpuorch.predictions.envelope import Envelope
@@ -67,6 +67,15 @@ class PartHeader:
 
     metadata: Mapping[str, Any]
     entries: Sequence[BatchEntry]
+
+    def covers(self, layout: LoaderLayout, chunk: int) -> bool:
+        """Whether every unit of a chunk has a prediction, as far as the layout tells what that is."""
+        if layout.unit == "scattered":
+            return True
+        if layout.unit == "batch":
+            expected = len(layout.chunk_range(chunk)) if layout.num_units is not None else 0
+            return len(self.entries) >= expected and not any(entry.num_lost for entry in self.entries)
+        return sum(entry.size or 0 for entry in self.entries) >= len(layout.chunk_range(chunk))
 
 
 class Part:
@@ -236,6 +245,23 @@ class PartStore:
             except OSError as error:
                 raise storage_error(error, self.directory) from error
         return [error for _, error in found]
+
+    def discard_incomplete(self, layout: LoaderLayout) -> list[int]:
+        """Remove the parts in which units were given up, so that a rerun tries their chunks again.
+
+        Args:
+            layout: Of the dataloader.
+
+        Returns:
+            The chunks.
+
+        Raises:
+            PredictionStorageError: A part cannot be read, or not removed.
+        """
+        found = [chunk for chunk in sorted(self.done()) if not self.header(chunk).covers(layout, chunk)]
+        for chunk in found:
+            self.discard(chunk)
+        return found
 
     def _check(self, chunk: int) -> CorruptPartError | None:
         try:

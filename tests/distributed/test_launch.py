@@ -44,6 +44,8 @@ def test_notebook_cells(runner):
 
 def test_the_launching_process_runs_no_user_code_after_predict(runner):
     finished = runner.run("output_types.py", "--devices", 2, timeout=170)
+    assert finished.result
+    assert all(finished.result.values())
     assert finished.output.count("results in") == 8, "each job is announced once, by rank 0"
 
 

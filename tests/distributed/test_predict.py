@@ -2,24 +2,28 @@
 
 import pytest
 
+from tests.conftest import gpuorch_run
 
-@pytest.mark.parametrize("devices", [2, 4])
-def test_every_output_kind_comes_back_complete_and_ordered_on_every_rank(runner, devices):
-    verdict = runner.run("output_types.py", "--devices", devices, timeout=170).result
+
+def test_every_output_kind_comes_back_complete_and_ordered_on_every_rank(runner):
+    # With 2 devices, and by every launcher: test_launch.py.
+    verdict = runner.run("output_types.py", "--devices", 4, timeout=170, launcher=gpuorch_run(4)).result
     assert verdict
     assert [kind for kind, right in verdict.items() if not right] == []
 
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_every_loader_kind_gives_what_one_device_gives(runner, devices):
-    verdict = runner.run("loaders.py", "--devices", devices, timeout=170).result
+    verdict = runner.run("loaders.py", "--devices", devices, timeout=170, launcher=gpuorch_run(devices)).result
     assert len(verdict) == 17
     assert [kind for kind, right in verdict.items() if not right] == []
 
 
 @pytest.mark.parametrize(("devices", "tp"), [(2, 1), (2, 2), (4, 1), (4, 2)])
 def test_metrics_and_synced_logs_give_the_numbers_of_one_device(runner, devices, tp):
-    result = runner.run("metrics.py", "--devices", devices, "--tp", tp, timeout=170).result
+    result = runner.run(
+        "metrics.py", "--devices", devices, "--tp", tp, timeout=170, launcher=gpuorch_run(devices)
+    ).result
     expected = result["expected"]
     assert result["predict"] == pytest.approx(expected["accuracy"], abs=1e-6)
     assert result["test"] == pytest.approx(expected, abs=1e-6)
@@ -27,7 +31,9 @@ def test_metrics_and_synced_logs_give_the_numbers_of_one_device(runner, devices,
 
 @pytest.mark.parametrize(("devices", "tp"), [(2, 2), (4, 2)])
 def test_tensor_parallel_trainer_equals_the_unsharded_model(runner, devices, tp):
-    result = runner.run("tp_trainer.py", "--devices", devices, "--tp", tp, timeout=170).result
+    result = runner.run(
+        "tp_trainer.py", "--devices", devices, "--tp", tp, timeout=170, launcher=gpuorch_run(devices)
+    ).result
     assert max(result["differences"]) < 1e-5
     assert result["same_batches"]
     assert result["each_once"]
@@ -35,7 +41,7 @@ def test_tensor_parallel_trainer_equals_the_unsharded_model(runner, devices, tp)
 
 
 def test_a_model_goes_tensor_parallel_without_a_plan_by_hand(runner):
-    result = runner.run("tp_auto.py", "--devices", 4, "--tp", 2, timeout=170).result
+    result = runner.run("tp_auto.py", "--devices", 4, "--tp", 2, timeout=170, launcher=gpuorch_run(4)).result
     assert result["trainer"] < 1e-5
     assert result["fabric"] < 1e-5
     assert result["local_rows"] == 64 // 2
@@ -43,7 +49,9 @@ def test_a_model_goes_tensor_parallel_without_a_plan_by_hand(runner):
 
 @pytest.mark.parametrize(("devices", "tp"), [(1, 1), (2, 1), (4, 2)])
 def test_fabric_collectives_shares_and_orchestrator(runner, devices, tp):
-    result = runner.run("fabric_job.py", "--devices", devices, "--tp", tp, timeout=170).result
+    result = runner.run(
+        "fabric_job.py", "--devices", devices, "--tp", tp, timeout=170, launcher=gpuorch_run(devices)
+    ).result
     replicas = devices // tp
     assert result["world"] == devices
     assert result["broadcast"] == f"from {devices - 1}"

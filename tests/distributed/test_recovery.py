@@ -121,6 +121,10 @@ def test_a_poison_sample_costs_only_itself(runner, tmp_path):
     assert found.missing == [50]
     values = [float(v) for batch in found if batch is not None for v in batch[:, 0]]
     assert values == [2.0 * i for i in range(120) if i != 50]
+    computed = len(_notes(tmp_path))
+    mended = runner.run(SLOW, "--output", "out", launcher=gpuorch_run())
+    assert mended.result["right"], "the same command tries again what was given up"
+    assert len(_notes(tmp_path)) - computed == 2, "and nothing else"
 
 
 def test_sigkill_of_the_supervisor_leaves_no_orphan_and_the_same_command_resumes(runner, tmp_path):

@@ -1,0 +1,367 @@
+"""A fault inside a tensor-parallel group is mended in place: all its ranks leave the step, agree, and try again.
+
+The protocol, for a fault in epoch e. The head stands outside of the group and answers while the group's own
+connections are broken.
+
+1. The rank that fails tells the head, gives up epoch e's connections, and lets go of the failed step's memory.
+2. Every rank has a request waiting at the head. It is answered now, and that rank gives up its connections as well: a
+   wait inside a collective raises.
+3. Every rank hands in its vote (:class:`~lightning_gpuorch.distributed.agreement.Vote`) and gets all of them. If one
+   is known to be dead, or does not come in time, the process ends and the replica is restarted.
+4. :func:`~lightning_gpuorch.distributed.agreement.decide` turns the votes into the same decision everywhere.
+5. All connect anew, as epoch e + 1, and wait for each other's word that it worked: three tries.
+6. They go on: repeat the attempt; or raise :class:`~lightning_gpuorch.errors.GroupOutOfMemoryError` at it on every
+   rank, whereupon every rank cuts the batch in the same way; or fail together.
+
+An attempt counts as done when all ranks have computed it. That takes one more collective per attempt, and in return no
+output leaves this module before it is certain that nobody needs to repeat it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from lightning_gpuorch.batching import is_out_of_memory, release
+from lightning_gpuorch.distributed import Channel
+from lightning_gpuorch.distributed.agreement import Cause, Decision, Verdict, Vote, decide
+from lightning_gpuorch.distributed.recoverable_group import RecoverableProcessGroup, live_groups
+from lightning_gpuorch.errors import (
+    CollectiveError,
+    CollectiveTimeoutError,
+    ControlPlaneError,
+    GPUOrchError,
+    GroupOutOfMemoryError,
+    GroupRecoveryError,
+    PeerFailedError,
+    StepAbortedError,
+)
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_TRIES = 2
+"""Repetitions of one attempt after failed communication, before the replica is restarted."""
+CONNECT_TRIES = 3
+_WATCH_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """One fault and its outcome, for whoever counts them.
+
+    Attributes:
+        decision: What was decided.
+        seconds: From the moment this rank left the step until it was ready to go on.
+        own: Whether the fault was on this rank.
+    """
+
+    decision: Decision
+    seconds: float
+    own: bool
+
+
+class GroupRecovery:
+    """Runs the steps of one rank of a tensor-parallel group so that the group survives their faults.
+
+    Args:
+        channel: Line to the head.
+        owner: ``replica``, ``generation`` and global ``rank`` of this process.
+        rank: Rank in the group.
+        size: Ranks in the group.
+        group: The group over which ranks wait for each other at the end of an attempt.
+        timeout_seconds: Longest wait for the other ranks to say something.
+        on_recovery: Told of each fault after it was mended; must not raise.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        owner: dict[str, int],
+        rank: int,
+        size: int,
+        group: RecoverableProcessGroup,
+        timeout_seconds: float,
+        on_recovery: Callable[[Recovery], None] = lambda recovery: None,
+    ):
+        self._channel, self._rank, self._size, self._group = channel, rank, size, group
+        self._global_rank = owner["rank"]  # in messages; the group's own numbers mean nothing to a reader
+        self._owner = {**owner, "rank": rank}
+        self._timeout_seconds = timeout_seconds
+        self.on_recovery = on_recovery
+        self.epoch = 0
+        self.num_recoveries = 0
+        self.last: Recovery | None = None
+        self._position = 0
+        self._foreseen: Decision | None = None
+        self._agreed: int | None = None
+        self._closed = False
+        self._token: torch.Tensor | None = None
+        self._watcher = threading.Thread(target=self._watch, name="gpuorch-recovery", daemon=True)
+        self._watcher.start()
+
+    # Steps
+
+    def attempt(self, call: Callable[[], T]) -> T:
+        """Compute something together with the other ranks; every rank must make the same attempts.
+
+        Args:
+            call: Computes it. Called again if communication fails.
+
+        Returns:
+            What ``call`` returned, once all ranks have computed theirs.
+
+        Raises:
+            GroupOutOfMemoryError: Memory ran out on one of the ranks; raised on all.
+            PeerFailedError: ``call`` raised on another rank.
+            GroupRecoveryError: The group cannot go on in place; this process has to end.
+            Exception: What ``call`` raised here, if a repetition cannot mend it.
+        """
+        self._position += 1
+        tries = 0
+        decision, self._foreseen = self._foreseen, None
+        error: BaseException | None = None
+        while True:
+            if decision is not None:
+                tries = decision.tries
+                self._raise(decision, error)
+            output, computed, cause, error, began = self._run(call)
+            if cause is None:
+                return output  # type: ignore[return-value]
+            decision = self._agree(cause, computed, tries, error, began)
+            if decision.verdict is Verdict.COMPLETE:
+                return output  # type: ignore[return-value]
+            if decision.position > self._position and decision.verdict is not Verdict.RESTART:
+                # The others are at the next attempt already, so this one is complete, and theirs is decided.
+                self._foreseen = decision
+                return output  # type: ignore[return-value]
+            output = None
+
+    def abandon(self, error: BaseException) -> None:
+        """Tell the other ranks that this one leaves the step outside of an attempt, so that they need not find out.
+
+        Args:
+            error: Why. What :meth:`attempt` raised is known to them already.
+        """
+        if self._agreed == id(error) or self._closed:
+            return
+        vote = Vote(
+            self._global_rank, self._position + 1, Cause.ERROR, message=_text(error), exit_code=_exit_code(error)
+        )
+        try:
+            self._tell_abort(vote.message)
+            self._exchange("votes", vote.to_dict(), wait=False)
+        except ControlPlaneError as lost:  # the head is gone: so are we, soon
+            log.debug("rank %d could not say that it leaves: %s", self._global_rank, lost)
+
+    def close(self) -> None:
+        """Stop watching; safe to call again."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._call("leave", timeout_seconds=5)
+        except ControlPlaneError as error:
+            log.debug("rank %d could not say that it is done: %s", self._global_rank, error)
+        if threading.current_thread() is not self._watcher:
+            self._watcher.join(5)
+
+    def _run(self, call: Callable[[], T]) -> tuple[T | None, bool, Cause | None, BaseException | None, float]:
+        """One run: its output, whether it was computed, and why it did not count if it did not."""
+        output: T | None = None
+        computed = False
+        try:
+            output = call()
+            self._await_device()
+            computed = True
+            self._await_others()
+        except Exception as error:  # noqa: BLE001 - every cause has to be agreed on; the step's own are raised again
+            began = time.perf_counter()
+            cause = _cause_of(error)
+            if cause is Cause.ERROR:
+                return output, computed, cause, error, began
+            release(error)  # its frames hold the step's activations
+            kept: BaseException = error
+        else:
+            return output, True, None, None, 0.0
+        return output, computed, cause, kept, began
+
+    def _await_device(self) -> None:
+        """Wait until the device has computed what was issued, without getting stuck in it."""
+        if self._group._device_type == "cuda":
+            event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            deadline = time.monotonic() + self._timeout_seconds
+            while not event.query():
+                if self._group.aborted is not None:
+                    break
+                if time.monotonic() > deadline:
+                    raise CollectiveTimeoutError(
+                        f"rank {self._global_rank} of {self._size}: the device did not complete the step within "
+                        f"{self._timeout_seconds:g} s."
+                    )
+                time.sleep(5e-5)
+        # A collective that was given up leaves garbage behind, and says nothing on NCCL.
+        if self._group.aborted is not None:
+            raise StepAbortedError(f"the ranks of this group left the step: {self._group.aborted}")
+
+    def _await_others(self) -> None:
+        """Return when every rank has come here, which means that all have computed the attempt."""
+        if self._token is None:
+            self._token = torch.zeros(1, dtype=torch.int32, device=self._group._device_types[0])
+        self._group.allreduce([self._token]).wait()
+        self._await_device()
+
+    def _raise(self, decision: Decision, error: BaseException | None) -> None:
+        """Raise what a decision says about the present attempt, if it says so."""
+        if decision.verdict is Verdict.RETRY:
+            return
+        raised: BaseException
+        if decision.verdict is Verdict.SMALLER:
+            raised = GroupOutOfMemoryError(f"out of memory on {decision.reason}")
+        elif decision.verdict is Verdict.FAIL:
+            raised = PeerFailedError(f"the step failed on {decision.reason}")
+            raised.exit_code = decision.exit_code
+            if error is not None and self._global_rank in decision.culprits:
+                raised = error
+        else:
+            raised = GroupRecoveryError(
+                f"rank {self._global_rank}: {decision.reason}; {decision.tries} tries in place did not help"
+                if decision.tries
+                else f"rank {self._global_rank}: the ranks of the group are out of step ({decision.reason})"
+            )
+        self._agreed = id(raised)
+        raise raised
+
+    # Agreement
+
+    def _agree(self, cause: Cause, computed: bool, tries: int, error: BaseException | None, began: float) -> Decision:
+        message = "" if cause is Cause.PEER or error is None else _text(error)
+        try:
+            if cause is Cause.PEER:
+                self._abort_groups(message, self.epoch)
+            else:
+                self._tell_abort(f"{cause.value} on rank {self._global_rank}")
+            vote = Vote(self._global_rank, self._position, cause, computed, tries, message, _exit_code(error))
+            votes = [Vote.from_dict(one) for one in self._exchange("votes", vote.to_dict())]
+            decision = decide(votes, MAX_TRIES)
+            if decision.verdict in (Verdict.COMPLETE, Verdict.RETRY, Verdict.SMALLER):
+                self._connect()
+        except ControlPlaneError as lost:
+            raised = GroupRecoveryError(
+                f"rank {self._global_rank} could not agree with the other ranks of its group: {lost}"
+            )
+            self._agreed = id(raised)
+            raise raised from None
+        except GroupRecoveryError as lost:
+            self._agreed = id(lost)
+            raise
+        self.num_recoveries += 1
+        seconds = time.perf_counter() - began
+        own = self._global_rank in decision.culprits
+        log.log(
+            logging.WARNING if own else logging.DEBUG,
+            "%s: %s; ready after %.1f ms", decision.reason, decision.verdict.value, 1e3 * seconds,
+        )  # fmt: skip
+        self.last = Recovery(decision, seconds, own)
+        self.on_recovery(self.last)
+        return decision
+
+    def _connect(self) -> None:
+        """Make the next epoch's connections; all ranks do the same number of tries."""
+        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()  # NCCL takes its buffers from what is left
+        for _ in range(CONNECT_TRIES):
+            failure = ""
+            epoch = self.epoch + 1
+            try:
+                for group in live_groups():
+                    if group.size() > 1:
+                        group.rebuild(epoch)
+            except (RuntimeError, OSError, MemoryError) as error:
+                failure = _text(error)
+                release(error)
+            self.epoch = epoch
+            # Nobody uses the new connections, or gives them up, before everybody has them.
+            failures = [text for text in self._exchange("connected", failure) if text]
+            if not failures:
+                return
+            log.warning("rank %d: the group could not connect: %s", self._global_rank, failures[0])
+            self._tell_abort(failures[0])
+        raise GroupRecoveryError(f"the group could not connect in {CONNECT_TRIES} tries: {failures[0]}")
+
+    def _tell_abort(self, reason: str) -> None:
+        self._call("abort", reason=reason)
+        self._abort_groups(reason, self.epoch)
+
+    @staticmethod
+    def _abort_groups(reason: str, epoch: int) -> None:
+        for group in live_groups():
+            if group.size() > 1:
+                group.give_up(reason, epoch)
+
+    def _exchange(self, name: str, value: Any, wait: bool = True) -> list[Any]:
+        # A rank that computes without communicating comes only when its step is over.
+        limit = 2 * self._timeout_seconds
+        answer = self._call("exchange", name=name, size=self._size, value=value, wait=wait, timeout_seconds=limit)
+        return list(answer.get("values", ()))
+
+    def _call(self, step: str, timeout_seconds: float | None = None, epoch: int | None = None, **fields: Any) -> Any:
+        header = {
+            "op": "recovery",
+            "step": step,
+            **self._owner,
+            "epoch": self.epoch if epoch is None else epoch,
+            **fields,
+        }
+        timeout = self._timeout_seconds if timeout_seconds is None else timeout_seconds
+        return self._channel.call(header, timeout_seconds=timeout).header
+
+    def _watch(self) -> None:
+        """Give up each epoch as soon as any rank does. On a thread and a connection of its own."""
+        epoch = 0
+        while not self._closed:
+            try:
+                answer = self._call("watch", epoch=epoch, timeout_seconds=_WATCH_SECONDS)
+            except TimeoutError:
+                continue
+            except (GPUOrchError, OSError) as error:  # without the head there is no recovery, and soon no job
+                log.debug("rank %d no longer watches: %s", self._global_rank, error)
+                return
+            if "aborted" not in answer:
+                return
+            first = answer["aborted"]
+            self._abort_groups(f"{first['reason']}", epoch)
+            epoch += 1
+
+
+def _cause_of(error: BaseException) -> Cause:
+    """What an error says about the attempt. The chain counts: DTensor wraps what its operators raise."""
+    one: BaseException | None = error
+    seen: set[int] = set()
+    while one is not None and id(one) not in seen:
+        if isinstance(one, StepAbortedError):
+            return Cause.PEER
+        if isinstance(one, CollectiveTimeoutError):
+            return Cause.TIMEOUT
+        if isinstance(one, CollectiveError):
+            return Cause.OUT_OF_MEMORY if "out of memory" in str(one) else Cause.COLLECTIVE
+        seen.add(id(one))
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    return Cause.OUT_OF_MEMORY if is_out_of_memory(error) else Cause.ERROR
+
+
+def _text(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
+
+
+def _exit_code(error: BaseException | None) -> int:
+    return error.exit_code if isinstance(error, GPUOrchError) else 1

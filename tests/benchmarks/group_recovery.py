@@ -1,0 +1,413 @@
+"""Faults inside of a tensor-parallel group: how many are mended in place, how long it takes, what it costs without any.
+
+python -m tests.benchmarks.group_recovery campaign --ranks 2 3 4 --faults 200
+python -m tests.benchmarks.group_recovery cost
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import multiprocessing
+import os
+import random
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from lightning_gpuorch.batching import BatchHalver
+from lightning_gpuorch.distributed import ControlServer, ProcessGroupManager, RemoteChannel
+from lightning_gpuorch.distributed import recoverable_group as groups
+from lightning_gpuorch.group_recovery import GroupRecovery, Recovery
+from lightning_gpuorch.head import Head
+from lightning_gpuorch.tensor_parallel import Communicator
+from lightning_gpuorch.tensors import digest, whole
+
+WIDTH, HIDDEN, LAYERS, BATCH = 64, 96, 4, 24
+KINDS = ("plain", "dtensor", "compiled")
+PLACES = ("before", "issue", "wait", "after")
+"""Where a fault strikes: before a layer's collective, as it is issued, while it is on its way, after it."""
+
+
+class Block(nn.Module):
+    """Two layers of which the second needs an all-reduce when they are cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class PlainBlock(nn.Module):
+    """A rank's part of a block, on plain tensors."""
+
+    def __init__(self, whole_block: Block, communicator: Communicator):
+        super().__init__()
+        rank, size = communicator.rank, communicator.size
+        edges = [HIDDEN * k // size for k in range(size + 1)]
+        own = slice(edges[rank], edges[rank + 1])
+        self.up_weight, self.up_bias = whole_block.up.weight.detach()[own], whole_block.up.bias.detach()[own]
+        self.down_weight, self.down_bias = whole_block.down.weight.detach()[:, own], whole_block.down.bias.detach()
+        self.communicator = communicator
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(nn.functional.linear(x, self.up_weight, self.up_bias))
+        return x + self.communicator.all_reduce(nn.functional.linear(hidden, self.down_weight)) + self.down_bias
+
+
+def make_model(kind: str, mesh: Any) -> nn.Module:
+    """The same weights on every rank, cut by the kind's own means."""
+    torch.manual_seed(0)
+    blocks = [Block() for _ in range(LAYERS)]
+    axis = mesh["tensor_parallel"]
+    if kind == "dtensor":
+        for block in blocks:
+            parallelize_module(block, axis, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        return nn.Sequential(*blocks)
+    communicator = Communicator(axis.get_group())
+    model = nn.Sequential(*(PlainBlock(block, communicator) for block in blocks))
+    if kind == "compiled":
+        for block in model:
+            block.compile(backend="aot_eager", dynamic=True)
+    return model
+
+
+class Injector:
+    """Raises out-of-memory errors where it is told to."""
+
+    def __init__(self, model: nn.Module):
+        self.place: str | None = None
+        self.countdown = 0
+        for layer in model:
+            layer.register_forward_pre_hook(lambda *_: self._at("before"))
+            layer.register_forward_hook(lambda *_: self._at("after"))
+        injector, issue, wait = self, groups.RecoverableProcessGroup._current, groups.RecoverableWork.wait
+
+        def faulty_issue(group: Any) -> Any:
+            injector._at("issue")
+            return issue(group)
+
+        def faulty_wait(work: Any, timeout: Any = None) -> bool:
+            injector._at("wait")
+            return wait(work, timeout)
+
+        groups.RecoverableProcessGroup._current = faulty_issue  # type: ignore[method-assign]
+        groups.RecoverableWork.wait = faulty_wait  # type: ignore[method-assign]
+
+    def arm(self, place: str, countdown: int) -> None:
+        self.place, self.countdown = place, countdown
+
+    def _at(self, place: str) -> None:
+        if self.place != place:
+            return
+        self.countdown -= 1
+        if self.countdown < 0:
+            self.place = None
+            raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+
+
+class Rank:
+    """One rank of a group with everything it needs."""
+
+    def __init__(self, rank: int, size: int, address: str, store_port: int, timeout_seconds: float = 10.0):
+        torch.set_num_threads(1)
+        logging.getLogger("lightning_gpuorch").setLevel(logging.ERROR)  # hundreds of faults are not news here
+        self.rank, self.size = rank, size
+        self.manager = ProcessGroupManager("gloo", timeout_seconds, torch.device("cpu"), recoverable=True)
+        store = self.manager.create_store("127.0.0.1", store_port, False, size)
+        self.manager.initialize(rank, size, store=store, is_replica=True)
+        self.mesh = self.manager.device_mesh(1, size)
+        self.group: groups.RecoverableProcessGroup = self.mesh.get_group("tensor_parallel")  # type: ignore[assignment]
+        self.recoveries: list[Recovery] = []
+        self.channel = RemoteChannel(address, "secret")
+        self.recovery = GroupRecovery(
+            self.channel,
+            {"replica": 0, "generation": 0, "rank": rank},
+            rank,
+            size,
+            self.group,
+            timeout_seconds,
+            self.recoveries.append,
+        )
+
+    def same_input(self, batch: torch.Tensor) -> None:
+        mine = torch.tensor([digest(batch)])
+        digests = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(digests, mine, group=self.group)
+        assert len({int(value) for value in digests}) == 1, "the ranks cut the batch in different ways"
+
+    def step(self, call: Callable[[Any], Any], batch: torch.Tensor) -> torch.Tensor:
+        """As a predict step does it."""
+
+        def compute() -> Any:
+            self.same_input(batch)
+            return whole(call(batch))
+
+        return self.recovery.attempt(compute)
+
+    def close(self) -> None:
+        self.recovery.close()
+        self.group.wait_until_released(15)
+        self.manager.finalize()
+        self.channel.close()
+
+
+def usage() -> dict[str, int]:
+    """Threads, file descriptors and anonymous memory of this process."""
+    status = Path("/proc/self/status").read_text()
+    resident = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+    return {
+        "threads": len(os.listdir("/proc/self/task")),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "anonymous_kib": int(resident.split()[1]),
+    }
+
+
+def campaign(node: Rank, faults: int, kind: str, seed: int) -> dict[str, Any]:
+    """Inject faults on any subset of ranks; every rank draws the same ones."""
+    draw, rank = random.Random(f"{seed}/{kind}"), node.rank
+    model = make_model(kind, node.mesh)
+    data = torch.randn(512, WIDTH, generator=torch.Generator().manual_seed(1))
+    injector = Injector(model)
+    outputs: list[tuple[int, torch.Tensor]] = []
+    parts: list[list[int]] = []
+    waits: list[float] = []
+    node.recoveries.clear()
+    struck = injected = 0
+    at_start: dict[str, int] = {}
+    left_at: list[float] = []
+
+    def call(part: torch.Tensor) -> torch.Tensor:
+        if left_at:
+            waits.append(time.perf_counter() - left_at.pop())
+        return model(part)
+
+    def watched(part: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        try:
+            output = node.step(call, part)
+        except MemoryError:
+            left_at[:] = [time.perf_counter() - node.recoveries[-1].seconds]
+            raise
+        sizes.append(len(part))
+        return output
+
+    with torch.no_grad():
+        node.step(model, data[:BATCH])  # warm
+        while injected < faults:
+            start = draw.randrange(len(data) - BATCH)
+            victims = draw.sample(range(node.size), draw.randint(1, node.size))
+            for victim in range(node.size):
+                place, countdown = draw.choice(PLACES), draw.randrange(LAYERS)
+                if victim == rank and victim in victims:
+                    injector.arm(place, countdown)
+            sizes: list[int] = []
+            before = len(node.recoveries)
+            # A fresh halver forgets the fault: every batch begins whole.
+            output = BatchHalver().run(functools.partial(watched, sizes=sizes), data[start : start + BATCH], size=BATCH)
+            injected += 1
+            struck += len(node.recoveries) > before
+            assert injector.place is None or rank not in victims or len(node.recoveries) > before
+            injector.place = None
+            outputs.append((start, output))
+            parts.append(sizes)
+            if injected == min(50, faults // 2):
+                node.group.wait_until_released(15)  # see GlooCommunicator.close
+                at_start = usage()
+        node.group.wait_until_released(15)  # see GlooCommunicator.close
+        at_end, deadline = usage(), time.monotonic() + 5
+        while at_end["threads"] > at_start["threads"] and time.monotonic() < deadline:
+            time.sleep(0.01)  # a joined thread is gone for Python a moment before it is for the system
+            at_end = usage()
+        # The same parts, undisturbed.
+        equal = 0
+        for (start, output), sizes in zip(outputs, parts, strict=True):
+            pieces, position = [], start
+            for size in sizes:
+                pieces.append(node.step(model, data[position : position + size]))
+                position += size
+            assert position == start + BATCH
+            equal += torch.equal(torch.cat(pieces), output)
+    registry = torch._C._distributed_c10d._get_work_registry_size()
+    return {
+        "injected": injected,
+        "recovered_batches": struck,
+        "recoveries": len(node.recoveries),
+        "own": sum(one.own for one in node.recoveries),
+        "equal": equal,
+        "checksum": sum(digest(output) % 1000003 for _, output in outputs),
+        "seconds": [one.seconds for one in node.recoveries],
+        "until_retry_seconds": waits,
+        "cut": sum(len(sizes) > 1 for sizes in parts),
+        "start": at_start,
+        "end": at_end,
+        "unfinished_works": registry,
+    }
+
+
+def cost_of_a_collective(node: Rank, rounds: int, calls: int) -> dict[str, float]:
+    """CPU seconds of the calling thread per all-reduce, through the recoverable group and around it, in turns."""
+    tensor, options = torch.zeros(1024), dist.AllreduceOptions()
+    inner = node.group._inner.group  # type: ignore[union-attr]
+    times: dict[str, list[float]] = {"recoverable": [], "bare": []}
+    for number in range(2 * rounds):
+        name, group = (("recoverable", node.group), ("bare", inner))[number % 2]
+        began = time.thread_time()
+        for _ in range(calls):
+            group.allreduce([tensor], options).wait()  # type: ignore[union-attr]
+        times[name].append((time.thread_time() - began) / calls)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def cost_of_a_step(node: Rank, rounds: int) -> dict[str, float]:
+    """Seconds of a step as an attempt, and of the same step without the wait for the others' output, in turns."""
+    torch.manual_seed(0)
+    width, tokens = 384, 4096
+    weights = [torch.randn(width, 4 * width // node.size), torch.randn(4 * width // node.size, width)]
+
+    def compute() -> torch.Tensor:
+        x = torch.ones(tokens, width)
+        node.same_input(x)
+        for _ in range(6):
+            y = torch.relu(x @ weights[0]) @ weights[1]
+            dist.all_reduce(y, group=node.group)
+            x = torch.nn.functional.layer_norm(x + y, (width,))
+        return x
+
+    times: dict[str, list[float]] = {"attempt": [], "bare": []}
+    with torch.no_grad():
+        for number in range(2 * rounds + 2):
+            name = ("attempt", "bare")[number % 2]
+            began = time.perf_counter()
+            if name == "attempt":
+                node.recovery.attempt(compute)
+            else:
+                compute()
+            if number > 1:
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def run_cost() -> None:
+    for result in on_ranks(2, cost_of_a_collective, 40, 100):
+        added = result["recoverable"] - result["bare"]
+        print(
+            f"all-reduce of 4 KiB, 2 ranks, CPU time of the caller: {1e6 * result['recoverable']:.1f} us through the "
+            f"recoverable group, {1e6 * result['bare']:.1f} us around it, {1e6 * added:.1f} us more"
+        )
+    for result in on_ranks(2, cost_of_a_step, 30):
+        print(
+            f"step with 7 collectives, 2 ranks: {1e3 * result['attempt']:.2f} ms as an attempt, {1e3 * result['bare']:.2f} "
+            f"ms without, ratio {result['attempt'] / result['bare']:.4f}"
+        )
+
+
+def campaigns(node: Rank, faults: int, kinds: tuple[str, ...], seed: int) -> list[dict[str, Any]]:
+    """A campaign per kind of model, one after the other in the same processes."""
+    return [campaign(node, faults, kind, seed) for kind in kinds]
+
+
+def _serve(
+    rank: int, size: int, address: str, port: int, work: str, arguments: tuple[Any, ...], end: Connection
+) -> None:
+    try:
+        node = Rank(rank, size, address, port)
+        result = work(node, *arguments)
+        node.close()
+        end.send((result, None))
+    except BaseException:  # noqa: BLE001 - handed to the parent
+        end.send((None, traceback.format_exc()))
+
+
+def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout_seconds: float = 600.0) -> list[Any]:
+    """Run ``work(node, *arguments)`` on ranks with a head outside of them; give the results by rank."""
+    context = multiprocessing.get_context("spawn")
+    server = ControlServer(Head(size), token="secret")
+    store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+    processes, ends = [], []
+    try:
+        for rank in range(size):
+            here, there = context.Pipe()
+            processes.append(
+                context.Process(
+                    target=_serve, args=(rank, size, server.address, store.port, work, arguments, there), daemon=True
+                )
+            )
+            processes[-1].start()
+            there.close()
+            ends.append(here)
+        results, deadline = [], time.monotonic() + timeout_seconds
+        for rank, end in enumerate(ends):
+            if not end.poll(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError(f"rank {rank} of {size} did not end within {timeout_seconds:g} s")
+            try:
+                result, error = end.recv()
+            except EOFError:
+                raise RuntimeError(f"rank {rank} of {size} died") from None
+            if error is not None:
+                raise RuntimeError(f"rank {rank} of {size}: {error}")
+            results.append(result)
+        return results
+    finally:
+        for process in processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join(10)
+        server.close()
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def run_campaign(sizes: list[int], faults: int, kinds: list[str], seed: int) -> None:
+    for size in sizes:
+        for kind in kinds:
+            results = on_ranks(size, campaign, faults, kind, seed)
+            first = results[0]
+            seconds = [value for result in results for value in result["seconds"]]
+            waits = [value for result in results for value in result["until_retry_seconds"]]
+            growth = {
+                key: max(result["end"][key] - result["start"][key] for result in results) for key in first["start"]
+            }
+            print(
+                f"{size} ranks, {kind}: {first['injected']} batches with injected faults, {first['recoveries']} recoveries "
+                f"({sum(result['own'] for result in results)} errors), {first['cut']} batches cut; outputs equal to the "
+                f"undisturbed ones: {[result['equal'] for result in results]}; same on all ranks: "
+                f"{len({result['checksum'] for result in results}) == 1}; error to ready p50 "
+                f"{1e3 * percentile(seconds, 0.5):.1f} ms, p99 {1e3 * percentile(seconds, 0.99):.1f} ms; to the next "
+                f"attempt p50 {1e3 * percentile(waits, 0.5):.1f} ms, p99 {1e3 * percentile(waits, 0.99):.1f} ms; growth "
+                f"{json.dumps(growth)}; works kept {max(result['unfinished_works'] for result in results)}",
+                flush=True,
+            )
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("what", choices=["campaign", "cost"])
+    options.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4])
+    options.add_argument("--faults", type=int, default=200)
+    options.add_argument("--kinds", nargs="+", default=list(KINDS))
+    options.add_argument("--seed", type=int, default=0)
+    chosen = options.parse_args()
+    if chosen.what == "cost":
+        run_cost()
+        return
+    run_campaign(chosen.ranks, chosen.faults, chosen.kinds, chosen.seed)
+
+
+if __name__ == "__main__":
+    main()
