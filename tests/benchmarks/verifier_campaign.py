@@ -61,6 +61,9 @@ class OwnGroup(Communicator):
 
 def is_right(model: Any, plan: Any, inputs: Any, rank: int, store: Any) -> bool:
     group = dist.ProcessGroupGloo(store, rank, 2, PATIENCE)
+    # Nobody takes the group down before both are in it: a broken plan may fail at once.
+    store.set(f"in/{rank}", "")
+    store.get(f"in/{1 - rank}")
     with torch.no_grad():
         expected = list(tensors_within(model(*inputs)))
     try:
