@@ -19,6 +19,7 @@ output leaves this module before it is certain that nobody needs to repeat it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -42,6 +43,7 @@ from lightning_gpuorch.errors import (
     PeerFailedError,
     StepAbortedError,
 )
+from lightning_gpuorch.liveness import current_heartbeat
 
 log = logging.getLogger(__name__)
 
@@ -216,8 +218,9 @@ class GroupRecovery:
         """Return when every rank has come here, which means that all have computed the attempt."""
         if self._token is None:
             self._token = torch.zeros(1, dtype=torch.int32, device=self._group._device_types[0])
-        self._group.allreduce([self._token]).wait()
-        self._await_device()
+        with _waiting():
+            self._group.allreduce([self._token]).wait()
+            self._await_device()
 
     def _raise(self, decision: Decision, error: BaseException | None) -> None:
         """Raise what a decision says about the present attempt, if it says so."""
@@ -310,7 +313,8 @@ class GroupRecovery:
     def _exchange(self, name: str, value: Any, wait: bool = True) -> list[Any]:
         # A rank that computes without communicating comes only when its step is over.
         limit = 2 * self._timeout_seconds
-        answer = self._call("exchange", name=name, size=self._size, value=value, wait=wait, timeout_seconds=limit)
+        with _waiting():
+            answer = self._call("exchange", name=name, size=self._size, value=value, wait=wait, timeout_seconds=limit)
         return list(answer.get("values", ()))
 
     def _call(self, step: str, timeout_seconds: float | None = None, epoch: int | None = None, **fields: Any) -> Any:
@@ -340,6 +344,12 @@ class GroupRecovery:
             first = answer["aborted"]
             self._abort_groups(f"{first['reason']}", epoch)
             epoch += 1
+
+
+def _waiting() -> contextlib.AbstractContextManager[None]:
+    """Tell whoever judges this rank that it waits for others."""
+    heartbeat = current_heartbeat()
+    return contextlib.nullcontext() if heartbeat is None else heartbeat.waiting()
 
 
 def _cause_of(error: BaseException) -> Cause:
