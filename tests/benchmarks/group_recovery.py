@@ -274,7 +274,7 @@ def cost_of_a_collective(node: Rank, rounds: int, calls: int) -> dict[str, float
 def cost_of_a_step(node: Rank, rounds: int) -> dict[str, float]:
     """Seconds of a step as an attempt, and of the same step without the wait for the others' output, in turns."""
     torch.manual_seed(0)
-    width, tokens = 384, 4096
+    width, tokens = 384, 512
     weights = [torch.randn(width, 4 * width // node.size), torch.randn(4 * width // node.size, width)]
 
     def compute() -> torch.Tensor:
