@@ -228,14 +228,17 @@ class Verdict:
         reason: Why it counts as stuck.
         row: Its last word.
         in_step: Whether it is the step that is stuck, so that what it computes may be to blame.
+        sure: Whether it is this rank, and not another one of its group that it waits for.
     """
 
     rank: int
     reason: str
     row: Row
     in_step: bool = True
+    sure: bool = True
 
 
+_COMMUNICATION = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}lightning_gpuorch{os.sep}distributed{os.sep}")
 _SILENT, _WRITING, _IDLE, _LEAVING = range(4)
 """How sure it is that a suspect is the culprit, surest first: peers of a stuck rank are idle as well."""
 
@@ -294,7 +297,7 @@ class Judge:
             if found is not None:
                 severity, reason = found
                 in_step = severity != _WRITING
-                suspects.append((severity, row.progress, Verdict(rank, reason, row, in_step)))
+                suspects.append((severity, row.progress, Verdict(rank, reason, row, in_step, severity != _IDLE)))
         return min(suspects, key=lambda s: (s[0], s[1], s[2].rank))[2] if suspects else None
 
     def _suspect(self, rank: int, pid: int, row: Row, now: int, started_ns: int) -> tuple[int, str] | None:
@@ -359,3 +362,9 @@ def main_thread_of_dump(dump: Path, most_frames: int = 6) -> str:
         return ""
     frames = [line for line in blocks[-1].splitlines() if line.strip().startswith("File")]
     return "\n".join(frames[:most_frames])
+
+
+def waits_for_others(frames: str) -> bool:
+    """Whether innermost frames, as of :func:`main_thread_of_dump`, stand inside a communication of torch.distributed."""
+    innermost = frames.splitlines()[:4]
+    return any(place in frame for frame in innermost for place in _COMMUNICATION)

@@ -41,6 +41,7 @@ from lightning_gpuorch.errors import (
 )
 from lightning_gpuorch.head import Head
 from lightning_gpuorch.head_link import JobState, NodePlace
+from lightning_gpuorch.liveness import waits_for_others
 from lightning_gpuorch.membership import Membership
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 from lightning_gpuorch.rank_watch import RankWatch
@@ -411,10 +412,17 @@ class Supervisor:
             return
         rank, verdict = found
         group = self._group_of(rank, self._state)
-        where = self._workers.dump_stacks(group, rank)
-        self._record("hang", rank=rank, reason=verdict.reason, phase=verdict.row.phase.name, stacks=where)
-        log.error("rank %d is stuck: %s%s", rank, verdict.reason, f"; it stands at\n{where}" if where else "")
-        self._on_failure(self._workers[rank], FailureKind.STUCK, verdict.reason, in_step=verdict.in_step)
+        stacks = self._workers.dump_stacks(group)
+        reason = verdict.reason
+        if not verdict.sure and waits_for_others(stacks[rank]):
+            # It waits in a collective: the culprit is who has not come, if anybody stands elsewhere.
+            absent = next((r for r, frames in stacks.items() if frames and not waits_for_others(frames)), rank)
+            if absent != rank:
+                rank, reason = absent, f"rank {rank} waits for it in a collective: {reason}"
+        where = stacks[rank]
+        self._record("hang", rank=rank, reason=reason, phase=verdict.row.phase.name, stacks=where)
+        log.error("rank %d is stuck: %s%s", rank, reason, f"; it stands at\n{where}" if where else "")
+        self._on_failure(self._workers[rank], FailureKind.STUCK, reason, in_step=verdict.in_step)
 
     def _group_of(self, rank: int, state: JobState, with_ended: bool = False) -> list[int]:
         """Ranks of this node that share a fate: a replica; all of them while it is not known, or when training."""

@@ -100,8 +100,8 @@ class Workers:
         while any(worker.process.poll() is None for worker in doomed) and time.monotonic() < deadline:
             time.sleep(0.005)
 
-    def dump_stacks(self, ranks: Sequence[int], culprit: int) -> str:
-        """Ask workers for the stacks of all their threads; returns the culprit's main thread, innermost frames."""
+    def dump_stacks(self, ranks: Sequence[int]) -> dict[int, str]:
+        """Ask workers for the stacks of all their threads; returns the innermost frames of each one's main thread."""
         members = [self._running[rank] for rank in ranks if rank in self._running]
         before = {worker.rank: _size(worker.dump_file) for worker in members}
         for worker in members:
@@ -112,7 +112,7 @@ class Workers:
         while time.monotonic() < deadline and any(_size(w.dump_file) == before[w.rank] for w in members):
             time.sleep(0.01)
         time.sleep(0.05)  # the last one may still be writing
-        return main_thread_of_dump(self._running[culprit].dump_file)
+        return {worker.rank: main_thread_of_dump(worker.dump_file) for worker in members}
 
     def close(self) -> None:
         """Release what helps to start workers."""

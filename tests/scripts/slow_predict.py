@@ -25,12 +25,12 @@ class Model(pl.LightningModule):
         options = self.options
         rank = self.trainer.global_rank
         time.sleep(options.step)
-        if options.tp > 1 and not options.no_collectives:
-            torch.distributed.all_reduce(torch.ones(1))
         if options.poison is not None and float(options.poison) in batch[:, 0].tolist():
             os.kill(os.getpid(), signal.SIGKILL)
         if rank == options.victim and self.steps == options.at and self._once():
-            self._harm(options.harm)
+            self._harm(options.harm)  # before the collective: its peers wait in it
+        if options.tp > 1 and not options.no_collectives:
+            torch.distributed.all_reduce(torch.ones(1))
         self.steps += 1
         with open(options.notes, "a") as notes:
             notes.write(f"{rank} {os.getpid()} {time.monotonic():.4f} {batch_idx}\n")

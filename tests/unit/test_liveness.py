@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits, Phase
+from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits, Phase, waits_for_others
 
 LIMITS = Limits(alive=2.0, start=100.0, step=4.0, commit=30.0, exit=10.0)
 PID = 4242
@@ -132,3 +132,36 @@ def test_a_restarted_rank_is_judged_afresh(tmp_path):
     scene.judge.forget(0)
     scene.started[0] = scene.now
     assert scene.pass_time(50) is None
+
+
+def test_who_stands_in_a_collective_waits_for_others():
+    waiting = (
+        '  File "/env/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py", line 3000 in all_reduce\n'
+        '  File "/env/lib/python3.11/site-packages/torch/distributed/c10d_logger.py", line 83 in wrapper\n'
+        '  File "/home/me/predict.py", line 29 in predict_step'
+    )
+    hanging = (
+        '  File "/home/me/predict.py", line 30 in predict_step\n' + '  File "/env/a.py", line 1 in f\n' * 3 + waiting
+    )
+    assert waits_for_others(waiting)
+    assert not waits_for_others(hanging)
+    assert not waits_for_others("")
+
+
+def test_only_an_idle_rank_may_be_waiting_for_another(tmp_path):
+    scene = Scene(tmp_path)
+    scene.beat(phase=Phase.RUN, step=True)
+    assert scene.pass_time(4.2, beating=[0]).sure is False
+    scene.state[0] = "T"
+    scene.judge.check(scene.pids, scene.started)
+    assert scene.pass_time(2.5).sure is True
+
+
+def test_a_disk_that_takes_no_part_is_found_whatever_the_loop_does(tmp_path):
+    scene = Scene(tmp_path)
+    scene.beat(phase=Phase.WAIT)
+    scene.table.write(0, commit_ns=scene.now)
+    assert scene.pass_time(29, beating=[0]) is None
+    verdict = scene.pass_time(2, beating=[0])
+    assert "the disk has not taken a part for 31.0 s" in verdict.reason
+    assert verdict.in_step is False, "no sample is to blame"
