@@ -41,7 +41,7 @@ def test_tensor_parallel_trainer_equals_the_unsharded_model(runner, devices, tp)
 
 
 def test_a_model_goes_tensor_parallel_without_a_plan_by_hand(runner):
-    result = runner.run("tp_auto.py", "--devices", 4, "--tp", 2, timeout=170, launcher=gpuorch_run(4)).result
+    result = runner.run("tp_auto.py", "--devices", 4, "--tp", 2, timeout=170).result
     assert result["trainer"] < 1e-5
     assert result["fabric"] < 1e-5
     assert result["local_rows"] == 64 // 2
@@ -49,9 +49,7 @@ def test_a_model_goes_tensor_parallel_without_a_plan_by_hand(runner):
 
 @pytest.mark.parametrize(("devices", "tp"), [(1, 1), (2, 1), (4, 2)])
 def test_fabric_collectives_shares_and_orchestrator(runner, devices, tp):
-    result = runner.run(
-        "fabric_job.py", "--devices", devices, "--tp", tp, timeout=170, launcher=gpuorch_run(devices)
-    ).result
+    result = runner.run("fabric_job.py", "--devices", devices, "--tp", tp, timeout=170).result
     replicas = devices // tp
     assert result["world"] == devices
     assert result["broadcast"] == f"from {devices - 1}"
