@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +19,14 @@ from lightning_gpuorch.errors import (
     ConfigurationError,
     ControlPlaneError,
     GPUOrchError,
-    MissingPredictionsError,
-    format_indices,
 )
+from lightning_gpuorch.jobs import Job, verify_complete
 from lightning_gpuorch.nodes import NodeDesk
 from lightning_gpuorch.predictions.dispatcher import FENCED, LeaseQueue, Owner
-from lightning_gpuorch.predictions.layout import LoaderLayout
 from lightning_gpuorch.predictions.manifest import Manifest, open_or_create, record_quarantine, set_num_units
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Job:
-    """One predict call: its directory and one queue per dataloader."""
-
-    directory: Path
-    manifest: Manifest
-    queues: list[LeaseQueue]
-    ephemeral: bool
-    opened_by: set[int] = field(default_factory=set)
-    closed_by: set[int] = field(default_factory=set)
-    samples_done: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def finished(self) -> bool:
-        """Whether every chunk of every loader is durable or given up."""
-        return all(queue.finished for queue in self.queues)
-
-    @property
-    def resumed_chunks(self) -> int:
-        """Chunks that were durable before this run."""
-        return sum(len(queue.resumed) for queue in self.queues)
 
 
 class Goodbyes:
@@ -488,38 +461,3 @@ class Head:
 
 
 _ENVELOPE = frozenset({"op", "kind", "id"})
-
-
-def verify_complete(number: int, job: Job) -> None:
-    """Check one job against its part files.
-
-    Raises:
-        MissingPredictionsError: Units are missing or were given up; they are named.
-    """
-    for loader, (layout, queue) in enumerate(zip(job.manifest.loaders, job.queues, strict=True)):
-        where = f"job {number}, dataloader {loader}" if len(job.queues) > 1 or number else "the job"
-        if queue.quarantined:
-            units = sorted({u for entry in queue.quarantined for u in range(entry.start, entry.stop)})
-            reasons = "; ".join(sorted({entry.reason for entry in queue.quarantined}))
-            noun = "samples" if layout.unit == "sample" else "batches"
-            raise MissingPredictionsError(
-                f"{where} has no prediction for {len(units)} {noun}: {format_indices(units)} ({reasons}). All others "
-                f"are durable in {job.directory}.",
-                units,
-            )
-        if layout.num_units is None:
-            raise MissingPredictionsError(f"{where} ended before the end of its stream was seen.")
-        missing = missing_units(layout, PartStore(loader_directory(job.directory, loader)).done())
-        if missing:
-            raise MissingPredictionsError(
-                f"{where} ended with {len(missing)} units missing: {format_indices(missing)}. What was computed is kept "
-                f"in {job.directory}; the same command goes on from there.",
-                missing,
-            )
-
-
-def missing_units(layout: LoaderLayout, done: set[int]) -> list[int]:
-    """Units whose chunk is not durable, ascending."""
-    if len(done) >= layout.num_chunks:
-        return []
-    return [unit for chunk in range(layout.num_chunks) if chunk not in done for unit in layout.chunk_range(chunk)]

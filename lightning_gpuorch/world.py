@@ -34,7 +34,8 @@ from lightning_gpuorch.distributed import (
 from lightning_gpuorch.environment import WorkerEnvironment
 from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, MissingPredictionsError, format_indices
 from lightning_gpuorch.group_recovery import GroupRecovery
-from lightning_gpuorch.head import Head, Job, verify_complete
+from lightning_gpuorch.head import Head
+from lightning_gpuorch.jobs import Job, verify_complete
 from lightning_gpuorch.presence import Presence
 from lightning_gpuorch.telemetry.run_directory import RunRecords
 
