@@ -70,6 +70,8 @@ class OrchestratorConfig:
     """Restarts of one replica without progress before it is retired."""
     max_chunk_failures: int = 3
     """Deaths of workers in the same sample before it is given up, at least two of them while it was computed alone."""
+    enable_oom_halving: bool = True
+    """Compute a batch that does not fit into memory in parts; a sample that does not fit alone is given up and named."""
     batch_size: int = 32
     """Samples per batch where the plugin itself builds the batches."""
     enable_dynamic_batching: bool = False

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from lightning_gpuorch.batching import BatchHalver, BatchSizer, DynamicBatcher, is_out_of_memory, length_of
+from lightning_gpuorch.batching import BatchSizer, DynamicBatcher, is_out_of_memory, length_of
 from lightning_gpuorch.batching.dynamic import (
     ACCELERATOR_OVERHEAD_TOKENS,
     CPU_OVERHEAD_TOKENS,
@@ -19,7 +18,6 @@ from lightning_gpuorch.batching.dynamic import (
 )
 from lightning_gpuorch.batching.token_budget import LengthFn
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.memory import memory_summary
 from lightning_gpuorch.memory.peaks import PeakMeter, peak_meter
 from lightning_gpuorch.predictions.loader import Ticket
 from lightning_gpuorch.predictions.source import MapSource, Source, check_rebatchable
@@ -58,9 +56,7 @@ class DynamicSteps:
         self._max_tokens = None if config.max_batch_tokens == "auto" else config.max_batch_tokens
         alone = tensor_parallel_size == 1
         self._meter: PeakMeter | None = peak_meter(device, budget_bytes) if alone else None
-        self._halves, self._alone = alone or config.enable_group_recovery, alone
         self._batchers: list[DynamicBatcher] = []
-        self._halvers: list[BatchHalver] = []
 
     def batcher(self, source: Source) -> DynamicBatcher:
         """The batcher of the next dataloader.
@@ -87,8 +83,6 @@ class DynamicSteps:
             assert first.indices is not None
             batcher.measure([source.loader.dataset[first.indices[0]]])  # an unknown type is refused before work starts
         self._batchers.append(batcher)
-        describe = functools.partial(memory_summary, self._device)
-        self._halvers.append(BatchHalver(describe_memory=describe, outputs_to_host=not self._alone))
         return batcher
 
     def measured(self, call: Call, ticket: Ticket) -> Call:
@@ -114,20 +108,3 @@ class DynamicSteps:
             return output
 
         return step
-
-    def halving(self, lose: Callable[..., None]) -> list[Callable[[Call, Any, Ticket], Any]]:
-        """Step wrappers for a run without a callback that halves; none where ranks would have to halve together.
-
-        Args:
-            lose: Told of samples that do not fit alone, see ``PredictionJob.lose``.
-        """
-        if not self._halves:
-            return []
-
-        def wrapper(call: Call, batch: Any, ticket: Ticket) -> Any:
-            halved = self._halvers[ticket.loader].run_surviving(call, batch, size=ticket.size)
-            if halved.lost:
-                lose(halved.lost, ticket, "out of memory with this sample alone")
-            return halved.output
-
-        return [wrapper]

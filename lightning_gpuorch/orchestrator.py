@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError
@@ -18,6 +17,7 @@ from lightning_gpuorch.model_setup import ModelSetup, ParallelizeFn, first_batch
 from lightning_gpuorch.predictions.loader import SharedLoader
 from lightning_gpuorch.runtime import Runtime
 from lightning_gpuorch.tensor_parallel import build_model
+from lightning_gpuorch.tensors import to_device
 from lightning_gpuorch.world import ExternalRanks, leave
 
 log = logging.getLogger(__name__)
@@ -306,13 +306,6 @@ class MultiGPUOrchestrator:
             method = getattr(callback, hook, None)
             if method is not None:
                 method(trainer=runner, pl_module=self._model, **arguments)
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor of a batch, and every object that knows how to move itself."""
-    if hasattr(batch, "to") and not isinstance(batch, torch.Tensor):
-        return batch.to(device)
-    return apply_to_collection(batch, torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _unwrap(dataloader: Any) -> Any:

@@ -32,6 +32,7 @@ from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 from lightning_gpuorch.predictions.reader import read_predictions
 from lightning_gpuorch.predictions.source import default_chunk_batches, describe
 from lightning_gpuorch.predictions.writer import PartWriter, size_bytes
+from lightning_gpuorch.surviving_steps import SurvivingSteps
 from lightning_gpuorch.telemetry.current import emit
 from lightning_gpuorch.tensors import to_host
 
@@ -61,6 +62,8 @@ class PredictionJob:
         self._runtime, self._world = runtime, world
         self.number = world.next_job()
         sources = [describe(loader, limit) for loader, limit in zip(loaders, limits, strict=True)]
+        halves = runtime.config.enable_oom_halving and SurvivingSteps.possible(runtime)
+        self._surviving_steps = SurvivingSteps(runtime) if halves else None
         self._dynamic: DynamicSteps | None = None
         if runtime.config.enable_dynamic_batching:
             self._dynamic = DynamicSteps(
@@ -177,10 +180,10 @@ class PredictionJob:
             The output, as ``call`` returned it.
         """
         step: Callable[[Any], Any] = functools.partial(self._runtime.compute_together, call)
-        wrappers = self._runtime.step_wrappers
         if self._dynamic is not None:
-            step, wrappers = self._dynamic.measured(step, ticket), wrappers or self._dynamic.halving(self.lose)
-        for wrapper in reversed(wrappers):
+            step = self._dynamic.measured(step, ticket)
+        surviving = self._runtime.surviving_steps or self._surviving_steps
+        for wrapper in (*reversed(self._runtime.step_wrappers), *([] if surviving is None else [surviving])):
             step = functools.partial(_wrapped, wrapper, step, ticket)
         self._lost.clear()
         began = time.perf_counter()

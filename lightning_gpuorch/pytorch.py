@@ -242,6 +242,7 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
     def on_predict_start(self) -> None:
         """Keep no predictions in memory: they are read back from the parts."""
         self._refuse_meta()
+        self.runtime.transfer = self._transfer
         loop = self._trainer.predict_loop
         self._wants_predictions = loop.return_predictions
         loop.return_predictions = False
@@ -257,6 +258,12 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
     def _refuse_meta(self) -> None:
         if self.lightning_module is not None:
             refuse_meta(self.lightning_module, "Pass ckpt_path=..., or give them values in configure_model.")
+
+    def _transfer(self, batch: Any, loader: int) -> Any:
+        """Bring a batch to the device the way the loop does."""
+        assert self.lightning_module is not None
+        batch = self.lightning_module.on_before_batch_transfer(self.precision_plugin.convert_input(batch), loader)
+        return self.batch_to_device(batch, dataloader_idx=loader)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Compute one batch and keep its output."""

@@ -27,7 +27,7 @@ from lightning_gpuorch.telemetry.current import observe_collective
 from lightning_gpuorch.telemetry.efficiency import Calibration
 from lightning_gpuorch.telemetry.rank import RankTelemetry
 from lightning_gpuorch.tensor_parallel import Communicator, random_state_digest, synchronize_random_state
-from lightning_gpuorch.tensors import digest, whole
+from lightning_gpuorch.tensors import digest, to_device, whole
 from lightning_gpuorch.world import ExternalRanks, World, join
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ class Runtime:
     def __init__(self, config: OrchestratorConfig, output_dir: str | os.PathLike[str] | None = None):
         self.config, self.output_dir = config, output_dir
         self.step_wrappers: list[StepWrapper] = []
+        self.surviving_steps: StepWrapper | None = None
+        """Halves batches that do not fit, in place of what a predict call does by itself."""
+        self.transfer: Callable[[Any, int], Any] = lambda batch, loader: to_device(batch, self.device)
+        """Brings a batch of a dataloader to the device the way the loop does."""
         self.length_fn: Callable[[Any], int] | None = None
         """Gives the length of a sample, for dynamic batching; None knows common types."""
         self.device = torch.device("cpu")

@@ -42,6 +42,13 @@ def digest(batch: Any) -> int:
     return running
 
 
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move every tensor of a batch, and every object that knows how to move itself."""
+    if hasattr(batch, "to") and not isinstance(batch, torch.Tensor):
+        return batch.to(device)
+    return apply_to_collection(batch, torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True))
+
+
 def to_host(output: Any) -> Any:
     """Copy a prediction to memory of its own, on the host.
 

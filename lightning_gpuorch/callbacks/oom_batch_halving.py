@@ -8,13 +8,13 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.utils._pytree import tree_leaves
 
 from lightning_gpuorch.batching import BatchHalver, OOMEvent, SingleSampleOOMError
 from lightning_gpuorch.memory import memory_summary
+from lightning_gpuorch.surviving_steps import SurvivingSteps
 from lightning_gpuorch.telemetry.current import observe_oom
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,8 @@ class OOMBatchHalving(Callback):
     The parts are halves, quarters and so on; the size that fits is remembered per shape of samples and grows back with
     care. Outputs of every structure are merged in order; one that is a reduction over the batch is refused by name.
 
-    With ``strategy="gpuorch"``, under the Trainer and under Fabric, a sample that does not fit alone is given up and
+    With ``strategy="gpuorch"`` batches are halved without this callback, too; it counts, and calls ``on_oom``. There,
+    under the Trainer and under Fabric, a sample that does not fit alone is given up and
     named, and the others go on; the ranks of a tensor-parallel group cut alike, whichever of them ran out of memory.
     With other strategies ``predict_step`` of the module is wrapped while ``predict`` runs, and such a sample ends the
     run with :class:`~lightning_gpuorch.batching.SingleSampleOOMError`. Other strategies that communicate inside of a
@@ -58,7 +59,7 @@ class OOMBatchHalving(Callback):
         if step is not None and "dataloader_iter" in inspect.signature(step).parameters:
             log.warning("OOMBatchHalving: predict_step(dataloader_iter) takes its batches itself; they are not halved")
         elif runtime is not None:
-            self._wrap_runtime(trainer, pl_module, runtime)
+            self._wrap_runtime(runtime)
         elif trainer.world_size > 1 and isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
             log.warning("OOMBatchHalving: inactive, %s communicates inside of a step", type(strategy).__name__)
         elif step is None or not _is_trainer(trainer):
@@ -95,7 +96,7 @@ class OOMBatchHalving(Callback):
             self.num_ooms += halver.num_ooms
             self.num_splits += halver.num_splits
             self.num_lost += halver.num_lost
-        self._halvers.clear()
+        self._halvers = {}
         if self.num_ooms:
             log.info(
                 "memory ran out %d times; %d batches were computed in parts, %d samples given up",
@@ -107,43 +108,26 @@ class OOMBatchHalving(Callback):
     def _halver(self, trainer: Any, loader: int) -> BatchHalver:
         """One per dataloader: their steps may lay out outputs in different ways."""
         if loader not in self._halvers:
-            strategy = trainer.strategy
-            runtime = getattr(strategy, "runtime", None)
-            self._halvers[loader] = BatchHalver(
-                functools.partial(self._take_oom, runtime),
-                functools.partial(memory_summary, strategy.root_device),
-                outputs_to_host=runtime is not None and runtime.world.topology.tensor_parallel_size > 1,
-            )
+            describe = functools.partial(memory_summary, trainer.strategy.root_device)
+            self._halvers[loader] = BatchHalver(self._take_oom, describe)
         return self._halvers[loader]
 
-    def _take_oom(self, runtime: Any, event: OOMEvent) -> None:
-        recovery = None if runtime is None else runtime.world.recovery
-        if recovery is not None and recovery.last is not None and not recovery.last.own:
-            return  # the rank of the group that ran out of memory tells it
-        fields: dict[str, Any] = {} if event.next_size else {"lost_samples": event.size}
-        if recovery is not None:
-            fields["recovery_seconds"] = recovery.last.seconds
-        observe_oom(event.size, event.next_size or None, **fields)
+    def _take_oom(self, event: OOMEvent) -> None:
+        observe_oom(event.size, event.next_size or None, **({} if event.next_size else {"lost_samples": event.size}))
         if self._on_oom is not None:
             self._on_oom(event)
 
-    def _wrap_runtime(self, trainer: Any, pl_module: Any, runtime: Any) -> None:
-        if runtime.world.topology.tensor_parallel_size > 1 and runtime.world.recovery is None:
+    def _wrap_runtime(self, runtime: Any) -> None:
+        if not SurvivingSteps.possible(runtime):
             log.warning("OOMBatchHalving: inactive, enable_group_recovery=False lets no ranks halve together")
             return
+        steps = runtime.surviving_steps = SurvivingSteps(runtime, self._on_oom)
+        self._halvers = steps.halvers
 
-        def wrapper(call: Callable[[Any], Any], batch: Any, ticket: Any) -> Any:
-            halver = self._halver(trainer, ticket.loader)
-            recollate = _on_device(trainer, pl_module, ticket) if ticket.recollate is not None else None
-            if ticket.size is None:  # a stream: nobody could compute a lost sample later
-                return halver.run(call, batch, recollate=recollate)
-            halved = halver.run_surviving(call, batch, size=ticket.size, recollate=recollate)
-            if halved.lost:
-                runtime.job.lose(halved.lost, ticket, "out of memory with this sample alone")
-            return halved.output
+        def undo() -> None:
+            runtime.surviving_steps = None
 
-        runtime.step_wrappers.append(wrapper)
-        self._undo = functools.partial(runtime.step_wrappers.remove, wrapper)
+        self._undo = undo
 
     def _wrap_module(self, trainer: Any, pl_module: Any, step: Callable[..., Any]) -> None:
         own = pl_module.__dict__.get("predict_step")  # somebody else may have put one there
@@ -212,14 +196,8 @@ def _recollate(trainer: Any, pl_module: Any, number: int, indices: Sequence[int]
     return rebuild
 
 
-def _on_device(trainer: Any, pl_module: Any, ticket: Any) -> Callable[[int, int], Any]:
-    return lambda start, stop: _transfer(trainer, pl_module, ticket.recollate(start, stop), ticket.loader)
-
-
 def _transfer(trainer: Any, pl_module: Any, batch: Any, loader: int) -> Any:
     """Bring a batch to the device the way the loop does."""
-    if not _is_trainer(trainer):  # Fabric, or a plain loop
-        return move_data_to_device(batch, trainer.strategy.root_device)
     batch = trainer.precision_plugin.convert_input(batch)
     batch = pl_module.on_before_batch_transfer(batch, loader)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=loader)

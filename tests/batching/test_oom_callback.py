@@ -194,8 +194,23 @@ def test_our_runtime_is_left_as_it_was(tmp_path: Path) -> None:
     )
     for _ in range(2):
         trainer.predict(Model(LimitedStep("tensor", 4)), loader("tensor"))
-        assert trainer.strategy.runtime.step_wrappers == []
+        assert trainer.strategy.runtime.surviving_steps is None
     assert callback.num_splits == 4
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_our_strategy_halves_without_the_callback_unless_told_not_to(enabled: bool, tmp_path: Path) -> None:
+    strategy = GPUOrchStrategy(enable_oom_halving=enabled)
+    trainer = pl.Trainer(
+        strategy=strategy, devices=1, accelerator="cpu", logger=False, enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    if not enabled:
+        with pytest.raises(torch.OutOfMemoryError):
+            trainer.predict(Model(LimitedStep("tensor", 4)), loader("tensor"))
+        return
+    outputs = trainer.predict(Model(LimitedStep("tensor", 4)), loader("tensor"))
+    assert torch.cat(list(outputs))[:, 0].tolist() == [2.0 * i for i in range(30)]
 
 
 def test_a_step_on_the_iterator_is_passed_through_with_one_warning(
