@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -105,6 +106,13 @@ class Runner:
         for process in self._processes:
             if process.poll() is None:
                 self._kill(process)
+
+
+def free_port() -> int:
+    """A port that is free now, for launchers that have to be given one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from tests.conftest import free_port
+
 
 def _tool(name):
     path = shutil.which(name, path=sys.exec_prefix + "/bin") or shutil.which(name)
@@ -16,7 +18,7 @@ LAUNCHERS = {
     "gpuorch run": lambda: (_tool("gpuorch"), "run", "--devices", "2", "--accelerator", "cpu"),
     "lightning run": lambda: (_tool("lightning"), "run", "--devices", "2", "--strategy", "gpuorch"),
     "lightning run model": lambda: (_tool("lightning"), "run", "model", "--devices", "2"),
-    "fabric run": lambda: (_tool("fabric"), "run", "--devices", "2"),
+    "fabric run": lambda: (_tool("fabric"), "run", "--devices", "2", "--main-port", str(free_port())),
     "torchrun": lambda: (_tool("torchrun"), "--nproc-per-node", "2", "--master-port", "0", "--standalone"),
 }
 

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,15 +12,10 @@ import time
 import pytest
 
 from lightning_gpuorch import read_predictions
+from tests.conftest import free_port
 
 SLOW = "slow_predict.py"
 SHORT_TERMS = {"GPUORCH_LEASE_TERM_SEC": "3", "GPUORCH_NODE_TIMEOUT_SEC": "30", "GPUORCH_TOKEN": "ours"}
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _start(runner, node, port, *arguments, devices=1, around=(), address="127.0.0.1", environment=None, script=SLOW):
@@ -55,7 +49,7 @@ def _right(directory, samples):
 
 
 def test_nodes_of_different_size_share_a_job_and_each_restarts_its_own(runner, tmp_path):
-    port = _free_port()
+    port = free_port()
     harm = ("--samples", 400, "--harm", "kill", "--victim", 2, "--at", 3)
     head, other = _start(runner, 0, port, *harm), _start(runner, 1, port, *harm, devices=2)
     assert runner.wait(head) == 0, runner.log_of(head)
@@ -68,7 +62,7 @@ def test_nodes_of_different_size_share_a_job_and_each_restarts_its_own(runner, t
 
 
 def test_a_lost_node_is_given_up_and_the_others_finish(runner, tmp_path):
-    port = _free_port()
+    port = free_port()
     head, other = _start(runner, 0, port, "--samples", 600), _start(runner, 1, port, "--samples", 600)
     _wait_until(lambda: any(note[0] == "1" for note in _notes(tmp_path)), (head, other), "work on node 1")
     os.killpg(other.pid, signal.SIGKILL)
@@ -78,7 +72,7 @@ def test_a_lost_node_is_given_up_and_the_others_finish(runner, tmp_path):
 
 
 def test_sigterm_on_any_node_drains_the_job(runner, tmp_path):
-    port = _free_port()
+    port = free_port()
     head, other = _start(runner, 0, port, "--samples", 600), _start(runner, 1, port, "--samples", 600)
     _wait_until(lambda: len({note[0] for note in _notes(tmp_path)}) == 2, (head, other), "work on both nodes")
     other.send_signal(signal.SIGTERM)
@@ -89,7 +83,7 @@ def test_sigterm_on_any_node_drains_the_job(runner, tmp_path):
 
 
 def test_training_restarts_on_all_nodes_together(runner, tmp_path):
-    port, result = _free_port(), tmp_path / "result.json"
+    port, result = free_port(), tmp_path / "result.json"
     options = ("--dies-once", tmp_path / "died", "--result", result)
     nodes = [_start(runner, node, port, *options, script="fit.py") for node in (0, 1)]
     assert [runner.wait(node) for node in nodes] == [0, 0], "".join(map(runner.log_of, nodes))
@@ -99,14 +93,14 @@ def test_training_restarts_on_all_nodes_together(runner, tmp_path):
 
 
 def test_a_replica_over_two_nodes_is_refused(runner):
-    port = _free_port()
+    port = free_port()
     nodes = [_start(runner, node, port, "--tp", 2) for node in (0, 1)]
     assert [runner.wait(node, 60) for node in nodes] == [78, 78]
     assert "the ranks of a tensor-parallel group share a node" in "".join(map(runner.log_of, nodes))
 
 
 def test_a_node_with_another_token_is_not_let_in(runner):
-    port = _free_port()
+    port = free_port()
     short = {"GPUORCH_START_TIMEOUT_SEC": "4", "GPUORCH_NODE_TIMEOUT_SEC": "4"}
     head = _start(runner, 0, port, environment=short)
     other = _start(runner, 1, port, environment={**short, "GPUORCH_TOKEN": "guessed"})
@@ -150,7 +144,7 @@ def cable():
 @pytest.mark.root
 def test_a_short_cut_of_the_network_changes_nothing_and_a_long_one_loses_nothing(runner, tmp_path, cable):
     names, set_cable = cable
-    port, samples = _free_port(), 2400
+    port, samples = free_port(), 2400
     nodes = [
         _start(
             runner, node, port, "--samples", samples, address="10.77.0.1", around=("ip", "netns", "exec", names[node])

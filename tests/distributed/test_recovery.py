@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 
 from lightning_gpuorch import read_predictions
 from lightning_gpuorch.errors import MissingPredictionsError
-from tests.conftest import gpuorch_run
+from tests.conftest import free_port, gpuorch_run
 
 LIMITS = {"GPUORCH_HEARTBEAT_TIMEOUT_SEC": "2.5", "GPUORCH_STEP_TIMEOUT_SEC": "4", "GPUORCH_EXIT_TIMEOUT_SEC": "20"}
 SLOW = "slow_predict.py"
@@ -191,6 +190,8 @@ def test_torchrun_restarts_the_whole_group_and_nothing_is_lost(runner, tmp_path)
     "launcher", [("torchrun", "--standalone", "--nproc-per-node", "2"), ("fabric", "run", "--devices", "2")]
 )
 def test_a_death_near_the_end_is_no_success_where_nobody_restarts(runner, tmp_path, launcher):
+    if launcher[0] == "fabric":
+        launcher = (*launcher, "--main-port", str(free_port()))
     finished = runner.run(
         SLOW, "--output", "out", "--harm", "kill", "--victim", 1, "--at", 12,
         launcher=(_tool(launcher[0]), *launcher[1:]), code=None, timeout=120,
@@ -205,7 +206,7 @@ def test_a_death_near_the_end_is_no_success_where_nobody_restarts(runner, tmp_pa
 def test_two_tasks_of_slurm_of_which_one_dies_and_is_not_restarted(runner, tmp_path):
     slurm = {
         "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "predict", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
-        "SLURM_NNODES": "1", "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0", "MASTER_PORT": str(_free_port()),
+        "SLURM_NNODES": "1", "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0", "MASTER_PORT": str(free_port()),
         "GPUORCH_LEASE_TERM_SEC": "2",
     }  # fmt: skip
     harm = ("--harm", "kill", "--victim", 1, "--at", 3)
@@ -219,12 +220,6 @@ def test_two_tasks_of_slurm_of_which_one_dies_and_is_not_restarted(runner, tmp_p
     assert "rank 1 has gone without a goodbye" in runner.log_of(tasks[0])
     assert json.loads((tmp_path / "result.json").read_text())["right"]
     assert {note[0] for note in _notes(tmp_path)} == {"0", "1"}, "both have worked"
-
-
-def _free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def test_a_replica_lost_in_evaluation_is_never_a_success_though_an_earlier_predict_call_was(runner, tmp_path):
