@@ -18,6 +18,7 @@ import pytest
 
 from lightning_gpuorch.telemetry import FailureTally, MetricsExporter, RankMetrics, read_endpoint
 from lightning_gpuorch.telemetry.exposition import snapshot_name
+from tests.conftest import free_port
 from tests.telemetry.test_metrics import Series, parse, value
 
 
@@ -38,12 +39,6 @@ def scrape(port: int, path: str = "/metrics") -> Series:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
         assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
         return parse(answer.read())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Ranks:
