@@ -90,12 +90,13 @@ def main() -> None:
     )
     orchestrator.initialize()
     model = orchestrator.load_distributed_model(Embedder())
-    computed_here = sum(len(vectors) for vectors in orchestrator.predict(model, loader))
-    computed = int(fabric.all_reduce(torch.tensor(computed_here), reduce_op="sum"))
+    for _ in orchestrator.predict(model, loader):
+        pass  # the batches this replica computes; all of them are in orchestrator.predictions at the end
 
     if fabric.is_global_zero:
         vectors = torch.cat(list(orchestrator.predictions))
         seconds = time.perf_counter() - started
+        computed = orchestrator.progress()["samples_done"]  # also by workers that were killed since
         print(f"{len(vectors)} texts embedded, {computed} of them in this run, on {fabric.world_size} devices")
         print(f"in {seconds:.1f} s; the vectors are in {options.output}")
         with torch.inference_mode():

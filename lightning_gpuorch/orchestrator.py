@@ -278,6 +278,19 @@ class MultiGPUOrchestrator:
             job.close()
             self._call("on_predict_end")
 
+    def progress(self) -> dict[str, Any]:
+        """How far the last :meth:`predict` is, over all ranks.
+
+        Returns:
+            ``chunks``, ``chunks_done``, ``samples_done`` (made durable in this run, by whichever rank) and ``restarts``.
+
+        Raises:
+            GPUOrchError: Nothing was predicted yet.
+        """
+        if self.runtime.job is None:
+            raise GPUOrchError("nothing was predicted yet.")
+        return self.runtime.job.progress()
+
     def cleanup(self) -> None:
         """Leave the job and take down the process group; safe to call again."""
         self._model = None

@@ -64,6 +64,7 @@ def main():
     result["difference"] = float((got - expected).abs().max())
     result["hooks"] = seen.hooks == ["start", *["batch"] * batches, "end"]
     result["batches"] = sum(fabric.strategy.runtime.world.collectives.all_gather_object(batches)[:: options.tp])
+    result["samples_done"] = orchestrator.progress()["samples_done"]
     if options.tp > 1:
         try:
             orchestrator.run_inference_step(torch.full((2, 2), float(rank)))
