@@ -73,6 +73,8 @@ def report_failure(error: BaseException) -> int:
     path = os.environ.get(ERROR_FILE)
     if path:
         record = {"type": type(error).__name__, "message": str(error), "traceback": text, "pid": os.getpid()}
+        if getattr(error, "caused_by", None) is not None:
+            record["caused_by"] = error.caused_by  # type: ignore[attr-defined]
         try:
             with open(path, "w", encoding="utf-8") as file:
                 json.dump(record, file)

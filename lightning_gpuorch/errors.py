@@ -164,7 +164,16 @@ class StepAbortedError(DataPlaneError):
 
 
 class PeerFailedError(DataPlaneError):
-    """The step raised an error on another rank of the group, which no retry can mend."""
+    """The step raised an error on another rank of the group, which no retry can mend.
+
+    Args:
+        message: What was wrong.
+        caused_by: Global rank of the one that raised it.
+    """
+
+    def __init__(self, message: str, caused_by: int | None = None):
+        super().__init__(message)
+        self.caused_by = caused_by
 
 
 class GroupRecoveryError(DataPlaneError):

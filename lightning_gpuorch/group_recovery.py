@@ -230,7 +230,7 @@ class GroupRecovery:
         if decision.verdict is Verdict.SMALLER:
             raised = GroupOutOfMemoryError(f"out of memory on {decision.reason}")
         elif decision.verdict is Verdict.FAIL:
-            raised = PeerFailedError(f"the step failed on {decision.reason}")
+            raised = PeerFailedError(f"the step failed on {decision.reason}", decision.culprits[0])
             raised.exit_code = decision.exit_code
             if error is not None and self._global_rank in decision.culprits:
                 raised = error

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from typing import Any
 
 from lightning_gpuorch.liveness import main_thread_of_dump
 from lightning_gpuorch.workers import Worker
 
-log = logging.getLogger(__name__)
-
 
 def failure_record(worker: Worker, reason: str) -> dict[str, Any]:
     """What is known of a worker's end: why, its exception with traceback, or where a crash has left it."""
     record: dict[str, Any] = {"rank": worker.rank, "generation": worker.generation, "reason": reason}
-    try:
-        record.update(json.loads(worker.error_file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:  # killed before it could write one
-        log.debug("rank %d left no error record: %s", worker.rank, error)
+    left = worker.error_record()
+    left.pop("pid", None)
+    if not left:  # killed before it could write one
         where = main_thread_of_dump(worker.dump_file)
         if where:
             record["traceback"] = where
-    record.pop("pid", None)
-    return record
+    return {**record, **left}
 
 
 def describe_failure(record: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -9,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_gpuorch._bootstrap import DUMP_FILE, DUMP_SIGNAL, ERROR_FILE
 from lightning_gpuorch.liveness import main_thread_of_dump
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 DUMP_SECONDS = 1.0
 """How long stuck workers get to write their stacks."""
 _KILL_SECONDS = 10.0
+_CULPRIT_SECONDS = 2.0
+"""How long the end of a rank waits for the end of the one that it says was the cause."""
 
 
 @dataclass
@@ -35,6 +38,7 @@ class Worker:
         error_file: Where it leaves a record of the exception that ends it.
         dump_file: Where it writes its stacks, when asked or when it crashes.
         started_ns: When it was started, by the monotonic clock.
+        ended_ns: When it was first seen to have ended.
     """
 
     rank: int
@@ -43,6 +47,16 @@ class Worker:
     error_file: Path
     dump_file: Path
     started_ns: int = field(default_factory=time.monotonic_ns)
+    ended_ns: int | None = None
+
+    def error_record(self) -> dict[str, Any]:
+        """What it has left about the exception that ended it; empty if nothing, as after a kill."""
+        try:
+            record = json.loads(self.error_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            log.debug("rank %d left no error record: %s", self.rank, error)
+            return {}
+        return record if isinstance(record, dict) else {}
 
 
 class Workers:
@@ -82,13 +96,23 @@ class Workers:
         log.debug("rank %d started as process %d, generation %d", rank, process.pid, generation)
 
     def ended(self) -> Iterator[tuple[Worker, int]]:
-        """Workers that have ended by themselves, with their exit codes; they are no longer counted as running."""
+        """Workers that have ended by themselves, with their exit codes; they are no longer counted as running.
+
+        One that ended because of another rank's error comes after that rank, so that the cause is seen first.
+        """
         for rank, worker in list(self._running.items()):
             code = worker.process.poll()
-            if code is not None and self._running.get(rank) is worker:
+            if code is not None and self._running.get(rank) is worker and not self._awaits_culprit(worker):
                 _signal_group(worker.process.pid, signal.SIGKILL)  # what it started dies with it
                 del self._running[rank]
                 yield worker, code
+
+    def _awaits_culprit(self, worker: Worker) -> bool:
+        if worker.ended_ns is None:
+            worker.ended_ns = time.monotonic_ns()
+        waited_seconds = (time.monotonic_ns() - worker.ended_ns) / 1e9
+        culprit = worker.error_record().get("caused_by")
+        return culprit != worker.rank and culprit in self._running and waited_seconds < _CULPRIT_SECONDS
 
     def kill(self, ranks: Sequence[int]) -> None:
         """Kill workers with everything they started, also stopped ones, and wait until they are gone."""

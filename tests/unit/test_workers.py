@@ -1,0 +1,88 @@
+"""Which end of a worker is seen first."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from lightning_gpuorch import workers as module
+from lightning_gpuorch._bootstrap import ERROR_FILE
+from lightning_gpuorch.workers import Workers
+
+SCRIPT = """
+import os, sys, pathlib
+caused_by, go = sys.argv[1:]
+pathlib.Path(os.environ["_GPUORCH_ERROR_FILE"]).write_text(caused_by)
+if go:
+    open(go).read()  # a pipe: blocks until the test lets this one end
+sys.exit(1)
+"""
+
+
+class _Spawner:
+    """Rank 0 says that rank 1 was the cause; rank 1 ends when it is let go."""
+
+    def __init__(self, go: Path):
+        self._go, self.processes = go, []
+
+    def prepare(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def spawn(self, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        first = not self.processes
+        record = {"type": "PeerFailedError", "caused_by": 1} if first else {"type": "RuntimeError"}
+        self.processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, json.dumps(record), "" if first else str(self._go)],
+                env={ERROR_FILE: environment[ERROR_FILE]}, start_new_session=True,
+            )
+        )  # fmt: skip
+        return self.processes[-1]
+
+
+@pytest.fixture
+def two(tmp_path):
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    spawner = _Spawner(go)
+    workers = Workers(spawner, tmp_path / "lives")
+    for rank in range(2):
+        workers.start(rank, 0, {})
+    yield workers, spawner, go
+    for process in spawner.processes:
+        process.kill()
+        process.wait(10)
+
+
+def _next_end(workers: Workers) -> int:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        for worker, code in workers.ended():
+            assert code == 1
+            return worker.rank
+        time.sleep(0.01)
+    raise TimeoutError("no worker ended")
+
+
+def test_the_culprit_comes_before_the_one_it_has_taken_along(two):
+    workers, spawner, go = two
+    spawner.processes[0].wait(10)
+    assert not list(workers.ended()), "the witness waits for the culprit"
+    go.write_text("")
+    assert [_next_end(workers), _next_end(workers)] == [1, 0]
+
+
+def test_a_culprit_that_does_not_end_is_not_waited_for_for_ever(two, monkeypatch):
+    workers, spawner, _ = two
+    monkeypatch.setattr(module, "_CULPRIT_SECONDS", 0.2)
+    spawner.processes[0].wait(10)
+    assert _next_end(workers) == 0
+    assert spawner.processes[1].poll() is None
