@@ -1,17 +1,24 @@
 """A fault inside a tensor-parallel group is mended in place: all its ranks leave the step, agree, and try again.
 
 The protocol, for a fault in epoch e. The head stands outside of the group and answers while the group's own
-connections are broken.
+connections are broken. Every rank has a request waiting at it, through which it hears of the others' faults.
 
-1. The rank that fails tells the head, gives up epoch e's connections, and lets go of the failed step's memory.
-2. Every rank has a request waiting at the head. It is answered now, and that rank gives up its connections as well: a
-   wait inside a collective raises.
+1. The rank that fails lets go of the failed step's memory. If its memory ran out and it knows what the step would still
+   have communicated (:mod:`lightning_gpuorch.distributed.collective_trace`), it *drains* the step: it tells all ranks
+   through the head that this attempt does not count, and when they know, takes part in the rest of it with zeros. The
+   others come to its end as always, and the connections stay whole.
+2. Otherwise, or if that takes too long, it *aborts*: it gives up epoch e's connections and tells the head. The other
+   ranks hear of it and give up theirs as well: a wait inside a collective raises.
 3. Every rank hands in its vote (:class:`~lightning_gpuorch.distributed.agreement.Vote`) and gets all of them. If one
    is known to be dead, or does not come in time, the process ends and the replica is restarted.
 4. :func:`~lightning_gpuorch.distributed.agreement.decide` turns the votes into the same decision everywhere.
-5. All connect anew, as epoch e + 1, and wait for each other's word that it worked: three tries.
+5. Unless the connections are whole on every rank, all connect anew, as epoch e + 1, and wait for each other's word that
+   it worked: three tries.
 6. They go on: repeat the attempt; or raise :class:`~lightning_gpuorch.errors.GroupOutOfMemoryError` at it on every
    rank, whereupon every rank cuts the batch in the same way; or fail together.
+
+A drain costs what is left of the step, an abort what it takes to connect anew: some 10 ms on gloo, and on NCCL far more.
+The cheaper one is taken.
 
 An attempt counts as done when all ranks have computed it. That takes one more collective per attempt, and in return no
 output leaves this module before it is certain that nobody needs to repeat it.
@@ -25,6 +32,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -32,14 +40,17 @@ import torch
 from lightning_gpuorch.batching import is_out_of_memory, release
 from lightning_gpuorch.distributed import Channel
 from lightning_gpuorch.distributed.agreement import Cause, Decision, Verdict, Vote, decide
+from lightning_gpuorch.distributed.collective_trace import StepTraces
 from lightning_gpuorch.distributed.recoverable_group import RecoverableProcessGroup, live_groups
 from lightning_gpuorch.errors import (
     CollectiveError,
     CollectiveTimeoutError,
     ControlPlaneError,
+    ControlPlaneTimeoutError,
     GPUOrchError,
     GroupOutOfMemoryError,
     GroupRecoveryError,
+    InputMismatchError,
     PeerFailedError,
     StepAbortedError,
 )
@@ -53,6 +64,10 @@ MAX_TRIES = 2
 """Repetitions of one attempt after failed communication, before the replica is restarted."""
 CONNECT_TRIES = 3
 _WATCH_SECONDS = 3600.0
+_RECONNECT_SECONDS = {"cpu": 0.015, "cuda": 0.5}
+"""What it takes to connect anew, until it has been measured."""
+_SHORTEST_DRAIN_SECONDS = 1.0
+"""The other ranks get at least so long for each collective of a step that is drained, and to come to its end."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +78,25 @@ class Recovery:
         decision: What was decided.
         seconds: From the moment this rank left the step until it was ready to go on.
         own: Whether the fault was on this rank.
+        drained: Whether the step was drained and the connections are the same as before.
     """
 
     decision: Decision
     seconds: float
     own: bool
+    drained: bool = False
+
+
+@dataclass
+class _Run:
+    """One run of an attempt: its output, and if it does not count, why not."""
+
+    output: Any = None
+    computed: bool = False
+    cause: Cause | None = None
+    error: BaseException | None = None
+    left_at: float = 0.0
+    intact: bool = False
 
 
 class GroupRecovery:
@@ -81,6 +110,8 @@ class GroupRecovery:
         group: The group over which ranks wait for each other at the end of an attempt.
         timeout_seconds: Longest wait for the other ranks to say something.
         on_recovery: Told of each fault after it was mended; must not raise.
+        reconnect_seconds: What connecting anew is taken to cost: a step that takes longer is aborted rather than
+            drained. None measures it.
     """
 
     def __init__(
@@ -92,6 +123,7 @@ class GroupRecovery:
         group: RecoverableProcessGroup,
         timeout_seconds: float,
         on_recovery: Callable[[Recovery], None] = lambda recovery: None,
+        reconnect_seconds: float | None = None,
     ):
         self._channel, self._rank, self._size, self._group = channel, rank, size, group
         self._global_rank = owner["rank"]  # in messages; the group's own numbers mean nothing to a reader
@@ -99,8 +131,15 @@ class GroupRecovery:
         self._timeout_seconds = timeout_seconds
         self.on_recovery = on_recovery
         self.epoch = 0
-        self.num_recoveries = 0
+        self.num_recoveries = self.num_drains = 0
         self.last: Recovery | None = None
+        self._reconnect_seconds = reconnect_seconds
+        self._measured_seconds = _RECONNECT_SECONDS[group._device_type]
+        self._attempt_seconds = 0.0
+        self._traces = StepTraces()
+        self._drained = (-1, -1)
+        """Epoch and number of the last attempt that does not count because a rank drained it."""
+        self._round = 0
         self._position = 0
         self._foreseen: Decision | None = None
         self._agreed: int | None = None
@@ -111,11 +150,12 @@ class GroupRecovery:
 
     # Steps
 
-    def attempt(self, call: Callable[[], T]) -> T:
+    def attempt(self, call: Callable[[], T], inputs: Any = None) -> T:
         """Compute something together with the other ranks; every rank must make the same attempts.
 
         Args:
             call: Computes it. Called again if communication fails.
+            inputs: What it is computed from: nested tensors. Their sizes tell which collectives are to be expected.
 
         Returns:
             What ``call`` returned, once all ranks have computed theirs.
@@ -134,17 +174,19 @@ class GroupRecovery:
             if decision is not None:
                 tries = decision.tries
                 self._raise(decision, error)
-            output, computed, cause, error, began = self._run(call)
-            if cause is None:
-                return output  # type: ignore[return-value]
-            decision = self._agree(cause, computed, tries, error, began)
-            if decision.verdict is Verdict.COMPLETE:
-                return output  # type: ignore[return-value]
-            if decision.position > self._position and decision.verdict is not Verdict.RESTART:
-                # The others are at the next attempt already, so this one is complete, and theirs is decided.
+            run = self._run(call, inputs)
+            if run.cause is None:
+                return run.output  # type: ignore[no-any-return]
+            if run.cause is Cause.OUT_OF_MEMORY and not run.computed:
+                run.intact = self._drain()  # outside of the handler, which keeps the failed step alive
+            decision, error = self._agree(run, tries), run.error
+            # If the others are at the next attempt already, this one is complete, and theirs is decided.
+            foreseen = decision.position > self._position and decision.verdict is not Verdict.RESTART
+            if foreseen:
                 self._foreseen = decision
-                return output  # type: ignore[return-value]
-            output = None
+            if foreseen or decision.verdict is Verdict.COMPLETE:
+                return run.output  # type: ignore[no-any-return]
+            run.output = None
 
     def abandon(self, error: BaseException) -> None:
         """Tell the other ranks that this one leaves the step outside of an attempt, so that they need not find out.
@@ -155,11 +197,12 @@ class GroupRecovery:
         if self._agreed == id(error) or self._closed:
             return
         vote = Vote(
-            self._global_rank, self._position + 1, Cause.ERROR, message=_text(error), exit_code=_exit_code(error)
-        )
+            self._global_rank, self._position + 1, Cause.ERROR,
+            message=_text(error), error=type(error).__name__, exit_code=_exit_code(error),
+        )  # fmt: skip
         try:
             self._tell_abort(vote.message)
-            self._exchange("votes", vote.to_dict(), wait=False)
+            self._exchange(self._votes, vote.to_dict(), wait=False)
         except ControlPlaneError as lost:  # the head is gone: so are we, soon
             log.debug("rank %d could not say that it leaves: %s", self._global_rank, lost)
 
@@ -175,52 +218,94 @@ class GroupRecovery:
         if threading.current_thread() is not self._watcher:
             self._watcher.join(5)
 
-    def _run(self, call: Callable[[], T]) -> tuple[T | None, bool, Cause | None, BaseException | None, float]:
-        """One run: its output, whether it was computed, and why it did not count if it did not."""
-        output: T | None = None
-        computed = False
+    def _run(self, call: Callable[[], Any], inputs: Any) -> _Run:
+        run = _Run()
+        began = time.perf_counter()
+        self._traces.begin(inputs)
         try:
-            output = call()
-            self._await_device()
-            computed = True
-            self._await_others()
+            run.output = call()
+            self._traces.end(completed=True)
+            self._await_device(self._timeout_seconds)
+            run.computed = True
+            self._await_others(self._timeout_seconds)
         except Exception as error:  # noqa: BLE001 - every cause has to be agreed on; the step's own are raised again
-            began = time.perf_counter()
-            cause = _cause_of(error)
-            if cause is Cause.ERROR:
-                return output, computed, cause, error, began
-            release(error)  # its frames hold the step's activations
-            kept: BaseException = error
+            run.left_at, run.error = time.perf_counter(), error
+            run.cause = _cause_of(error)
+            if run.cause is Cause.ERROR and self._is_drained():
+                run.cause = Cause.PEER  # it had zeros to compute with
+            if run.cause is not Cause.ERROR:
+                release(error)  # its frames hold the step's activations
         else:
-            return output, True, None, None, 0.0
-        return output, computed, cause, kept, began
+            if not self._is_drained():
+                self._attempt_seconds = time.perf_counter() - began
+                return run
+            run.left_at, run.cause, run.intact = time.perf_counter(), Cause.PEER, True
+        finally:
+            self._traces.end(completed=False)
+        run.computed = run.computed and not self._is_drained()
+        return run
 
-    def _await_device(self) -> None:
+    def _is_drained(self) -> bool:
+        return self._drained == (self.epoch, self._position)
+
+    @property
+    def _drain_seconds(self) -> float:
+        """How long the other ranks get for what should be there at once."""
+        return min(self._timeout_seconds, max(_SHORTEST_DRAIN_SECONDS, 4 * self._attempt_seconds))
+
+    def _drain(self) -> bool:
+        """Take part in what is left of the failed attempt; returns whether that brought all ranks to its end."""
+        rest = self._traces.rest()
+        known = self._reconnect_seconds
+        if rest is None or self._attempt_seconds > (self._measured_seconds if known is None else known):
+            return False
+        limit = self._drain_seconds
+        try:
+            # Answered when all ranks know that the attempt does not count, and not before may anything be issued.
+            answer = self._call("drain", size=self._size, position=self._position, timeout_seconds=limit)
+            if "aborted" in answer:
+                return False
+            with _waiting():
+                rest.issue(limit)
+                self._await_device(limit)
+                self._await_others(limit)
+        except StepAbortedError:
+            return False
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong, there is the other way
+            log.debug("rank %d could not drain the step: %s", self._global_rank, error)
+            if isinstance(error, CollectiveTimeoutError):  # the others issue something else
+                self._traces.distrust()
+            release(error)
+            return False
+        self.num_drains += 1
+        return True
+
+    def _await_device(self, limit_seconds: float) -> None:
         """Wait until the device has computed what was issued, without getting stuck in it."""
         if self._group._device_type == "cuda":
             event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
-            deadline = time.monotonic() + self._timeout_seconds
+            deadline = time.monotonic() + limit_seconds
             while not event.query():
                 if self._group.aborted is not None:
                     break
                 if time.monotonic() > deadline:
                     raise CollectiveTimeoutError(
                         f"rank {self._global_rank} of {self._size}: the device did not complete the step within "
-                        f"{self._timeout_seconds:g} s."
+                        f"{limit_seconds:g} s."
                     )
                 time.sleep(5e-5)
         # A collective that was given up leaves garbage behind, and says nothing on NCCL.
         if self._group.aborted is not None:
             raise StepAbortedError(f"the ranks of this group left the step: {self._group.aborted}")
 
-    def _await_others(self) -> None:
+    def _await_others(self, limit_seconds: float) -> None:
         """Return when every rank has come here, which means that all have computed the attempt."""
         if self._token is None:
             self._token = torch.zeros(1, dtype=torch.int32, device=self._group._device_types[0])
         with _waiting():
-            self._group.allreduce([self._token]).wait()
-            self._await_device()
+            self._group.allreduce([self._token]).wait(timedelta(seconds=limit_seconds))
+            self._await_device(limit_seconds)
 
     def _raise(self, decision: Decision, error: BaseException | None) -> None:
         """Raise what a decision says about the present attempt, if it says so."""
@@ -230,10 +315,13 @@ class GroupRecovery:
         if decision.verdict is Verdict.SMALLER:
             raised = GroupOutOfMemoryError(f"out of memory on {decision.reason}")
         elif decision.verdict is Verdict.FAIL:
-            raised = PeerFailedError(f"the step failed on {decision.reason}", decision.culprits[0])
-            raised.exit_code = decision.exit_code
             if error is not None and self._global_rank in decision.culprits:
                 raised = error
+            elif decision.error == InputMismatchError.__name__:  # every rank finds it, but the first one ends the step
+                raised = InputMismatchError(decision.reason)
+            else:
+                raised = PeerFailedError(f"the step failed on {decision.reason}", decision.culprits[0])
+                raised.exit_code = decision.exit_code
         else:
             raised = GroupRecoveryError(
                 f"rank {self._global_rank}: {decision.reason}; {decision.tries} tries in place did not help"
@@ -245,17 +333,22 @@ class GroupRecovery:
 
     # Agreement
 
-    def _agree(self, cause: Cause, computed: bool, tries: int, error: BaseException | None, began: float) -> Decision:
+    def _agree(self, run: _Run, tries: int) -> Decision:
+        cause, error = run.cause, run.error
+        assert cause is not None
         message = "" if cause is Cause.PEER or error is None else _text(error)
         try:
-            if cause is Cause.PEER:
-                self._abort_groups(message, self.epoch)
-            else:
+            if not run.intact:
                 self._tell_abort(f"{cause.value} on rank {self._global_rank}")
-            vote = Vote(self._global_rank, self._position, cause, computed, tries, message, _exit_code(error))
-            votes = [Vote.from_dict(one) for one in self._exchange("votes", vote.to_dict())]
+            vote = Vote(
+                self._global_rank, self._position, cause, run.computed, tries, message, type(error).__name__,
+                _exit_code(error),
+            )  # fmt: skip
+            votes, aborted = self._exchange_votes(vote, drained=run.intact and cause is Cause.OUT_OF_MEMORY)
             decision = decide(votes, MAX_TRIES)
-            if decision.verdict in (Verdict.COMPLETE, Verdict.RETRY, Verdict.SMALLER):
+            if not aborted:
+                self._round += 1
+            elif decision.verdict in (Verdict.COMPLETE, Verdict.RETRY, Verdict.SMALLER):
                 self._connect()
         except ControlPlaneError as lost:
             raised = GroupRecoveryError(
@@ -267,22 +360,41 @@ class GroupRecovery:
             self._agreed = id(lost)
             raise
         self.num_recoveries += 1
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - run.left_at
         own = self._global_rank in decision.culprits
         log.log(
             logging.WARNING if own else logging.DEBUG,
             "%s: %s; ready after %.1f ms", decision.reason, decision.verdict.value, 1e3 * seconds,
         )  # fmt: skip
-        self.last = Recovery(decision, seconds, own)
+        self.last = Recovery(decision, seconds, own, not aborted)
         self.on_recovery(self.last)
         return decision
+
+    @property
+    def _votes(self) -> str:
+        """Name of the next exchange of votes; an epoch has one per drained step, and one at its end."""
+        return f"votes {self._round}"
+
+    def _exchange_votes(self, vote: Vote, drained: bool) -> tuple[list[Vote], bool]:
+        """Get the votes of all ranks, and whether the epoch is given up."""
+        limit = self._drain_seconds if drained else None
+        try:
+            votes, aborted = self._exchange(self._votes, vote.to_dict(), limit)
+        except ControlPlaneTimeoutError:
+            if not drained:
+                raise
+            # The others still communicate: this step is not as it was foretold. That sets them free.
+            self._traces.distrust()
+            self._tell_abort(f"{vote.cause.value} on rank {self._global_rank}")
+            votes, aborted = self._exchange(self._votes, vote.to_dict())
+        return [Vote.from_dict(one) for one in votes], aborted
 
     def _connect(self) -> None:
         """Make the next epoch's connections; all ranks do the same number of tries."""
         if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()  # NCCL takes its buffers from what is left
         for _ in range(CONNECT_TRIES):
-            failure = ""
+            failure, began = "", time.perf_counter()
             epoch = self.epoch + 1
             try:
                 for group in live_groups():
@@ -291,18 +403,19 @@ class GroupRecovery:
             except (RuntimeError, OSError, MemoryError) as error:
                 failure = _text(error)
                 release(error)
-            self.epoch = epoch
+            self.epoch, self._round = epoch, 0
             # Nobody uses the new connections, or gives them up, before everybody has them.
-            failures = [text for text in self._exchange("connected", failure) if text]
+            failures = [text for text in self._exchange("connected", failure)[0] if text]
             if not failures:
+                self._measured_seconds = time.perf_counter() - began
                 return
             log.warning("rank %d: the group could not connect: %s", self._global_rank, failures[0])
             self._tell_abort(failures[0])
         raise GroupRecoveryError(f"the group could not connect in {CONNECT_TRIES} tries: {failures[0]}")
 
     def _tell_abort(self, reason: str) -> None:
-        self._call("abort", reason=reason)
-        self._abort_groups(reason, self.epoch)
+        if self._call("abort", reason=reason, before=self._votes)["aborted"] is not None:
+            self._abort_groups(reason, self.epoch)
 
     @staticmethod
     def _abort_groups(reason: str, epoch: int) -> None:
@@ -310,12 +423,15 @@ class GroupRecovery:
             if group.size() > 1:
                 group.give_up(reason, epoch)
 
-    def _exchange(self, name: str, value: Any, wait: bool = True) -> list[Any]:
+    def _exchange(
+        self, name: str, value: Any, limit_seconds: float | None = None, wait: bool = True
+    ) -> tuple[list[Any], bool]:
+        """What all ranks hand in under this name, and whether the epoch had been given up when the last one did."""
         # A rank that computes without communicating comes only when its step is over.
-        limit = 2 * self._timeout_seconds
+        limit = 2 * self._timeout_seconds if limit_seconds is None else limit_seconds
         with _waiting():
             answer = self._call("exchange", name=name, size=self._size, value=value, wait=wait, timeout_seconds=limit)
-        return list(answer.get("values", ()))
+        return list(answer.get("values", ())), bool(answer.get("aborted"))
 
     def _call(self, step: str, timeout_seconds: float | None = None, epoch: int | None = None, **fields: Any) -> Any:
         header = {
@@ -329,21 +445,27 @@ class GroupRecovery:
         return self._channel.call(header, timeout_seconds=timeout).header
 
     def _watch(self) -> None:
-        """Give up each epoch as soon as any rank does. On a thread and a connection of its own."""
-        epoch = 0
+        """Give up each epoch as soon as any rank does, and hear which steps do not count.
+
+        On a thread and a connection of its own.
+        """
+        epoch = heard = 0
         while not self._closed:
             try:
-                answer = self._call("watch", epoch=epoch, timeout_seconds=_WATCH_SECONDS)
+                answer = self._call("watch", epoch=epoch, heard=heard, timeout_seconds=_WATCH_SECONDS)
             except TimeoutError:
                 continue
             except (GPUOrchError, OSError) as error:  # without the head there is no recovery, and soon no job
                 log.debug("rank %d no longer watches: %s", self._global_rank, error)
                 return
+            if "drained" in answer:
+                self._drained, heard = (epoch, answer["drained"]), answer["heard"]  # the next request says so
+                continue
             if "aborted" not in answer:
                 return
             first = answer["aborted"]
             self._abort_groups(f"{first['reason']}", epoch)
-            epoch += 1
+            epoch, heard = epoch + 1, 0
 
 
 def _waiting() -> contextlib.AbstractContextManager[None]:

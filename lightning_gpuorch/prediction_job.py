@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import gc
 import logging
 import signal
 import threading
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_gpuorch._version import __version__
+from lightning_gpuorch.batching import freeze_objects
 from lightning_gpuorch.dynamic_steps import DynamicSteps
 from lightning_gpuorch.errors import EXIT_RESUMABLE
 from lightning_gpuorch.liveness import Phase, current_heartbeat
@@ -127,6 +129,8 @@ class PredictionJob:
         self._drain_signal = _DrainOnSignal(self._request_drain) if not world.supervised else None
         if world.topology.rank == 0:
             self._announce(manifest.loaders)
+        if world.supervised:
+            freeze_objects()  # letting go of memory after an error must not take seconds
 
     def _announce(self, layouts: Sequence[LoaderLayout]) -> None:
         topology = self._world.topology
@@ -289,6 +293,8 @@ class PredictionJob:
 
     def close(self) -> None:
         """Stop the writer after it has written what it has; safe to call again."""
+        if self._world.supervised:
+            gc.unfreeze()  # the script may drop this model and go on with another
         if self._drain_signal is not None:
             self._drain_signal.restore()
         if self._writer is not None:

@@ -283,7 +283,7 @@ class Runtime:
             return whole(call(batch))
 
         recovery = self.world.recovery
-        return compute() if recovery is None else recovery.attempt(compute)
+        return compute() if recovery is None else recovery.attempt(compute, batch)
 
     def share(self, loader: Any, limit: int | None = None) -> SharedLoader:
         """This replica's fixed share of a loader's batches."""

@@ -51,6 +51,7 @@ class Vote:
         computed: It had computed the attempt and was waiting for the others.
         tries: Times this attempt was repeated before, for the reason that communication failed.
         message: Text of its error.
+        error: Name of its error's class.
         exit_code: What its process would end with.
     """
 
@@ -60,6 +61,7 @@ class Vote:
     computed: bool = False
     tries: int = 0
     message: str = ""
+    error: str = ""
     exit_code: int = 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,6 +85,7 @@ class Decision:
         culprits: Global ranks that left by themselves, for the cause that decided.
         cause: That cause.
         reason: For logs and errors.
+        error: Name of the class of the culprit's error.
         exit_code: What the culprit's process would end with.
     """
 
@@ -92,6 +95,7 @@ class Decision:
     culprits: tuple[int, ...]
     cause: Cause
     reason: str
+    error: str = ""
     exit_code: int = 1
 
 
@@ -115,7 +119,9 @@ def decide(votes: Iterable[Vote], max_tries: int) -> Decision:
         first = by[0] if by else votes[0]
         who = f"rank{'s' if len(by) > 1 else ''} {', '.join(str(vote.rank) for vote in by)}" if by else "no rank"
         reason = f"{who}: {first.message or cause.value}"
-        return Decision(verdict, position, tries, tuple(vote.rank for vote in by), cause, reason, first.exit_code)
+        return Decision(
+            verdict, position, tries, tuple(vote.rank for vote in by), cause, reason, first.error, first.exit_code
+        )
 
     # 1. What cannot be: the ranks do not run the same program any more.
     lost = [vote for vote in behind if vote.position != position - 1 or not vote.computed]

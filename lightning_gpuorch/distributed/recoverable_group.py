@@ -44,6 +44,11 @@ CollectiveHook = Callable[[str, int, float], Any]
 collective_hooks: list[CollectiveHook] = []
 """Told of every collective of a recoverable gloo group. NCCL's complete on the device, unseen by the host."""
 
+IssueHook = Callable[["RecoverableProcessGroup", str, tuple[Any, ...], dict[str, Any]], Any]
+"""``hook(group, method, args, kwargs)``, called when a collective has been issued, with its arguments."""
+
+issue_hooks: list[IssueHook] = []
+
 _groups: weakref.WeakSet[RecoverableProcessGroup] = weakref.WeakSet()
 _numbers = itertools.count()
 
@@ -163,7 +168,8 @@ class RecoverableProcessGroup(ProcessGroup):
     Attributes:
         epoch: Number of the present connections.
         aborted: Why the present epoch was given up; None while it is in use.
-        num_collectives: Collectives issued so far.
+        num_collectives: Collectives begun so far.
+        num_failed: Those of them that failed before they were on their way.
     """
 
     def __init__(
@@ -178,7 +184,7 @@ class RecoverableProcessGroup(ProcessGroup):
         self._connect, self._store, self._rank, self._size = connect, store, rank, size
         self.timeout_seconds = timeout.total_seconds()
         self.number = next(_numbers)
-        self.epoch = self.num_collectives = 0
+        self.epoch = self.num_collectives = self.num_failed = 0
         self.aborted: str | None = None
         self._name = self._description = ""
         self._in_flight: weakref.WeakSet[RecoverableWork] = weakref.WeakSet()
@@ -388,9 +394,12 @@ def _collective(method: str, op: str) -> Callable[..., Any]:
         try:
             work = getattr(group, method)(*args, **kwargs)
         except RuntimeError as error:
+            self.num_failed += 1
             if _is_of_the_connection(error):
                 raise self._failed(op, epoch, error) from None
             raise  # a wrong argument, or memory ran out: whoever called has to know
+        for hook in issue_hooks:
+            hook(self, method, args, kwargs)
         if work is None:
             return None
         num_bytes = _num_bytes(args[0]) if collective_hooks and args else 0

@@ -1,6 +1,6 @@
 """Faults inside of a tensor-parallel group: how many are mended in place, how long it takes, what it costs without any.
 
-python -m tests.benchmarks.group_recovery campaign --ranks 2 3 4 --faults 200
+python -m tests.benchmarks.group_recovery campaign --ranks 2 3 4 --faults 200 --ways drain abort measured
 python -m tests.benchmarks.group_recovery cost
 """
 
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -26,7 +28,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_gpuorch.batching import BatchHalver
+from lightning_gpuorch.batching import BatchHalver, freeze_objects
 from lightning_gpuorch.distributed import ControlServer, ProcessGroupManager, RemoteChannel
 from lightning_gpuorch.distributed import recoverable_group as groups
 from lightning_gpuorch.group_recovery import GroupRecovery, Recovery
@@ -35,6 +37,8 @@ from lightning_gpuorch.tensor_parallel import Communicator
 from lightning_gpuorch.tensors import digest, whole
 
 WIDTH, HIDDEN, LAYERS, BATCH = 64, 96, 4, 24
+WAYS = {"drain": math.inf, "abort": 0.0, "measured": None}
+"""What connecting anew is said to cost, so that a failed step is always drained, never, or as the measured cost tells."""
 KINDS = ("plain", "dtensor", "compiled")
 PLACES = ("before", "issue", "wait", "after")
 """Where a fault strikes: before a layer's collective, as it is issued, while it is on its way, after it."""
@@ -122,9 +126,12 @@ class Injector:
 class Rank:
     """One rank of a group with everything it needs."""
 
-    def __init__(self, rank: int, size: int, address: str, store_port: int, timeout_seconds: float = 10.0):
+    def __init__(
+        self, rank: int, size: int, address: str, store_port: int, way: str = "measured", timeout_seconds: float = 10.0
+    ):
         torch.set_num_threads(1)
         logging.getLogger("lightning_gpuorch").setLevel(logging.ERROR)  # hundreds of faults are not news here
+        freeze_objects()  # as a worker does
         self.rank, self.size = rank, size
         self.manager = ProcessGroupManager("gloo", timeout_seconds, torch.device("cpu"), recoverable=True)
         store = self.manager.create_store("127.0.0.1", store_port, False, size)
@@ -141,6 +148,7 @@ class Rank:
             self.group,
             timeout_seconds,
             self.recoveries.append,
+            WAYS[way],
         )
 
     def same_input(self, batch: torch.Tensor) -> None:
@@ -156,7 +164,7 @@ class Rank:
             self.same_input(batch)
             return whole(call(batch))
 
-        return self.recovery.attempt(compute)
+        return self.recovery.attempt(compute, batch)
 
     def close(self) -> None:
         self.recovery.close()
@@ -226,6 +234,7 @@ def campaign(node: Rank, faults: int, kind: str, seed: int) -> dict[str, Any]:
             if injected == min(50, faults // 2):
                 node.group.wait_until_released(15)  # see GlooCommunicator.close
                 at_start = usage()
+                node.step(model, data[:BATCH])  # that all ranks have waited is not part of the next fault's time
         node.group.wait_until_released(15)  # see GlooCommunicator.close
         at_end, deadline = usage(), time.monotonic() + 5
         while at_end["threads"] > at_start["threads"] and time.monotonic() < deadline:
@@ -245,6 +254,7 @@ def campaign(node: Rank, faults: int, kind: str, seed: int) -> dict[str, Any]:
         "injected": injected,
         "recovered_batches": struck,
         "recoveries": len(node.recoveries),
+        "drained": sum(one.drained for one in node.recoveries),
         "own": sum(one.own for one in node.recoveries),
         "equal": equal,
         "checksum": sum(digest(output) % 1000003 for _, output in outputs),
@@ -325,10 +335,10 @@ def campaigns(node: Rank, faults: int, kinds: tuple[str, ...], seed: int) -> lis
 
 
 def _serve(
-    rank: int, size: int, address: str, port: int, work: str, arguments: tuple[Any, ...], end: Connection
+    rank: int, size: int, address: str, port: int, way: str, work: str, arguments: tuple[Any, ...], end: Connection
 ) -> None:
     try:
-        node = Rank(rank, size, address, port)
+        node = Rank(rank, size, address, port, way)
         result = work(node, *arguments)
         node.close()
         end.send((result, None))
@@ -336,7 +346,9 @@ def _serve(
         end.send((None, traceback.format_exc()))
 
 
-def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout_seconds: float = 600.0) -> list[Any]:
+def on_ranks(
+    size: int, work: Callable[..., Any], *arguments: Any, way: str = "measured", timeout_seconds: float = 600.0
+) -> list[Any]:
     """Run ``work(node, *arguments)`` on ranks with a head outside of them; give the results by rank."""
     context = multiprocessing.get_context("spawn")
     server = ControlServer(Head(size), token="secret")
@@ -347,7 +359,9 @@ def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout_secon
             here, there = context.Pipe()
             processes.append(
                 context.Process(
-                    target=_serve, args=(rank, size, server.address, store.port, work, arguments, there), daemon=True
+                    target=_serve,
+                    args=(rank, size, server.address, store.port, way, work, arguments, there),
+                    daemon=True,
                 )
             )
             processes[-1].start()
@@ -378,24 +392,28 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def run_campaign(sizes: list[int], faults: int, kinds: list[str], seed: int) -> None:
+def run_campaign(sizes: list[int], faults: int, kinds: list[str], ways: list[str], seed: int) -> None:
     for size in sizes:
-        for kind in kinds:
-            results = on_ranks(size, campaign, faults, kind, seed)
+        for kind, way in itertools.product(kinds, ways):
+            results = on_ranks(size, campaign, faults, kind, seed, way=way)
             first = results[0]
             seconds = [value for result in results for value in result["seconds"]]
             waits = [value for result in results for value in result["until_retry_seconds"]]
             growth = {
                 key: max(result["end"][key] - result["start"][key] for result in results) for key in first["start"]
             }
+            ready, until_retry = (
+                f"p50 {1e3 * percentile(values, 0.5):.1f} ms, p99 {1e3 * percentile(values, 0.99):.1f} ms"
+                for values in (seconds, waits)
+            )
             print(
-                f"{size} ranks, {kind}: {first['injected']} batches with injected faults, {first['recoveries']} recoveries "
-                f"({sum(result['own'] for result in results)} errors), {first['cut']} batches cut; outputs equal to the "
-                f"undisturbed ones: {[result['equal'] for result in results]}; same on all ranks: "
-                f"{len({result['checksum'] for result in results}) == 1}; error to ready p50 "
-                f"{1e3 * percentile(seconds, 0.5):.1f} ms, p99 {1e3 * percentile(seconds, 0.99):.1f} ms; to the next "
-                f"attempt p50 {1e3 * percentile(waits, 0.5):.1f} ms, p99 {1e3 * percentile(waits, 0.99):.1f} ms; growth "
-                f"{json.dumps(growth)}; works kept {max(result['unfinished_works'] for result in results)}",
+                f"{size} ranks, {kind}, {way}: {first['injected']} batches with injected faults, "
+                f"{sum(result['own'] for result in results)} errors, {first['recoveries']} recoveries, {first['drained']} "
+                f"of them by drain; {first['cut']} batches cut; outputs equal to the undisturbed ones: "
+                f"{[result['equal'] for result in results]}; same on all ranks: "
+                f"{len({result['checksum'] for result in results}) == 1}; error to ready {ready}; to the next attempt "
+                f"{until_retry}; growth {json.dumps(growth)}; works kept "
+                f"{max(result['unfinished_works'] for result in results)}",
                 flush=True,
             )
 
@@ -406,12 +424,13 @@ def main() -> None:
     options.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4])
     options.add_argument("--faults", type=int, default=200)
     options.add_argument("--kinds", nargs="+", default=list(KINDS))
+    options.add_argument("--ways", nargs="+", choices=list(WAYS), default=["measured"])
     options.add_argument("--seed", type=int, default=0)
     chosen = options.parse_args()
     if chosen.what == "cost":
         run_cost()
         return
-    run_campaign(chosen.ranks, chosen.faults, chosen.kinds, chosen.seed)
+    run_campaign(chosen.ranks, chosen.faults, chosen.kinds, chosen.ways, chosen.seed)
 
 
 if __name__ == "__main__":

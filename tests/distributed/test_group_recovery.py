@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
 
 from lightning_gpuorch import read_predictions
-from lightning_gpuorch.errors import EXIT_DATA_MISSING
-from tests.benchmarks.group_recovery import KINDS, campaigns, on_ranks
+from lightning_gpuorch.errors import EXIT_DATA_MISSING, GroupOutOfMemoryError
+from tests.benchmarks.group_recovery import KINDS, Rank, campaigns, on_ranks
 from tests.conftest import Runner
 
 
@@ -49,14 +54,66 @@ def test_a_bug_on_one_rank_is_not_retried_and_the_other_rank_says_whose_it_is(ru
     assert "44 units missing: 16-59" in ended.output
 
 
-def test_a_small_campaign_of_faults_anywhere() -> None:
+@pytest.mark.parametrize("way", ["drain", "abort"])
+def test_a_small_campaign_of_faults_anywhere(way: str) -> None:
     """Its large sister is ``python -m tests.benchmarks.group_recovery campaign``."""
-    by_rank = on_ranks(3, campaigns, 8, KINDS, 1, timeout_seconds=170)
+    by_rank = on_ranks(3, campaigns, 8, KINDS, 1, way=way, timeout_seconds=170)
     for results in zip(*by_rank, strict=True):
         for result in results:
             assert result["equal"] == result["injected"] == result["cut"] == 8
             assert result["checksum"] == results[0]["checksum"]
             assert result["recoveries"] == results[0]["recoveries"] >= 8
+            assert result["drained"] == results[0]["drained"]
+            assert result["drained"] > 0 if way == "drain" else result["drained"] == 0
             assert result["unfinished_works"] == 0
             assert result["end"]["threads"] <= result["start"]["threads"]
             assert result["end"]["descriptors"] <= result["start"]["descriptors"]
+
+
+def _unforeseen(node: Rank, how: str) -> dict[str, Any]:
+    """Rank 1 fails in a step that communicates otherwise than it has learnt, or that stumbles over zeros."""
+    usual = 4
+
+    def step(number: int, collectives: int, victim: bool) -> torch.Tensor:
+        # As small as what the ranks use to wait for each other: it can be taken for it.
+        total = torch.tensor([number], dtype=torch.int32)
+        for position in range(collectives):
+            if victim and position == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+            part = torch.ones(1, dtype=torch.int32)
+            dist.all_reduce(part, group=node.group)
+            if how == "stumble" and int(part) != node.size:
+                raise IndexError(f"{int(part)} is out of range")
+            total += part
+        return total
+
+    inputs = torch.zeros(2, 3)
+    outputs, ooms = [], 0
+    collectives = {"fewer": 2, "more": 7, "stumble": usual, "foreseen": usual}[how]
+    for number in range(6):
+        unusual = number in (3, 5)
+        count = collectives if unusual else usual
+        try:
+            got = node.recovery.attempt(lambda: step(number, count, unusual and node.rank == 1), inputs)  # noqa: B023
+        except GroupOutOfMemoryError:
+            ooms += 1
+            got = node.recovery.attempt(lambda: step(number, count, False), inputs)  # noqa: B023
+        outputs.append(int(got))
+    return {
+        "right": outputs == [n + node.size * (collectives if n in (3, 5) else usual) for n in range(6)],
+        "ooms": ooms,
+        "drained": [one.drained for one in node.recoveries],
+        "epoch": node.recovery.epoch,
+        "seconds": max(one.seconds for one in node.recoveries),
+    }
+
+
+@pytest.mark.parametrize("how", ["fewer", "more", "stumble", "foreseen"])
+def test_a_step_that_cannot_be_drained_is_aborted_and_never_taken_for_good(how: str) -> None:
+    results = on_ranks(2, _unforeseen, how, way="drain", timeout_seconds=120)
+    for result in results:
+        assert result["right"]
+        assert result["ooms"] == 2
+        assert result["drained"] == [how == "foreseen"] * 2
+        assert result["epoch"] == (0 if how == "foreseen" else 2)
+        assert result["seconds"] < 8, "not a whole timeout of 10 s"

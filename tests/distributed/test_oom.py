@@ -14,7 +14,7 @@ def test_every_replica_halves_and_the_result_is_whole(runner: Runner, tmp_path: 
     assert result["batches"] == 13
     assert result["first"] == [float(i) for i in range(100)]
     assert result["sum"] == [2 * i + 0.5 for i in range(100)]
-    assert result["ooms"] >= 1
+    assert result["ooms"] >= 1, "of all ranks: one may have done everything"
 
 
 def test_samples_that_do_not_fit_alone_are_named_and_the_others_are_there(runner: Runner, tmp_path: Path) -> None:

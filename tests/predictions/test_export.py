@@ -184,9 +184,8 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_memory_stays_flat(tmp_path: Path, name: str) -> None:
     width = 2**16 if name == "out.parquet" else 2**12
     directory = make_job(tmp_path / "job", lambda indices: torch.zeros(len(indices), width), num_units=1200)
-    export_predictions(
-        make_job(tmp_path / "warm", lambda indices: torch.zeros(len(indices), 8)), tmp_path / "w.parquet"
-    )
+    warm = make_job(tmp_path / "warm", lambda indices: torch.zeros(len(indices), width), num_units=150)
+    export_predictions(warm, tmp_path / f"warm-{name}")  # the working set, which does not depend on the number of rows
     gc.collect()
     process = psutil.Process()
     before = process.memory_info().rss

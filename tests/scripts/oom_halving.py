@@ -29,13 +29,14 @@ def main() -> None:
     options.add_argument("--too-large", type=float, nargs="*", default=[])
     options = options.parse_args()
     callback = OOMBatchHalving()
-    trainer = quiet_trainer(GPUOrchStrategy(output_dir=options.output), options.devices, callbacks=[callback])
+    strategy = GPUOrchStrategy(output_dir=options.output)
+    trainer = quiet_trainer(strategy, options.devices, callbacks=[callback])
     got = trainer.predict(Limited(3, options.too_large), DataLoader(Rows(100), batch_size=8))
     result = {
         "batches": len(got),
         "first": [value for batch in got for value in batch["first"]],
         "sum": torch.cat([batch["sum"] for batch in got]).tolist(),
-        "ooms": callback.num_ooms,
+        "ooms": sum(strategy.runtime.world.collectives.all_gather_object(callback.num_ooms)),
     }
     if trainer.is_global_zero:
         write_result(options, result)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lightning_gpuorch.distributed import Message, RecoveryLedger
+from lightning_gpuorch.distributed.recovery_ledger import _EXCHANGES_KEPT
 from lightning_gpuorch.distributed.wire import LocalChannel
 from lightning_gpuorch.errors import ControlPlaneTimeoutError, GroupRecoveryError
 
@@ -77,3 +78,61 @@ def test_a_rank_that_is_done_no_longer_watches_and_the_others_do() -> None:
     first.ask("leave")
     assert watched.result(0).header == {"over": True}
     assert not other.done()
+
+
+def test_a_step_is_drained_when_all_others_have_heard_that_it_does_not_count() -> None:
+    ledger = RecoveryLedger()
+    first, second, third = (Rank(ledger, rank, size=3) for rank in range(3))
+    watching = [rank.later("watch", heard=0) for rank in (first, second, third)]
+    drain = first.later("drain", size=3, position=7)
+    assert [one.result(0).header for one in watching] == [{"drained": 7, "heard": 1}] * 3
+    second.later("watch", heard=1)
+    assert not drain.done()
+    again = third.later("drain", size=3, position=7)  # fails in the same step
+    assert not again.done()
+    third.later("watch", heard=1)
+    assert drain.result(0).header == {}
+    assert not again.done(), "the first rank has not said that it has heard"
+    first.later("watch", heard=1)
+    assert again.result(0).header == {}
+    # A later step is another matter, and one who did not listen hears of it when it asks.
+    drain = second.later("drain", size=3, position=9)
+    assert not drain.done()
+    assert first.ask("watch", heard=1) == {"drained": 9, "heard": 2}
+
+
+def test_an_abort_and_an_end_free_who_waits_to_drain() -> None:
+    ledger = RecoveryLedger()
+    first, second = Rank(ledger, 0), Rank(ledger, 1)
+    drain = first.later("drain", size=2, position=1)
+    second.ask("abort", reason="memory, too")
+    assert drain.result(0).header["aborted"]["rank"] == 1
+    assert first.ask("drain", size=2, position=1)["aborted"]["rank"] == 1
+    drain = first.later("drain", epoch=1, size=2, position=2)
+    ledger.end_generation(0, 0)
+    assert drain.result(0).header["error"]["type"] == "GroupRecoveryError"
+    with pytest.raises(GroupRecoveryError):
+        first.ask("drain", epoch=1, size=2, position=2)
+
+
+def test_whether_an_epoch_is_given_up_is_settled_with_the_votes() -> None:
+    ledger = RecoveryLedger()
+    first, second = Rank(ledger, 0), Rank(ledger, 1)
+    first.vote("a"), second.vote("b")
+    # Too late: both have been told that the connections are whole.
+    assert first.ask("abort", reason="impatience", before="votes")["aborted"] is None
+    assert first.vote("c").result(0).header == {"values": ["a", "b"], "aborted": False}
+    # The abort of what comes next counts.
+    assert first.ask("abort", reason="memory", before="votes 1")["aborted"]["rank"] == 0
+    for rank in (first, second):
+        answer = rank.later("exchange", name="votes 1", size=2, value=rank.owner["rank"])
+    assert answer.result(0).header == {"values": [0, 1], "aborted": True}
+
+
+def test_old_exchanges_are_forgotten() -> None:
+    ledger = RecoveryLedger()
+    rank = Rank(ledger, 0, size=1)
+    for number in range(3 * _EXCHANGES_KEPT):
+        rank.ask("exchange", name=f"votes {number}", size=1, value=number)
+    (state,) = ledger._groups.values()
+    assert len(state.exchanges) == _EXCHANGES_KEPT
