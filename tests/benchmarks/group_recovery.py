@@ -37,6 +37,7 @@ from lightning_gpuorch.tensor_parallel import Communicator
 from lightning_gpuorch.tensors import digest, whole
 
 WIDTH, HIDDEN, LAYERS, BATCH = 64, 96, 4, 24
+STEPS_IN_A_ROW = 10
 WAYS = {"drain": math.inf, "abort": 0.0, "measured": None}
 """What connecting anew is said to cost, so that a failed step is always drained, never, or as the measured cost tells."""
 KINDS = ("plain", "dtensor", "compiled")
@@ -281,17 +282,17 @@ def cost_of_a_collective(node: Rank, rounds: int, calls: int) -> dict[str, float
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def cost_of_a_step(node: Rank, rounds: int) -> dict[str, float]:
-    """Seconds of a step as an attempt, and of the same step without the wait for the others' output, in turns.
+def cost_of_a_step(node: Rank, pairs: int) -> dict[str, Any]:
+    """What a step costs more as an attempt: both ways in turns, and what an attempt adds, timed by itself.
 
-    On a machine with other work the wait costs what the scheduler makes of it; CPU time tells what is ours.
+    In turns of ten steps, since a rank that has not waited at the end of a step does so at the beginning of the next.
     """
     torch.manual_seed(0)
     width, tokens = 384, 512
     weights = [torch.randn(width, 4 * width // node.size), torch.randn(4 * width // node.size, width)]
+    x = torch.ones(tokens, width)
 
-    def compute() -> torch.Tensor:
-        x = torch.ones(tokens, width)
+    def compute(x: torch.Tensor) -> torch.Tensor:
         node.same_input(x)
         for _ in range(6):
             y = torch.relu(x @ weights[0]) @ weights[1]
@@ -299,33 +300,54 @@ def cost_of_a_step(node: Rank, rounds: int) -> dict[str, float]:
             x = torch.nn.functional.layer_norm(x + y, (width,))
         return x
 
-    times: dict[str, list[float]] = {"attempt": [], "bare": [], "attempt_cpu": [], "bare_cpu": []}
+    ways = (lambda: node.recovery.attempt(functools.partial(compute, x), x), lambda: compute(x))
+    times = []
+    own: dict[str, list[float]] = {"wait": [], "begin": [], "end": []}
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> None:
+            began = time.perf_counter()
+            function(*args, **kwargs)
+            own[name].append(time.perf_counter() - began)
+
+        return call
+
+    recovery: Any = node.recovery
+    recovery._await_others = timed("wait", recovery._await_others)
+    recovery._traces.begin = timed("begin", recovery._traces.begin)
+    recovery._traces.end = timed("end", recovery._traces.end)
     with torch.no_grad():
-        for number in range(2 * rounds + 2):
-            name = ("attempt", "bare")[number % 2]
-            began, cpu = time.perf_counter(), time.process_time()
-            if name == "attempt":
-                node.recovery.attempt(compute)
-            else:
-                compute()
-            if number > 1:
-                times[name].append(time.perf_counter() - began)
-                times[f"{name}_cpu"].append(time.process_time() - cpu)
-    return {name: statistics.median(values) for name, values in times.items()}
+        for number in range(pairs + 1):
+            pair = [0.0, 0.0]
+            for way in ((0, 1), (1, 0))[number % 2]:
+                began = time.perf_counter()
+                for _ in range(STEPS_IN_A_ROW):
+                    ways[way]()
+                pair[way] = (time.perf_counter() - began) / STEPS_IN_A_ROW
+            times.append((pair[0], pair[1]))
+    medians = {name: statistics.median(values) for name, values in own.items()}
+    return {"times": times[1:], "wait": medians["wait"], "traces": medians["begin"] + 2 * medians["end"]}
 
 
-def run_cost() -> None:
+def run_cost(pairs: int) -> None:
     for result in on_ranks(2, cost_of_a_collective, 40, 100):
         added = result["recoverable"] - result["bare"]
         print(
             f"all-reduce of 4 KiB, 2 ranks, CPU time of the caller: {1e6 * result['recoverable']:.1f} us through the "
             f"recoverable group, {1e6 * result['bare']:.1f} us around it, {1e6 * added:.1f} us more"
         )
-    for result in on_ranks(2, cost_of_a_step, 30):
+    for result in on_ranks(2, cost_of_a_step, pairs):
+        times = result["times"]
+        bare = statistics.median(without for _, without in times)
+        added = sorted(attempt - without for attempt, without in times)
+        half = math.sqrt(pairs)  # ranks of the median's 95% interval lie 0.98 sqrt(n) around the middle
+        low, high = added[max(0, int((pairs - half) / 2))], added[min(pairs - 1, int((pairs + half) / 2))]
         print(
-            f"step with 7 collectives, 2 ranks: {1e3 * result['attempt']:.2f} ms as an attempt, {1e3 * result['bare']:.2f} "
-            f"ms without, ratio {result['attempt'] / result['bare']:.4f}; CPU time {1e3 * result['attempt_cpu']:.2f} and "
-            f"{1e3 * result['bare_cpu']:.2f} ms, ratio {result['attempt_cpu'] / result['bare_cpu']:.4f}"
+            f"step with 7 collectives, 2 ranks, {pairs} pairs of {STEPS_IN_A_ROW} steps: {1e3 * bare:.2f} ms without, as "
+            f"an attempt {1e6 * statistics.median(added):+.0f} us ({statistics.median(added) / bare:+.2%}; the median's "
+            f"95% interval is {low / bare:+.2%} to {high / bare:+.2%}); by itself, the wait for the other rank takes "
+            f"{1e6 * result['wait']:.0f} us ({result['wait'] / bare:.2%}), watching the collectives "
+            f"{1e6 * result['traces']:.0f} us ({result['traces'] / bare:.2%})"
         )
 
 
@@ -423,12 +445,13 @@ def main() -> None:
     options.add_argument("what", choices=["campaign", "cost"])
     options.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4])
     options.add_argument("--faults", type=int, default=200)
+    options.add_argument("--pairs", type=int, default=40, help="of ten steps, for the cost")
     options.add_argument("--kinds", nargs="+", default=list(KINDS))
     options.add_argument("--ways", nargs="+", choices=list(WAYS), default=["measured"])
     options.add_argument("--seed", type=int, default=0)
     chosen = options.parse_args()
     if chosen.what == "cost":
-        run_cost()
+        run_cost(chosen.pairs)
         return
     run_campaign(chosen.ranks, chosen.faults, chosen.kinds, chosen.ways, chosen.seed)
 

@@ -5,6 +5,7 @@ NCCL refuses two ranks on one device by comparing host and bus id; ``NCCL_HOSTID
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import traceback
@@ -33,7 +34,7 @@ DEVICE = torch.device("cuda", 0)
 SIZE, WIDTH, LAYERS, ATTEMPTS, FAULTS = 2, 256, 4, 60, 20
 
 
-def _rank(rank: int, address: str, port: int, how: str, end: Connection) -> None:
+def _rank(rank: int, address: str, port: int, how: str, way: str, end: Connection) -> None:
     try:
         os.environ.update(TWO_RANKS_ON_ONE_GPU, NCCL_HOSTID=f"r{rank}")
         torch.cuda.set_per_process_memory_fraction(0.4, DEVICE)
@@ -42,7 +43,9 @@ def _rank(rank: int, address: str, port: int, how: str, end: Connection) -> None
         group: Any = manager.device_mesh(1, SIZE).get_group("tensor_parallel")
         channel = RemoteChannel(address, "secret")
         owner = {"replica": 0, "generation": 0, "rank": rank}
-        recovery = GroupRecovery(channel, owner, rank, SIZE, group, 30.0)
+        recovery = GroupRecovery(
+            channel, owner, rank, SIZE, group, 30.0, reconnect_seconds={"drain": math.inf, "abort": 0.0}[way]
+        )
         end.send((_work(rank, recovery, group, how), None))
         recovery.close()
         group.wait_until_released(60)
@@ -73,15 +76,18 @@ def _work(rank: int, recovery: GroupRecovery, group: Any, how: str) -> dict[str,
     for number in range(ATTEMPTS):
         faulty = number % (ATTEMPTS // FAULTS) == 0 and (number // 3) % SIZE == rank
         try:
-            output = recovery.attempt(lambda: run(number, faulty))  # noqa: B023 - called at once
+            inputs = torch.empty(64, WIDTH, device="meta")
+            output = recovery.attempt(lambda: run(number, faulty), inputs)  # noqa: B023 - called at once
         except GroupOutOfMemoryError:
             ooms += 1
-            output = recovery.attempt(lambda: run(number, False))  # noqa: B023
+            output = recovery.attempt(lambda: run(number, False), inputs)  # noqa: B023
         outputs.append(output.cpu())
         memory.append(torch.cuda.memory_allocated(DEVICE))
     expected = [recovery.attempt(lambda: run(number, False)).cpu() for number in range(ATTEMPTS)]  # noqa: B023
     return {
         "ooms": ooms,
+        "drained": recovery.num_drains,
+        "epoch": recovery.epoch,
         "equal": sum(torch.equal(one, other) for one, other in zip(outputs, expected, strict=True)),
         "seconds": sorted(seconds),
         "memory_growth_bytes": memory[-1] - memory[ATTEMPTS // 2],
@@ -89,8 +95,9 @@ def _work(rank: int, recovery: GroupRecovery, group: Any, how: str) -> dict[str,
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("way", ["drain", "abort"])
 @pytest.mark.parametrize("how", ["injected", "real"])
-def test_out_of_memory_on_one_rank_is_mended_in_place(how: str) -> None:
+def test_out_of_memory_on_one_rank_is_mended_in_place(how: str, way: str) -> None:
     context = multiprocessing.get_context("spawn")
     server = ControlServer(Head(SIZE), token="secret")
     store = dist.TCPStore("127.0.0.1", 0, SIZE, is_master=True, wait_for_workers=False)
@@ -99,19 +106,23 @@ def test_out_of_memory_on_one_rank_is_mended_in_place(how: str) -> None:
         for rank in range(SIZE):
             here, there = context.Pipe()
             processes.append(
-                context.Process(target=_rank, args=(rank, server.address, store.port, how, there), daemon=True)
+                context.Process(target=_rank, args=(rank, server.address, store.port, how, way, there), daemon=True)
             )
             processes[-1].start()
             there.close()
             ends.append(here)
+        drained = 0
         for rank, end in enumerate(ends):
             assert end.poll(300), f"rank {rank} hangs"
             result, error = end.recv()
             assert error is None, error
+            drained += result["drained"]
+            assert result["epoch"] <= 3 if way == "drain" else result["epoch"] == FAULTS
             print(f"rank {rank}: seconds from the error to ready: {result['seconds']}")
             assert result["ooms"] == FAULTS
             assert result["equal"] == ATTEMPTS
             assert result["memory_growth_bytes"] < 2**20
+        assert drained >= FAULTS - 3 if way == "drain" else drained == 0, "the first ones know too little to drain"
     finally:
         for process in processes:
             process.join(30)
