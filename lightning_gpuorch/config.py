@@ -77,7 +77,7 @@ class OrchestratorConfig:
     enable_dynamic_batching: bool = False
     """Form batches of similar length by a token budget and by what memory allows, instead of a fixed count."""
     max_batch_tokens: int | Literal["auto"] = "auto"
-    """Padded tokens of a dynamic batch; ``auto`` takes 2,048 on the CPU and what fits into memory on a GPU."""
+    """Padded tokens of a dynamic batch; ``auto`` takes 1,024 on the CPU and what fits into memory on a GPU."""
     tensor_parallel_size: int | Literal["auto"] = "auto"
     """Ranks that share one copy of the model; ``auto`` takes the fewest at which its weights, and headroom for
     activations, fit the memory budget of every device."""

@@ -7,6 +7,7 @@ must survive anything go through :class:`~lightning_gpuorch.MultiGPUOrchestrator
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -25,6 +26,8 @@ from lightning_gpuorch.model_setup import ParallelizeFn, has_meta
 from lightning_gpuorch.tensor_parallel import applied_plan, empty_parameters
 
 __all__ = ["GPUOrchStrategy"]
+
+log = logging.getLogger(__name__)
 
 
 class GPUOrchStrategy(StrategyShell, DDPStrategy):  # type: ignore[misc]
@@ -141,6 +144,11 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):  # type: ignore[misc]
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Give this replica its share of a loader."""
+        if self.config.enable_dynamic_batching:
+            log.warning(
+                "enable_dynamic_batching has no effect on a loader from fabric.setup_dataloaders, whose batches are yours "
+                "to loop over; give the loader itself to MultiGPUOrchestrator.predict."
+            )
         return dataloader if self.world_size == 1 else self.runtime.share(dataloader)
 
     def setup_optimizer(self, optimizer: Any) -> Any:

@@ -26,9 +26,7 @@ output leaves this module before it is certain that nobody needs to repeat it.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,7 +39,7 @@ from lightning_gpuorch.batching import is_out_of_memory, release
 from lightning_gpuorch.distributed import Channel
 from lightning_gpuorch.distributed.agreement import Cause, Decision, Verdict, Vote, decide
 from lightning_gpuorch.distributed.collective_trace import StepTraces
-from lightning_gpuorch.distributed.recoverable_group import RecoverableProcessGroup, live_groups
+from lightning_gpuorch.distributed.recoverable_group import RecoverableProcessGroup
 from lightning_gpuorch.errors import (
     CollectiveError,
     CollectiveTimeoutError,
@@ -54,7 +52,7 @@ from lightning_gpuorch.errors import (
     PeerFailedError,
     StepAbortedError,
 )
-from lightning_gpuorch.liveness import current_heartbeat
+from lightning_gpuorch.group_epochs import GroupEpochs, summary, waiting
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +60,6 @@ T = TypeVar("T")
 
 MAX_TRIES = 2
 """Repetitions of one attempt after failed communication, before the replica is restarted."""
-CONNECT_TRIES = 3
-_WATCH_SECONDS = 3600.0
 _RECONNECT_SECONDS = {"cpu": 0.015, "cuda": 0.5}
 """What it takes to connect anew, until it has been measured."""
 _SHORTEST_DRAIN_SECONDS = 1.0
@@ -125,28 +121,22 @@ class GroupRecovery:
         on_recovery: Callable[[Recovery], None] = lambda recovery: None,
         reconnect_seconds: float | None = None,
     ):
-        self._channel, self._rank, self._size, self._group = channel, rank, size, group
+        self._size, self._group = size, group
         self._global_rank = owner["rank"]  # in messages; the group's own numbers mean nothing to a reader
-        self._owner = {**owner, "rank": rank}
         self._timeout_seconds = timeout_seconds
         self.on_recovery = on_recovery
-        self.epoch = 0
         self.num_recoveries = self.num_drains = 0
         self.last: Recovery | None = None
         self._reconnect_seconds = reconnect_seconds
         self._measured_seconds = _RECONNECT_SECONDS[group._device_type]
         self._attempt_seconds = 0.0
         self._traces = StepTraces()
-        self._drained = (-1, -1)
-        """Epoch and number of the last attempt that does not count because a rank drained it."""
-        self._round = 0
         self._position = 0
         self._foreseen: Decision | None = None
         self._agreed: int | None = None
-        self._closed = False
         self._token: torch.Tensor | None = None
-        self._watcher = threading.Thread(target=self._watch, name="gpuorch-recovery", daemon=True)
-        self._watcher.start()
+        name = f"rank {self._global_rank}"
+        self.epochs = GroupEpochs(channel, {**owner, "rank": rank}, size, timeout_seconds, name)
 
     # Steps
 
@@ -194,29 +184,21 @@ class GroupRecovery:
         Args:
             error: Why. What :meth:`attempt` raised is known to them already.
         """
-        if self._agreed == id(error) or self._closed:
+        if self._agreed == id(error) or self.epochs.closed:
             return
         vote = Vote(
             self._global_rank, self._position + 1, Cause.ERROR,
-            message=_text(error), error=type(error).__name__, exit_code=_exit_code(error),
+            message=summary(error), error=type(error).__name__, exit_code=_exit_code(error),
         )  # fmt: skip
         try:
-            self._tell_abort(vote.message)
-            self._exchange(self._votes, vote.to_dict(), wait=False)
+            self.epochs.abort(vote.message)
+            self.epochs.vote(vote.to_dict(), wait=False)
         except ControlPlaneError as lost:  # the head is gone: so are we, soon
             log.debug("rank %d could not say that it leaves: %s", self._global_rank, lost)
 
     def close(self) -> None:
         """Stop watching; safe to call again."""
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            self._call("leave", timeout_seconds=5)
-        except ControlPlaneError as error:
-            log.debug("rank %d could not say that it is done: %s", self._global_rank, error)
-        if threading.current_thread() is not self._watcher:
-            self._watcher.join(5)
+        self.epochs.close()
 
     def _run(self, call: Callable[[], Any], inputs: Any) -> _Run:
         run = _Run()
@@ -246,7 +228,7 @@ class GroupRecovery:
         return run
 
     def _is_drained(self) -> bool:
-        return self._drained == (self.epoch, self._position)
+        return self.epochs.is_drained(self._position)
 
     @property
     def _drain_seconds(self) -> float:
@@ -262,10 +244,9 @@ class GroupRecovery:
         limit = self._drain_seconds
         try:
             # Answered when all ranks know that the attempt does not count, and not before may anything be issued.
-            answer = self._call("drain", size=self._size, position=self._position, timeout_seconds=limit)
-            if "aborted" in answer:
+            if not self.epochs.announce_drain(self._position, limit):
                 return False
-            with _waiting():
+            with waiting():
                 rest.issue(limit)
                 self._await_device(limit)
                 self._await_others(limit)
@@ -303,7 +284,7 @@ class GroupRecovery:
         """Return when every rank has come here, which means that all have computed the attempt."""
         if self._token is None:
             self._token = torch.zeros(1, dtype=torch.int32, device=self._group._device_types[0])
-        with _waiting():
+        with waiting():
             self._group.allreduce([self._token]).wait(timedelta(seconds=limit_seconds))
             self._await_device(limit_seconds)
 
@@ -336,20 +317,18 @@ class GroupRecovery:
     def _agree(self, run: _Run, tries: int) -> Decision:
         cause, error = run.cause, run.error
         assert cause is not None
-        message = "" if cause is Cause.PEER or error is None else _text(error)
+        message = "" if cause is Cause.PEER or error is None else summary(error)
         try:
             if not run.intact:
-                self._tell_abort(f"{cause.value} on rank {self._global_rank}")
+                self.epochs.abort(f"{cause.value} on rank {self._global_rank}")
             vote = Vote(
                 self._global_rank, self._position, cause, run.computed, tries, message, type(error).__name__,
                 _exit_code(error),
             )  # fmt: skip
-            votes, aborted = self._exchange_votes(vote, drained=run.intact and cause is Cause.OUT_OF_MEMORY)
+            votes, aborted = self._vote(vote, drained=run.intact and cause is Cause.OUT_OF_MEMORY)
             decision = decide(votes, MAX_TRIES)
-            if not aborted:
-                self._round += 1
-            elif decision.verdict in (Verdict.COMPLETE, Verdict.RETRY, Verdict.SMALLER):
-                self._connect()
+            if aborted and decision.verdict in (Verdict.COMPLETE, Verdict.RETRY, Verdict.SMALLER):
+                self._measured_seconds = self.epochs.connect()
         except ControlPlaneError as lost:
             raised = GroupRecoveryError(
                 f"rank {self._global_rank} could not agree with the other ranks of its group: {lost}"
@@ -370,108 +349,19 @@ class GroupRecovery:
         self.on_recovery(self.last)
         return decision
 
-    @property
-    def _votes(self) -> str:
-        """Name of the next exchange of votes; an epoch has one per drained step, and one at its end."""
-        return f"votes {self._round}"
-
-    def _exchange_votes(self, vote: Vote, drained: bool) -> tuple[list[Vote], bool]:
+    def _vote(self, vote: Vote, drained: bool) -> tuple[list[Vote], bool]:
         """Get the votes of all ranks, and whether the epoch is given up."""
-        limit = self._drain_seconds if drained else None
+        ballot = vote.to_dict()
         try:
-            votes, aborted = self._exchange(self._votes, vote.to_dict(), limit)
+            votes, aborted = self.epochs.vote(ballot, self._drain_seconds if drained else None)
         except ControlPlaneTimeoutError:
             if not drained:
                 raise
             # The others still communicate: this step is not as it was foretold. That sets them free.
             self._traces.distrust()
-            self._tell_abort(f"{vote.cause.value} on rank {self._global_rank}")
-            votes, aborted = self._exchange(self._votes, vote.to_dict())
+            self.epochs.abort(f"{vote.cause.value} on rank {self._global_rank}")
+            votes, aborted = self.epochs.vote(ballot)
         return [Vote.from_dict(one) for one in votes], aborted
-
-    def _connect(self) -> None:
-        """Make the next epoch's connections; all ranks do the same number of tries."""
-        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.empty_cache()  # NCCL takes its buffers from what is left
-        for _ in range(CONNECT_TRIES):
-            failure, began = "", time.perf_counter()
-            epoch = self.epoch + 1
-            try:
-                for group in live_groups():
-                    if group.size() > 1:
-                        group.rebuild(epoch)
-            except (RuntimeError, OSError, MemoryError) as error:
-                failure = _text(error)
-                release(error)
-            self.epoch, self._round = epoch, 0
-            # Nobody uses the new connections, or gives them up, before everybody has them.
-            failures = [text for text in self._exchange("connected", failure)[0] if text]
-            if not failures:
-                self._measured_seconds = time.perf_counter() - began
-                return
-            log.warning("rank %d: the group could not connect: %s", self._global_rank, failures[0])
-            self._tell_abort(failures[0])
-        raise GroupRecoveryError(f"the group could not connect in {CONNECT_TRIES} tries: {failures[0]}")
-
-    def _tell_abort(self, reason: str) -> None:
-        if self._call("abort", reason=reason, before=self._votes)["aborted"] is not None:
-            self._abort_groups(reason, self.epoch)
-
-    @staticmethod
-    def _abort_groups(reason: str, epoch: int) -> None:
-        for group in live_groups():
-            if group.size() > 1:
-                group.give_up(reason, epoch)
-
-    def _exchange(
-        self, name: str, value: Any, limit_seconds: float | None = None, wait: bool = True
-    ) -> tuple[list[Any], bool]:
-        """What all ranks hand in under this name, and whether the epoch had been given up when the last one did."""
-        # A rank that computes without communicating comes only when its step is over.
-        limit = 2 * self._timeout_seconds if limit_seconds is None else limit_seconds
-        with _waiting():
-            answer = self._call("exchange", name=name, size=self._size, value=value, wait=wait, timeout_seconds=limit)
-        return list(answer.get("values", ())), bool(answer.get("aborted"))
-
-    def _call(self, step: str, timeout_seconds: float | None = None, epoch: int | None = None, **fields: Any) -> Any:
-        header = {
-            "op": "recovery",
-            "step": step,
-            **self._owner,
-            "epoch": self.epoch if epoch is None else epoch,
-            **fields,
-        }
-        timeout = self._timeout_seconds if timeout_seconds is None else timeout_seconds
-        return self._channel.call(header, timeout_seconds=timeout).header
-
-    def _watch(self) -> None:
-        """Give up each epoch as soon as any rank does, and hear which steps do not count.
-
-        On a thread and a connection of its own.
-        """
-        epoch = heard = 0
-        while not self._closed:
-            try:
-                answer = self._call("watch", epoch=epoch, heard=heard, timeout_seconds=_WATCH_SECONDS)
-            except TimeoutError:
-                continue
-            except (GPUOrchError, OSError) as error:  # without the head there is no recovery, and soon no job
-                log.debug("rank %d no longer watches: %s", self._global_rank, error)
-                return
-            if "drained" in answer:
-                self._drained, heard = (epoch, answer["drained"]), answer["heard"]  # the next request says so
-                continue
-            if "aborted" not in answer:
-                return
-            first = answer["aborted"]
-            self._abort_groups(f"{first['reason']}", epoch)
-            epoch, heard = epoch + 1, 0
-
-
-def _waiting() -> contextlib.AbstractContextManager[None]:
-    """Tell whoever judges this rank that it waits for others."""
-    heartbeat = current_heartbeat()
-    return contextlib.nullcontext() if heartbeat is None else heartbeat.waiting()
 
 
 def _cause_of(error: BaseException) -> Cause:
@@ -488,11 +378,6 @@ def _cause_of(error: BaseException) -> Cause:
         seen.add(id(one))
         one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
     return Cause.OUT_OF_MEMORY if is_out_of_memory(error) else Cause.ERROR
-
-
-def _text(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
 
 
 def _exit_code(error: BaseException | None) -> int:

@@ -15,15 +15,16 @@ import torch
 from lightning_gpuorch._version import __version__
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.distributed import Topology
+from lightning_gpuorch.distributed.agreement import Verdict
 from lightning_gpuorch.distributed.recoverable_group import RecoverableProcessGroup, collective_hooks
 from lightning_gpuorch.errors import GPUOrchError, InputMismatchError
-from lightning_gpuorch.group_recovery import GroupRecovery
-from lightning_gpuorch.memory import ResourceAllocator
+from lightning_gpuorch.group_recovery import GroupRecovery, Recovery
+from lightning_gpuorch.memory import ResourceAllocator, keep_freed_memory
 from lightning_gpuorch.memory.transfer import Transfers
 from lightning_gpuorch.prediction_job import PredictionJob, StepWrapper
 from lightning_gpuorch.predictions.loader import SharedLoader
 from lightning_gpuorch.predictions.source import describe
-from lightning_gpuorch.telemetry.current import observe_collective
+from lightning_gpuorch.telemetry.current import observe_collective, observe_retry
 from lightning_gpuorch.telemetry.efficiency import Calibration
 from lightning_gpuorch.telemetry.rank import RankTelemetry
 from lightning_gpuorch.tensor_parallel import Communicator, random_state_digest, synchronize_random_state
@@ -129,6 +130,8 @@ class Runtime:
             torch.cuda.set_device(device)
             self.transfers = Transfers(device, self.allocator.pinned_pool)
         world = self._world = join(self.config, device, external)
+        if device.type == "cpu" and world.supervised:
+            keep_freed_memory()
         self._training, self._placed = training, False
         if world.topology.world_size > 1:
             stage = {"op": "stage", "gang": training, "every_replica": evaluating, **world.owner}
@@ -168,8 +171,17 @@ class Runtime:
         group = self.mesh.get_group("tensor_parallel") if self.mesh is not None else None
         if world.recovery is None and isinstance(group, RecoverableProcessGroup):
             rank, size = world.topology.tensor_parallel_rank, world.topology.tensor_parallel_size
-            world.recovery = GroupRecovery(world.channel, world.owner, rank, size, group, self.config.timeout_sec)
+            world.recovery = GroupRecovery(
+                world.channel, world.owner, rank, size, group, self.config.timeout_sec, self._record_recovery
+            )
             collective_hooks[:] = [_observe_collective]
+
+    def _record_recovery(self, recovery: Recovery) -> None:
+        """Record a step that is repeated because communication failed; the step itself tells of memory that ran out."""
+        decision, topology = recovery.decision, self.world.topology
+        first = min(decision.culprits, default=topology.replica * topology.ranks_per_replica)
+        if decision.verdict is Verdict.RETRY and topology.rank == first:
+            observe_retry(decision.reason, decision.tries, list(decision.culprits), recovery.seconds)
 
     @property
     def topology(self) -> Topology:

@@ -319,6 +319,9 @@ class Supervisor:
         if decision.action is Action.RETIRE_REPLICA:
             blamed = {}  # it is the replica's fault, not that of what it happened to compute
         for member in {r // (size or 1) for r in group}:
+            self._leaving.pop(
+                member, None
+            )  # its device is condemned already: the next generation gets another, or none
             self._link.end_generation(member, generation, blamed, positions)
         self._remember_failure(worker, evidence)
         if self._drain_deadline is not None:
@@ -448,11 +451,11 @@ class Supervisor:
                 self._let_go(rank, evidence)
         for replica, leaving in list(self._leaving.items()):
             if time.monotonic() > leaving.deadline:
-                rank = next(r for r in self._workers if r // (self._state.tensor_parallel_size or 1) == replica)
                 del self._leaving[replica]
-                self._on_failure(
-                    self._workers[rank], FailureKind.GPU_FAILED, f"{leaving.reason}; it did not leave in time"
-                )
+                size = self._state.tensor_parallel_size or 1
+                for rank in [r for r in self._workers if r // size == replica][:1]:  # none if it has ended otherwise
+                    reason = f"{leaving.reason}; it did not leave in time"
+                    self._on_failure(self._workers[rank], FailureKind.GPU_FAILED, reason)
 
     def _let_go(self, rank: int, evidence: str) -> None:
         """Have a replica hand back what it has not begun, and leave before its device fails."""

@@ -206,3 +206,15 @@ def test_training_under_fabric_is_refused():
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ConfigurationError, match="train with Fabric\\(strategy='ddp'\\)"):
         fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_a_plain_fabric_loop_with_dynamic_batching_is_told_that_it_has_none(caplog):
+    from lightning.fabric import Fabric
+
+    world.leave()
+    fabric = Fabric(strategy=FabricStrategy(enable_dynamic_batching=True), devices=1, accelerator="cpu")
+    fabric.launch()
+    with caplog.at_level(logging.WARNING, "lightning_gpuorch"):
+        loader = fabric.setup_dataloaders(DataLoader(torch.arange(6.0).unsqueeze(1), batch_size=4))
+    assert [len(batch) for batch in loader] == [4, 2]
+    assert "enable_dynamic_batching has no effect" in caplog.text

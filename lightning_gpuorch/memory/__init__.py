@@ -10,6 +10,7 @@ from lightning_gpuorch.memory.budget import (
     model_bytes,
     total_memory_bytes,
 )
+from lightning_gpuorch.memory.host import keep_freed_memory
 from lightning_gpuorch.memory.pool import BufferPool
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ModelBytes",
     "ResourceAllocator",
     "check_model_fits",
+    "keep_freed_memory",
     "memory_budget_bytes",
     "memory_summary",
     "model_bytes",

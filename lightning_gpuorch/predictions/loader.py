@@ -27,7 +27,7 @@ BYTES_PER_WINDOW = 256 * 2**20
 """Inputs or outputs of a window, on the host."""
 SECONDS_PER_WINDOW = 20.0
 """Time a window may take: what a death can cost, and what a drain has to wait for."""
-WINDOWS_LEFT_PER_REPLICA = 4
+WINDOWS_LEFT_PER_REPLICA = 2
 """A window takes at most this part of what a replica has still to expect, so that all replicas end together."""
 
 

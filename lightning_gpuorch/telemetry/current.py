@@ -67,6 +67,12 @@ def observe_oom(batch_size: int, retry_batch_size: int | None = None, **fields: 
         _metrics.oom_events.inc()
 
 
+def observe_retry(reason: str, attempt: int, ranks: list[int], seconds: float) -> None:
+    """Record a step of a tensor-parallel group that is repeated in place; see :meth:`RankTelemetry.observe_retry`."""
+    if _rank is not None:
+        _rank.observe_retry(reason, attempt, ranks, seconds)
+
+
 def observe_collective(op: str, seconds: float) -> None:
     """Record a collective that has just completed; see :meth:`RankTelemetry.observe_collective`."""
     if _rank is not None:

@@ -85,6 +85,13 @@ EVENT_SCHEMA: Mapping[str, EventKind] = {
          "lost_samples": "samples that do not fit alone", "recovery_seconds": "from the error to the retry"},
         urgent=True,
     ),
+    "retry": EventKind(
+        "Communication failed in a step of a tensor-parallel group, which is repeated in place.",
+        {"reason": "which ranks left the step, and why"},
+        {"attempt": "times the step was repeated, this one included", "ranks": "global ranks that left it by themselves",
+         "step": "number of the step", "chunk": "chunk index", "recovery_seconds": "from the error to the retry"},
+        urgent=True,
+    ),
     "failure": EventKind(
         "A rank died, got stuck or reported an error.",
         {"reason": "what shows it"},

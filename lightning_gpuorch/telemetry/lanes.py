@@ -11,6 +11,7 @@ from lightning_gpuorch.telemetry.run_summary import Event, RankSummary, RunSumma
 _MANY_RANKS = 16
 _SYMBOLS = {
     "oom": ("oom", "M0 -5L5 4L-5 4Z"),
+    "retry": ("restart", "M-5 -2H1V-5L6 0L1 5V2H-5Z"),
     "failure": ("bad", "M-4 -4L4 4M4 -4L-4 4"),
     "hang": ("bad", "M-4 -4L4 4M4 -4L-4 4"),
     "restart": ("restart", "M-4 -5L5 0L-4 5Z"),
@@ -64,6 +65,7 @@ def describe(incident: Event) -> str:
         why = get("reason", get("why", ""))
         return f"samples {get('start')} to {int(get('stop', 0)) - 1} given up: {why}"
     words = {
+        "retry": "step repeated in place",
         "restart": "restarted",
         "retire": "retired",
         "hang": "stuck",
@@ -132,7 +134,7 @@ def _mark(incident: Event, x: float, y: float, scale: float) -> str:
 
 
 def _legend(kinds: set[str]) -> str:
-    names = {"oom": "out of memory", "failure": "failure", "hang": "stuck", "restart": "restart",
+    names = {"oom": "out of memory", "retry": "step repeated", "failure": "failure", "hang": "stuck", "restart": "restart",
              "retire": "retired", "verdict": "device verdict", "quarantine": "samples given up"}  # fmt: skip
     items = [
         '<span><i class="key work"></i>computing</span>',

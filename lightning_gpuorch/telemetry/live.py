@@ -207,7 +207,12 @@ class LiveView:
             text.append(f", about {duration(left / rate)} left", style="not bold")
         working = sum(not rank.ended and not rank.retired for rank in ranks)
         text.append(f"; {working} of {len(ranks)} ranks at work", style="not bold")
-        for kind, name in (("oom", "out of memory"), ("restart", "restarts"), ("retire", "retired")):
+        for kind, name in (
+            ("oom", "out of memory"),
+            ("retry", "steps repeated"),
+            ("restart", "restarts"),
+            ("retire", "retired"),
+        ):
             if self._counts[kind]:
                 text.append(", ", style="not bold").append(f"{self._counts[kind]} {name}", style="yellow not bold")
         if self.exit_code is not None:

@@ -168,12 +168,26 @@ class RankTelemetry:
         """
         if self.events is not None:
             known = {} if retry_batch_size is None else {"retry_batch_size": retry_batch_size}
-            place = {name: CONTEXT[name] for name in ("step", "chunk") if CONTEXT.get(name) is not None}
-            self.events.record("oom", **{"batch_size": batch_size, **known, **place, **fields})
+            self.events.record("oom", **{"batch_size": batch_size, **known, **_place(), **fields})
         self._trace.add_fault("oom", f"out of memory with {batch_size} samples")
         metrics = current_metrics()
         if metrics is not None:
             metrics.oom_events.inc()
+
+    def observe_retry(self, reason: str, attempt: int, ranks: list[int], seconds: float) -> None:
+        """Record a step of a tensor-parallel group that is repeated, because communication failed.
+
+        Args:
+            reason: Which ranks left the step, and why.
+            attempt: Times it was repeated, this one included.
+            ranks: Global ranks that left it by themselves.
+            seconds: From the error to the retry.
+        """
+        if self.events is not None:
+            self.events.record(
+                "retry", reason=reason, attempt=attempt, ranks=ranks, recovery_seconds=seconds, **_place()
+            )
+        self._trace.add_fault("retry", reason)
 
     def close(self, **fields: Any) -> None:
         """Record the end and write everything; safe to call again.
@@ -210,3 +224,8 @@ class RankTelemetry:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close(**({"reason": f"{kind.__name__}: {error}"} if kind is not None else {}))
+
+
+def _place() -> dict[str, Any]:
+    """Fields of an event that say which step and chunk this rank is at."""
+    return {name: CONTEXT[name] for name in ("step", "chunk") if CONTEXT.get(name) is not None}

@@ -131,6 +131,7 @@ def _tiles(summary: RunSummary) -> str:
         (f"{summary.samples / summary.seconds:,.1f}", "samples per second", ""),
         (str(len(summary.ranks)), f"ranks in {len(replicas)} replicas" if replicas else "ranks", ""),
         (str(summary.count("oom")), "out-of-memory recoveries", "warn"),
+        (str(summary.count("retry")), "steps repeated after failed communication", "warn"),
         (str(summary.count("restart")), "restarts", "warn"),
         (str(summary.count("retire")), "replicas retired", "bad"),
         (f"{sum(stop - start for start, stop, _ in summary.lost):,}", "samples given up", "bad"),

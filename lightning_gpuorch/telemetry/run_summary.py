@@ -12,7 +12,7 @@ from typing import Any
 
 Event = dict[str, Any]
 
-INCIDENT_KINDS = ("oom", "failure", "hang", "restart", "retire", "verdict", "quarantine", "drain")
+INCIDENT_KINDS = ("oom", "retry", "failure", "hang", "restart", "retire", "verdict", "quarantine", "drain")
 
 
 @dataclass

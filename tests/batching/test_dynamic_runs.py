@@ -133,7 +133,7 @@ def test_batches_grow_into_the_memory_and_out_of_memory_is_learned_from(callback
     expected = trainer("auto").predict(Model(), loader)
     model = Model()
     strategy = dynamic(tmp_path, max_batch_tokens="auto", chunk_size=8)
-    with CPUMemoryBudget(80_000, resident=model) as budget:
+    with CPUMemoryBudget(120_000, resident=model) as budget:
         model.output = lambda pooled, ids: (
             _shrink_once(budget, len(model.shapes))
             or {
@@ -143,7 +143,7 @@ def test_batches_grow_into_the_memory_and_out_of_memory_is_learned_from(callback
         )
         got = trainer(strategy, callbacks=callbacks).predict(model, loader)
         assert_same(got, expected)
-    # One batch that does not fit may be halved several times; what the writer still holds counts as memory, too.
+    # One batch that does not fit may be halved several times; what window and writer hold counts as memory, too.
     assert 1 <= budget.num_ooms <= 12
     assert max(rows for rows, _ in model.shapes) > 8
     assert model.shapes[0][0] == 1, "the first batch is a careful one"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import psutil
 import pytest
 
 from lightning_gpuorch import read_predictions
-from lightning_gpuorch.errors import EXIT_DATA_MISSING
+from lightning_gpuorch.errors import EXIT_DATA_MISSING, EXIT_RESUMABLE
 from tests.conftest import Runner
 
 SCRIPT = "dynamic.py"
@@ -23,16 +24,20 @@ def steps_in(directory: Path) -> list[list[object]]:
     return [json.loads(line) for path in directory.glob("steps-*") for line in path.read_text().splitlines()]
 
 
+def _wait_for_steps(runner: Runner, process: subprocess.Popen[bytes], logs: Path, count: int) -> None:
+    deadline = time.monotonic() + 90
+    while len(steps_in(logs)) < count:
+        assert process.poll() is None, runner.log_of(process)
+        assert time.monotonic() < deadline, runner.log_of(process)
+        time.sleep(0.05)
+
+
 def test_killed_and_resumed_with_another_number_of_devices(runner: Runner, tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     logs.mkdir()
     options = ("--samples", 3000, "--log", logs / "steps", "--output", tmp_path / "out", "--tokens", 64)
     process = runner.start(SCRIPT, *options, "--devices", 2, "--slow", 0.02)
-    deadline = time.monotonic() + 90
-    while len(steps_in(logs)) < 60:
-        assert process.poll() is None, runner.log_of(process)
-        assert time.monotonic() < deadline, runner.log_of(process)
-        time.sleep(0.05)
+    _wait_for_steps(runner, process, logs, 60)
     workers = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     runner.wait(process)
@@ -47,6 +52,25 @@ def test_killed_and_resumed_with_another_number_of_devices(runner: Runner, tmp_p
     assert sum(len(index) for _, index, _ in result["steps"]) == before, "nothing durable was computed again"
     sizes = {shape[0] for _, _, shape in result["steps"]}
     assert len(sizes) > 3, "batches differ in size"
+
+
+def test_sigterm_keeps_all_that_was_computed(runner: Runner, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    options = ("--samples", 3000, "--log", logs / "steps", "--output", tmp_path / "out", "--tokens", 64, "--devices", 2)
+    process = runner.start(SCRIPT, *options, "--slow", 0.01)
+    _wait_for_steps(runner, process, logs, 40)
+    process.send_signal(signal.SIGTERM)
+    assert runner.wait(process) == EXIT_RESUMABLE
+    computed = {sample for _, index, _ in steps_in(logs) for sample in index}
+    missing = set(read_predictions(tmp_path / "out", allow_missing=True).missing)
+    assert missing == set(range(3000)) - computed
+    assert missing
+    for path in logs.iterdir():
+        path.unlink()
+    result = runner.run(SCRIPT, *options).result
+    assert result["equal"]
+    assert {sample for _, index, _ in result["steps"] for sample in index} == missing
 
 
 def test_replicas_with_different_memory_get_different_batches(runner: Runner, tmp_path: Path) -> None:

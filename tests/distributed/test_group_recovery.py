@@ -11,13 +11,18 @@ import torch.distributed as dist
 
 from lightning_gpuorch import read_predictions
 from lightning_gpuorch.errors import EXIT_DATA_MISSING, GroupOutOfMemoryError
+from lightning_gpuorch.telemetry import read_events
+from lightning_gpuorch.telemetry.event_schema import check_event
 from tests.benchmarks.group_recovery import KINDS, Rank, campaigns, on_ranks
 from tests.conftest import Runner
 
 
-def test_one_rank_out_of_memory_cut_off_and_late_and_nothing_is_restarted(runner: Runner) -> None:
+def test_one_rank_out_of_memory_cut_off_and_late_and_nothing_is_restarted(runner: Runner, tmp_path: Path) -> None:
     faults = ["connection:16:2", "late:40:1"]
-    result = runner.run("tp_faults.py", "--tp", 2, "--budget", "--timeout", 3, "--faults", *faults).result
+    out = tmp_path / "out"
+    result = runner.run(
+        "tp_faults.py", "--tp", 2, "--budget", "--timeout", 3, "--faults", *faults, "--output", out
+    ).result
     assert result["difference"] < 1e-5
     assert result["order"]
     assert result["batches"] == 8
@@ -27,6 +32,12 @@ def test_one_rank_out_of_memory_cut_off_and_late_and_nothing_is_restarted(runner
     assert first["ooms"] >= 2
     assert first["splits"] == 8
     assert first["recoveries"] == first["ooms"] + 3
+    (run,) = (out / "runs").iterdir()
+    events, _ = read_events(run / "events")
+    retries = [event for event in events if event["kind"] == "retry"]
+    assert len(retries) == 3
+    assert [event["attempt"] for event in retries] == [1, 2, 1]
+    assert all(event["reason"] and not check_event(event) for event in retries)
 
 
 def test_a_sample_that_does_not_fit_alone_is_given_up_by_all_ranks_together(runner: Runner, tmp_path: Path) -> None:
@@ -103,7 +114,7 @@ def _unforeseen(node: Rank, how: str) -> dict[str, Any]:
         "right": outputs == [n + node.size * (collectives if n in (3, 5) else usual) for n in range(6)],
         "ooms": ooms,
         "drained": [one.drained for one in node.recoveries],
-        "epoch": node.recovery.epoch,
+        "epoch": node.recovery.epochs.number,
         "seconds": max(one.seconds for one in node.recoveries),
     }
 

@@ -87,7 +87,7 @@ def _work(rank: int, recovery: GroupRecovery, group: Any, how: str) -> dict[str,
     return {
         "ooms": ooms,
         "drained": recovery.num_drains,
-        "epoch": recovery.epoch,
+        "epoch": recovery.epochs.number,
         "equal": sum(torch.equal(one, other) for one, other in zip(outputs, expected, strict=True)),
         "seconds": sorted(seconds),
         "memory_growth_bytes": memory[-1] - memory[ATTEMPTS // 2],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,6 +14,9 @@ from lightning_gpuorch.callbacks import GPUHealthMonitor, PrometheusMetrics
 from lightning_gpuorch.pytorch import GPUOrchStrategy
 from lightning_gpuorch.testing.nvml import FakeNVML, attach
 
+HOLD = Path(sys.argv[3] + ".hold")
+"""As long as this file is there, rank 1 does not come out of its step."""
+
 
 class Slow(LightningModule):
     def __init__(self) -> None:
@@ -21,6 +25,8 @@ class Slow(LightningModule):
 
     def predict_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         time.sleep(0.02)  # so that there is a job left when the GPU fails
+        while self.global_rank == 1 and HOLD.exists():
+            time.sleep(0.02)
         return batch[0] * 2
 
 

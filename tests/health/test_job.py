@@ -50,3 +50,23 @@ def test_a_sick_gpu_retires_its_replica_and_every_prediction_is_there(
         assert len(chunks) == len(set(chunks)), "what the replica held was finished, not computed again"
     temperatures = {e["rank"] for e in events if e["kind"] == "device" and e.get("temperature_celsius") == 45}
     assert temperatures == {0, 1}
+
+
+def test_a_replica_that_does_not_leave_a_gpu_about_to_fail_is_ended(
+    runner: Runner, tmp_path: Path, fake_library: Path
+) -> None:
+    gpus = FakeNVML(tmp_path, num_gpus=4, library=fake_library)
+    output, hold = tmp_path / "out", tmp_path / "out.hold"
+    environment = {"GPUORCH_EXIT_TIMEOUT_SEC": "1"}
+    process = runner.start(str(SCRIPT), gpus.library, gpus.state_file, output, environment=environment)
+    eventually(lambda: len(list(output.glob("dataloader_0/*.gpq"))) >= 4 or process.poll() is not None, 90)
+    hold.touch()
+    gpus.send_xid(1, 145)
+    assert runner.wait(process, 90) == 0, runner.log_of(process)
+    assert [float(sample) for sample in read_predictions(output).samples()] == [2.0 * i for i in range(2000)]
+    (records,) = (output / "runs").iterdir()
+    events, _ = read_events(records / "events")
+    (retired,) = (event for event in events if event["kind"] == "retire")
+    assert retired["replica"] == 1
+    assert "xid_145" in retired["reason"]
+    assert "did not leave in time" in retired["reason"]

@@ -71,6 +71,8 @@ def write_run(directory: Path, *, num_ranks: int = 4, tensor_parallel_size: int 
         if rank == 0:
             add(source, seconds * 0.2, "oom", **who, batch_size=64, retry_batch_size=32, step=210)
             add(source, seconds * 0.3, "oom", **who, batch_size=48, retry_batch_size=24, step=390)
+            add(source, seconds * 0.6, "retry", **who, reason="rank 0: CollectiveError: all_reduce failed", attempt=1,
+                ranks=[0], recovery_seconds=0.02)  # fmt: skip
         if rank == 3 % num_ranks:
             add(source, seconds * 0.8, "verdict", **who, verdict="degraded", previous="healthy", device="GPU-3",
                 evidence=["temperature: 87 degrees Celsius, slowdown at 87"])  # fmt: skip

@@ -34,7 +34,7 @@ def test_it_shows_the_job_at_a_glance(events: list[dict[str, Any]]) -> None:
     assert lines[0] == "gpuorch run embed_text.py --devices 4"
     assert "of 516,000 samples, 2," in lines[1]  # three replicas of 800 per second; the fourth is retired
     assert "6 of 8 ranks at work" in text
-    assert "2 out of memory, 1 restarts, 1 retired" in text.replace("\n", " ")
+    assert "2 out of memory, 1 steps repeated, 1 restarts, 1 retired" in " ".join(text.split())
     by_rank = {line.split()[0]: line for line in lines if line.strip() and line.split()[0].isdigit()}
     assert by_rank["7"].rstrip().endswith("retired")
     assert "device degraded" in by_rank["3"]
