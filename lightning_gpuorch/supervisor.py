@@ -319,9 +319,8 @@ class Supervisor:
         if decision.action is Action.RETIRE_REPLICA:
             blamed = {}  # it is the replica's fault, not that of what it happened to compute
         for member in {r // (size or 1) for r in group}:
-            self._leaving.pop(
-                member, None
-            )  # its device is condemned already: the next generation gets another, or none
+            # Its device is condemned already: the next generation gets another one, or none.
+            self._leaving.pop(member, None)
             self._link.end_generation(member, generation, blamed, positions)
         self._remember_failure(worker, evidence)
         if self._drain_deadline is not None:
@@ -453,7 +452,8 @@ class Supervisor:
             if time.monotonic() > leaving.deadline:
                 del self._leaving[replica]
                 size = self._state.tensor_parallel_size or 1
-                for rank in [r for r in self._workers if r // size == replica][:1]:  # none if it has ended otherwise
+                rank = next((r for r in self._workers if r // size == replica), None)
+                if rank is not None:  # else it has ended in another way
                     reason = f"{leaving.reason}; it did not leave in time"
                     self._on_failure(self._workers[rank], FailureKind.GPU_FAILED, reason)
 
