@@ -452,10 +452,9 @@ class Supervisor:
             if time.monotonic() > leaving.deadline:
                 del self._leaving[replica]
                 size = self._state.tensor_parallel_size or 1
-                rank = next((r for r in self._workers if r // size == replica), None)
-                if rank is not None:  # else it has ended in another way
-                    reason = f"{leaving.reason}; it did not leave in time"
-                    self._on_failure(self._workers[rank], FailureKind.GPU_FAILED, reason)
+                late = next((self._workers[r] for r in self._workers if r // size == replica), None)
+                if late is not None:  # else it has ended in another way
+                    self._on_failure(late, FailureKind.GPU_FAILED, f"{leaving.reason}; it did not leave in time")
 
     def _let_go(self, rank: int, evidence: str) -> None:
         """Have a replica hand back what it has not begun, and leave before its device fails."""
