@@ -213,8 +213,8 @@ class GroupRecovery:
         except Exception as error:  # noqa: BLE001 - every cause has to be agreed on; the step's own are raised again
             run.left_at, run.error = time.perf_counter(), error
             run.cause = _cause_of(error)
-            if run.cause is Cause.ERROR and self._is_drained():
-                run.cause = Cause.PEER  # it had zeros to compute with
+            if run.cause is Cause.ERROR and (self._is_drained() or self._is_garbled()):
+                run.cause = Cause.PEER  # it had zeros or garbage to compute with
             if run.cause is not Cause.ERROR:
                 release(error)  # its frames hold the step's activations
         else:
@@ -229,6 +229,10 @@ class GroupRecovery:
 
     def _is_drained(self) -> bool:
         return self.epochs.is_drained(self._position)
+
+    def _is_garbled(self) -> bool:
+        """Whether collectives of this attempt may have been cut off without a word, as NCCL's are."""
+        return self._group._device_type == "cuda" and self._group.aborted is not None
 
     @property
     def _drain_seconds(self) -> float:

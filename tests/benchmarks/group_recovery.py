@@ -2,6 +2,8 @@
 
 python -m tests.benchmarks.group_recovery campaign --ranks 2 3 4 --faults 200 --ways drain abort measured
 python -m tests.benchmarks.group_recovery cost
+
+With ``--backend nccl`` all ranks share the first GPU, and memory really runs out.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from lightning_gpuorch.group_recovery import GroupRecovery, Recovery
 from lightning_gpuorch.head import Head
 from lightning_gpuorch.tensor_parallel import Communicator
 from lightning_gpuorch.tensors import digest, whole
+from lightning_gpuorch.testing.shared_gpu import share_gpu
 
 WIDTH, HIDDEN, LAYERS, BATCH = 64, 96, 4, 24
 STEPS_IN_A_ROW = 10
@@ -73,10 +76,10 @@ class PlainBlock(nn.Module):
         return x + self.communicator.all_reduce(nn.functional.linear(hidden, self.down_weight)) + self.down_bias
 
 
-def make_model(kind: str, mesh: Any) -> nn.Module:
+def make_model(kind: str, mesh: Any, device: torch.device) -> nn.Module:
     """The same weights on every rank, cut by the kind's own means."""
     torch.manual_seed(0)
-    blocks = [Block() for _ in range(LAYERS)]
+    blocks = [Block().to(device) for _ in range(LAYERS)]
     axis = mesh["tensor_parallel"]
     if kind == "dtensor":
         for block in blocks:
@@ -91,11 +94,12 @@ def make_model(kind: str, mesh: Any) -> nn.Module:
 
 
 class Injector:
-    """Raises out-of-memory errors where it is told to."""
+    """Has memory run out where it is told to; on the CPU there is only the error."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, device: torch.device):
         self.place: str | None = None
         self.countdown = 0
+        self._device = device
         for layer in model:
             layer.register_forward_pre_hook(lambda *_: self._at("before"))
             layer.register_forward_hook(lambda *_: self._at("after"))
@@ -121,6 +125,8 @@ class Injector:
         self.countdown -= 1
         if self.countdown < 0:
             self.place = None
+            if self._device.type == "cuda":
+                torch.empty(2**45, dtype=torch.uint8, device=self._device)
             raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
 
 
@@ -128,13 +134,25 @@ class Rank:
     """One rank of a group with everything it needs."""
 
     def __init__(
-        self, rank: int, size: int, address: str, store_port: int, way: str = "measured", timeout_seconds: float = 10.0
+        self,
+        rank: int,
+        size: int,
+        address: str,
+        store_port: int,
+        way: str = "measured",
+        timeout_seconds: float = 10.0,
+        backend: str = "gloo",
     ):
+        self.device = torch.device("cpu")
+        if backend == "nccl":
+            share_gpu(rank)
+            self.device = torch.device("cuda", 0)
+            torch.cuda.set_per_process_memory_fraction(0.9 / size, self.device)
         torch.set_num_threads(1)
         logging.getLogger("lightning_gpuorch").setLevel(logging.ERROR)  # hundreds of faults are not news here
         freeze_objects()  # as a worker does
         self.rank, self.size = rank, size
-        self.manager = ProcessGroupManager("gloo", timeout_seconds, torch.device("cpu"), recoverable=True)
+        self.manager = ProcessGroupManager(backend, timeout_seconds, self.device, recoverable=True)
         store = self.manager.create_store("127.0.0.1", store_port, False, size)
         self.manager.initialize(rank, size, store=store, is_replica=True)
         self.mesh = self.manager.device_mesh(1, size)
@@ -153,7 +171,7 @@ class Rank:
         )
 
     def same_input(self, batch: torch.Tensor) -> None:
-        mine = torch.tensor([digest(batch)])
+        mine = torch.tensor([digest(batch)], device=self.device)
         digests = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(digests, mine, group=self.group)
         assert len({int(value) for value in digests}) == 1, "the ranks cut the batch in different ways"
@@ -188,9 +206,9 @@ def usage() -> dict[str, int]:
 def campaign(node: Rank, faults: int, kind: str, seed: int) -> dict[str, Any]:
     """Inject faults on any subset of ranks; every rank draws the same ones."""
     draw, rank = random.Random(f"{seed}/{kind}"), node.rank
-    model = make_model(kind, node.mesh)
-    data = torch.randn(512, WIDTH, generator=torch.Generator().manual_seed(1))
-    injector = Injector(model)
+    model = make_model(kind, node.mesh, node.device)
+    data = torch.randn(512, WIDTH, generator=torch.Generator().manual_seed(1)).to(node.device)
+    injector = Injector(model, node.device)
     outputs: list[tuple[int, torch.Tensor]] = []
     parts: list[list[int]] = []
     waits: list[float] = []
@@ -270,7 +288,7 @@ def campaign(node: Rank, faults: int, kind: str, seed: int) -> dict[str, Any]:
 
 def cost_of_a_collective(node: Rank, rounds: int, calls: int) -> dict[str, float]:
     """CPU seconds of the calling thread per all-reduce, through the recoverable group and around it, in turns."""
-    tensor, options = torch.zeros(1024), dist.AllreduceOptions()
+    tensor, options = torch.zeros(1024, device=node.device), dist.AllreduceOptions()
     inner = node.group._inner.group  # type: ignore[union-attr]
     times: dict[str, list[float]] = {"recoverable": [], "bare": []}
     for number in range(2 * rounds):
@@ -279,6 +297,8 @@ def cost_of_a_collective(node: Rank, rounds: int, calls: int) -> dict[str, float
         for _ in range(calls):
             group.allreduce([tensor], options).wait()  # type: ignore[union-attr]
         times[name].append((time.thread_time() - began) / calls)
+        if node.device.type == "cuda":
+            torch.cuda.synchronize(node.device)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -289,8 +309,9 @@ def cost_of_a_step(node: Rank, pairs: int) -> dict[str, Any]:
     """
     torch.manual_seed(0)
     width, tokens = 384, 512
-    weights = [torch.randn(width, 4 * width // node.size), torch.randn(4 * width // node.size, width)]
-    x = torch.ones(tokens, width)
+    inner = 4 * width // node.size
+    weights = [torch.randn(shape).to(node.device) for shape in ((width, inner), (inner, width))]
+    x = torch.ones(tokens, width, device=node.device)
 
     def compute(x: torch.Tensor) -> torch.Tensor:
         node.same_input(x)
@@ -322,21 +343,21 @@ def cost_of_a_step(node: Rank, pairs: int) -> dict[str, Any]:
             for way in ((0, 1), (1, 0))[number % 2]:
                 began = time.perf_counter()
                 for _ in range(STEPS_IN_A_ROW):
-                    ways[way]()
+                    ways[way]().cpu()  # a step's output goes to the host
                 pair[way] = (time.perf_counter() - began) / STEPS_IN_A_ROW
             times.append((pair[0], pair[1]))
     medians = {name: statistics.median(values) for name, values in own.items()}
     return {"times": times[1:], "wait": medians["wait"], "traces": medians["begin"] + 2 * medians["end"]}
 
 
-def run_cost(pairs: int) -> None:
-    for result in on_ranks(2, cost_of_a_collective, 40, 100):
+def run_cost(pairs: int, backend: str) -> None:
+    for result in on_ranks(2, cost_of_a_collective, 40, 100, backend=backend):
         added = result["recoverable"] - result["bare"]
         print(
             f"all-reduce of 4 KiB, 2 ranks, CPU time of the caller: {1e6 * result['recoverable']:.1f} us through the "
             f"recoverable group, {1e6 * result['bare']:.1f} us around it, {1e6 * added:.1f} us more"
         )
-    for result in on_ranks(2, cost_of_a_step, pairs):
+    for result in on_ranks(2, cost_of_a_step, pairs, backend=backend):
         times = result["times"]
         bare = statistics.median(without for _, without in times)
         added = sorted(attempt - without for attempt, without in times)
@@ -357,10 +378,18 @@ def campaigns(node: Rank, faults: int, kinds: tuple[str, ...], seed: int) -> lis
 
 
 def _serve(
-    rank: int, size: int, address: str, port: int, way: str, work: str, arguments: tuple[Any, ...], end: Connection
+    rank: int,
+    size: int,
+    address: str,
+    port: int,
+    way: str,
+    backend: str,
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    end: Connection,
 ) -> None:
     try:
-        node = Rank(rank, size, address, port, way)
+        node = Rank(rank, size, address, port, way, backend=backend)
         result = work(node, *arguments)
         node.close()
         end.send((result, None))
@@ -369,7 +398,12 @@ def _serve(
 
 
 def on_ranks(
-    size: int, work: Callable[..., Any], *arguments: Any, way: str = "measured", timeout_seconds: float = 600.0
+    size: int,
+    work: Callable[..., Any],
+    *arguments: Any,
+    way: str = "measured",
+    backend: str = "gloo",
+    timeout_seconds: float = 600.0,
 ) -> list[Any]:
     """Run ``work(node, *arguments)`` on ranks with a head outside of them; give the results by rank."""
     context = multiprocessing.get_context("spawn")
@@ -382,7 +416,7 @@ def on_ranks(
             processes.append(
                 context.Process(
                     target=_serve,
-                    args=(rank, size, server.address, store.port, way, work, arguments, there),
+                    args=(rank, size, server.address, store.port, way, backend, work, arguments, there),
                     daemon=True,
                 )
             )
@@ -414,10 +448,10 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def run_campaign(sizes: list[int], faults: int, kinds: list[str], ways: list[str], seed: int) -> None:
+def run_campaign(sizes: list[int], faults: int, kinds: list[str], ways: list[str], seed: int, backend: str) -> None:
     for size in sizes:
         for kind, way in itertools.product(kinds, ways):
-            results = on_ranks(size, campaign, faults, kind, seed, way=way)
+            results = on_ranks(size, campaign, faults, kind, seed, way=way, backend=backend)
             first = results[0]
             seconds = [value for result in results for value in result["seconds"]]
             waits = [value for result in results for value in result["until_retry_seconds"]]
@@ -429,7 +463,7 @@ def run_campaign(sizes: list[int], faults: int, kinds: list[str], ways: list[str
                 for values in (seconds, waits)
             )
             print(
-                f"{size} ranks, {kind}, {way}: {first['injected']} batches with injected faults, "
+                f"{size} ranks, {backend}, {kind}, {way}: {first['injected']} batches with injected faults, "
                 f"{sum(result['own'] for result in results)} errors, {first['recoveries']} recoveries, {first['drained']} "
                 f"of them by drain; {first['cut']} batches cut; outputs equal to the undisturbed ones: "
                 f"{[result['equal'] for result in results]}; same on all ranks: "
@@ -448,12 +482,13 @@ def main() -> None:
     options.add_argument("--pairs", type=int, default=40, help="of ten steps, for the cost")
     options.add_argument("--kinds", nargs="+", default=list(KINDS))
     options.add_argument("--ways", nargs="+", choices=list(WAYS), default=["measured"])
+    options.add_argument("--backend", choices=["gloo", "nccl"], default="gloo")
     options.add_argument("--seed", type=int, default=0)
     chosen = options.parse_args()
     if chosen.what == "cost":
-        run_cost(chosen.pairs)
+        run_cost(chosen.pairs, chosen.backend)
         return
-    run_campaign(chosen.ranks, chosen.faults, chosen.kinds, chosen.ways, chosen.seed)
+    run_campaign(chosen.ranks, chosen.faults, chosen.kinds, chosen.ways, chosen.seed, chosen.backend)
 
 
 if __name__ == "__main__":

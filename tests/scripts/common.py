@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import warnings
 from typing import Any
 
@@ -34,13 +35,22 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+def accelerator(kind: str) -> Any:
+    """For the Trainer or Fabric: the CPU, or all ranks on the first GPU if the environment has ``SHARE_GPU``."""
+    if "SHARE_GPU" not in os.environ:
+        return "cpu"
+    from lightning_gpuorch.testing import shared_gpu
+
+    return getattr(shared_gpu, f"{kind}SharedGPU")()
+
+
 def quiet_trainer(strategy: Any, devices: int, **options: Any) -> pl.Trainer:
     defaults = {
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "accelerator": "cpu",
+        "accelerator": accelerator("Trainer"),
     }
     return pl.Trainer(strategy=strategy, devices=devices, **{**defaults, **options})
 

@@ -25,7 +25,7 @@ KINDS = {
     "tuple": lambda x: (x, x.sum(1)),
     "strings": lambda x: [f"row {int(v)}" for v in x[:, 0]],
     "dataclass": lambda x: Boxes(x, [int(v) for v in x[:, 0]]),
-    "nested": lambda x: {"p": Point(x, [{"deep": x[:, :1]}, None, 3.5]), "n": x.numpy().astype(np.float16)},
+    "nested": lambda x: {"p": Point(x, [{"deep": x[:, :1]}, None, 3.5]), "n": x.cpu().numpy().astype(np.float16)},
     "encoding": lambda x: BatchEncoding({"input_ids": x.long(), "attention_mask": torch.ones_like(x)}),
     "bfloat16": lambda x: x.to(torch.bfloat16),
 }

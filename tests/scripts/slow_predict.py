@@ -30,7 +30,7 @@ class Model(pl.LightningModule):
         if rank == options.victim and self.steps == options.at and self._once():
             self._harm(options.harm)  # before the collective: its peers wait in it
         if options.tp > 1 and not options.no_collectives:
-            torch.distributed.all_reduce(torch.ones(1))
+            torch.distributed.all_reduce(torch.ones(1, device=self.device))
         self.steps += 1
         with open(options.notes, "a") as notes:
             notes.write(f"{rank} {os.getpid()} {time.monotonic():.4f} {batch_idx}\n")
@@ -57,6 +57,8 @@ class Model(pl.LightningModule):
         elif kind == "hang":
             while True:
                 time.sleep(1)
+        elif kind == "device":  # an assertion of a kernel: nothing works on the device any more in this process
+            torch.ones(1, device=self.device)[torch.ones(1, dtype=torch.long, device=self.device)].item()
         elif kind == "gil":
             import ctypes
 

@@ -2,7 +2,7 @@
 
 import lightning.pytorch as pl
 import torch
-from common import parser, quiet_trainer, write_result
+from common import accelerator, parser, quiet_trainer, write_result
 from lightning.fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
@@ -50,7 +50,7 @@ def main():
     result["local_rows"] = model.blocks[0].up.weight.shape[0]
 
     strategy = lightning_gpuorch.GPUOrchStrategy(tensor_parallel_size=options.tp, example_input=data[:2])
-    fabric = Fabric(strategy=strategy, devices=options.devices, accelerator="cpu")
+    fabric = Fabric(strategy=strategy, devices=options.devices, accelerator=accelerator("Fabric"))
     fabric.launch()
     orchestrator = lightning_gpuorch.MultiGPUOrchestrator(fabric=fabric)
     orchestrator.initialize()
