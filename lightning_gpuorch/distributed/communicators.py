@@ -8,9 +8,11 @@ broken under it. ``abort()`` of torch's gloo backend does not do that while anyt
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol
@@ -98,8 +100,6 @@ class GlooCommunicator:
 
         Never longer than a slice inside of the backend: gloo does not wake a sender whose connection has died.
         """
-        import time
-
         while True:
             try:
                 work.wait(self._slice)
@@ -191,8 +191,22 @@ class NCCLCommunicator:
         self.group: ProcessGroup | None = ProcessGroup(store, rank, size)
         self.group._set_default_backend(ProcessGroup.BackendType.NCCL)
         self.group._register_backend(device, ProcessGroup.BackendType.NCCL, self._backend)
-        # Now rather than at the first collective: what cannot be connected shows here, where it can be tried again.
+        # Now rather than at the first collective: what cannot be connected shows here, where it can be tried again, and
+        # nobody gives up connections that are only half made.
         self._backend.eager_connect_single_device(device)
+        self._speak(device, timeout_seconds)
+
+    def _speak(self, device: torch.device, timeout_seconds: float) -> None:
+        """Complete a first collective: only then is everything connected."""
+        assert self.group is not None
+        work = self.group.allreduce([torch.zeros(1, device=device)], dist.AllreduceOptions())
+        deadline = time.monotonic() + timeout_seconds
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                self.abort()
+                raise TimeoutError(f"the ranks of the group are not connected after {timeout_seconds:g} s")
+            time.sleep(2e-4)
+        work.wait()
 
     def wait(self, work: dist.Work, given_up: Callable[[], str | None], deadline: float) -> None:
         """Let the current stream wait; the host goes on, as NCCL's users expect.
@@ -227,7 +241,11 @@ NCCL_SETTINGS = {
 }
 
 
-def prepare_nccl() -> None:
-    """Set what an abortable NCCL needs, where the user has not; before the first use of NCCL in this process."""
-    for name, value in NCCL_SETTINGS.items():
+def prepare_nccl(timeout_seconds: float) -> None:
+    """Set what an abortable NCCL needs, where the user has not; before the first use of NCCL in this process.
+
+    Args:
+        timeout_seconds: Longest wait for the other ranks while connections are made.
+    """
+    for name, value in {**NCCL_SETTINGS, "TORCH_NCCL_NONBLOCKING_TIMEOUT": str(math.ceil(timeout_seconds))}.items():
         os.environ.setdefault(name, value)

@@ -71,7 +71,7 @@ def _create_gloo(store: Store, rank: int, size: int, timeout: timedelta) -> Reco
 
 
 def _create_nccl(store: Store, rank: int, size: int, timeout: timedelta) -> RecoverableProcessGroup:
-    prepare_nccl()
+    prepare_nccl(timeout.total_seconds())
     return RecoverableProcessGroup(NCCLCommunicator, store, rank, size, timeout)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_gpuorch.errors import TensorParallelError
 from lightning_gpuorch.tensor_parallel.anatomy import Anatomy, ModelCall
@@ -225,6 +226,7 @@ class StubbedModel(StubInstaller):
             stack.enter_context(self.installed(on_call, {}, plan=plan, rank=rank))
             stack.enter_context(self._patched(plan, rank))
             stack.enter_context(learning or contextlib.nullcontext())
+            stack.enter_context(_NoHeadlessAttention())
             try:
                 result = self._run_model() if scope is None else self._run_scope(scope)
             except (Deviation, WeightReadDirectly):
@@ -289,6 +291,20 @@ class StubbedModel(StubInstaller):
                 stack.callback(_restore, module.__dict__, "forward", module.__dict__.get("forward", _ABSENT))
                 module.__dict__["forward"] = _under_rules(module.forward, rules, rank)
             yield
+
+
+class _NoHeadlessAttention(TorchFunctionMode):
+    """Refuses attention of some heads over none, at which torch 2.11 does not raise but divides by zero and dies."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            operands = (*args[:3], *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))
+            if len({bool(operand.numel()) for operand in operands}) > 1:
+                raise Deviation("", f"attention over tensors of shape {[tuple(one.shape) for one in operands]}")
+        return func(*args, **kwargs)
 
 
 _ABSENT = object()

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_gpuorch import world
 from lightning_gpuorch.callbacks import OOMBatchHalving
+from lightning_gpuorch.errors import MissingPredictionsError
 from lightning_gpuorch.memory import BufferPool, ResourceAllocator
 from lightning_gpuorch.memory.transfer import Transfers
 from lightning_gpuorch.pytorch import GPUOrchStrategy
@@ -131,8 +132,9 @@ def collate(samples: list[torch.Tensor]) -> torch.Tensor:
 
 
 def loader(count: int) -> DataLoader[Any]:
+    """Samples so alike that nothing but memory keeps them from being computed all at once."""
     generator = torch.Generator().manual_seed(1)
-    lengths = torch.exp(torch.randn(count, generator=generator) + 3).long().clamp(1, 400).tolist()
+    lengths = torch.randint(180, 200, (count,), generator=generator).tolist()
     samples = [torch.randint(1, 100, (length,), generator=generator) for length in lengths]
     return DataLoader(samples, batch_size=16, collate_fn=collate)  # type: ignore[arg-type]
 
@@ -159,8 +161,9 @@ def test_the_strategy_enforces_the_budget(tmp_path: Path) -> None:
             torch.empty(4096 * MIB, dtype=torch.uint8, device=DEVICE)
             return super().predict_step(batch, batch_idx)
 
-    with pytest.raises(torch.OutOfMemoryError):
-        predict(TooLarge(), loader(64), GPUOrchStrategy(output_dir=tmp_path, memory_fraction=fraction))
+    with pytest.raises(MissingPredictionsError) as caught:
+        predict(TooLarge(), loader(8), GPUOrchStrategy(output_dir=tmp_path, memory_fraction=fraction))
+    assert list(caught.value.indices) == list(range(8))
 
 
 @pytest.mark.parametrize("callbacks", [[], [OOMBatchHalving()]], ids=["by itself", "with the callback"])
@@ -175,5 +178,5 @@ def test_dynamic_batches_fill_the_budget_and_give_the_loaders_results(tmp_path: 
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs.cpu())
     budget = ResourceAllocator(DEVICE, fraction).budget_bytes
-    assert max(model.peaks) >= 0.9 * budget or max(rows for rows, _ in model.shapes) == 4096, (max(model.peaks), budget)
-    assert max(model.peaks) <= budget
+    print(f"{model.shapes=} {model.peaks=} {budget=}")
+    assert 0.9 * budget <= max(model.peaks) <= budget, (max(model.peaks), budget)

@@ -188,7 +188,7 @@ def test_numpy_arrays(array: np.ndarray[Any, Any]) -> None:
 
 
 SCALARS = [np.float32(1.25), np.int8(-3), np.bool_(True), np.str_("é"), np.str_(""), np.bytes_(b"a"), np.complex64(1j)]
-SCALARS += [np.datetime64("2020-01-01T10:00"), np.timedelta64(3, "h"), np.datetime64("NaT"), np.uint64(2**64 - 1)]
+SCALARS += [np.datetime64("2020-01-01T10:00"), np.timedelta64(3, "h"), np.datetime64("NaT", "s"), np.uint64(2**64 - 1)]
 
 
 @pytest.mark.parametrize("scalar", SCALARS, ids=repr)
