@@ -35,7 +35,7 @@ class SurvivingSteps:
 
     def __call__(self, call: Callable[[Any], Any], batch: Any, ticket: Ticket) -> Any:
         """Compute a batch, at once or in parts."""
-        runtime, halver = self._runtime, self._halver(ticket.loader)
+        runtime, halver = self._runtime, self._halver(ticket)
         recollate = None
         rebuild = ticket.recollate
         if rebuild is not None:
@@ -48,14 +48,15 @@ class SurvivingSteps:
             runtime.job.lose(halved.lost, ticket, "out of memory with this sample alone")
         return halved.output
 
-    def _halver(self, loader: int) -> BatchHalver:
-        if loader not in self.halvers:
-            self.halvers[loader] = BatchHalver(
+    def _halver(self, ticket: Ticket) -> BatchHalver:
+        if ticket.loader not in self.halvers:
+            self.halvers[ticket.loader] = BatchHalver(
                 self._take_oom,
                 functools.partial(memory_summary, self._runtime.device),
                 outputs_to_host=self._runtime.world.topology.tensor_parallel_size > 1,
+                remember=not ticket.sized,
             )
-        return self.halvers[loader]
+        return self.halvers[ticket.loader]
 
     def _take_oom(self, event: OOMEvent) -> None:
         recovery = self._runtime.world.recovery

@@ -65,6 +65,11 @@ class DynamicBatcher:
         self._overhead_tokens, self._max_count, self._length_fn = overhead_tokens, max_count, length_fn
         self._knots: dict[int, tuple[int, float]] = {}
 
+    @property
+    def learns_memory(self) -> bool:
+        """Whether it learns from batches what fits."""
+        return self.sizer is not None
+
     def measure(self, samples: Iterable[Any]) -> npt.NDArray[np.int64]:
         """Lengths of samples, shape (samples,).
 

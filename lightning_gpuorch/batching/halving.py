@@ -98,6 +98,7 @@ class BatchHalver:
         limits: Remembers sizes.
         outputs_to_host: Move the outputs of parts to the host from the start, not only after they were in the way.
             Needed where ranks have to cut alike and their outputs may differ.
+        remember: Cut later batches at what did not fit before. Not where whoever makes the batches learns from errors.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class BatchHalver:
         describe_memory: Callable[[], str] | None = None,
         limits: SizeLimits | None = None,
         outputs_to_host: bool = False,
+        remember: bool = True,
     ):
         self.limits = SizeLimits() if limits is None else limits
         self.layout = OutputLayout()
@@ -116,7 +118,7 @@ class BatchHalver:
         self.num_lost = 0
         """Samples given up."""
         self._on_oom, self._describe_memory = on_oom, describe_memory
-        self._outputs_to_host = outputs_to_host
+        self._outputs_to_host, self._remember = outputs_to_host, remember
 
     def run(self, step: Step, batch: Any, *, size: int | None = None, recollate: Recollate | None = None) -> Any:
         """Compute a batch.
@@ -172,7 +174,10 @@ class BatchHalver:
                 return HalvedOutput(step(batch))
         if size == 0:
             return HalvedOutput(step(batch))
-        return _Run(self, step, batch, size, recollate, give_up).run(message)
+        halved = _Run(self, step, batch, size, recollate, give_up).run(message)
+        if not self._remember:
+            self.limits.clear()
+        return halved
 
     def _report(self, event: OOMEvent) -> None:
         self.num_ooms += 1

@@ -135,6 +135,10 @@ class SizeLimits:
             above = record.failed_size if record.failed_size is not None else 2 * record.cap + 1
             record.cap = max(record.cap, (record.cap + above) // 2)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._records.clear()
+
     def snapshot(self, bucket: int) -> _Record | None:
         """A copy of what is known of a bucket."""
         record = self._records.get(bucket)

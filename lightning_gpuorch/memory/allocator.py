@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from collections.abc import Sequence
 
@@ -23,8 +24,10 @@ class ResourceAllocator:
     """The memory budget of one device.
 
     ``budget = memory_fraction x device memory - reserve``. On CUDA torch's allocator is told the budget, so that it
-    holds for everything in the process: torch raises ``torch.OutOfMemoryError`` beyond it, caches included. Elsewhere
-    the budget holds for what is allocated here. Either way :meth:`allocate_tensor` checks before it allocates.
+    holds for everything in the process: torch raises ``torch.OutOfMemoryError`` beyond it, caches included. So that
+    caches of batches of other sizes are not in the way, segments are made expandable, unless the environment configures
+    the allocator. Elsewhere the budget holds for what is allocated here. Either way :meth:`allocate_tensor` checks
+    before it allocates.
 
     Args:
         device: The device.
@@ -68,6 +71,7 @@ class ResourceAllocator:
         self.device_pool = BufferPool(lambda size_bytes: self.allocate_tensor((size_bytes,), torch.uint8))
         self.pinned_pool = BufferPool(_allocate_pinned)
         if self.device.type == "cuda":
+            _expand_segments()
             fraction = min(1.0, self.budget_bytes / total_memory_bytes(self.device))
             torch.cuda.set_per_process_memory_fraction(fraction, self.device)
 
@@ -150,6 +154,16 @@ class ResourceAllocator:
             pool.num_hits = pool.num_misses = 0
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _expand_segments() -> None:
+    """Have torch's allocator map memory where it is needed: a segment kept for one batch size fits the next one, too."""
+    if any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        return
+    for name in ("_accelerator_setAllocatorSettings", "_cuda_cudaCachingAllocator_set_allocator_settings"):
+        if hasattr(torch._C, name):
+            getattr(torch._C, name)("expandable_segments:True")
+            return
 
 
 def _allocate_pinned(size_bytes: int) -> torch.Tensor:

@@ -67,6 +67,7 @@ class Ticket:
         window: The window its samples come from, with dynamic batching.
         positions: Their positions in the window, ascending.
         shape: Samples in the batch and what each is padded to, where the batch shows it.
+        sized: What memory allows decides its size, and that it did not fit decides the size of the next ones.
     """
 
     loader: int
@@ -76,6 +77,7 @@ class Ticket:
     window: Window | None = None
     positions: Sequence[int] = ()
     shape: tuple[int, int] | None = None
+    sized: bool = False
 
     @property
     def size(self) -> int | None:
@@ -300,7 +302,8 @@ class LeasedLoader:
                 window.samples[position] = None
             chunk, span = window.ticket_span(positions)
             shape = self._batcher.formed(batch, longest) or (len(positions), longest)
-            self._delivered.append(Ticket(self.index, chunk, span, collate, window, positions, shape))
+            sized = self._batcher.learns_memory
+            self._delivered.append(Ticket(self.index, chunk, span, collate, window, positions, shape, sized))
             yield batch
 
     def observe(self, *, num_samples: int, num_bytes: int = 0, seconds: float = 0.0) -> None:

@@ -21,6 +21,11 @@ from lightning_gpuorch.structure import CannotMergeError, CannotSplitError, Outp
 class Batcher(Protocol):
     """Cuts batches; see :class:`~lightning_gpuorch.batching.DynamicBatcher`."""
 
+    @property
+    def learns_memory(self) -> bool:
+        """Whether it learns from batches what fits."""
+        ...
+
     def measure(self, samples: Any) -> npt.NDArray[np.int64]:
         """Lengths of samples."""
         ...

@@ -226,7 +226,8 @@ class StubbedModel(StubInstaller):
             stack.enter_context(self.installed(on_call, {}, plan=plan, rank=rank))
             stack.enter_context(self._patched(plan, rank))
             stack.enter_context(learning or contextlib.nullcontext())
-            stack.enter_context(_NoHeadlessAttention())
+            if torch.__version__ < "2.13":
+                stack.enter_context(_NoHeadlessAttention())
             try:
                 result = self._run_model() if scope is None else self._run_scope(scope)
             except (Deviation, WeightReadDirectly):
@@ -294,15 +295,15 @@ class StubbedModel(StubInstaller):
 
 
 class _NoHeadlessAttention(TorchFunctionMode):
-    """Refuses attention of some heads over none, at which torch 2.11 does not raise but divides by zero and dies."""
+    """Refuses attention without heads: torch 2.11 divides by their number, which ends the process; 2.13 does not."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is nn.functional.scaled_dot_product_attention:
-            operands = (*args[:3], *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))
-            if len({bool(operand.numel()) for operand in operands}) > 1:
+            operands = [*args[:3], *(kwargs[name] for name in ("query", "key", "value") if name in kwargs)]
+            if not all(operand.numel() for operand in operands):
                 raise Deviation("", f"attention over tensors of shape {[tuple(one.shape) for one in operands]}")
         return func(*args, **kwargs)
 

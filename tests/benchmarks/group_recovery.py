@@ -21,7 +21,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,8 @@ def usage() -> dict[str, int]:
 def campaign(node: Rank, faults: int, kind: str, seed: int) -> dict[str, Any]:
     """Inject faults on any subset of ranks; every rank draws the same ones."""
     draw, rank = random.Random(f"{seed}/{kind}"), node.rank
+    # On NCCL nobody waits for a collective: the device does.
+    places = [place for place in PLACES if place != "wait" or node.device.type == "cpu"]
     model = make_model(kind, node.mesh, node.device)
     data = torch.randn(512, WIDTH, generator=torch.Generator().manual_seed(1)).to(node.device)
     injector = Injector(model, node.device)
@@ -237,7 +239,7 @@ def campaign(node: Rank, faults: int, kind: str, seed: int) -> dict[str, Any]:
             start = draw.randrange(len(data) - BATCH)
             victims = draw.sample(range(node.size), draw.randint(1, node.size))
             for victim in range(node.size):
-                place, countdown = draw.choice(PLACES), draw.randrange(LAYERS)
+                place, countdown = draw.choice(places), draw.randrange(LAYERS)
                 if victim == rank and victim in victims:
                     injector.arm(place, countdown)
             sizes: list[int] = []
@@ -409,7 +411,9 @@ def on_ranks(
     context = multiprocessing.get_context("spawn")
     server = ControlServer(Head(size), token="secret")
     store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
-    processes, ends = [], []
+    processes: list[Any] = []
+    ends: list[Connection] = []
+    results: dict[int, Any] = {}
     try:
         for rank in range(size):
             here, there = context.Pipe()
@@ -423,21 +427,24 @@ def on_ranks(
             processes[-1].start()
             there.close()
             ends.append(here)
-        results, deadline = [], time.monotonic() + timeout_seconds
-        for rank, end in enumerate(ends):
-            if not end.poll(max(0.0, deadline - time.monotonic())):
-                raise TimeoutError(f"rank {rank} of {size} did not end within {timeout_seconds:g} s")
-            try:
-                result, error = end.recv()
-            except EOFError:
-                raise RuntimeError(f"rank {rank} of {size} died") from None
-            if error is not None:
-                raise RuntimeError(f"rank {rank} of {size}: {error}")
-            results.append(result)
-        return results
+        deadline = time.monotonic() + timeout_seconds
+        while len(results) < size:
+            running = [end for rank, end in enumerate(ends) if rank not in results]
+            ready = wait(running, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError(f"ranks {sorted(set(range(size)) - set(results))} run for {timeout_seconds:g} s")
+            for end in ready:
+                rank = ends.index(end)  # type: ignore[arg-type]
+                try:
+                    results[rank], error = ends[rank].recv()
+                except EOFError:
+                    raise RuntimeError(f"rank {rank} of {size} died") from None
+                if error is not None:
+                    raise RuntimeError(f"rank {rank} of {size}: {error}")
+        return [results[rank] for rank in range(size)]
     finally:
         for process in processes:
-            process.join(10)
+            process.join(10 if len(results) == size else 0)
             if process.is_alive():
                 process.kill()
                 process.join(10)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,46 @@ def test_the_strategy_enforces_the_budget(tmp_path: Path) -> None:
     with pytest.raises(MissingPredictionsError) as caught:
         predict(TooLarge(), loader(8), GPUOrchStrategy(output_dir=tmp_path, memory_fraction=fraction))
     assert list(caught.value.indices) == list(range(8))
+
+
+HOG = """
+import sys, torch
+free, _ = torch.cuda.mem_get_info()
+taken = torch.empty(free - int(sys.argv[1]), dtype=torch.uint8, device="cuda")
+torch.cuda.synchronize()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_another_process_takes_memory_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    class Robbed(Model):
+        hog: subprocess.Popen[str] | None = None
+
+        def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            if len(batch) >= 16 and self.hog is None:
+                torch.cuda.empty_cache()
+                command = [sys.executable, "-c", HOG, str(4096 * MIB)]
+                self.hog = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                assert self.hog.stdout is not None
+                assert self.hog.stdout.readline().strip() == "ready"
+            return super().predict_step(batch, batch_idx)
+
+    data = loader(12_000)
+    expected = predict(Model(), data, "auto")
+    torch.cuda.empty_cache()
+    model, halving = Robbed(), OOMBatchHalving()
+    try:
+        strategy = GPUOrchStrategy(output_dir=tmp_path, enable_dynamic_batching=True)
+        got = predict(model, data, strategy, callbacks=[halving])
+    finally:
+        if model.hog is not None:
+            model.hog.communicate(timeout=60)
+    print(f"{model.shapes=} {model.peaks=} {halving.num_ooms=}")
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs.cpu())
+    assert 1 <= halving.num_ooms <= 4
+    assert max(model.peaks[-5:]) > 0.7 * 4096 * MIB
 
 
 @pytest.mark.parametrize("callbacks", [[], [OOMBatchHalving()]], ids=["by itself", "with the callback"])
