@@ -60,7 +60,7 @@ T = TypeVar("T")
 
 MAX_TRIES = 2
 """Repetitions of one attempt after failed communication, before the replica is restarted."""
-_RECONNECT_SECONDS = {"cpu": 0.015, "cuda": 0.5}
+_RECONNECT_SECONDS = {"cpu": 0.015, "cuda": 0.6}
 """What it takes to connect anew, until it has been measured."""
 _SHORTEST_DRAIN_SECONDS = 1.0
 """The other ranks get at least so long for each collective of a step that is drained, and to come to its end."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import lightning.pytorch as pl
 import pytest
@@ -41,23 +40,29 @@ def test_doctor_finds_a_gpu_that_can_be_used() -> None:
     assert "NCCL" in done.stdout
 
 
-class Slow(pl.LightningModule):
-    def __init__(self) -> None:
+class Watched(pl.LightningModule):
+    def __init__(self, callback: GPUHealthMonitor) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1))
+        self.callback = callback
+        self.report: HealthReport | None = None
 
     def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        time.sleep(0.05)
+        assert self.callback.monitor is not None
+        self.report = self.callback.monitor.wait_for_reading(30)
         return batch * self.weight
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*")
 def test_the_callback_watches_the_gpu_of_its_rank() -> None:
-    reports: list[HealthReport] = []
+    callback = GPUHealthMonitor(0.1)
     trainer = pl.Trainer(
-        callbacks=[GPUHealthMonitor(0.1, on_verdict=reports.append)], accelerator="gpu", devices=1, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        callbacks=[callback], accelerator="gpu", devices=1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
-    trainer.predict(Slow(), DataLoader(torch.arange(40.0).reshape(40, 1)))  # type: ignore[arg-type]
-    assert reports
-    assert reports[-1].verdict in (Verdict.HEALTHY, Verdict.DEGRADED), reports
+    model = Watched(callback)
+    trainer.predict(model, DataLoader(torch.arange(4.0).reshape(4, 1)))  # type: ignore[arg-type]
+    assert model.report is not None
+    assert model.report.verdict in (Verdict.HEALTHY, Verdict.DEGRADED), model.report
+    assert model.report.reading is not None
+    assert str(torch.cuda.get_device_properties(0).uuid) in model.report.reading.device
