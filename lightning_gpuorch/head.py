@@ -384,8 +384,9 @@ class Head:
         if int(header["replica"]) in self._retired:  # its node was given up, and is back
             return answered(FENCED)
         asked = self._queue(request).next(
-            (int(header["replica"]), int(header["generation"])), int(header["sequence"]), bool(header["block"])
-        )
+            (int(header["replica"]), int(header["generation"])), int(header["sequence"]), bool(header["block"]),
+            float(header.get("seconds_per_sample", 0.0)),
+        )  # fmt: skip
         answer: Future[Message] = Future()
         asked.add_done_callback(lambda decided: answer.set_result(Message(decided.result())))
         return answer

@@ -99,6 +99,7 @@ class PredictionJob:
         manifest = Manifest.from_dict(answer["manifest"])
         self.delivered = _Delivered()
         self._chunks_began: dict[tuple[int, int], float] = {}
+        self._observed_at: float | None = None
         self._asked_ns = time.time_ns()
         self._fetched_ns: tuple[int, int] | None = None
         self._copies: collections.deque[tuple[Ticket, HostCopy, frozenset[int]]] = collections.deque()
@@ -215,7 +216,7 @@ class PredictionJob:
         telemetry.computed()
         self.steps += 1
         self.samples += ticket.size or 0
-        self._observe(ticket, output, time.perf_counter() - began)
+        self._observe(ticket, output, began)
         if self._writer is not None:
             self._copies.append((ticket, self._host_copy(output), frozenset(self._lost)))
         if heartbeat is not None:
@@ -233,12 +234,15 @@ class PredictionJob:
         transfers = self._runtime.transfers
         return HostCopy(to_host(output)) if transfers is None else transfers.to_host(output)
 
-    def _observe(self, ticket: Ticket, output: Any, seconds: float) -> None:
-        """Tell what bounds windows. Time differs between the ranks of a group, whose windows must not."""
+    def _observe(self, ticket: Ticket, output: Any, began: float) -> None:
+        """Tell what bounds windows. From step to step: on CUDA a step returns before it is computed."""
         if self._dynamic is None:
             return
-        seconds = seconds if self._world.topology.tensor_parallel_size == 1 else 0.0
-        self.loaders[ticket.loader].observe(num_samples=ticket.size or 0, num_bytes=size_bytes(output), seconds=seconds)
+        now = time.perf_counter()
+        since = began if self._observed_at is None else self._observed_at
+        self._observed_at = now
+        num_samples, num_bytes = ticket.size or 0, size_bytes(output)
+        self.loaders[ticket.loader].observe(num_samples=num_samples, num_bytes=num_bytes, seconds=now - since)
 
     def _end_calibration(self) -> None:
         """Write the baseline, and end the script in good order: the rest of its data is of no interest.
@@ -379,7 +383,7 @@ class _Queue:
     def __init__(self, job: PredictionJob, loader: int):
         self._job, self._loader, self._sequence = job, loader, 0
 
-    def next(self, block: bool) -> dict[str, Any]:
+    def next(self, block: bool, seconds_per_sample: float = 0.0) -> dict[str, Any]:
         if block:
             # Own chunks first: others may wait for them as well, and a writer that has failed must say so now.
             self._job.flush()
@@ -387,9 +391,12 @@ class _Queue:
         timeout = _FOREVER_SECONDS if block else None
         with _phase(Phase.WAIT, then=Phase.RUN) if block else contextlib.nullcontext():
             answer = self._job._call(
-                "next", loader=self._loader, sequence=self._sequence, block=block, timeout_seconds=timeout
-            ).header
+                "next", loader=self._loader, sequence=self._sequence, block=block,
+                seconds_per_sample=seconds_per_sample, timeout_seconds=timeout,
+            ).header  # fmt: skip
         self._sequence += 1
+        if block:
+            self._job._observed_at = None  # that wait was no work
         return dict(answer)
 
     def end_of_stream(self, units: int) -> None:

@@ -97,6 +97,7 @@ class LeaseQueue:
         self._waiting: dict[Owner, list[tuple[int, Future[Answer]]]] = {}
         self._fenced: set[Owner] = set()
         self._leaving: set[Owner] = set()
+        self._seconds_per_sample: dict[int, float] = {}
         self._draining = False
         self._lock = threading.RLock()
 
@@ -116,19 +117,21 @@ class LeaseQueue:
         with self._lock:
             return [chunk for chunk, holder in self._leases.items() if holder == owner]
 
-    def next(self, owner: Owner, sequence: int, block: bool) -> Future[Answer]:
+    def next(self, owner: Owner, sequence: int, block: bool, seconds_per_sample: float = 0.0) -> Future[Answer]:
         """Ask for work.
 
         Args:
             owner: Replica and generation.
             sequence: Number of this request within the generation, from 0; all ranks of the replica repeat it.
             block: Wait for work that others may still hand back, instead of answering "pause".
+            seconds_per_sample: How fast the replica is, if it knows.
 
         Returns:
             One of ``{"do": "chunk", "chunk": c, "left": n, "again": ..., "isolate": ..., "skip": ...}`` (``left`` chunks
-            nobody has yet; ``again`` if somebody else had this one and lost it), ``pause`` (nothing now; make your
-            own chunks durable, then ask again with ``block``), ``stop`` (all done), ``drain`` (leave, resumable) and
-            ``fenced`` (this generation was replaced; leave).
+            nobody has yet; ``again`` if somebody else had this one and lost it; ``speed`` of the replica as a multiple
+            of the mean, and its ``seconds_per_sample``, if it ever told), ``pause`` (nothing now; make your own chunks
+            durable, then ask again with ``block``), ``stop`` (all done), ``drain`` (leave, resumable) and ``fenced``
+            (this generation was replaced; leave).
         """
         with self._lock:
             future: Future[Answer] = Future()
@@ -139,6 +142,8 @@ class LeaseQueue:
             if sequence < len(answers):
                 future.set_result(answers[sequence])
                 return future
+            if seconds_per_sample > 0:
+                self._seconds_per_sample[owner[0]] = seconds_per_sample
             answer = self._decide(owner, block)
             if answer is None:
                 self._waiting.setdefault(owner, []).append((sequence, future))
@@ -254,12 +259,21 @@ class LeaseQueue:
         answer: Answer = {"do": "chunk", "chunk": chunk}
         if self.num_chunks is not None:
             answer["left"] = max(0, self.num_chunks - len(self.done) - len(self._leases))
+        answer.update(self._pace(owner[0]))
         if chunk < fresh:
             answer["again"] = True
         fault = self.faults.get(chunk)
         if fault is not None and fault.isolate is not None:
             answer.update(isolate=list(fault.isolate), skip=list(fault.skip))
         return answer
+
+    def _pace(self, replica: int) -> dict[str, float]:
+        """How fast a replica is, by itself and beside the others; replicas that died count, since they may come back."""
+        seconds = self._seconds_per_sample.get(replica)
+        if seconds is None:
+            return {}
+        mean = sum(1 / other for other in self._seconds_per_sample.values()) / len(self._seconds_per_sample)
+        return {"seconds_per_sample": seconds, "speed": 1 / (seconds * mean)}
 
     def _put_back(self, chunk: int) -> None:
         suspected = chunk in self.faults and self.faults[chunk].isolate is not None

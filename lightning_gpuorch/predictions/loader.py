@@ -25,17 +25,17 @@ SAMPLES_PER_WINDOW = 4096
 """Samples that are sorted together at most, unless a single chunk has more."""
 BYTES_PER_WINDOW = 256 * 2**20
 """Inputs or outputs of a window, on the host."""
-SECONDS_PER_WINDOW = 20.0
+SECONDS_PER_WINDOW = 40.0
 """Time a window may take: what a death can cost, and what a drain has to wait for."""
-WINDOWS_LEFT_PER_REPLICA = 2
-"""A window takes at most this part of what a replica has still to expect, so that all replicas end together."""
+REST_PER_WINDOW = 1.25
+"""What a replica has still to expect, by its speed, is so many times its next window, so that all end together."""
 
 
 class WorkQueue(Protocol):
     """Where a replica gets its chunks from; see :class:`~lightning_gpuorch.predictions.dispatcher.LeaseQueue`."""
 
-    def next(self, block: bool) -> dict[str, Any]:
-        """Ask for work."""
+    def next(self, block: bool, seconds_per_sample: float = 0.0) -> dict[str, Any]:
+        """Ask for work; the second argument says how fast it goes here, if that is known."""
         ...
 
     def end_of_stream(self, units: int) -> None:
@@ -130,6 +130,8 @@ class LeasedLoader:
         self.source, self.layout, self.index = source, layout, index
         self.bytes_per_sample = self.seconds_per_sample = 0.0
         """What a sample's input or output takes on the host, and how long it takes, as far as is known."""
+        self._measured = [0, 0.0]
+        """Samples and seconds of the steps since the last window was begun."""
         self._batcher, self._num_replicas = batcher, num_replicas
         self._window: Window | None = None
         self._sizes: set[int] = set()
@@ -271,22 +273,25 @@ class LeasedLoader:
         if window is None or window.closed or alone:
             if window is not None:
                 window.closed = True
-            window = self._window = Window(1 if alone else self._chunks_per_window(answer.get("left")))
+            window = self._window = Window(1 if alone else self._chunks_per_window(answer))
         window.num_chunks += 1
         window.closed = window.num_chunks >= window.max_chunks
         return window
 
-    def _chunks_per_window(self, left: int | None) -> int:
+    def _chunks_per_window(self, answer: dict[str, Any]) -> int:
+        # What differs between the ranks of a group comes with the answer, which is the same for all of them.
+        left, speed = answer.get("left"), answer.get("speed", 1.0)
+        seconds_per_sample = answer.get("seconds_per_sample", 0.0)
         size = self.layout.chunk_size
         if isinstance(self.source, StreamSource):
             size *= int(getattr(self.source.loader, "batch_size", None) or 1)
         if not self.bytes_per_sample:
             return 1  # nothing is known of this data yet
         limits = [SAMPLES_PER_WINDOW / size, BYTES_PER_WINDOW / (self.bytes_per_sample * size)]
-        if self.seconds_per_sample:
-            limits.append(SECONDS_PER_WINDOW / (self.seconds_per_sample * size))
-        if left is not None:
-            limits.append(left / (WINDOWS_LEFT_PER_REPLICA * self._num_replicas))
+        if seconds_per_sample:
+            limits.append(SECONDS_PER_WINDOW / (seconds_per_sample * size))
+        if left is not None and self._num_replicas > 1:
+            limits.append(left * speed / (REST_PER_WINDOW * self._num_replicas))
         return max(1, int(min(limits)))
 
     def _batches_of(self, window: Window) -> Iterator[Any]:
@@ -311,10 +316,15 @@ class LeasedLoader:
         if num_samples:
             self.bytes_per_sample = max(self.bytes_per_sample, num_bytes / num_samples)
             if seconds:
-                self.seconds_per_sample += 0.2 * (seconds / num_samples - self.seconds_per_sample)
+                self._measured[0] += num_samples
+                self._measured[1] += seconds
 
     def _next_answer(self) -> dict[str, Any]:
-        answer = self._queue.next(self._block)
+        num_samples, seconds = self._measured
+        if num_samples and (self._window is None or self._window.closed):
+            # A whole window is measured: its batches are sorted, and a single one tells nothing of the others.
+            self.seconds_per_sample, self._measured = seconds / num_samples, [0, 0.0]
+        answer = self._queue.next(self._block, self.seconds_per_sample)
         self._block = False
         self._answer = answer["do"]
         return answer

@@ -132,7 +132,7 @@ def test_the_orchestrator_takes_a_length_fn(tmp_path: Path) -> None:
 def test_batches_grow_into_the_memory_and_out_of_memory_is_learned_from(
     callbacks: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predictions_loader, "WINDOWS_LEFT_PER_REPLICA", 4)  # what a window holds counts as memory here
+    monkeypatch.setattr(predictions_loader, "SAMPLES_PER_WINDOW", 128)  # what a window holds counts as memory here
     loader: Any = DataLoader(TEXTS * 4, batch_size=8, collate_fn=collate)  # type: ignore[arg-type]
     expected = trainer("auto").predict(Model(), loader)
     model = Model()

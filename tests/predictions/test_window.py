@@ -26,7 +26,7 @@ class Queue:
     def __init__(self, chunks: int, **extra: dict[int, Any]):
         self.chunks, self.asked, self.extra = chunks, 0, extra
 
-    def next(self, block: bool) -> dict[str, Any]:
+    def next(self, block: bool, seconds_per_sample: float = 0.0) -> dict[str, Any]:
         if self.asked >= self.chunks:
             return {"do": "stop"}
         chunk, self.asked = self.asked, self.asked + 1
@@ -40,7 +40,9 @@ class Queue:
 class Job:
     """One loader, run with dynamic batching."""
 
-    def __init__(self, lengths: list[int], batch_size: int, chunk_batches: int, tokens: int, **extra: Any):
+    def __init__(
+        self, lengths: list[int], batch_size: int, chunk_batches: int, tokens: int, replicas: int = 1, **extra: Any
+    ):
         self.samples = [[i] * max(1, length) for i, length in enumerate(lengths)]
         loader = DataLoader(self.samples, batch_size=batch_size, collate_fn=lambda samples: samples)
         source = describe(loader)
@@ -55,7 +57,9 @@ class Job:
             self.collector,
             self.tickets,
             batcher=DynamicBatcher(tokens),
+            num_replicas=replicas,
         )
+        self.chunks_of_windows: list[int] = []
         self.steps: list[list[int]] = []
 
     def run(self, step: Any, lose: frozenset[int] = frozenset()) -> list[StoredBatch]:
@@ -64,6 +68,9 @@ class Job:
             assert ticket.indices == [sample[0] for sample in batch]
             assert [ticket.span.unit(place) for place in range(ticket.size)] == ticket.indices
             self.steps.append(ticket.indices)
+            if not self.chunks_of_windows or ticket.window is not self.last_window:
+                self.last_window = ticket.window
+                self.chunks_of_windows.append(ticket.window.max_chunks)
             lost = frozenset(place for place, sample in enumerate(batch) if sample[0] in lose)
             kept = [sample for sample in batch if sample[0] not in lose]
             self.collector.add(ticket, step(kept) if kept else None, lost)
@@ -103,7 +110,7 @@ def test_what_is_stored_is_what_the_loaders_batches_give(
 
 
 def test_batches_take_samples_from_several_chunks_but_not_at_the_end() -> None:
-    job = Job([1 + i % 30 for i in range(1600)], batch_size=4, chunk_batches=2, tokens=64)
+    job = Job([1 + i % 30 for i in range(1600)], batch_size=4, chunk_batches=2, tokens=64, replicas=2)
     job.run(outputs)
     chunks_of = [{i // 8 for i in step} for step in job.steps]
     assert max(map(len, chunks_of)) > 5
@@ -161,3 +168,17 @@ def test_outputs_that_are_not_per_sample_are_refused_with_advice(step: Any, matc
 def test_a_step_without_predictions_gives_none_for_each_batch() -> None:
     job = Job([1 + i % 30 for i in range(64)], batch_size=4, chunk_batches=4, tokens=64)
     assert [batch.output for batch in job.run(lambda batch: None)] == [None] * 16
+
+
+def test_windows_follow_the_speed_of_a_replica_and_what_is_left() -> None:
+    def windows(replicas: int, speed: float, seconds_per_sample: float = 0.001) -> list[int]:
+        told = dict.fromkeys(range(120), speed), dict.fromkeys(range(120), seconds_per_sample)
+        job = Job([3] * 240, 2, 1, 64, replicas, speed=told[0], seconds_per_sample=told[1])
+        job.run(outputs)
+        return job.chunks_of_windows
+
+    assert windows(1, 1.0)[:2] == [1, 2048], "nobody else takes part: only time, memory and the count bound a window"
+    assert windows(2, 1.0)[:3] == [1, 47, 28], "0.4 of the 118 chunks behind the first of it, and so on"
+    assert windows(2, 0.5)[1] == 23
+    assert windows(2, 1.5)[1] == 70
+    assert windows(1, 1.0, 2.0)[1] == 10, "40 seconds"

@@ -210,3 +210,14 @@ def test_resume_hands_out_only_what_is_missing(done):
     while (answer := queue.next((0, 0), len(taken), block=False).result(0))["do"] == "chunk":
         taken.append(answer["chunk"])
     assert sorted(taken) == sorted({0, 1, 2} - done)
+
+
+def test_an_answer_tells_how_fast_a_replica_is_beside_those_that_are_known():
+    queue = LeaseQueue(num_chunks=8, chunk_size=1)
+    assert queue.next((0, 0), 0, False, 0.1).result(0)["speed"] == 1
+    slow = queue.next((1, 0), 0, False, 0.3).result(0)
+    assert slow["speed"] == pytest.approx(0.5)
+    assert slow["seconds_per_sample"] == 0.3
+    assert queue.next((0, 0), 1, False).result(0)["speed"] == pytest.approx(1.5), "it told before"
+    assert queue.next((1, 0), 0, False, 9.0).result(0) == slow, "all ranks of a replica get the same answer"
+    assert "speed" not in queue.next((2, 0), 0, False).result(0)
