@@ -36,6 +36,8 @@ MAX_TOKENS = 256
 BATCH_SIZE = 32
 FLOOR_SHAPES = [(64, 16), (64, 32), (32, 32), (32, 64), (16, 64), (16, 128), (8, 128), (8, 256)]
 """Samples and tokens of each."""
+FLOOR_TURNS = 4
+"""Slices of time for each shape, in turns with the others', since a machine's speed changes from second to second."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -205,17 +207,25 @@ def floor(texts: list[str], out: str) -> None:
 
     torch.set_num_threads(1)
     model = build_model()
-    rates = {}
+    batches, measured = [], []
+    for count, length in FLOOR_SHAPES:
+        ids = torch.randint(1000, 20000, (count, length))
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        measured.append([0, 0.0])
     with torch.inference_mode():
-        for count, length in FLOOR_SHAPES:
-            ids = torch.randint(1000, 20000, (count, length))
-            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            model(**batch)
-            began, steps = time.process_time(), 0
-            while time.process_time() - began < 1.0:
-                model(**batch)
-                steps += 1
-            rates[f"{count}x{length}"] = steps * count * length / (time.process_time() - began)
+        for turn in range(FLOOR_TURNS + 1):
+            for batch, sums in zip(batches, measured, strict=True):
+                began, steps = time.process_time(), 0
+                while time.process_time() - began < 1 / FLOOR_TURNS:
+                    model(**batch)
+                    steps += 1
+                if turn:  # the first one warms up
+                    sums[0] += steps * batch["input_ids"].numel()
+                    sums[1] += time.process_time() - began
+    rates = {
+        f"{count}x{length}": tokens / seconds
+        for (count, length), (tokens, seconds) in zip(FLOOR_SHAPES, measured, strict=True)
+    }
     Path(out).write_text(json.dumps(rates))
 
 
