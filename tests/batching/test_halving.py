@@ -431,3 +431,19 @@ class TestRememberedSizes:
 def test_the_size_is_told_from_structure_if_not_given() -> None:
     step = LimitedStep("tensor", 3)
     assert torch.equal(BatchHalver().run(step, torch.ones(8, 3)), torch.full((8, 3), 2.0))
+
+
+@pytest.mark.parametrize("remember", [True, False])
+def test_what_did_not_fit_is_remembered_unless_somebody_else_does_it(remember: bool) -> None:
+    sizes: list[int] = []
+
+    def step(batch: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(batch))
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError
+        return batch
+
+    halver = BatchHalver(remember=remember)
+    for _ in range(2):
+        assert len(halver.run(step, torch.zeros(8, 2))) == 8
+    assert sizes == [8, 4, 4, *([4, 4] if remember else [8])]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from tp_models import randomized
 from tp_ranks import ProcessRanks, relative_error, sharded_outputs
 
@@ -233,3 +234,31 @@ def test_a_call_that_breaks_a_cut_makes_it_gathered() -> None:
         expected = model(hidden(), maps=True)
     for output in sharded_outputs(model, plan, lambda part: part(hidden(), maps=True)):
         assert relative_error(output[1], expected[1]) < 1e-5
+
+
+class HeadlessAttention(TorchFunctionMode):
+    """Counts calls of attention in which a tensor has no elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            self.num_calls += not all(operand.numel() for operand in args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("version", "tried"), [("2.13.0", True), ("2.11.0", False)])
+def test_attention_without_heads_is_not_tried_where_it_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch, version: str, tried: bool
+) -> None:
+    """torch 2.11 divides by the number of heads; such attention comes up while cuts are searched."""
+    if tried and torch.__version__ < "2.13":
+        pytest.skip("would end this process")
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    model, inputs = build("phi3")
+    with HeadlessAttention() as watched:
+        plan = plan_tensor_parallel(model, inputs, 3)
+    assert bool(watched.num_calls) is tried
+    assert plan.layers
