@@ -194,10 +194,10 @@ class NCCLCommunicator:
         # Now rather than at the first collective: what cannot be connected shows here, where it can be tried again, and
         # nobody gives up connections that are only half made.
         self._backend.eager_connect_single_device(device)
-        self._speak(device, timeout_seconds)
+        self._complete_first_collective(device, timeout_seconds)
 
-    def _speak(self, device: torch.device, timeout_seconds: float) -> None:
-        """Complete a first collective: only then is everything connected."""
+    def _complete_first_collective(self, device: torch.device, timeout_seconds: float) -> None:
+        """Only then is everything connected."""
         assert self.group is not None
         work = self.group.allreduce([torch.zeros(1, device=device)], dist.AllreduceOptions())
         deadline = time.monotonic() + timeout_seconds

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -98,6 +99,7 @@ class LeaseQueue:
         self._fenced: set[Owner] = set()
         self._leaving: set[Owner] = set()
         self._seconds_per_sample: dict[int, float] = {}
+        self._began = time.monotonic()
         self._draining = False
         self._lock = threading.RLock()
 
@@ -129,9 +131,9 @@ class LeaseQueue:
         Returns:
             One of ``{"do": "chunk", "chunk": c, "left": n, "again": ..., "isolate": ..., "skip": ...}`` (``left`` chunks
             nobody has yet; ``again`` if somebody else had this one and lost it; ``speed`` of the replica as a multiple
-            of the mean, and its ``seconds_per_sample``, if it ever told), ``pause`` (nothing now; make your own chunks
-            durable, then ask again with ``block``), ``stop`` (all done), ``drain`` (leave, resumable) and ``fenced``
-            (this generation was replaced; leave).
+            of the mean, its ``seconds_per_sample``, and ``age_seconds`` of this queue, if it ever told), ``pause`` (nothing
+            now; make your own chunks durable, then ask again with ``block``), ``stop`` (all done), ``drain`` (leave,
+            resumable) and ``fenced`` (this generation was replaced; leave).
         """
         with self._lock:
             future: Future[Answer] = Future()
@@ -273,7 +275,8 @@ class LeaseQueue:
         if seconds is None:
             return {}
         mean = sum(1 / other for other in self._seconds_per_sample.values()) / len(self._seconds_per_sample)
-        return {"seconds_per_sample": seconds, "speed": 1 / (seconds * mean)}
+        age_seconds = time.monotonic() - self._began
+        return {"seconds_per_sample": seconds, "speed": 1 / (seconds * mean), "age_seconds": age_seconds}
 
     def _put_back(self, chunk: int) -> None:
         suspected = chunk in self.faults and self.faults[chunk].isolate is not None

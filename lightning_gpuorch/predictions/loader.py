@@ -25,8 +25,9 @@ SAMPLES_PER_WINDOW = 4096
 """Samples that are sorted together at most, unless a single chunk has more."""
 BYTES_PER_WINDOW = 256 * 2**20
 """Inputs or outputs of a window, on the host."""
-SECONDS_PER_WINDOW = 40.0
-"""Time a window may take: what a death can cost, and what a drain has to wait for."""
+SECONDS_PER_WINDOW = (10.0, 40.0)
+"""Time a window may take: what a death can cost, and what a drain has to wait for. At first the least, then as long as the
+job has run, so that a death costs no more than was done before, and at last the most."""
 REST_PER_WINDOW = 1.25
 """What a replica has still to expect, by its speed, is so many times its next window, so that all end together."""
 
@@ -130,7 +131,7 @@ class LeasedLoader:
         self.source, self.layout, self.index = source, layout, index
         self.bytes_per_sample = self.seconds_per_sample = 0.0
         """What a sample's input or output takes on the host, and how long it takes, as far as is known."""
-        self._measured = [0, 0.0]
+        self._num_measured, self._measured_seconds = 0, 0.0
         """Samples and seconds of the steps since the last window was begun."""
         self._batcher, self._num_replicas = batcher, num_replicas
         self._window: Window | None = None
@@ -289,7 +290,9 @@ class LeasedLoader:
             return 1  # nothing is known of this data yet
         limits = [SAMPLES_PER_WINDOW / size, BYTES_PER_WINDOW / (self.bytes_per_sample * size)]
         if seconds_per_sample:
-            limits.append(SECONDS_PER_WINDOW / (seconds_per_sample * size))
+            least, most = SECONDS_PER_WINDOW
+            seconds = min(most, max(least, answer.get("age_seconds", 0.0)))
+            limits.append(seconds / (seconds_per_sample * size))
         if left is not None and self._num_replicas > 1:
             limits.append(left * speed / (REST_PER_WINDOW * self._num_replicas))
         return max(1, int(min(limits)))
@@ -316,14 +319,14 @@ class LeasedLoader:
         if num_samples:
             self.bytes_per_sample = max(self.bytes_per_sample, num_bytes / num_samples)
             if seconds:
-                self._measured[0] += num_samples
-                self._measured[1] += seconds
+                self._num_measured += num_samples
+                self._measured_seconds += seconds
 
     def _next_answer(self) -> dict[str, Any]:
-        num_samples, seconds = self._measured
-        if num_samples and (self._window is None or self._window.closed):
+        if self._num_measured and (self._window is None or self._window.closed):
             # A whole window is measured: its batches are sorted, and a single one tells nothing of the others.
-            self.seconds_per_sample, self._measured = seconds / num_samples, [0, 0.0]
+            self.seconds_per_sample = self._measured_seconds / self._num_measured
+            self._num_measured, self._measured_seconds = 0, 0.0
         answer = self._queue.next(self._block, self.seconds_per_sample)
         self._block = False
         self._answer = answer["do"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from lightning_gpuorch.environment import CALIBRATION
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.telemetry.atomic_file import replace_file
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,7 @@ class Baseline:
         Raises:
             OSError: The file cannot be written.
         """
-        target = Path(path)
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(asdict(self), file, indent=1, sort_keys=True)
-            os.replace(name, target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        replace_file(Path(path), json.dumps(asdict(self), indent=1, sort_keys=True).encode("utf-8"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> Baseline:

@@ -14,6 +14,7 @@ Nothing here raises into the run: failures are counted as observer ``metrics``.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -31,6 +32,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from lightning_gpuorch.telemetry.atomic_file import replace_file
 from lightning_gpuorch.telemetry.exposition import CONTENT_TYPE, merge_directory, snapshot_name, write_text
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
 
@@ -130,7 +132,7 @@ class MetricsExporter:
 
     def _snapshot(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        _replace(self._path, write_text(self._registry, ended=self._ended))
+        replace_file(self._path, write_text(self._registry, ended=self._ended))
 
     def _serve(self) -> None:
         if self._port is None and self._textfile is None:
@@ -149,17 +151,15 @@ class MetricsExporter:
     def _bind(self, wanted: int) -> ThreadingHTTPServer:
         directory, stale, failures = self.directory, self._stale_after_seconds, self._failures
 
-        class Handler(_Handler):
-            def merged(self) -> bytes:
-                return merge_directory(directory, stale)
-
-            def failed(self, error: Exception) -> None:
-                failures.add("metrics", error)
-
+        handler = functools.partial(
+            _Handler,
+            merged=lambda: merge_directory(directory, stale),
+            failed=lambda error: failures.add("metrics", error),
+        )
         last = min(wanted + _PORTS_TO_TRY, 65536) if wanted else 1
         for port in range(wanted, last):
             try:
-                return _Server((self._address, port), Handler)
+                return _Server((self._address, port), handler)
             except OSError as error:
                 if error.errno != errno.EADDRINUSE or port == last - 1:
                     raise
@@ -179,13 +179,13 @@ class MetricsExporter:
             "pid": os.getpid(),
             "rank": self._rank,
         }
-        _replace(self.directory / ENDPOINT_FILE, json.dumps(said).encode() + b"\n")
+        replace_file(self.directory / ENDPOINT_FILE, json.dumps(said).encode() + b"\n")
         self._announced = True
 
     def _write_textfile(self) -> None:
         if self._textfile is not None and self._election is not None:
             self._textfile.parent.mkdir(parents=True, exist_ok=True)
-            _replace(self._textfile, merge_directory(self.directory, self._stale_after_seconds))
+            replace_file(self._textfile, merge_directory(self.directory, self._stale_after_seconds))
 
     def _see_to_textfile(self) -> None:
         """At the end of a rank that was not elected: its last figures must get into the text file.
@@ -255,20 +255,18 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     timeout = 5
 
-    def merged(self) -> bytes:
-        raise NotImplementedError
-
-    def failed(self, error: Exception) -> None:
-        raise NotImplementedError
+    def __init__(self, *connection: Any, merged: Callable[[], bytes], failed: Callable[[Exception], None]):
+        self._merged, self._failed = merged, failed
+        super().__init__(*connection)  # which answers the request
 
     def do_GET(self) -> None:
         if self.path.partition("?")[0] not in ("/", "/metrics"):
             self.send_error(404)
             return
         try:
-            body = self.merged()
+            body = self._merged()
         except Exception as error:  # noqa: BLE001 - a scrape that fails must show as failed, and harm nothing
-            self.failed(error)
+            self._failed(error)
             self.send_error(503)
             return
         self.send_response(200)
@@ -297,14 +295,3 @@ def _elect(directory: Path) -> socket.socket | None:
 
 def _version(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old or the new content, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import html
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lightning_gpuorch._version import __version__
+from lightning_gpuorch.telemetry.atomic_file import replace_file
 from lightning_gpuorch.telemetry.charts import TimeAxis, axis_time, duration, line_chart
 from lightning_gpuorch.telemetry.events import read_events
 from lightning_gpuorch.telemetry.lanes import describe, draw_lanes
@@ -44,15 +44,7 @@ def write_report(run_directory: str | os.PathLike[str], target: str | os.PathLik
         raise FileNotFoundError(f"{directory} holds no events: no run has been recorded there.")
     text = render(summarize(events), unreadable)
     target = Path(target)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    replace_file(target, text.encode("utf-8"))
     return target
 
 

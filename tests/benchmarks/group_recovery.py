@@ -193,13 +193,14 @@ class Rank:
 
 
 def usage() -> dict[str, int]:
-    """Threads, file descriptors and anonymous memory of this process."""
+    """Threads, file descriptors and memory of this process."""
     status = Path("/proc/self/status").read_text()
     resident = next(line for line in status.splitlines() if line.startswith("RssAnon"))
     return {
         "threads": len(os.listdir("/proc/self/task")),
         "descriptors": len(os.listdir("/proc/self/fd")),
         "anonymous_kib": int(resident.split()[1]),
+        "device_kib": torch.cuda.memory_allocated() // 1024 if torch.cuda.is_initialized() else 0,
     }
 
 

@@ -22,5 +22,8 @@ def test_out_of_memory_on_any_rank_is_mended_in_place(way: str, kind: str) -> No
         assert result["equal"] == result["injected"] == result["cut"] == FAULTS
         assert result["checksum"] == results[0]["checksum"]
         assert result["recoveries"] == results[0]["recoveries"] >= FAULTS
-        assert result["drained"] > 0 if way == "drain" else result["drained"] == 0
+        # The first ones know too little to drain.
+        least = FAULTS - 3 if kind == "plain" else 1
+        assert result["drained"] >= least if way == "drain" else result["drained"] == 0
+        assert result["end"]["device_kib"] - result["start"]["device_kib"] < 1024
         assert result["end"]["threads"] <= result["start"]["threads"]

@@ -60,6 +60,7 @@ class Job:
             num_replicas=replicas,
         )
         self.chunks_of_windows: list[int] = []
+        self.last_window: Any = None
         self.steps: list[list[int]] = []
 
     def run(self, step: Any, lose: frozenset[int] = frozenset()) -> list[StoredBatch]:
@@ -68,7 +69,7 @@ class Job:
             assert ticket.indices == [sample[0] for sample in batch]
             assert [ticket.span.unit(place) for place in range(ticket.size)] == ticket.indices
             self.steps.append(ticket.indices)
-            if not self.chunks_of_windows or ticket.window is not self.last_window:
+            if ticket.window is not self.last_window:
                 self.last_window = ticket.window
                 self.chunks_of_windows.append(ticket.window.max_chunks)
             lost = frozenset(place for place, sample in enumerate(batch) if sample[0] in lose)
@@ -171,9 +172,10 @@ def test_a_step_without_predictions_gives_none_for_each_batch() -> None:
 
 
 def test_windows_follow_the_speed_of_a_replica_and_what_is_left() -> None:
-    def windows(replicas: int, speed: float, seconds_per_sample: float = 0.001) -> list[int]:
-        told = dict.fromkeys(range(120), speed), dict.fromkeys(range(120), seconds_per_sample)
-        job = Job([3] * 240, 2, 1, 64, replicas, speed=told[0], seconds_per_sample=told[1])
+    def windows(replicas: int, speed: float, seconds_per_sample: float = 0.001, age_seconds: float = 0.0) -> list[int]:
+        told = {"speed": speed, "seconds_per_sample": seconds_per_sample, "age_seconds": age_seconds}
+        answers = {name: dict.fromkeys(range(120), value) for name, value in told.items()}
+        job = Job([3] * 240, 2, 1, 64, replicas, **answers)
         job.run(outputs)
         return job.chunks_of_windows
 
@@ -181,4 +183,6 @@ def test_windows_follow_the_speed_of_a_replica_and_what_is_left() -> None:
     assert windows(2, 1.0)[:3] == [1, 47, 28], "0.4 of the 118 chunks behind the first of it, and so on"
     assert windows(2, 0.5)[1] == 23
     assert windows(2, 1.5)[1] == 70
-    assert windows(1, 1.0, 2.0)[1] == 10, "40 seconds"
+    assert windows(1, 1.0, 2.0, 1.0)[1] == 2, "10 seconds at first"
+    assert windows(1, 1.0, 2.0, 24.0)[1] == 6, "as long as the job has run"
+    assert windows(1, 1.0, 2.0, 1000.0)[1] == 10, "40 seconds at last"
