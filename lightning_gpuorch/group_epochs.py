@@ -33,7 +33,7 @@ class GroupEpochs:
         channel: Line to the head.
         owner: ``replica``, ``generation`` and ``rank`` in the group.
         size: Ranks in the group.
-        timeout_seconds: Longest wait for the head, and half of that for the other ranks.
+        timeout_seconds: Longest wait for the head; the other ranks get twice as long.
         name: Of this rank, in messages.
 
     Attributes:
