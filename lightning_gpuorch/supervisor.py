@@ -375,10 +375,12 @@ class Supervisor:
             log.info("%s can serve other replicas now", ", ".join(map(str, freed)))
         state = self._job.state(fresh=True)
         left = len(self._workers) + len(self._beginnings.ranks)
-        if (left or self._job.others_present()) and not state.gang and not state.needs_every_replica:
+        whole = state.gang or state.needs_every_replica
+        if (left or self._job.others_present()) and not whole:
             log.error("%s; replica %d is retired, %d workers go on", reason, replica, left)
             return
-        log.error("%s; %s", reason, "the others cannot go on without it" if left else "no replica is left to go on")
+        # The others may have done their own part already, and left: that is not what went wrong.
+        log.error("%s; %s", reason, "nobody else can do its part" if whole else "no replica is left to go on")
         self._link.abort(EXIT_FAILURE)
 
     def _shrink(self, replica: int, group: Sequence[int], reason: str) -> bool:

@@ -222,10 +222,11 @@ def test_two_tasks_of_slurm_of_which_one_dies_and_is_not_restarted(runner, tmp_p
     assert {note[0] for note in _notes(tmp_path)} == {"0", "1"}, "both have worked"
 
 
-def test_a_replica_lost_in_evaluation_is_never_a_success_though_an_earlier_predict_call_was(runner, tmp_path):
+@pytest.mark.parametrize("moment", [(), ("--late",)], ids=["at-once", "when-the-other-is-done"])
+def test_a_replica_lost_in_evaluation_is_never_a_success_though_an_earlier_predict_call_was(runner, tmp_path, moment):
     finished = runner.run(
-        "validate_harmed.py", "--output", "out", environment={"GPUORCH_MAX_RESTART_ATTEMPTS": "0"}, code=1, timeout=120
+        "validate_harmed.py", "--output", "out", *moment, code=1, environment={"GPUORCH_MAX_RESTART_ATTEMPTS": "0"}
     )
     assert "exit code 9" in finished.output
-    assert "the others cannot go on without it" in finished.output
+    assert "nobody else can do its part" in finished.output
     assert len(read_predictions(tmp_path / "out")) == 10, "what was predicted is kept"
