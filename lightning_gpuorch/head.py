@@ -23,6 +23,7 @@ from lightning_gpuorch.errors import (
 from lightning_gpuorch.jobs import Job, verify_complete
 from lightning_gpuorch.nodes import NodeDesk
 from lightning_gpuorch.predictions.dispatcher import FENCED, LeaseQueue, Owner
+from lightning_gpuorch.predictions.fragments import remove_fragments
 from lightning_gpuorch.predictions.manifest import Manifest, open_or_create, record_quarantine, set_num_units
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 
@@ -212,9 +213,10 @@ class Head:
                     before = len(queue.quarantined)
                     back += len(queue.revoke(owner, (blamed or {}).get(key), (positions or {}).get(key)))
                     self._record_quarantine(number, loader, before)
-            for rank in self._ranks_of(replica):
-                for job in self.jobs.values():
-                    job.opened_by.discard(rank)
+            for job in self.jobs.values():
+                job.opened_by.difference_update(self._ranks_of(replica))
+                for kept in [kept for kept in job.samples_kept if kept[1] == owner]:
+                    del job.samples_kept[kept]
         return back
 
     def retire(self, replica: int) -> None:
@@ -384,9 +386,11 @@ class Head:
         if int(header["replica"]) in self._retired:  # its node was given up, and is back
             return answered(FENCED)
         asked = self._queue(request).next(
-            (int(header["replica"]), int(header["generation"])), int(header["sequence"]), bool(header["block"]),
+            _owner(request),
+            int(header["sequence"]),
+            bool(header["block"]),
             float(header.get("seconds_per_sample", 0.0)),
-        )  # fmt: skip
+        )
         answer: Future[Message] = Future()
         asked.add_done_callback(lambda decided: answer.set_result(Message(decided.result())))
         return answer
@@ -395,6 +399,9 @@ class Head:
         header = request.header
         job = self.jobs[int(header["job"])]
         self._queue(request).report_done(int(header["chunk"]), bool(header["won"]))
+        kept = int(header["loader"]), _owner(request)
+        with self._lock:
+            job.samples_kept[kept] = max(0, job.samples_kept[kept] - int(header.get("samples", 0)))
         if header["won"]:
             replica = int(header["replica"])
             with self._lock:
@@ -407,6 +414,13 @@ class Head:
                 queue.quarantine(start, stop, reason)
                 self._record_quarantine(int(header["job"]), int(header["loader"]), before)
         return {}
+
+    def _op_kept(self, request: Message) -> dict[str, Any]:
+        """Samples of chunks that are not whole yet are computed, and kept: a good moment to leave."""
+        job, owner = self.jobs[int(request.header["job"])], _owner(request)
+        with self._lock:
+            job.samples_kept[int(request.header["loader"]), owner] += int(request.header["samples"])
+        return {"leave": self._queue(request).must_leave(owner)}
 
     def _op_end_of_stream(self, request: Message) -> dict[str, Any]:
         number, loader, units = (int(request.header[key]) for key in ("job", "loader", "units"))
@@ -429,6 +443,7 @@ class Head:
             job = self.jobs[number]
             job.closed_by.add(int(request.header["rank"]))
         verify_complete(number, job)
+        remove_fragments(job.directory)
         return {"resumed_chunks": job.resumed_chunks, "seconds": time.monotonic() - job.started}
 
     def _op_progress(self, request: Message) -> dict[str, Any]:
@@ -438,6 +453,7 @@ class Head:
         return {
             "known": True,
             "chunks_done": sum(queue.num_done for queue in job.queues),
+            "chunks_computed": job.chunks_computed,
             "chunks": sum(queue.num_chunks or 0 for queue in job.queues),
             "samples_done": job.samples_done,
             "restarts": sum(self.generations.values()),
@@ -459,6 +475,10 @@ class Head:
     def _ranks_of(self, replica: int) -> Iterable[int]:
         size = self.tensor_parallel_size or 1
         return range(replica * size, (replica + 1) * size)
+
+
+def _owner(request: Message) -> Owner:
+    return int(request.header["replica"]), int(request.header["generation"])
 
 
 _ENVELOPE = frozenset({"op", "kind", "id"})

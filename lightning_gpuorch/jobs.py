@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning_gpuorch.errors import MissingPredictionsError, format_indices
-from lightning_gpuorch.predictions.dispatcher import LeaseQueue
+from lightning_gpuorch.predictions.dispatcher import LeaseQueue, Owner
 from lightning_gpuorch.predictions.layout import LoaderLayout
 from lightning_gpuorch.predictions.manifest import Manifest
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
@@ -24,12 +25,21 @@ class Job:
     opened_by: set[int] = field(default_factory=set)
     closed_by: set[int] = field(default_factory=set)
     samples_done: int = 0
+    samples_kept: Counter[tuple[int, Owner]] = field(default_factory=Counter)
+    """Computed in chunks that are not whole yet, by loader and owner."""
     started: float = field(default_factory=time.monotonic)
 
     @property
     def finished(self) -> bool:
         """Whether every chunk of every loader is durable or given up."""
         return all(queue.finished for queue in self.queues)
+
+    @property
+    def chunks_computed(self) -> int:
+        """Chunks that are durable, and as many as what is computed of others would make."""
+        layouts = self.manifest.loaders
+        begun = sum(count / layouts[loader].chunk_size for (loader, _), count in self.samples_kept.items())
+        return sum(queue.num_done for queue in self.queues) + int(begun)
 
     @property
     def resumed_chunks(self) -> int:

@@ -282,7 +282,8 @@ class MultiGPUOrchestrator:
         """How far the last :meth:`predict` is, over all ranks.
 
         Returns:
-            ``chunks``, ``chunks_done``, ``samples_done`` (made durable in this run, by whichever rank) and ``restarts``.
+            ``chunks``, ``chunks_done`` (durable), ``chunks_computed`` (with what is computed of others), ``samples_done``
+            (made durable in this run, by whichever rank) and ``restarts``.
 
         Raises:
             GPUOrchError: Nothing was predicted yet.

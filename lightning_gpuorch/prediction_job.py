@@ -27,12 +27,14 @@ from lightning_gpuorch.errors import EXIT_RESUMABLE
 from lightning_gpuorch.liveness import Phase, current_heartbeat
 from lightning_gpuorch.memory.transfer import HostCopy
 from lightning_gpuorch.predictions.collector import ChunkCollector, NoCollector
+from lightning_gpuorch.predictions.fragments import FragmentReader, FragmentWriter
 from lightning_gpuorch.predictions.layout import LoaderLayout, StoredBatch
 from lightning_gpuorch.predictions.loader import LeasedLoader, Ticket
 from lightning_gpuorch.predictions.manifest import Manifest
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 from lightning_gpuorch.predictions.reader import read_predictions
 from lightning_gpuorch.predictions.source import default_chunk_batches, describe
+from lightning_gpuorch.predictions.window import Window
 from lightning_gpuorch.predictions.writer import PartWriter, size_bytes
 from lightning_gpuorch.surviving_steps import SurvivingSteps
 from lightning_gpuorch.telemetry.current import emit
@@ -108,10 +110,12 @@ class PredictionJob:
         self._ended: str | None = None
         self._lost: set[int] = set()
         self._quarantined: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
+        self._should_leave = False
+        self._fragments = [self._fragments_of(index, layout) for index, layout in enumerate(manifest.loaders)]
         self._writer = self._make_writer(manifest.loaders) if world.topology.is_leader else None
         self._collectors = [
-            ChunkCollector(functools.partial(self._commit, index)) if self._writer else NoCollector()
-            for index in range(len(sources))
+            ChunkCollector(functools.partial(self._commit, index), fragments) if self._writer else NoCollector()
+            for index, fragments in enumerate(self._fragments)
         ]
         self.loaders = [
             LeasedLoader(
@@ -124,6 +128,7 @@ class PredictionJob:
                 self._on_ended,
                 batchers[index],
                 world.topology.num_replicas,
+                None if self._fragments[index] is None else lambda: self._should_leave,
             )
             for index, (source, layout) in enumerate(zip(sources, manifest.loaders, strict=True))
         ]
@@ -301,6 +306,8 @@ class PredictionJob:
             gc.unfreeze()  # the script may drop this model and go on with another
         if self._drain_signal is not None:
             self._drain_signal.restore()
+        for collector in self._collectors:
+            collector.keep()
         if self._writer is not None:
             writer, self._writer = self._writer, None
             writer.close()
@@ -321,6 +328,18 @@ class PredictionJob:
             around_commit=contextlib.nullcontext if heartbeat is None else heartbeat.committing,
         )
 
+    def _fragments_of(self, loader: int, layout: LoaderLayout) -> tuple[FragmentWriter, FragmentReader] | None:
+        """What keeps windows that are not whole yet; not in a group, whose ranks would have to agree on what is there."""
+        if self._dynamic is None or layout.unit != "sample" or self._world.topology.ranks_per_replica > 1:
+            return None
+        on_kept = functools.partial(self._on_kept, loader)
+        return FragmentWriter(self.directory, loader, layout.chunk_size, on_kept), FragmentReader(
+            self.directory, loader
+        )
+
+    def _on_kept(self, loader: int, samples: int) -> None:
+        self._should_leave |= bool(self._call("kept", loader=loader, samples=samples).header["leave"])
+
     def _commit(self, loader: int, chunk: int, batches: list[StoredBatch]) -> None:
         assert self._writer is not None
         owner = self._world.owner
@@ -332,6 +351,9 @@ class PredictionJob:
         began = self._chunks_began.pop((loader, chunk), None)
         took = {} if began is None else {"seconds": round(time.monotonic() - began, 6)}
         emit("chunk", job=self.number, loader=loader, chunk=chunk, samples=samples, won=won, **took)
+        fragments = self._fragments[loader]
+        if fragments is not None:
+            fragments[0].on_durable(chunk)
         quarantined = self._quarantined.pop((loader, chunk), [])
         self._call("done", loader=loader, chunk=chunk, won=won, samples=samples, quarantined=quarantined)
 
@@ -375,6 +397,9 @@ class _Sink:
     def end(self, chunk: int) -> None:
         self._job._collect()
         self._collector.end(chunk)
+
+    def take_over(self, window: Window) -> set[int]:
+        return self._collector.take_over(window)
 
 
 class _Queue:

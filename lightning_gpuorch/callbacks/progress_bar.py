@@ -82,7 +82,7 @@ class JobProgressBar(ProgressBar):
         if not seen.get("known"):
             return 0, None, "waiting"
         restarts = f", {seen['restarts']} restarts" if seen["restarts"] else ""
-        return seen["chunks_done"], seen["chunks"] or None, f"chunks{restarts}"
+        return seen["chunks_computed"], seen["chunks"] or None, f"chunks{restarts}"
 
     def _show(self, runtime: Any) -> None:
         console = Console(stderr=True)

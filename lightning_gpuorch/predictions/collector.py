@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_gpuorch.predictions.fragments import FragmentReader, FragmentWriter, units_of
 from lightning_gpuorch.predictions.layout import StoredBatch
 from lightning_gpuorch.predictions.loader import Ticket
+from lightning_gpuorch.predictions.source import Span
 from lightning_gpuorch.predictions.window import Window
 from lightning_gpuorch.structure import OutputLayout
 
@@ -23,10 +25,18 @@ class ChunkCollector:
 
     Args:
         commit: Called once per whole chunk with its number and its stored batches.
+        fragments: Keeps what is computed of windows that are not whole yet, and finds what others have kept; None
+            where a window is not cut short: its samples are then computed by whoever has it.
     """
 
-    def __init__(self, commit: Callable[[int, list[StoredBatch]], None]):
+    def __init__(
+        self,
+        commit: Callable[[int, list[StoredBatch]], None],
+        fragments: tuple[FragmentWriter, FragmentReader] | None = None,
+    ):
         self._commit = commit
+        self._writer = None if fragments is None else fragments[0]
+        self._reader = None if fragments is None else fragments[1]
         self._open: dict[int, _OpenChunk] = {}
         self._layout = OutputLayout()
 
@@ -47,32 +57,61 @@ class ChunkCollector:
         if ticket.window is not None:
             self._add_to_window(ticket, ticket.window, output, lost)
             return
-        span = ticket.span
-        indices, size, units = span.indices, ticket.size, None
-        if lost and indices is not None:
-            kept = [position for position in range(len(indices)) if position not in lost]
-            indices, size = [indices[position] for position in kept], len(kept)
-            units = [span.first_unit + position for position in kept] if span.num_units > 1 else None
-        self._store(ticket.chunk, StoredBatch(span.first_unit, indices, size, output, units, num_lost=len(lost)))
+        self._store(ticket.chunk, _stored(ticket.span, output, lost))
 
     def _add_to_window(self, ticket: Ticket, window: Window, output: Any, lost: frozenset[int]) -> None:
         """Keep the output; the last one of a window gives the outputs of the loader's batches."""
-        kept = [position for place, position in enumerate(ticket.positions) if place not in lost]
+        kept = [place for place in range(len(ticket.positions)) if place not in lost]
         if kept:
             if not lost:
                 self._layout.learn(output, len(kept))
-            window.outputs.append((kept, output))
+            window.outputs.append(([ticket.positions[place] for place in kept], output))
         window.num_open -= len(ticket.positions)
-        if window.num_open:
-            return
+        if not window.num_open:
+            self._end_window(window)
+        elif kept and self._writer is not None and ticket.span.indices is not None:
+            units, indices = [ticket.span.unit(place) for place in kept], [ticket.span.indices[place] for place in kept]
+            self._writer.add(StoredBatch(units[0], indices, len(kept), output, units))
+
+    def take_over(self, window: Window) -> set[int]:
+        """Take what others, or an earlier run, have kept of a window's samples: it is not computed again.
+
+        Args:
+            window: A window that is whole and not begun.
+
+        Returns:
+            Sizes of the batches that were taken over.
+        """
+        if self._reader is None:
+            return set()
+        positions, taken = window.positions(), []
+        for batch in self._reader.find(positions, window.again):
+            places = [positions.pop(unit, None) for unit in units_of(batch)]
+            if any(place is not None for place in places):
+                taken.append((places, batch.output))
+        sizes = {len(places) for places, _ in taken}
+        if taken and not positions and len(sizes) == 1 and sizes != {1} and not self._layout.has_seen_other_than(sizes):
+            taken.pop()  # computed anew, in two: only outputs of different sizes tell what follows the number of samples
+        for places, output in taken:
+            self._layout.learn(output, len(places))
+            window.take_over(places, output)
+        if taken and not window.num_open:
+            self._end_window(window)
+        return sizes
+
+    def keep(self) -> None:
+        """Keep what is computed of windows that will not become whole here."""
+        if self._writer is not None:
+            self._writer.write()
+
+    def _end_window(self, window: Window) -> None:
+        if self._writer is not None:
+            self._writer.end_window()
         for piece, merged, missing in window.regrouped(self._layout):
-            span = piece.span
-            if span.indices is None:  # a batch of a stream: its size has become known
-                num_samples = piece.stop - piece.start
-                stored = StoredBatch(span.first_unit, None, num_samples - len(missing), merged, num_lost=len(missing))
-                self._store(piece.chunk, stored)
-            else:
-                self.add(Ticket(ticket.loader, piece.chunk, span, None), merged, missing)
+            stored = _stored(piece.span, merged, missing)
+            if piece.span.indices is None:  # a batch of a stream: its size has become known
+                stored.size = piece.stop - piece.start - len(missing)
+            self._store(piece.chunk, stored)
 
     def end(self, chunk: int) -> None:
         """See :class:`~lightning_gpuorch.predictions.loader.ChunkSink`."""
@@ -91,6 +130,16 @@ class ChunkCollector:
         self._commit(chunk, self._open.pop(chunk).batches)
 
 
+def _stored(span: Span, output: Any, lost: frozenset[int]) -> StoredBatch:
+    """The batch of a span, less its lost positions, which the output does not cover."""
+    indices, units = span.indices, None
+    if lost and indices is not None:
+        kept = [position for position in range(len(indices)) if position not in lost]
+        indices = [indices[position] for position in kept]
+        units = [span.first_unit + position for position in kept] if span.num_units > 1 else None
+    return StoredBatch(span.first_unit, indices, None, output, units, num_lost=len(lost))
+
+
 class NoCollector:
     """The collector of ranks that do not write: followers in a tensor-parallel group."""
 
@@ -102,3 +151,10 @@ class NoCollector:
 
     def add(self, ticket: Ticket, output: Any, lost: frozenset[int] = frozenset()) -> None:
         """Nothing is collected."""
+
+    def take_over(self, window: Window) -> set[int]:
+        """Nothing is taken over."""
+        return set()
+
+    def keep(self) -> None:
+        """Nothing is kept."""

@@ -220,6 +220,11 @@ class LeaseQueue:
             self._leaving.add(owner)
             self._serve_waiting()
 
+    def must_leave(self, owner: Owner) -> bool:
+        """Whether an owner would get no work if it asked: the job stops, or it was let go, or replaced."""
+        with self._lock:
+            return self._draining or owner in self._leaving or owner in self._fenced
+
     def quarantine(self, start: int, stop: int, reason: str) -> None:
         """Record units that will have no prediction."""
         with self._lock:

@@ -21,13 +21,15 @@ from lightning_gpuorch.predictions.source import BatchSource, MapSource, Source,
 from lightning_gpuorch.predictions.window import Batcher, Window
 from lightning_gpuorch.predictions.writer import size_bytes
 
-SAMPLES_PER_WINDOW = 4096
+SAMPLES_PER_WINDOW = 8192
 """Samples that are sorted together at most, unless a single chunk has more."""
 BYTES_PER_WINDOW = 256 * 2**20
 """Inputs or outputs of a window, on the host."""
-SECONDS_PER_WINDOW = (10.0, 40.0)
-"""Time a window may take: what a death can cost, and what a drain has to wait for. At first the least, then as long as the
-job has run, so that a death costs no more than was done before, and at last the most."""
+SECONDS_PER_WINDOW = (10.0, 1.0, 40.0)
+"""Time a window may take: at first, as a multiple of the time the job has run, and at most. A death costs it, so it costs no
+more than was done before; and a drain waits for it."""
+SECONDS_PER_KEPT_WINDOW = (15.0, 4.0, 120.0)
+"""The same where what is computed of a window is kept. What bounds it then is that speeds must be known to end together."""
 REST_PER_WINDOW = 1.25
 """What a replica has still to expect, by its speed, is so many times its next window, so that all end together."""
 
@@ -53,6 +55,10 @@ class ChunkSink(Protocol):
 
     def end(self, chunk: int) -> None:
         """A chunk of unknown length is over."""
+        ...
+
+    def take_over(self, window: Window) -> set[int]:
+        """Take what is known of a window's samples already; returns the sizes of the batches it came in."""
         ...
 
 
@@ -114,6 +120,8 @@ class LeasedLoader:
         on_ended: Called with the last answer (stop, drain or fenced) when the loader ends.
         batcher: Forms the batches, out of windows of samples; None gives the loader's own.
         num_replicas: Replicas that share the chunks.
+        should_leave: Whether to end, as on drain, before a window is whole: what is computed of it is kept. None: it is
+            not kept.
     """
 
     def __init__(
@@ -127,13 +135,14 @@ class LeasedLoader:
         on_ended: Callable[[str], None] = lambda answer: None,
         batcher: Batcher | None = None,
         num_replicas: int = 1,
+        should_leave: Callable[[], bool] | None = None,
     ):
         self.source, self.layout, self.index = source, layout, index
         self.bytes_per_sample = self.seconds_per_sample = 0.0
         """What a sample's input or output takes on the host, and how long it takes, as far as is known."""
         self._num_measured, self._measured_seconds = 0, 0.0
         """Samples and seconds of the steps since the last window was begun."""
-        self._batcher, self._num_replicas = batcher, num_replicas
+        self._batcher, self._num_replicas, self._should_leave = batcher, num_replicas, should_leave
         self._window: Window | None = None
         self._sizes: set[int] = set()
         self.batch_sampler: Any = None
@@ -182,22 +191,34 @@ class LeasedLoader:
         loader = source.uncollated(_LeasedBatches(self))
         try:
             while self._answer in ("", "pause"):
-                window = None
-                for samples in loader:
-                    ticket, alone = self._requested.popleft()
-                    if window is not None and window is not ticket.window:
-                        yield from self._batches_of(window)
-                    window = ticket.window
-                    assert window is not None
-                    window.add(ticket.chunk, ticket.span, samples, alone)
-                    if window.is_full:
-                        yield from self._batches_of(window)
-                        window = None
-                if window is not None:
-                    yield from self._batches_of(window)
+                for window in self._windows(loader):
+                    self._sizes |= self._sink.take_over(window)
+                    for batch in self._batches_of(window):
+                        yield batch
+                        if (
+                            self._should_leave is not None and self._should_leave()
+                        ):  # what is computed of this window is kept
+                            self._answer = "drain"
+                            return
                 self._window, self._block = None, True
         finally:
             loader._iterator = None  # ends the workers, which outlive one iteration
+
+    def _windows(self, loader: DataLoader[Any]) -> Iterator[Window]:
+        """Windows as they become whole, until there is no work for the moment."""
+        window = None
+        for samples in loader:
+            ticket, alone = self._requested.popleft()
+            if window is not None and window is not ticket.window:
+                yield window
+            window = ticket.window
+            assert window is not None
+            window.add(ticket.chunk, ticket.span, samples, alone)
+            if window.is_full:
+                yield window
+                window = None
+        if window is not None:
+            yield window
 
     def _stream(self, source: StreamSource) -> Iterator[Any]:
         begin = source.iterate if self._batcher is None else source.iterate_uncollated
@@ -274,7 +295,7 @@ class LeasedLoader:
         if window is None or window.closed or alone:
             if window is not None:
                 window.closed = True
-            window = self._window = Window(1 if alone else self._chunks_per_window(answer))
+            window = self._window = Window(1 if alone else self._chunks_per_window(answer), bool(answer.get("again")))
         window.num_chunks += 1
         window.closed = window.num_chunks >= window.max_chunks
         return window
@@ -290,8 +311,8 @@ class LeasedLoader:
             return 1  # nothing is known of this data yet
         limits = [SAMPLES_PER_WINDOW / size, BYTES_PER_WINDOW / (self.bytes_per_sample * size)]
         if seconds_per_sample:
-            least, most = SECONDS_PER_WINDOW
-            seconds = min(most, max(least, answer.get("age_seconds", 0.0)))
+            least, ages, most = SECONDS_PER_WINDOW if self._should_leave is None else SECONDS_PER_KEPT_WINDOW
+            seconds = min(most, max(least, ages * answer.get("age_seconds", 0.0)))
             limits.append(seconds / (seconds_per_sample * size))
         if left is not None and self._num_replicas > 1:
             limits.append(left * speed / (REST_PER_WINDOW * self._num_replicas))

@@ -7,7 +7,7 @@ on as if the loader's batches had been computed. What is stored is the same with
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,10 +67,11 @@ class Window:
 
     Args:
         max_chunks: Chunks it is to hold.
+        again: Somebody else had its chunk and lost it.
     """
 
-    def __init__(self, max_chunks: int):
-        self.max_chunks = max_chunks
+    def __init__(self, max_chunks: int, again: bool = False):
+        self.max_chunks, self.again = max_chunks, again
         self.num_chunks = 0
         self.num_expected = 0
         """Spans that are announced."""
@@ -78,8 +79,9 @@ class Window:
         """No chunk will be announced any more."""
         self.pieces: list[Piece] = []
         self.samples: list[Any] = []
-        self.outputs: list[tuple[list[int], Any]] = []
-        """Positions in the window and output of each batch that is computed."""
+        self.outputs: list[tuple[Sequence[int | None], Any]] = []
+        """Positions in the window and output of each batch that is computed; None for samples of other windows."""
+        self._taken: set[int] = set()
         self.num_open = 0
         """Samples that are not computed yet."""
 
@@ -95,6 +97,26 @@ class Window:
         self.num_open = len(self.samples)
         self.pieces.append(Piece(chunk, span, start, self.num_open, alone))
 
+    def positions(self) -> dict[int, int]:
+        """Position of each unit; for loaders cut by sample."""
+        return {
+            piece.span.unit(offset): piece.start + offset
+            for piece in self.pieces
+            for offset in range(piece.stop - piece.start)
+        }
+
+    def take_over(self, positions: Sequence[int | None], output: Any) -> None:
+        """Take a batch that was computed elsewhere: its samples are in no batch of :meth:`batches`.
+
+        Args:
+            positions: Position of each of its samples, None for those that are not in this window.
+            output: Its output.
+        """
+        here = {position for position in positions if position is not None}
+        self.outputs.append((positions, output))
+        self._taken |= here
+        self.num_open -= len(here)
+
     def batches(self, batcher: Batcher, sizes: set[int]) -> Iterator[tuple[list[int], int]]:
         """Cut batches, each when it is asked for.
 
@@ -109,10 +131,11 @@ class Window:
         lengths = batcher.measure(self.samples)
         together = []
         for piece in self.pieces:
-            if piece.alone:
-                yield list(range(piece.start, piece.stop)), int(lengths[piece.start : piece.stop].max(initial=0))
-            else:
-                together.append(np.arange(piece.start, piece.stop))
+            positions = np.array([p for p in range(piece.start, piece.stop) if p not in self._taken], dtype=np.int64)
+            if not piece.alone:
+                together.append(positions)
+            elif len(positions):
+                yield positions.tolist(), int(lengths[positions].max())
         if not together:
             return
         positions = np.concatenate(together)
@@ -157,9 +180,11 @@ class Window:
         """
         row_of = np.full(len(self.samples), -1)
         computed = [position for positions, _ in self.outputs for position in positions]
-        row_of[computed] = np.arange(len(computed))
+        for row, position in enumerate(computed):
+            if position is not None:
+                row_of[position] = row
         merged = None
-        if len(self.pieces) == len(self.outputs) == 1 and len(computed) == len(self.samples):
+        if len(self.pieces) == len(self.outputs) == 1 and computed == list(range(len(self.samples))):
             yield self.pieces[0], self.outputs[0][1], frozenset()  # it is the loader's own batch
             return
         try:

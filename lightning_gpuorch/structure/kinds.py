@@ -222,6 +222,10 @@ class OutputLayout:
         """Whether an output of a batch of this size was learned from."""
         return size in self._sizes
 
+    def has_seen_other_than(self, sizes: set[int]) -> bool:
+        """Whether an output of a batch of yet another size was learned from."""
+        return not self._sizes <= sizes
+
     def learn(self, output: Any, size: int) -> None:
         """Take in the output of a batch that was computed as a whole.
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from lightning_gpuorch import read_predictions
-from lightning_gpuorch.errors import EXIT_DATA_MISSING, EXIT_RESUMABLE
-from tests.conftest import Runner
+from lightning_gpuorch.errors import EXIT_DATA_MISSING, EXIT_RESUMABLE, MissingPredictionsError
+from lightning_gpuorch.predictions import PartStore
+from lightning_gpuorch.predictions.fragments import units_of
+from tests.conftest import Runner, gpuorch_run
 
 SCRIPT = "dynamic.py"
 TOLERANCE = 1e-6
@@ -32,6 +37,29 @@ def _wait_for_steps(runner: Runner, process: subprocess.Popen[bytes], logs: Path
         time.sleep(0.05)
 
 
+def units_kept(out: Path) -> set[int]:
+    """What is computed of chunks that are not whole, as far as it is on disk."""
+    kept = set()
+    for path in out.glob("unfinished-*/part-*.gpq"):
+        with contextlib.suppress(MissingPredictionsError):  # its window has become whole just now
+            for entry in PartStore(path.parent).header(int(path.stem.removeprefix("part-"))).entries:
+                kept.update(units_of(entry))
+    return kept - {unit for part in (out / "dataloader_0").glob("part-*") for unit in _units_of_part(part)}
+
+
+def _units_of_part(path: Path) -> Iterable[int]:
+    chunk = int(path.stem.removeprefix("part-"))
+    return range(chunk * 16, chunk * 16 + 16)
+
+
+def _wait_for_kept(runner: Runner, process: subprocess.Popen[bytes], out: Path) -> None:
+    deadline = time.monotonic() + 90
+    while not units_kept(out):
+        assert process.poll() is None, runner.log_of(process)
+        assert time.monotonic() < deadline, runner.log_of(process)
+        time.sleep(0.05)
+
+
 def test_killed_and_resumed_with_another_number_of_devices(runner: Runner, tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     logs.mkdir()
@@ -44,33 +72,61 @@ def test_killed_and_resumed_with_another_number_of_devices(runner: Runner, tmp_p
     assert not psutil.wait_procs(workers, timeout=20)[1]
     before = len(read_predictions(tmp_path / "out", allow_missing=True).missing)
     assert 0 < before < 3000, "some of it is durable"
+    kept = units_kept(tmp_path / "out")
     for path in logs.iterdir():
         path.unlink()
     result = runner.run(SCRIPT, *options, "--devices", 1).result
     assert result["equal"]
     assert result["difference"] <= TOLERANCE
-    assert sum(len(index) for _, index, _ in result["steps"]) == before, "nothing durable was computed again"
+    again = sum(len(index) for _, index, _ in result["steps"])
+    assert again == before - len(kept), "nothing durable or kept was computed again"
     sizes = {shape[0] for _, _, shape in result["steps"]}
     assert len(sizes) > 3, "batches differ in size"
 
 
-def test_sigterm_keeps_all_that_was_computed(runner: Runner, tmp_path: Path) -> None:
+def test_sigterm_keeps_all_that_was_computed_and_does_not_wait_for_the_window(runner: Runner, tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     logs.mkdir()
     options = ("--samples", 3000, "--log", logs / "steps", "--output", tmp_path / "out", "--tokens", 64, "--devices", 2)
-    process = runner.start(SCRIPT, *options, "--slow", 0.01)
-    _wait_for_steps(runner, process, logs, 40)
+    process = runner.start(SCRIPT, *options, "--slow", 0.05)
+    _wait_for_kept(runner, process, tmp_path / "out")
     process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
     assert runner.wait(process) == EXIT_RESUMABLE
+    assert time.monotonic() - began < 10, "a window takes 15 seconds"
     computed = {sample for _, index, _ in steps_in(logs) for sample in index}
-    missing = set(read_predictions(tmp_path / "out", allow_missing=True).missing)
-    assert missing == set(range(3000)) - computed
-    assert missing
+    assert (
+        set(read_predictions(tmp_path / "out", allow_missing=True).missing) - units_kept(tmp_path / "out")
+        == set(range(3000)) - computed
+    )
     for path in logs.iterdir():
         path.unlink()
     result = runner.run(SCRIPT, *options).result
     assert result["equal"]
-    assert {sample for _, index, _ in result["steps"] for sample in index} == missing
+    assert result["difference"] <= TOLERANCE
+    again = [sample for _, index, _ in result["steps"] for sample in index]
+    assert sorted(again) == sorted(set(range(3000)) - computed)
+    assert not list((tmp_path / "out").glob("unfinished-*"))
+
+
+def test_a_killed_replica_loses_no_more_than_what_it_computed_last(runner: Runner, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    options = ("--samples", 2000, "--log", logs / "steps", "--output", tmp_path / "out", "--tokens", 64, "--devices", 2)
+    result = tmp_path / "result.json"
+    process = runner.start(SCRIPT, *options, "--slow", 0.05, "--result", result, launcher=gpuorch_run())
+    _wait_for_kept(runner, process, tmp_path / "out")
+    worker = int(next(logs.glob("steps-*")).name.removeprefix("steps-"))
+    kept = units_kept(tmp_path / "out")
+    os.kill(worker, signal.SIGKILL)
+    assert runner.wait(process) == 0, runner.log_of(process)
+    counts = Counter(sample for _, index, _ in steps_in(logs) for sample in index)
+    assert set(counts) == set(range(2000))
+    assert {counts[sample] for sample in kept} == {1}
+    told = json.loads(result.read_text())
+    assert told["equal"]
+    assert told["difference"] <= TOLERANCE
+    assert not list((tmp_path / "out").glob("unfinished-*"))
 
 
 def test_replicas_with_different_memory_get_different_batches(runner: Runner, tmp_path: Path) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import collections
+import itertools
+from collections.abc import Collection
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_gpuorch.batching import DynamicBatcher
 from lightning_gpuorch.predictions.collector import ChunkCollector
+from lightning_gpuorch.predictions.fragments import FragmentReader, FragmentWriter
 from lightning_gpuorch.predictions.layout import LoaderLayout, StoredBatch
 from lightning_gpuorch.predictions.loader import LeasedLoader
 from lightning_gpuorch.predictions.source import describe
@@ -21,12 +26,14 @@ from lightning_gpuorch.structure import CannotMergeError
 
 
 class Queue:
-    """All chunks, in order."""
+    """All chunks that are not done, in order."""
 
-    def __init__(self, chunks: int, **extra: dict[int, Any]):
-        self.chunks, self.asked, self.extra = chunks, 0, extra
+    def __init__(self, chunks: int, done: Collection[int] = (), **extra: dict[int, Any]):
+        self.chunks, self.asked, self.done, self.extra = chunks, 0, set(done), extra
 
     def next(self, block: bool, seconds_per_sample: float = 0.0) -> dict[str, Any]:
+        while self.asked in self.done:
+            self.asked += 1
         if self.asked >= self.chunks:
             return {"do": "stop"}
         chunk, self.asked = self.asked, self.asked + 1
@@ -41,14 +48,26 @@ class Job:
     """One loader, run with dynamic batching."""
 
     def __init__(
-        self, lengths: list[int], batch_size: int, chunk_batches: int, tokens: int, replicas: int = 1, **extra: Any
+        self,
+        lengths: list[int],
+        batch_size: int,
+        chunk_batches: int,
+        tokens: int,
+        replicas: int = 1,
+        directory: Path | None = None,
+        steps: int | None = None,
+        **extra: Any,
     ):
         self.samples = [[i] * max(1, length) for i, length in enumerate(lengths)]
         loader = DataLoader(self.samples, batch_size=batch_size, collate_fn=lambda samples: samples)
         source = describe(loader)
         self.layout: LoaderLayout = source.layout(chunk_batches)
         self.stored: dict[int, list[StoredBatch]] = {}
-        self.collector = ChunkCollector(self.stored.__setitem__)
+        clock = itertools.count(0, 2).__next__  # a fragment is due now and then
+        self.writer = FragmentWriter(directory, 0, self.layout.chunk_size, clock=clock) if directory else None
+        self.collector = ChunkCollector(
+            self.commit, (self.writer, FragmentReader(directory, 0)) if self.writer is not None else None
+        )
         self.tickets: Any = collections.deque()
         self.loader = LeasedLoader(
             source,
@@ -58,10 +77,16 @@ class Job:
             self.tickets,
             batcher=DynamicBatcher(tokens),
             num_replicas=replicas,
+            should_leave=None if directory is None else lambda: len(self.steps) == steps,
         )
         self.chunks_of_windows: list[int] = []
         self.last_window: Any = None
         self.steps: list[list[int]] = []
+
+    def commit(self, chunk: int, batches: list[StoredBatch]) -> None:
+        self.stored[chunk] = batches
+        if self.writer is not None:
+            self.writer.on_durable(chunk)
 
     def run(self, step: Any, lose: frozenset[int] = frozenset()) -> list[StoredBatch]:
         for batch in self.loader:
@@ -75,6 +100,7 @@ class Job:
             lost = frozenset(place for place, sample in enumerate(batch) if sample[0] in lose)
             kept = [sample for sample in batch if sample[0] not in lose]
             self.collector.add(ticket, step(kept) if kept else None, lost)
+        self.collector.keep()
         return [batch for chunk in sorted(self.stored) for batch in self.stored[chunk]]
 
 
@@ -96,8 +122,13 @@ def test_what_is_stored_is_what_the_loaders_batches_give(
 ) -> None:
     job = Job(lengths, batch_size, chunk_batches, tokens)
     stored = job.run(outputs)
-    expected = [job.samples[i : i + batch_size] for i in range(0, len(lengths), batch_size)]
     assert sorted(i for step in job.steps for i in step) == list(range(len(lengths)))
+    check_stored(job, batch_size, stored)
+
+
+def check_stored(job: Job, batch_size: int, stored: list[StoredBatch]) -> None:
+    """What is stored is what the loader's own batches give."""
+    expected = [job.samples[i : i + batch_size] for i in range(0, len(job.samples), batch_size)]
     assert [list(batch.indices) for batch in stored] == [[s[0] for s in batch] for batch in expected]
     for got, batch in zip(stored, expected, strict=True):
         want = outputs(batch)
@@ -108,6 +139,59 @@ def test_what_is_stored_is_what_the_loaders_batches_give(
         assert isinstance(got.output["pair"], tuple)
         assert torch.equal(got.output["pair"][0], want["pair"][0])
         assert [t.tolist() for t in got.output["pair"][1]] == [t.tolist() for t in want["pair"][1]]
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=80),
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.integers(1, 200),
+    st.lists(st.integers(1, 12), max_size=3),
+    st.booleans(),
+)
+@settings(max_examples=80, deadline=None)
+def test_what_was_computed_before_a_stop_is_taken_over(
+    lengths: list[int], batch_size: int, chunk_batches: int, tokens: int, stops: list[int], again: bool
+) -> None:
+    with TemporaryDirectory() as name:
+        computed: list[int] = []
+        stored: dict[int, list[StoredBatch]] = {}
+        for steps in [*stops, None]:
+            told = {"again": dict.fromkeys(range(80), True)} if again else {}
+            job = Job(
+                lengths, batch_size, chunk_batches, tokens, directory=Path(name), steps=steps, done=stored, **told
+            )
+            job.run(outputs)
+            computed += [i for step in job.steps for i in step]
+            stored.update(job.stored)
+        check_stored(job, batch_size, [batch for chunk in sorted(stored) for batch in stored[chunk]])
+        again_at_most = (len(stops) + 1) * max(map(len, job.steps), default=0)
+        assert len(computed) - len(lengths) <= again_at_most, "where all batches are of one size, one of them"
+
+
+def test_nothing_that_was_kept_is_computed_again(tmp_path: Path) -> None:
+    lengths = [1 + i % 30 for i in range(400)]
+    computed: list[int] = []
+    stored: dict[int, list[StoredBatch]] = {}
+    for steps in (5, 7, 9, None):
+        job = Job(lengths, 4, 10, 64, directory=tmp_path, steps=steps, done=stored)
+        job.run(outputs)
+        computed += [i for step in job.steps for i in step]
+        stored.update(job.stored)
+    assert sorted(computed) == list(range(400))
+    check_stored(job, 4, [batch for chunk in sorted(stored) for batch in stored[chunk]])
+
+
+def test_a_window_of_which_everything_was_kept_is_stored_without_a_step(tmp_path: Path) -> None:
+    """Its chunks became whole, and the process died before a part was durable."""
+    first = Job([1 + i % 30 for i in range(64)], 4, 4, 64, directory=tmp_path)
+    first.commit = lambda chunk, batches: None  # type: ignore[method-assign]
+    first.collector._commit = lambda chunk, batches: None
+    first.writer.end_window = lambda: first.writer.write()  # type: ignore[method-assign,union-attr]
+    first.run(outputs)
+    second = Job([1 + i % 30 for i in range(64)], 4, 4, 64, directory=tmp_path)
+    stored = second.run(outputs)
+    check_stored(second, 4, stored)
 
 
 def test_batches_take_samples_from_several_chunks_but_not_at_the_end() -> None:
@@ -171,18 +255,28 @@ def test_a_step_without_predictions_gives_none_for_each_batch() -> None:
     assert [batch.output for batch in job.run(lambda batch: None)] == [None] * 16
 
 
-def test_windows_follow_the_speed_of_a_replica_and_what_is_left() -> None:
-    def windows(replicas: int, speed: float, seconds_per_sample: float = 0.001, age_seconds: float = 0.0) -> list[int]:
+def test_windows_follow_the_speed_of_a_replica_and_what_is_left(tmp_path: Path) -> None:
+    def windows(
+        replicas: int,
+        speed: float,
+        seconds_per_sample: float = 0.001,
+        age_seconds: float = 0.0,
+        directory: Path | None = None,
+    ) -> list[int]:
         told = {"speed": speed, "seconds_per_sample": seconds_per_sample, "age_seconds": age_seconds}
         answers = {name: dict.fromkeys(range(120), value) for name, value in told.items()}
-        job = Job([3] * 240, 2, 1, 64, replicas, **answers)
+        job = Job([3] * 240, 2, 1, 64, replicas, directory, **answers)
         job.run(outputs)
         return job.chunks_of_windows
 
-    assert windows(1, 1.0)[:2] == [1, 2048], "nobody else takes part: only time, memory and the count bound a window"
+    assert windows(1, 1.0)[:2] == [1, 4096], "nobody else takes part: only time, memory and the count bound a window"
     assert windows(2, 1.0)[:3] == [1, 47, 28], "0.4 of the 118 chunks behind the first of it, and so on"
     assert windows(2, 0.5)[1] == 23
     assert windows(2, 1.5)[1] == 70
     assert windows(1, 1.0, 2.0, 1.0)[1] == 2, "10 seconds at first"
     assert windows(1, 1.0, 2.0, 24.0)[1] == 6, "as long as the job has run"
     assert windows(1, 1.0, 2.0, 1000.0)[1] == 10, "40 seconds at last"
+    kept = tmp_path
+    assert windows(1, 1.0, 2.0, 1.0, kept)[1] == 3, "15 seconds at first"
+    assert windows(1, 1.0, 2.0, 10.0, kept)[1] == 10, "four times as long as the job has run, if it is kept"
+    assert windows(1, 1.0, 2.0, 1000.0, kept)[1] == 30, "120 seconds at last"
