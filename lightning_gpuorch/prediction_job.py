@@ -129,6 +129,7 @@ class PredictionJob:
                 batchers[index],
                 world.topology.num_replicas,
                 None if self._fragments[index] is None else lambda: self._should_leave,
+                runtime.transfers is not None,
             )
             for index, (source, layout) in enumerate(zip(sources, manifest.loaders, strict=True))
         ]
@@ -247,7 +248,7 @@ class PredictionJob:
         since = began if self._observed_at is None else self._observed_at
         self._observed_at = now
         num_samples, num_bytes = ticket.size or 0, size_bytes(output)
-        self.loaders[ticket.loader].observe(num_samples=num_samples, num_bytes=num_bytes, seconds=now - since)
+        self.loaders[ticket.loader].bounds.observe(num_samples=num_samples, num_bytes=num_bytes, seconds=now - since)
 
     def _end_calibration(self) -> None:
         """Write the baseline, and end the script in good order: the rest of its data is of no interest.
@@ -306,11 +307,11 @@ class PredictionJob:
             gc.unfreeze()  # the script may drop this model and go on with another
         if self._drain_signal is not None:
             self._drain_signal.restore()
-        for collector in self._collectors:
-            collector.keep()
         if self._writer is not None:
             writer, self._writer = self._writer, None
             writer.close()
+            for collector in self._collectors:
+                collector.keep()
 
     def _summarise(self, answer: dict[str, Any]) -> None:
         if self.finished_before:
@@ -338,6 +339,8 @@ class PredictionJob:
         )
 
     def _on_kept(self, loader: int, samples: int) -> None:
+        if self._writer is None:
+            return  # it leaves already
         self._should_leave |= bool(self._call("kept", loader=loader, samples=samples).header["leave"])
 
     def _commit(self, loader: int, chunk: int, batches: list[StoredBatch]) -> None:

@@ -19,19 +19,14 @@ from lightning_gpuorch.errors import ControlPlaneError
 from lightning_gpuorch.predictions.layout import LoaderLayout
 from lightning_gpuorch.predictions.source import BatchSource, MapSource, Source, Span, StreamSource
 from lightning_gpuorch.predictions.window import Batcher, Window
+from lightning_gpuorch.predictions.window_reader import (
+    BackgroundWindowReader,
+    Requested,
+    WindowBounds,
+    WindowReader,
+    Windows,
+)
 from lightning_gpuorch.predictions.writer import size_bytes
-
-SAMPLES_PER_WINDOW = 8192
-"""Samples that are sorted together at most, unless a single chunk has more."""
-BYTES_PER_WINDOW = 256 * 2**20
-"""Inputs or outputs of a window, on the host."""
-SECONDS_PER_WINDOW = (10.0, 1.0, 40.0)
-"""Time a window may take: at first, as a multiple of the time the job has run, and at most. A death costs it, so it costs no
-more than was done before; and a drain waits for it."""
-SECONDS_PER_KEPT_WINDOW = (15.0, 4.0, 120.0)
-"""The same where what is computed of a window is kept. What bounds it then is that speeds must be known to end together."""
-REST_PER_WINDOW = 1.25
-"""What a replica has still to expect, by its speed, is so many times its next window, so that all end together."""
 
 
 class WorkQueue(Protocol):
@@ -122,6 +117,8 @@ class LeasedLoader:
         num_replicas: Replicas that share the chunks.
         should_leave: Whether to end, as on drain, before a window is whole: what is computed of it is kept. None: it is
             not kept.
+        overlaps: The device computes while the host goes on, so the next window is read meanwhile. So it is where the loader
+            has workers.
     """
 
     def __init__(
@@ -136,19 +133,19 @@ class LeasedLoader:
         batcher: Batcher | None = None,
         num_replicas: int = 1,
         should_leave: Callable[[], bool] | None = None,
+        overlaps: bool = False,
     ):
         self.source, self.layout, self.index = source, layout, index
-        self.bytes_per_sample = self.seconds_per_sample = 0.0
-        """What a sample's input or output takes on the host, and how long it takes, as far as is known."""
-        self._num_measured, self._measured_seconds = 0, 0.0
-        """Samples and seconds of the steps since the last window was begun."""
-        self._batcher, self._num_replicas, self._should_leave = batcher, num_replicas, should_leave
-        self._window: Window | None = None
+        self._batcher, self._should_leave, self._overlaps = batcher, should_leave, overlaps
+        samples_per_unit = int(getattr(source.loader, "batch_size", None) or 1) if layout.unit == "batch" else 1
+        self.bounds = WindowBounds(layout.chunk_size * samples_per_unit, num_replicas, kept=should_leave is not None)
+        self._delivered_size = 0
+        """Samples of the last batch."""
         self._sizes: set[int] = set()
         self.batch_sampler: Any = None
         """Set by whoever has to satisfy a framework that looks for indices here."""
         self._queue, self._sink, self._delivered, self._on_ended = queue, sink, delivered, on_ended
-        self._requested: collections.deque[tuple[Ticket, bool]] = collections.deque()
+        self._requested: collections.deque[Requested] = collections.deque()
         self._answer = ""
         self._block = False
 
@@ -165,7 +162,7 @@ class LeasedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         self._requested.clear()
-        self._answer, self._block, self._window = "", False, None
+        self._answer, self._block = "", False
         if isinstance(self.source, StreamSource):
             yield from self._stream(self.source)
         elif self._batcher is None:
@@ -180,7 +177,8 @@ class LeasedLoader:
         try:
             while self._answer in ("", "pause"):
                 for batch in loader:
-                    self._delivered.append(self._requested.popleft()[0])
+                    asked = self._requested.popleft()
+                    self._delivered.append(Ticket(self.index, asked.chunk, asked.span, source.collate))
                     yield batch
                 self._block = True
         finally:
@@ -189,45 +187,48 @@ class LeasedLoader:
     def _windowed(self, source: MapSource) -> Iterator[Any]:
         """Batches by length out of windows of one or several chunks."""
         loader = source.uncollated(_LeasedBatches(self))
+        left_early = False
         try:
-            while self._answer in ("", "pause"):
-                for window in self._windows(loader):
-                    self._sizes |= self._sink.take_over(window)
-                    for batch in self._batches_of(window):
-                        yield batch
-                        if (
-                            self._should_leave is not None and self._should_leave()
-                        ):  # what is computed of this window is kept
-                            self._answer = "drain"
-                            return
-                self._window, self._block = None, True
+            while self._answer in ("", "pause") and not left_early:
+                windows = self._read_windows(source.loader, iter(loader))
+                try:
+                    left_early = yield from self._batches_of_all(windows)
+                finally:
+                    windows.close()
+                self._block = True
         finally:
             loader._iterator = None  # ends the workers, which outlive one iteration
+        if left_early:
+            self._answer = "drain"
 
-    def _windows(self, loader: DataLoader[Any]) -> Iterator[Window]:
-        """Windows as they become whole, until there is no work for the moment."""
-        window = None
-        for samples in loader:
-            ticket, alone = self._requested.popleft()
-            if window is not None and window is not ticket.window:
-                yield window
-            window = ticket.window
-            assert window is not None
-            window.add(ticket.chunk, ticket.span, samples, alone)
-            if window.is_full:
-                yield window
-                window = None
-        if window is not None:
-            yield window
+    def _read_windows(self, loader: DataLoader[Any], spans: Iterator[list[Any]]) -> WindowReader:
+        # Who may leave a window early is alone in its replica: nobody has to cut windows where it does.
+        kind = BackgroundWindowReader if loader.num_workers and self._should_leave is not None else WindowReader
+        return kind(spans, self._requested, self.bounds)
+
+    def _batches_of_all(self, windows: WindowReader) -> Generator[Any, None, bool]:
+        """The batches of one window after another; returns whether a window was left before its end."""
+        assert isinstance(self.source.loader, DataLoader)
+        reads_ahead = self._overlaps or self.source.loader.num_workers > 0
+        while (window := windows.next()) is not None and self._answer not in ("drain", "fenced"):
+            self._sizes |= self._sink.take_over(window)
+            for batch in self._batches_of(window):
+                yield batch
+                if self._should_leave is not None and self._should_leave():  # what is computed of it is kept
+                    return True
+                if reads_ahead:
+                    windows.read_ahead(self._delivered_size)
+        return False
 
     def _stream(self, source: StreamSource) -> Iterator[Any]:
         begin = source.iterate if self._batcher is None else source.iterate_uncollated
         position, stream = 0, begin()
+        windows = Windows(self.bounds)
         while True:
             answer = self._next_answer()
-            if answer["do"] != "chunk" and self._window is not None:
-                yield from self._batches_of(self._window)
-                self._window = None
+            if answer["do"] != "chunk" and windows.open is not None:
+                yield from self._batches_of(windows.open)
+                windows.open = None
             if answer["do"] == "pause":
                 self._block = True
                 continue
@@ -244,7 +245,7 @@ class LeasedLoader:
             if self._batcher is None:
                 position = yield from self._stream_chunk(stream, chunk, start, frozenset(answer.get("skip", ())))
             else:
-                position = yield from self._windowed_stream_chunk(stream, chunk, start, answer)
+                position = yield from self._windowed_stream_chunk(stream, windows, chunk, answer)
 
     def _stream_chunk(
         self, stream: Iterator[Any], chunk: int, start: int, skip: frozenset[int]
@@ -267,9 +268,10 @@ class LeasedLoader:
         return position
 
     def _windowed_stream_chunk(
-        self, stream: Iterator[Any], chunk: int, start: int, answer: dict[str, Any]
+        self, stream: Iterator[Any], windows: Windows, chunk: int, answer: dict[str, Any]
     ) -> Generator[Any, None, int]:
-        """Read a chunk into the window; returns where the stream stands."""
+        """Read a chunk into its window; returns where the stream stands."""
+        start = chunk * self.layout.chunk_size
         read = list(itertools.islice(stream, self.layout.chunk_size))
         stop = start + len(read)
         if len(read) < self.layout.chunk_size:
@@ -277,53 +279,22 @@ class LeasedLoader:
         isolate, skip = range(*answer.get("isolate", (0, 0))), frozenset(answer.get("skip", ()))
         batches = [(number, samples) for number, samples in enumerate(read, start) if number not in skip]
         self._sink.begin(chunk, len(batches))
-        previous, window = self._window, self._window_for(answer)
+        previous, window = windows.open, windows.window_of(answer)
         if previous is not None and previous is not window:
             yield from self._batches_of(previous)
         for number, samples in batches:
-            window.num_expected += 1
             window.add(chunk, Span(number, 1, number, None), samples, alone=number in isolate)
-        if window.is_full:
-            self._window = None
+        if window.closed:
+            windows.open = None
             yield from self._batches_of(window)
         return stop
-
-    def _window_for(self, answer: dict[str, Any]) -> Window:
-        """The window a chunk goes to. One that was lost by somebody else goes alone, so that blame can be precise."""
-        alone = bool(answer.get("again")) or "isolate" in answer
-        window = self._window
-        if window is None or window.closed or alone:
-            if window is not None:
-                window.closed = True
-            window = self._window = Window(1 if alone else self._chunks_per_window(answer), bool(answer.get("again")))
-        window.num_chunks += 1
-        window.closed = window.num_chunks >= window.max_chunks
-        return window
-
-    def _chunks_per_window(self, answer: dict[str, Any]) -> int:
-        # What differs between the ranks of a group comes with the answer, which is the same for all of them.
-        left, speed = answer.get("left"), answer.get("speed", 1.0)
-        seconds_per_sample = answer.get("seconds_per_sample", 0.0)
-        size = self.layout.chunk_size
-        if isinstance(self.source, StreamSource):
-            size *= int(getattr(self.source.loader, "batch_size", None) or 1)
-        if not self.bytes_per_sample:
-            return 1  # nothing is known of this data yet
-        limits = [SAMPLES_PER_WINDOW / size, BYTES_PER_WINDOW / (self.bytes_per_sample * size)]
-        if seconds_per_sample:
-            least, ages, most = SECONDS_PER_WINDOW if self._should_leave is None else SECONDS_PER_KEPT_WINDOW
-            seconds = min(most, max(least, ages * answer.get("age_seconds", 0.0)))
-            limits.append(seconds / (seconds_per_sample * size))
-        if left is not None and self._num_replicas > 1:
-            limits.append(left * speed / (REST_PER_WINDOW * self._num_replicas))
-        return max(1, int(min(limits)))
 
     def _batches_of(self, window: Window) -> Iterator[Any]:
         assert self._batcher is not None
         assert isinstance(self.source.loader, DataLoader)
         if not window.samples:
             return
-        self.observe(num_bytes=size_bytes(window.samples), num_samples=len(window.samples))
+        self.bounds.observe(num_bytes=size_bytes(window.samples), num_samples=len(window.samples))
         collate = None if isinstance(self.source, StreamSource) else self.source.collate
         for positions, longest in window.batches(self._batcher, self._sizes):
             batch = self.source.loader.collate_fn([window.samples[position] for position in positions])
@@ -333,22 +304,12 @@ class LeasedLoader:
             shape = self._batcher.formed(batch, longest) or (len(positions), longest)
             sized = self._batcher.learns_memory
             self._delivered.append(Ticket(self.index, chunk, span, collate, window, positions, shape, sized))
+            self._delivered_size = len(positions)
             yield batch
-
-    def observe(self, *, num_samples: int, num_bytes: int = 0, seconds: float = 0.0) -> None:
-        """Take in what samples take on the host and how long they took: both bound windows."""
-        if num_samples:
-            self.bytes_per_sample = max(self.bytes_per_sample, num_bytes / num_samples)
-            if seconds:
-                self._num_measured += num_samples
-                self._measured_seconds += seconds
+        self.bounds.end_window()
 
     def _next_answer(self) -> dict[str, Any]:
-        if self._num_measured and (self._window is None or self._window.closed):
-            # A whole window is measured: its batches are sorted, and a single one tells nothing of the others.
-            self.seconds_per_sample = self._measured_seconds / self._num_measured
-            self._num_measured, self._measured_seconds = 0, 0.0
-        answer = self._queue.next(self._block, self.seconds_per_sample)
+        answer = self._queue.next(self._block, self.bounds.seconds_per_sample)
         self._block = False
         self._answer = answer["do"]
         return answer
@@ -365,14 +326,10 @@ class LeasedLoader:
             skip = frozenset(answer.get("skip", ()))
             spans = list(self.source.spans(self.layout, chunk, isolate, skip))
             self._sink.begin(chunk, len(spans))
-            window = None
-            if self._batcher is not None:
-                window = self._window_for(answer)
-                window.num_expected += len(spans)
             for span in spans:
                 assert span.indices is not None
                 alone = span.num_units == 1 and span.first_unit in isolate
-                self._requested.append((Ticket(self.index, chunk, span, self.source.collate, window), alone))
+                self._requested.append(Requested(chunk, span, answer, alone, is_last=span is spans[-1]))
                 yield span.indices
 
 

@@ -66,17 +66,16 @@ class Window:
     """The samples of some chunks.
 
     Args:
-        max_chunks: Chunks it is to hold.
         again: Somebody else had its chunk and lost it.
     """
 
-    def __init__(self, max_chunks: int, again: bool = False):
-        self.max_chunks, self.again = max_chunks, again
+    def __init__(self, again: bool = False):
+        self.again = again
+        self.max_chunks = 1
+        """Chunks it is to hold."""
         self.num_chunks = 0
-        self.num_expected = 0
-        """Spans that are announced."""
         self.closed = False
-        """No chunk will be announced any more."""
+        """It takes no more chunks."""
         self.pieces: list[Piece] = []
         self.samples: list[Any] = []
         self.outputs: list[tuple[Sequence[int | None], Any]] = []
@@ -84,11 +83,6 @@ class Window:
         self._taken: set[int] = set()
         self.num_open = 0
         """Samples that are not computed yet."""
-
-    @property
-    def is_full(self) -> bool:
-        """Whether everything that belongs to it has come."""
-        return self.closed and len(self.pieces) == self.num_expected
 
     def add(self, chunk: int, span: Span, samples: list[Any], alone: bool) -> None:
         """Append the samples of a span."""

@@ -88,7 +88,7 @@ def test_sigterm_keeps_all_that_was_computed_and_does_not_wait_for_the_window(ru
     logs = tmp_path / "logs"
     logs.mkdir()
     options = ("--samples", 3000, "--log", logs / "steps", "--output", tmp_path / "out", "--tokens", 64, "--devices", 2)
-    process = runner.start(SCRIPT, *options, "--slow", 0.05)
+    process = runner.start(SCRIPT, *options, "--slow", 0.05, "--workers", 1)
     _wait_for_kept(runner, process, tmp_path / "out")
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
