@@ -8,6 +8,7 @@ moment, the loader waits inside ``next`` for what other replicas may still give 
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ from lightning_gpuorch.predictions.window_reader import (
     Requested,
     WindowBounds,
     WindowReader,
-    Windows,
 )
 from lightning_gpuorch.predictions.writer import size_bytes
 
@@ -154,6 +154,10 @@ class LeasedLoader:
         """The user's dataset, if the loader has one."""
         return getattr(self.source.loader, "dataset", None)
 
+    @property
+    def _num_workers(self) -> int:
+        return int(getattr(self.source.loader, "num_workers", 0))
+
     def __len__(self) -> int:
         """Batches of the whole job, as a single device would compute: the most this replica can get."""
         if self.source.num_batches is None:
@@ -163,13 +167,13 @@ class LeasedLoader:
     def __iter__(self) -> Iterator[Any]:
         self._requested.clear()
         self._answer, self._block = "", False
-        if isinstance(self.source, StreamSource):
-            yield from self._stream(self.source)
-        elif self._batcher is None:
-            yield from self._indexed(self.source)
-        else:
-            assert isinstance(self.source, MapSource)
+        if self._batcher is not None:
+            assert not isinstance(self.source, BatchSource)
             yield from self._windowed(self.source)
+        elif isinstance(self.source, StreamSource):
+            yield from self._stream(self.source)
+        else:
+            yield from self._indexed(self.source)
         self._on_ended(self._answer)
 
     def _indexed(self, source: MapSource | BatchSource) -> Iterator[Any]:
@@ -184,32 +188,39 @@ class LeasedLoader:
         finally:
             loader._iterator = None  # ends the workers, which outlive one iteration
 
-    def _windowed(self, source: MapSource) -> Iterator[Any]:
+    def _windowed(self, source: MapSource | StreamSource) -> Iterator[Any]:
         """Batches by length out of windows of one or several chunks."""
-        loader = source.uncollated(_LeasedBatches(self))
+        loader: DataLoader[Any] | None = None
+        if isinstance(source, StreamSource):
+            begin: Callable[[], Iterator[Any]] = functools.partial(
+                self._leased_stream, _Stream(source.iterate_uncollated)
+            )
+        else:
+            loader = source.uncollated(_LeasedBatches(self))
+            begin = loader.__iter__
         left_early = False
         try:
             while self._answer in ("", "pause") and not left_early:
-                windows = self._read_windows(source.loader, iter(loader))
+                windows = self._read_windows(begin())
                 try:
                     left_early = yield from self._batches_of_all(windows)
                 finally:
                     windows.close()
                 self._block = True
         finally:
-            loader._iterator = None  # ends the workers, which outlive one iteration
+            if loader is not None:
+                loader._iterator = None  # ends the workers, which outlive one iteration
         if left_early:
             self._answer = "drain"
 
-    def _read_windows(self, loader: DataLoader[Any], spans: Iterator[list[Any]]) -> WindowReader:
+    def _read_windows(self, spans: Iterator[list[Any]]) -> WindowReader:
         # Who may leave a window early is alone in its replica: nobody has to cut windows where it does.
-        kind = BackgroundWindowReader if loader.num_workers and self._should_leave is not None else WindowReader
-        return kind(spans, self._requested, self.bounds)
+        in_background = self._num_workers > 0 and self._should_leave is not None
+        return (BackgroundWindowReader if in_background else WindowReader)(spans, self._requested, self.bounds)
 
     def _batches_of_all(self, windows: WindowReader) -> Generator[Any, None, bool]:
         """The batches of one window after another; returns whether a window was left before its end."""
-        assert isinstance(self.source.loader, DataLoader)
-        reads_ahead = self._overlaps or self.source.loader.num_workers > 0
+        reads_ahead = self._overlaps or self._num_workers > 0
         while (window := windows.next()) is not None and self._answer not in ("drain", "fenced"):
             self._sizes |= self._sink.take_over(window)
             for batch in self._batches_of(window):
@@ -221,73 +232,55 @@ class LeasedLoader:
         return False
 
     def _stream(self, source: StreamSource) -> Iterator[Any]:
-        begin = source.iterate if self._batcher is None else source.iterate_uncollated
-        position, stream = 0, begin()
-        windows = Windows(self.bounds)
+        stream = _Stream(source.iterate)
         while True:
             answer = self._next_answer()
-            if answer["do"] != "chunk" and windows.open is not None:
-                yield from self._batches_of(windows.open)
-                windows.open = None
             if answer["do"] == "pause":
                 self._block = True
-                continue
-            if answer["do"] != "chunk":
+            elif answer["do"] != "chunk":
                 return
-            chunk = int(answer["chunk"])
-            start = chunk * self.layout.chunk_size
-            if start < position:
-                position, stream = 0, begin()
-            position += _skip(stream, start - position)
-            if position < start:
-                self._queue.end_of_stream(position)
-                continue
-            if self._batcher is None:
-                position = yield from self._stream_chunk(stream, chunk, start, frozenset(answer.get("skip", ())))
-            else:
-                position = yield from self._windowed_stream_chunk(stream, windows, chunk, answer)
+            elif self._reach(stream, int(answer["chunk"])):
+                yield from self._stream_chunk(stream, int(answer["chunk"]), frozenset(answer.get("skip", ())))
 
-    def _stream_chunk(
-        self, stream: Iterator[Any], chunk: int, start: int, skip: frozenset[int]
-    ) -> Generator[Any, None, int]:
-        """The batches of a chunk as they come; returns where the stream stands."""
+    def _reach(self, stream: _Stream, chunk: int) -> bool:
+        """Go to the beginning of a chunk; False if the stream ends before."""
+        start = chunk * self.layout.chunk_size
+        stream.seek(start)
+        if stream.position < start:
+            self._queue.end_of_stream(stream.position)
+        return stream.position == start
+
+    def _stream_chunk(self, stream: _Stream, chunk: int, skip: frozenset[int]) -> Iterator[Any]:
+        """The batches of a chunk as they come."""
         self._sink.begin(chunk, None)
-        position = start
+        start = stream.position
         for number in range(start, start + self.layout.chunk_size):
-            try:
-                batch = next(stream)
-            except StopIteration:
+            batch = stream.read()
+            if batch is _END:
                 self._queue.end_of_stream(number)
                 break
-            position = number + 1
             if number in skip:  # read, since the stream cannot be entered elsewhere, and not computed
                 continue
             self._delivered.append(Ticket(self.index, chunk, Span(number, 1, number, None), None))
             yield batch
         self._sink.end(chunk)
-        return position
 
-    def _windowed_stream_chunk(
-        self, stream: Iterator[Any], windows: Windows, chunk: int, answer: dict[str, Any]
-    ) -> Generator[Any, None, int]:
-        """Read a chunk into its window; returns where the stream stands."""
-        start = chunk * self.layout.chunk_size
-        read = list(itertools.islice(stream, self.layout.chunk_size))
-        stop = start + len(read)
-        if len(read) < self.layout.chunk_size:
-            self._queue.end_of_stream(stop)
-        isolate, skip = range(*answer.get("isolate", (0, 0))), frozenset(answer.get("skip", ()))
-        batches = [(number, samples) for number, samples in enumerate(read, start) if number not in skip]
-        self._sink.begin(chunk, len(batches))
-        previous, window = windows.open, windows.window_of(answer)
-        if previous is not None and previous is not window:
-            yield from self._batches_of(previous)
-        for number, samples in batches:
-            window.add(chunk, Span(number, 1, number, None), samples, alone=number in isolate)
-        if window.closed:
-            windows.open = None
-            yield from self._batches_of(window)
-        return stop
+    def _leased_stream(self, stream: _Stream) -> Iterator[list[Any]]:
+        """The samples of one batch of the stream after another, until there is no work for the moment."""
+        while (answer := self._next_answer())["do"] == "chunk":
+            chunk, start = int(answer["chunk"]), int(answer["chunk"]) * self.layout.chunk_size
+            if not self._reach(stream, chunk):
+                continue
+            read = list(itertools.islice(iter(stream.read, _END), self.layout.chunk_size))
+            if len(read) < self.layout.chunk_size:
+                self._queue.end_of_stream(stream.position)
+            isolate, skip = range(*answer.get("isolate", (0, 0))), frozenset(answer.get("skip", ()))
+            batches = [(number, samples) for number, samples in enumerate(read, start) if number not in skip]
+            self._sink.begin(chunk, len(batches))
+            for number, samples in batches:
+                span, is_last = Span(number, 1, number, None), number == batches[-1][0]
+                self._requested.append(Requested(chunk, span, answer, number in isolate, is_last))
+                yield samples
 
     def _batches_of(self, window: Window) -> Iterator[Any]:
         assert self._batcher is not None
@@ -395,12 +388,30 @@ class _SharedBatches:
                 yield span.indices
 
 
-def _skip(stream: Iterator[Any], count: int) -> int:
-    """Read and drop ``count`` batches; returns how many there were."""
-    for dropped in range(count):
-        if next(stream, _END) is _END:
-            return dropped
-    return count
+class _Stream:
+    """A stream and where it stands.
+
+    Args:
+        begin: Starts it from its beginning.
+    """
+
+    def __init__(self, begin: Callable[[], Iterator[Any]]):
+        self._begin, self._items = begin, begin()
+        self.position = 0
+        """Number of the next item."""
+
+    def seek(self, position: int) -> None:
+        """Go to a position, or to the end if that comes first; from the beginning if it lies behind."""
+        if position < self.position:
+            self.position, self._items = 0, self._begin()
+        while self.position < position and self.read() is not _END:
+            pass
+
+    def read(self) -> Any:
+        """The next item, or ``_END``."""
+        item = next(self._items, _END)
+        self.position += item is not _END
+        return item
 
 
 _END = object()
