@@ -130,6 +130,7 @@ class PredictionJob:
                 world.topology.num_replicas,
                 None if self._fragments[index] is None else lambda: self._should_leave,
                 runtime.transfers is not None,
+                world.topology.ranks_per_replica == 1,
             )
             for index, (source, layout) in enumerate(zip(sources, manifest.loaders, strict=True))
         ]

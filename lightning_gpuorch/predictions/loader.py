@@ -119,6 +119,7 @@ class LeasedLoader:
             not kept.
         overlaps: The device computes while the host goes on, so the next window is read meanwhile. So it is where the loader
             has workers.
+        single_rank: No other rank has to form the same batches.
     """
 
     def __init__(
@@ -134,9 +135,11 @@ class LeasedLoader:
         num_replicas: int = 1,
         should_leave: Callable[[], bool] | None = None,
         overlaps: bool = False,
+        single_rank: bool = False,
     ):
         self.source, self.layout, self.index = source, layout, index
-        self._batcher, self._should_leave, self._overlaps = batcher, should_leave, overlaps
+        self._batcher, self._should_leave = batcher, should_leave
+        self._overlaps, self._single_rank = overlaps, single_rank
         samples_per_unit = int(getattr(source.loader, "batch_size", None) or 1) if layout.unit == "batch" else 1
         self.bounds = WindowBounds(layout.chunk_size * samples_per_unit, num_replicas, kept=should_leave is not None)
         self._delivered_size = 0
@@ -148,6 +151,7 @@ class LeasedLoader:
         self._requested: collections.deque[Requested] = collections.deque()
         self._answer = ""
         self._block = False
+        self._held: dict[str, Any] | None = None
 
     @property
     def dataset(self) -> Any:
@@ -166,7 +170,7 @@ class LeasedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         self._requested.clear()
-        self._answer, self._block = "", False
+        self._answer, self._block, self._held = "", False, None
         if self._batcher is not None:
             assert not isinstance(self.source, BatchSource)
             yield from self._windowed(self.source)
@@ -201,6 +205,10 @@ class LeasedLoader:
         left_early = False
         try:
             while self._answer in ("", "pause") and not left_early:
+                if self._block:  # waited for here, not where windows are read
+                    self._held = self._next_answer()
+                    if self._answer != "chunk":
+                        break
                 windows = self._read_windows(begin())
                 try:
                     left_early = yield from self._batches_of_all(windows)
@@ -214,8 +222,8 @@ class LeasedLoader:
             self._answer = "drain"
 
     def _read_windows(self, spans: Iterator[list[Any]]) -> WindowReader:
-        # Who may leave a window early is alone in its replica: nobody has to cut windows where it does.
-        in_background = self._num_workers > 0 and self._should_leave is not None
+        # Where windows are cut in the background depends on time, so ranks of a group would not agree.
+        in_background = self._num_workers > 0 and self._single_rank
         return (BackgroundWindowReader if in_background else WindowReader)(spans, self._requested, self.bounds)
 
     def _batches_of_all(self, windows: WindowReader) -> Generator[Any, None, bool]:
@@ -302,6 +310,9 @@ class LeasedLoader:
         self.bounds.end_window()
 
     def _next_answer(self) -> dict[str, Any]:
+        if self._held is not None:
+            answer, self._held = self._held, None
+            return answer
         answer = self._queue.next(self._block, self.bounds.seconds_per_sample)
         self._block = False
         self._answer = answer["do"]

@@ -77,6 +77,7 @@ class Job:
             self.tickets,
             batcher=DynamicBatcher(tokens),
             num_replicas=replicas,
+            single_rank=True,
             should_leave=None if directory is None else lambda: len(self.steps) == steps,
         )
         self.chunks_of_windows: list[int] = []
