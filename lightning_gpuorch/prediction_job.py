@@ -328,6 +328,7 @@ class PredictionJob:
             max_pending_bytes=self._runtime.config.max_pending_bytes,
             on_committed=self._on_committed,
             around_commit=contextlib.nullcontext if heartbeat is None else heartbeat.committing,
+            on_full=self._make_room,
         )
 
     def _fragments_of(self, loader: int, layout: LoaderLayout) -> tuple[FragmentWriter, FragmentReader] | None:
@@ -335,9 +336,14 @@ class PredictionJob:
         if self._dynamic is None or layout.unit != "sample" or self._world.topology.ranks_per_replica > 1:
             return None
         on_kept = functools.partial(self._on_kept, loader)
-        return FragmentWriter(self.directory, loader, layout.chunk_size, on_kept), FragmentReader(
-            self.directory, loader
-        )
+        around_write = functools.partial(_phase, Phase.COMMIT, then=Phase.RUN)
+        writer = FragmentWriter(self.directory, loader, layout.chunk_size, on_kept, around_write)
+        return writer, FragmentReader(self.directory, loader)
+
+    def _make_room(self) -> None:
+        for fragments in self._fragments:
+            if fragments is not None:
+                fragments[0].give_up()
 
     def _on_kept(self, loader: int, samples: int) -> None:
         if self._writer is None:

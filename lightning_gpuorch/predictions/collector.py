@@ -90,10 +90,12 @@ class ChunkCollector:
             if any(place is not None for place in places):
                 taken.append((places, batch.output))
         sizes = {len(places) for places, _ in taken}
-        if taken and not positions and len(sizes) == 1 and sizes != {1} and not self._layout.has_seen_other_than(sizes):
-            taken.pop()  # computed anew, in two: only outputs of different sizes tell what follows the number of samples
+        undecided = len(sizes) == 1 and sizes != {1} and not self._layout.has_seen_other_than(sizes)
         for places, output in taken:
             self._layout.learn(output, len(places))
+        if undecided and not positions:
+            taken.pop()  # computed anew, in two: only outputs of different sizes tell what follows the number of samples
+        for places, output in taken:
             window.take_over(places, output)
         if taken and not window.num_open:
             self._end_window(window)

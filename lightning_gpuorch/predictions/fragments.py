@@ -12,6 +12,7 @@ parts: ``unfinished-<dataloader>-<rank and process>/part-<number>.gpq``.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -19,6 +20,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from lightning_gpuorch.errors import CorruptPartError, MissingPredictionsError, PredictionStorageError
@@ -41,6 +43,7 @@ class FragmentWriter:
         loader: Which dataloader.
         chunk_size: Its units per chunk.
         on_kept: Called with the number of samples after each fragment.
+        around_write: Makes a context in which each is written.
         clock: Gives seconds.
     """
 
@@ -50,12 +53,13 @@ class FragmentWriter:
         loader: int,
         chunk_size: int,
         on_kept: Callable[[int], None] = lambda num_samples: None,
+        around_write: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         clock: Callable[[], float] = time.monotonic,
     ):
         # Never that of another life: a restart of this rank, or a later run, must not meet files it did not write.
         name = f"{_prefix(loader)}{os.getpid()}-{secrets.token_hex(6)}"
         self._store = PartStore(directory / name, fsync=False)  # after a power cut the checksums tell
-        self._chunk_size, self._on_kept, self._clock = chunk_size, on_kept, clock
+        self._chunk_size, self._on_kept, self._around_write, self._clock = chunk_size, on_kept, around_write, clock
         self._pending: list[StoredBatch] = []
         self._chunks_of: dict[int, set[int]] = {}
         self._count = 0
@@ -79,11 +83,13 @@ class FragmentWriter:
         with self._lock:
             self._chunks_of[number] = {unit // self._chunk_size for batch in batches for unit in units_of(batch)}
         try:
-            self._store.commit(number, batches, {})
+            with self._around_write():
+                self._store.commit(number, batches, {})
         except PredictionStorageError as error:
             # The parts will show whether that is a reason to end.
-            log.warning("nothing is kept of windows that are not whole any more: %s", error)
-            self._failed = True
+            if not self._failed:
+                log.warning("nothing is kept of windows that are not whole any more: %s", error)
+            self.give_up()
             return
         now = self._clock()
         self._due = now + max(KEEP_SECONDS, _TIMES_COST * (now - began))
@@ -93,6 +99,13 @@ class FragmentWriter:
         """The chunks of all batches so far are whole: what is not written yet need not be."""
         self._pending.clear()
         self._due = self._clock() + KEEP_SECONDS
+
+    def give_up(self) -> None:
+        """Make room for the parts: remove all fragments, and write none any more. From any thread."""
+        self._failed = True
+        with self._lock:
+            self._chunks_of.clear()
+        shutil.rmtree(self._store.directory, ignore_errors=True)
 
     def on_durable(self, chunk: int) -> None:
         """Remove the fragments all of whose chunks are durable. From any thread."""

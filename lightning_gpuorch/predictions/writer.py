@@ -59,6 +59,7 @@ class PartWriter:
         on_committed: Told of each part that is durable. What it raises counts as an error of the writer.
         full_retry_seconds: How long a full disk is tried again before it is an error.
         around_commit: Makes a context in which each part is written and reported.
+        on_full: Called when a part has no room, to make some.
     """
 
     def __init__(
@@ -69,12 +70,13 @@ class PartWriter:
         on_committed: OnCommitted | None = None,
         full_retry_seconds: float = 10.0,
         around_commit: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        on_full: Callable[[], None] = lambda: None,
     ):
         self._stores = stores
         self._max_pending_bytes = max_pending_bytes
         self._on_committed = on_committed
         self._full_retry_seconds = full_retry_seconds
-        self._around_commit = around_commit
+        self._around_commit, self._on_full = around_commit, on_full
         self._queue: collections.deque[_Pending] = collections.deque()
         self._pending_bytes = 0
         self._closing = False
@@ -216,6 +218,7 @@ class PartWriter:
             try:
                 return self._stores[pending.loader].commit(pending.chunk, pending.batches, pending.metadata)
             except StorageFullError as error:
+                self._on_full()
                 if time.monotonic() + delay_seconds > deadline:
                     raise
                 log.warning("%s Trying again in %.1f s.", error, delay_seconds)

@@ -23,8 +23,8 @@ from lightning_gpuorch.testing.chaos import Chaos, Outcome
 from lightning_gpuorch.testing.faults import LAST_PERCENT, Fault, FaultKind, FaultPlan, Moment, When
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "chaos_predict.py"
-SETUPS = {"2x1": (2, 1), "2x2": (2, 2), "4x1": (4, 1), "4x2": (4, 2)}
-"""Processes and tensor-parallel size."""
+SETUPS = {"2x1": (2, 1), "2x2": (2, 2), "4x1": (4, 1), "4x2": (4, 2), "2x1-dynamic": (2, 1)}
+"""Processes and tensor-parallel size; the last one with dynamic batching, in windows that take longer than a fragment."""
 KINDS = ("kill", "stop", "exception", "exit0", "hang", "gil-hang", "collective")
 MOMENTS = ("start", "middle", "last", "commit")
 LIMITS = {
@@ -114,6 +114,8 @@ def chaos_for(setup: str) -> Chaos:
     ]
     script = [str(SCRIPT), "--devices", str(processes), "--tp", str(tp), "--output", "{output}"]
     size = ["--samples", str(samples), "--chunk", str(samples // 400 * 2 or 2), "--step", str(step)]
+    if setup.endswith("dynamic"):
+        size = ["--samples", "1600", "--chunk", "2", "--step", "0.05", "--dynamic"]
     return Chaos([*gpuorch, *script, *size], limit_seconds=RUN_LIMIT_SECONDS)
 
 

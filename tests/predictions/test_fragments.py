@@ -34,7 +34,7 @@ def units_found(directory: Path, *wanted: int, loader: int = 0) -> list[list[int
 
 def test_a_fragment_is_written_when_it_is_due_and_found_by_anybody(tmp_path: Path) -> None:
     clock, kept = Clock(), []
-    writer = FragmentWriter(tmp_path, 0, 10, kept.append, clock)
+    writer = FragmentWriter(tmp_path, 0, 10, kept.append, clock=clock)
     writer.add(batch(1, 25))
     assert not files(tmp_path)
     clock.now = 3.0
@@ -144,6 +144,19 @@ def test_a_directory_that_cannot_be_written_costs_fragments_and_no_more(
             writer.write()
     assert len(caplog.records) == 1, "said once"
     assert "has vanished" in caplog.text
+
+
+def test_where_parts_have_no_room_all_are_given_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer = FragmentWriter(tmp_path, 0, 10, clock=Clock())
+    writer.add(batch(1))
+    writer.write()
+    assert files(tmp_path)
+    writer.give_up()
+    writer.on_durable(0)
+    writer.add(batch(2))
+    writer.write()
+    assert not list(tmp_path.iterdir())
+    assert not caplog.records
 
 
 def test_those_of_a_complete_job_are_removed(tmp_path: Path) -> None:

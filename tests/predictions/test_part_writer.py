@@ -20,6 +20,7 @@ import torch
 
 from lightning_gpuorch.errors import PredictionStorageError, StorageFullError, UnsupportedPredictionError
 from lightning_gpuorch.predictions import PartStore, PartWriter, StoredBatch
+from lightning_gpuorch.predictions.fragments import FragmentWriter
 from lightning_gpuorch.predictions.writer import size_bytes
 
 
@@ -214,6 +215,18 @@ def test_a_full_disk_is_waited_for(small_disk: Path, caplog: pytest.LogCaptureFi
         writer.flush(timeout_seconds=60)
     assert "no space is left" in caplog.text
     assert store.done() == {0}
+
+
+@pytest.mark.root
+def test_fragments_make_room_for_parts(small_disk: Path) -> None:
+    fragments = FragmentWriter(small_disk, 0, chunk_size=1)
+    fragments.add(StoredBatch(0, [0], 1, torch.zeros(150_000)))
+    fragments.write()
+    store = PartStore(small_disk / "dataloader_0")
+    with PartWriter([store], max_pending_bytes=10**9, full_retry_seconds=60, on_full=fragments.give_up) as writer:
+        writer.put(0, 0, one(0, torch.zeros(150_000)), {})
+    assert store.done() == {0}
+    assert [path.name for path in small_disk.iterdir()] == ["dataloader_0"]
 
 
 @pytest.mark.root

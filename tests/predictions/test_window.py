@@ -113,6 +113,8 @@ def outputs(batch: list[list[int]]) -> dict[str, Any]:
         "text": [f"sample {i}" for i in ids],
         "pair": (torch.tensor(ids), [torch.full((100 + len(sample),), sample[0]) for sample in batch]),
         "constant": "model",
+        # As wide as some batches are long.
+        **{f"{width} wide": torch.tensor(ids).unsqueeze(1).expand(-1, width).clone() for width in (2, 4, 5, 8)},
     }
 
 
@@ -137,6 +139,7 @@ def check_stored(job: Job, batch_size: int, stored: list[StoredBatch]) -> None:
         assert np.array_equal(got.output["array"], want["array"])
         assert got.output["text"] == want["text"]
         assert got.output["constant"] == "model"
+        assert torch.equal(got.output["8 wide"], want["8 wide"])
         assert isinstance(got.output["pair"], tuple)
         assert torch.equal(got.output["pair"][0], want["pair"][0])
         assert [t.tolist() for t in got.output["pair"][1]] == [t.tolist() for t in want["pair"][1]]
@@ -150,7 +153,7 @@ def check_stored(job: Job, batch_size: int, stored: list[StoredBatch]) -> None:
     st.lists(st.integers(1, 12), max_size=3),
     st.booleans(),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_what_was_computed_before_a_stop_is_taken_over(
     lengths: list[int], batch_size: int, chunk_batches: int, tokens: int, stops: list[int], again: bool
 ) -> None:
@@ -181,6 +184,16 @@ def test_nothing_that_was_kept_is_computed_again(tmp_path: Path) -> None:
         stored.update(job.stored)
     assert sorted(computed) == list(range(400))
     check_stored(job, 4, [batch for chunk in sorted(stored) for batch in stored[chunk]])
+
+
+def test_outputs_as_wide_as_a_part_of_what_was_kept_are_no_similarity_matrix(tmp_path: Path) -> None:
+    first = Job([4] * 40, 2, 2, 16, directory=tmp_path, steps=2)
+    first.run(outputs)
+    assert first.steps[1] == [4, 5, 6, 7], "all of a chunk, and not whole, since its window is not"
+    second = Job([4] * 40, 2, 2, 16, directory=tmp_path, done=first.stored, again={1: True})
+    second.run(outputs)
+    stored = {**first.stored, **second.stored}
+    check_stored(second, 2, [batch for chunk in sorted(stored) for batch in stored[chunk]])
 
 
 def test_a_window_of_which_everything_was_kept_is_stored_without_a_step(tmp_path: Path) -> None:

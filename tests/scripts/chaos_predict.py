@@ -34,12 +34,15 @@ def main():
     options.add_argument("--batch", type=int, default=2)
     options.add_argument("--chunk", type=int, default=2)
     options.add_argument("--step", type=float, default=0.01)
+    options.add_argument("--dynamic", action="store_true", help="windows of many chunks, four samples at a time")
     options.add_argument("--careless", action="store_true", help="compute something else after a restart")
     options = options.parse_args()
     strategy = GPUOrchStrategy(
         tensor_parallel_size=options.tp,
         output_dir=options.output,
         chunk_size=options.chunk,
+        enable_dynamic_batching=options.dynamic,
+        max_batch_tokens=8,
         parallelize_fn=lambda module, mesh: module,  # its collectives are its own
     )
     trainer = quiet_trainer(strategy, options.devices)
