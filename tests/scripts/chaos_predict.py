@@ -46,7 +46,9 @@ def main():
         parallelize_fn=lambda module, mesh: module,  # its collectives are its own
     )
     trainer = quiet_trainer(strategy, options.devices)
-    trainer.predict(Model(options), DataLoader(Rows(options.samples), batch_size=options.batch))
+    # With a worker windows are read on a thread of their own.
+    loader = DataLoader(Rows(options.samples), batch_size=options.batch, num_workers=int(options.dynamic))
+    trainer.predict(Model(options), loader)
     if trainer.is_global_zero:
         print(len(read_predictions(options.output)), "batches")
 
