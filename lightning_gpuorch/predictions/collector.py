@@ -71,7 +71,7 @@ class ChunkCollector:
             self._end_window(window)
         elif kept and self._writer is not None and ticket.span.indices is not None:
             units, indices = [ticket.span.unit(place) for place in kept], [ticket.span.indices[place] for place in kept]
-            self._writer.add(StoredBatch(units[0], indices, len(kept), output, units))
+            self._writer.add(StoredBatch(units[0], indices, len(kept), output, units, num_lost=len(lost)))
 
     def take_over(self, window: Window) -> set[int]:
         """Take what others, or an earlier run, have kept of a window's samples: it is not computed again.
@@ -89,10 +89,10 @@ class ChunkCollector:
             places = [positions.pop(unit, None) for unit in units_of(batch)]
             if any(place is not None for place in places):
                 taken.append((places, batch.output))
+                if not batch.num_lost:
+                    self._layout.learn(batch.output, len(places))
         sizes = {len(places) for places, _ in taken}
         undecided = len(sizes) == 1 and sizes != {1} and not self._layout.has_seen_other_than(sizes)
-        for places, output in taken:
-            self._layout.learn(output, len(places))
         if undecided and not positions:
             taken.pop()  # computed anew, in two: only outputs of different sizes tell what follows the number of samples
         for places, output in taken:

@@ -133,6 +133,7 @@ class Envelope:
 
     Attributes:
         fields: The writer's fields.
+        num_bytes: Its length.
         num_predictions: Number of predictions in it.
 
     Raises:
@@ -147,7 +148,7 @@ class Envelope:
         if zlib.crc32(body) != header["body_crc32"]:
             raise damage(source, "the checksum of its body does not fit")
         structure, columns = body[: header["structure_bytes"]], body[header["structure_bytes"] :]
-        self.fields = without_own_fields(header)
+        self.fields, self.num_bytes = without_own_fields(header), len(view)
         self._source = source
         self._nodes: list[Node] = json.loads(bytes(structure))
         self.num_predictions = len(self._nodes)

@@ -25,12 +25,14 @@ from pathlib import Path
 
 from lightning_gpuorch.errors import CorruptPartError, MissingPredictionsError, PredictionStorageError
 from lightning_gpuorch.predictions.layout import StoredBatch
-from lightning_gpuorch.predictions.parts import BatchEntry, PartStore
+from lightning_gpuorch.predictions.parts import BatchEntry, Part, PartStore
 
 log = logging.getLogger(__name__)
 
 KEEP_SECONDS = 3.0
 """Time between two fragments: about what a death can cost."""
+BYTES_IN_MEMORY = 256 * 2**20
+"""Fragments that are kept in memory between two windows: chunks that were lost together are in the same ones."""
 _TIMES_COST = 100
 """So many times what writing a fragment took passes until the next one: slow disks cost 1% at most."""
 
@@ -135,6 +137,7 @@ class FragmentReader:
     def __init__(self, directory: Path, loader: int):
         self._directory, self._pattern = directory, f"{_prefix(loader)}*"
         self._units_of: dict[tuple[Path, int], frozenset[int]] = {}
+        self._parts: dict[tuple[Path, int], Part] = {}
         self._looked = False
 
     def find(self, wanted: Mapping[int, int], look_again: bool) -> Iterator[StoredBatch]:
@@ -149,19 +152,25 @@ class FragmentReader:
         """
         if look_again or not self._looked:
             self._look()
-        for (directory, number), held in list(self._units_of.items()):
+        used: dict[tuple[Path, int], Part] = {}
+        for place, held in list(self._units_of.items()):
             if held.isdisjoint(wanted):
                 continue
             try:
-                part = PartStore(directory).read(number)
+                part = self._parts.get(place) or PartStore(place[0]).read(place[1])
                 for position, entry in enumerate(part.header.entries):
                     units = units_of(entry)
                     if not wanted.keys().isdisjoint(units):
+                        output = part.output(position)
                         yield StoredBatch(
-                            entry.first_unit, entry.indices, entry.size, part.output(position), entry.units
+                            entry.first_unit, entry.indices, entry.size, output, entry.units, entry.num_lost
                         )
             except (CorruptPartError, MissingPredictionsError) as error:
-                self._pass_over(directory, number, error)
+                self._pass_over(*place, error)
+            else:
+                if sum(other.num_bytes for other in used.values()) + part.num_bytes <= BYTES_IN_MEMORY:
+                    used[place] = part
+        self._parts = used
 
     def _look(self) -> None:
         self._looked = True

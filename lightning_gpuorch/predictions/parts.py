@@ -95,6 +95,11 @@ class Part:
         return self.header.metadata
 
     @property
+    def num_bytes(self) -> int:
+        """What it takes in memory."""
+        return self._envelope.num_bytes
+
+    @property
     def batches(self) -> list[StoredBatch]:
         """All stored batches, decoded."""
         return [

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_gpuorch.predictions import StoredBatch
+from lightning_gpuorch.predictions import StoredBatch, fragments
 from lightning_gpuorch.predictions.fragments import FragmentReader, FragmentWriter, remove_fragments
+
+READ = fragments.PartStore.read
 
 
 class Clock:
@@ -117,11 +119,31 @@ def test_one_that_is_gone_is_no_news(tmp_path: Path, caplog: pytest.LogCaptureFi
     writer.add(batch(1, 2))
     writer.write()
     reader = FragmentReader(tmp_path, 0)
-    assert len(list(reader.find({1: 0}, look_again=False))) == 1
+    assert not list(reader.find({9: 0}, look_again=False)), "it has looked what there is"
     writer.on_durable(0)
     with caplog.at_level(logging.WARNING):
         assert not list(reader.find({1: 0}, look_again=False))
     assert not caplog.records
+
+
+def test_it_is_read_once_for_chunks_that_come_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = FragmentWriter(tmp_path, 0, 10, clock=Clock())
+    writer.add(batch(1, 12, 23))
+    writer.write()
+    read = []
+    monkeypatch.setattr(fragments.PartStore, "read", lambda store, number: read.append(number) or READ(store, number))
+    reader = FragmentReader(tmp_path, 0)
+    for unit in (1, 12, 23):
+        assert [found.output.tolist() for found in reader.find({unit: 0}, look_again=True)] == [[1, 12, 23]]
+    assert read == [0]
+    assert not list(reader.find({31: 0}, look_again=True))
+    assert not reader._parts, "who needs none keeps none"
+    monkeypatch.setattr(fragments, "BYTES_IN_MEMORY", 10)
+    for _ in range(2):
+        assert len(list(reader.find({1: 0}, look_again=True))) == 1
+    assert read == [0, 0, 0]
 
 
 def test_what_appeared_later_is_found_by_who_looks_again(tmp_path: Path) -> None:
