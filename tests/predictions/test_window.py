@@ -56,6 +56,7 @@ class Job:
         replicas: int = 1,
         directory: Path | None = None,
         steps: int | None = None,
+        overlaps: bool = False,
         **extra: Any,
     ):
         self.samples = [[i] * max(1, length) for i, length in enumerate(lengths)]
@@ -78,6 +79,7 @@ class Job:
             batcher=DynamicBatcher(tokens),
             num_replicas=replicas,
             single_rank=True,
+            overlaps=overlaps,
             should_leave=None if directory is None else lambda: len(self.steps) == steps,
         )
         self.chunks_of_windows: list[int] = []
@@ -118,12 +120,18 @@ def outputs(batch: list[list[int]]) -> dict[str, Any]:
     }
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=80), st.integers(1, 9), st.integers(1, 5), st.integers(1, 200))
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=80),
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.integers(1, 200),
+    st.booleans(),
+)
 @settings(max_examples=80, deadline=None)
 def test_what_is_stored_is_what_the_loaders_batches_give(
-    lengths: list[int], batch_size: int, chunk_batches: int, tokens: int
+    lengths: list[int], batch_size: int, chunk_batches: int, tokens: int, overlaps: bool
 ) -> None:
-    job = Job(lengths, batch_size, chunk_batches, tokens)
+    job = Job(lengths, batch_size, chunk_batches, tokens, overlaps=overlaps)
     stored = job.run(outputs)
     assert sorted(i for step in job.steps for i in step) == list(range(len(lengths)))
     check_stored(job, batch_size, stored)
