@@ -108,11 +108,13 @@ class JobProgressBar(ProgressBar):
                 bar.update(task, completed=done, total=total, description=text)
 
     def _show_lines(self, runtime: Any) -> None:
-        began, first = time.monotonic(), None
+        began = time.monotonic()
+        first: tuple[int, float] | None = None
         while not self._stop.wait(self._log_seconds):
             done, total, text = self._look(runtime)
-            first = done if first is None else first
             elapsed = time.monotonic() - began
-            rate = (done - first) / elapsed if elapsed else 0.0
+            # From the first look on: what an earlier run has done says nothing of the rate.
+            first = first or (done, elapsed)
+            rate = (done - first[0]) / (elapsed - first[1]) if elapsed > first[1] else 0.0
             left = f", about {(total - done) / rate:.0f} s left" if total and rate > 0 else ""
             log.info("%d of %s %s after %.0f s%s", done, total if total else "?", text, elapsed, left)
