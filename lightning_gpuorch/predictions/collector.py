@@ -82,12 +82,12 @@ class ChunkCollector:
         Returns:
             Sizes of the batches that were taken over.
         """
-        if self._reader is None:
+        if self._reader is None or not self._reader.has_any(look_again=window.again):
             return set()
         positions, taken = window.positions(), []
-        for batch in self._reader.find(positions, window.again):
-            places = [positions.pop(unit, None) for unit in units_of(batch)]
-            if any(place is not None for place in places):
+        for batch in self._reader.find(positions):
+            places = [positions.pop(unit, -1) for unit in units_of(batch)]
+            if max(places) >= 0:
                 taken.append((places, batch.output))
                 if not batch.num_lost:
                     self._layout.learn(batch.output, len(places))

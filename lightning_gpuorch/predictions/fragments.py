@@ -140,18 +140,25 @@ class FragmentReader:
         self._parts: dict[tuple[Path, int], Part] = {}
         self._looked = False
 
-    def find(self, wanted: Mapping[int, int], look_again: bool) -> Iterator[StoredBatch]:
-        """Read batches that hold some of the samples.
+    def has_any(self, look_again: bool) -> bool:
+        """Whether there are fragments.
+
+        Args:
+            look_again: Whether some may have appeared since the last time: a replica has died.
+        """
+        if look_again or not self._looked:
+            self._look()
+        return bool(self._units_of)
+
+    def find(self, wanted: Mapping[int, int]) -> Iterator[StoredBatch]:
+        """Read batches that hold some of the samples, from the fragments that :meth:`has_any` has seen.
 
         Args:
             wanted: Positions by units.
-            look_again: Whether fragments may have appeared since the last time: a replica has died.
 
         Yields:
             Batches as they were computed; they may hold other samples as well, and samples that another one held.
         """
-        if look_again or not self._looked:
-            self._look()
         used: dict[tuple[Path, int], Part] = {}
         for place, held in list(self._units_of.items()):
             if held.isdisjoint(wanted):

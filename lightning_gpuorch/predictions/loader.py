@@ -20,12 +20,8 @@ from lightning_gpuorch.errors import ControlPlaneError
 from lightning_gpuorch.predictions.layout import LoaderLayout
 from lightning_gpuorch.predictions.source import BatchSource, MapSource, Source, Span, StreamSource
 from lightning_gpuorch.predictions.window import Batcher, Window
-from lightning_gpuorch.predictions.window_reader import (
-    BackgroundWindowReader,
-    Requested,
-    WindowBounds,
-    WindowReader,
-)
+from lightning_gpuorch.predictions.window_bounds import WindowBounds
+from lightning_gpuorch.predictions.window_reader import BackgroundWindowReader, Requested, WindowReader
 from lightning_gpuorch.predictions.writer import size_bytes
 
 

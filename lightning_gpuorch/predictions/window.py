@@ -78,8 +78,8 @@ class Window:
         """It takes no more chunks."""
         self.pieces: list[Piece] = []
         self.samples: list[Any] = []
-        self.outputs: list[tuple[Sequence[int | None], Any]] = []
-        """Positions in the window and output of each batch that is computed; None for samples of other windows."""
+        self.outputs: list[tuple[Sequence[int], Any]] = []
+        """Positions in the window and output of each batch that is computed; -1 for samples of other windows."""
         self._taken: set[int] = set()
         self.num_open = 0
         """Samples that are not computed yet."""
@@ -99,14 +99,14 @@ class Window:
             for offset in range(piece.stop - piece.start)
         }
 
-    def take_over(self, positions: Sequence[int | None], output: Any) -> None:
+    def take_over(self, positions: Sequence[int], output: Any) -> None:
         """Take a batch that was computed elsewhere: its samples are in no batch of :meth:`batches`.
 
         Args:
-            positions: Position of each of its samples, None for those that are not in this window.
+            positions: Position of each of its samples, -1 for those that are not in this window.
             output: Its output.
         """
-        here = {position for position in positions if position is not None}
+        here = {position for position in positions if position >= 0}
         self.outputs.append((positions, output))
         self._taken |= here
         self.num_open -= len(here)
@@ -125,7 +125,9 @@ class Window:
         lengths = batcher.measure(self.samples)
         together = []
         for piece in self.pieces:
-            positions = np.array([p for p in range(piece.start, piece.stop) if p not in self._taken], dtype=np.int64)
+            positions = np.arange(piece.start, piece.stop)
+            if self._taken:
+                positions = np.array([p for p in positions.tolist() if p not in self._taken], dtype=np.int64)
             if not piece.alone:
                 together.append(positions)
             elif len(positions):
@@ -173,16 +175,15 @@ class Window:
             CannotSplitError: It cannot be told what belongs to a sample.
         """
         row_of = np.full(len(self.samples), -1)
-        computed = [position for positions, _ in self.outputs for position in positions]
-        for row, position in enumerate(computed):
-            if position is not None:
-                row_of[position] = row
+        computed = np.array([position for positions, _ in self.outputs for position in positions], dtype=np.int64)
+        rows_here = np.flatnonzero(computed >= 0)
+        row_of[computed[rows_here]] = rows_here
         merged = None
-        if len(self.pieces) == len(self.outputs) == 1 and computed == list(range(len(self.samples))):
+        if len(self.pieces) == len(self.outputs) == 1 and np.array_equal(computed, np.arange(len(self.samples))):
             yield self.pieces[0], self.outputs[0][1], frozenset()  # it is the loader's own batch
             return
         try:
-            if computed:
+            if len(computed):
                 sizes = [len(positions) for positions, _ in self.outputs]
                 merged = merge_samples([output for _, output in self.outputs], sizes, layout)
             self.outputs.clear()

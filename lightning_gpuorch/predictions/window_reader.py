@@ -1,4 +1,4 @@
-"""Which chunks make a window, and how are its samples read: before it begins, or while the one before is computed?"""
+"""When are the samples of a window read: when it begins, or while the one before is computed?"""
 
 from __future__ import annotations
 
@@ -10,18 +10,8 @@ from typing import Any
 
 from lightning_gpuorch.predictions.source import Span
 from lightning_gpuorch.predictions.window import Window
+from lightning_gpuorch.predictions.window_bounds import WindowBounds
 
-SAMPLES_PER_WINDOW = 8192
-"""Samples that are sorted together at most, unless a single chunk has more."""
-BYTES_PER_WINDOW = 256 * 2**20
-"""Inputs or outputs of a window, on the host."""
-SECONDS_PER_WINDOW = (10.0, 1.0, 40.0)
-"""Time a window may take: at first, as a multiple of the time the job has run, and at most. A death costs it, so it costs no
-more than was done before; and a drain waits for it."""
-SECONDS_PER_KEPT_WINDOW = (15.0, 4.0, 120.0)
-"""The same where what is computed of a window is kept. What bounds it then is that speeds must be known to end together."""
-REST_PER_WINDOW = 1.25
-"""What a replica has still to expect, by its speed, is so many times its next window, so that all end together."""
 _CLOSE_SECONDS = 5.0
 
 
@@ -44,89 +34,6 @@ class Requested:
     is_last: bool
 
 
-class WindowBounds:
-    """How large windows may be, by what is known of the data and of this replica's speed.
-
-    Args:
-        samples_per_chunk: About how many.
-        num_replicas: Replicas that share the chunks.
-        kept: What is computed of a window that is not whole is not lost.
-    """
-
-    def __init__(self, samples_per_chunk: int, num_replicas: int, kept: bool):
-        self._samples_per_chunk, self._num_replicas = samples_per_chunk, num_replicas
-        self._seconds = SECONDS_PER_KEPT_WINDOW if kept else SECONDS_PER_WINDOW
-        self._bytes_per_sample = 0.0
-        self.seconds_per_sample = 0.0
-        """As far as is known; over a whole window: its batches are sorted, and a single one tells nothing of the others."""
-        self._num_measured, self._measured_seconds = 0, 0.0
-
-    def observe(self, *, num_samples: int, num_bytes: int = 0, seconds: float = 0.0) -> None:
-        """Take in what samples take on the host, as inputs or outputs, and how long they took."""
-        if num_samples:
-            self._bytes_per_sample = max(self._bytes_per_sample, num_bytes / num_samples)
-            if seconds:
-                self._num_measured += num_samples
-                self._measured_seconds += seconds
-
-    def end_window(self) -> None:
-        """All steps of a window have been observed."""
-        if self._num_measured:
-            self.seconds_per_sample = self._measured_seconds / self._num_measured
-            self._num_measured, self._measured_seconds = 0, 0.0
-
-    def max_chunks(self, answer: Mapping[str, Any], taken: int) -> int:
-        """How many chunks a window is to hold, of which ``taken`` are in it already.
-
-        Args:
-            answer: With which the next one was leased. What differs between the ranks of a group comes with it, since it is
-                the same for all of them.
-            taken: Chunks of the window before that one.
-        """
-        if not self._bytes_per_sample:
-            return 1  # nothing is known of this data yet
-        size = self._samples_per_chunk
-        limits = [SAMPLES_PER_WINDOW / size, BYTES_PER_WINDOW / (self._bytes_per_sample * size)]
-        seconds_per_sample = answer.get("seconds_per_sample", 0.0)
-        if seconds_per_sample:
-            least, ages, most = self._seconds
-            seconds = min(most, max(least, ages * answer.get("age_seconds", 0.0)))
-            limits.append(seconds / (seconds_per_sample * size))
-        left = answer.get("left")
-        if left is not None and self._num_replicas > 1:
-            limits.append((left + taken) * answer.get("speed", 1.0) / (REST_PER_WINDOW * self._num_replicas))
-        return max(1, int(min(limits)))
-
-
-class Windows:
-    """Puts one chunk after another into windows.
-
-    Args:
-        bounds: Tell how many chunks a window holds.
-    """
-
-    def __init__(self, bounds: WindowBounds):
-        self._bounds = bounds
-        self.open: Window | None = None
-        """The one that chunks are put into."""
-
-    def window_of(self, answer: Mapping[str, Any]) -> Window:
-        """The window of the chunk that was leased with ``answer``: the open one, or a new one, which is open then.
-
-        A chunk that was lost by somebody else goes alone, so that blame can be precise.
-        """
-        again = bool(answer.get("again"))
-        alone = again or "isolate" in answer
-        window = self.open
-        if window is None or window.closed or alone:
-            window = self.open = Window(again)
-        # Asked for every chunk: where windows are read ahead, more is known when the later ones come.
-        window.max_chunks = 1 if alone else self._bounds.max_chunks(answer, window.num_chunks)
-        window.num_chunks += 1
-        window.closed = window.num_chunks >= window.max_chunks
-        return window
-
-
 class WindowReader:
     """Reads all of a window when it is needed, or some of the next one whenever it is told to.
 
@@ -138,7 +45,9 @@ class WindowReader:
 
     def __init__(self, spans: Iterator[list[Any]], requested: collections.deque[Requested], bounds: WindowBounds):
         self._spans, self._requested = spans, requested
-        self._windows = Windows(bounds)
+        self._bounds = bounds
+        self._open: Window | None = None
+        """The one that chunks are put into."""
         self._whole: collections.deque[Window] = collections.deque()
         self._chunk: list[tuple[Requested, list[Any]]] = []
         """What is read of a chunk that is not whole."""
@@ -171,7 +80,7 @@ class WindowReader:
         self._chunk.append((asked, samples))
         if not asked.is_last:
             return
-        before, window = self._windows.open, self._windows.window_of(asked.answer)
+        before, window = self._open, self._window_of(asked.answer)
         if before is not None and before is not window:
             self._whole.append(before)
         for part, samples_of_part in self._chunk:
@@ -180,9 +89,25 @@ class WindowReader:
         if window.closed:
             self._cut()
 
+    def _window_of(self, answer: Mapping[str, Any]) -> Window:
+        """The window of the chunk that was leased with ``answer``: the open one, or a new one, which is open then.
+
+        A chunk that was lost by somebody else goes alone, so that blame can be precise.
+        """
+        again = bool(answer.get("again"))
+        alone = again or "isolate" in answer
+        window = self._open
+        if window is None or window.closed or alone:
+            window = self._open = Window(again)
+        # Asked for every chunk: where windows are read ahead, more is known when the later ones come.
+        window.max_chunks = 1 if alone else self._bounds.max_chunks(answer, window.num_chunks)
+        window.num_chunks += 1
+        window.closed = window.num_chunks >= window.max_chunks
+        return window
+
     def _cut(self) -> None:
         """What is read of the open window is all of it."""
-        window, self._windows.open = self._windows.open, None
+        window, self._open = self._open, None
         if window is not None:
             self._whole.append(window)
 
@@ -211,7 +136,7 @@ class BackgroundWindowReader(WindowReader):
     def next(self) -> Window | None:
         """The next window, or as much of it as is read, but a chunk at least; None when there is no work for the moment."""
         with self._changed:
-            self._changed.wait_for(lambda: self._whole or self._windows.open is not None or self._ended)
+            self._changed.wait_for(lambda: self._whole or self._open is not None or self._ended)
             if not self._whole:
                 self._cut()
             if not self._whole and self._error is not None:

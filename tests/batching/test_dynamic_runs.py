@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gpuorch import MultiGPUOrchestrator, world
 from lightning_gpuorch.callbacks import OOMBatchHalving
-from lightning_gpuorch.predictions import window_reader
+from lightning_gpuorch.predictions import window_bounds
 from lightning_gpuorch.pytorch import GPUOrchStrategy
 from lightning_gpuorch.structure import CannotMergeError
 from lightning_gpuorch.testing.memory import CPUMemoryBudget
@@ -132,7 +132,7 @@ def test_the_orchestrator_takes_a_length_fn(tmp_path: Path) -> None:
 def test_batches_grow_into_the_memory_and_out_of_memory_is_learned_from(
     callbacks: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(window_reader, "SAMPLES_PER_WINDOW", 128)  # what a window holds counts as memory here
+    monkeypatch.setattr(window_bounds, "SAMPLES_PER_WINDOW", 128)  # what a window holds counts as memory here
     loader: Any = DataLoader(TEXTS * 4, batch_size=8, collate_fn=collate)  # type: ignore[arg-type]
     expected = trainer("auto").predict(Model(), loader)
     model = Model()

@@ -30,8 +30,11 @@ def files(directory: Path) -> list[Path]:
 
 
 def units_found(directory: Path, *wanted: int, loader: int = 0) -> list[list[int]]:
-    found = FragmentReader(directory, loader).find(dict.fromkeys(wanted, 0), look_again=False)
-    return [stored.output.tolist() for stored in found]
+    return [stored.output.tolist() for stored in find(FragmentReader(directory, loader), *wanted)]
+
+
+def find(reader: FragmentReader, *wanted: int, look_again: bool = False) -> list[StoredBatch]:
+    return list(reader.find(dict.fromkeys(wanted, 0))) if reader.has_any(look_again) else []
 
 
 def test_a_fragment_is_written_when_it_is_due_and_found_by_anybody(tmp_path: Path) -> None:
@@ -119,10 +122,10 @@ def test_one_that_is_gone_is_no_news(tmp_path: Path, caplog: pytest.LogCaptureFi
     writer.add(batch(1, 2))
     writer.write()
     reader = FragmentReader(tmp_path, 0)
-    assert not list(reader.find({9: 0}, look_again=False)), "it has looked what there is"
+    assert not find(reader, 9, look_again=False), "it has looked what there is"
     writer.on_durable(0)
     with caplog.at_level(logging.WARNING):
-        assert not list(reader.find({1: 0}, look_again=False))
+        assert not find(reader, 1, look_again=False)
     assert not caplog.records
 
 
@@ -136,24 +139,24 @@ def test_it_is_read_once_for_chunks_that_come_one_after_another(
     monkeypatch.setattr(fragments.PartStore, "read", lambda store, number: read.append(number) or READ(store, number))
     reader = FragmentReader(tmp_path, 0)
     for unit in (1, 12, 23):
-        assert [found.output.tolist() for found in reader.find({unit: 0}, look_again=True)] == [[1, 12, 23]]
+        assert [found.output.tolist() for found in find(reader, unit, look_again=True)] == [[1, 12, 23]]
     assert read == [0]
-    assert not list(reader.find({31: 0}, look_again=True))
+    assert not find(reader, 31, look_again=True)
     assert not reader._parts, "who needs none keeps none"
     monkeypatch.setattr(fragments, "BYTES_IN_MEMORY", 10)
     for _ in range(2):
-        assert len(list(reader.find({1: 0}, look_again=True))) == 1
+        assert len(find(reader, 1, look_again=True)) == 1
     assert read == [0, 0, 0]
 
 
 def test_what_appeared_later_is_found_by_who_looks_again(tmp_path: Path) -> None:
     reader = FragmentReader(tmp_path, 0)
-    assert not list(reader.find({1: 0}, look_again=False))
+    assert not find(reader, 1, look_again=False)
     writer = FragmentWriter(tmp_path, 0, 10, clock=Clock())
     writer.add(batch(1, 2))
     writer.write()
-    assert not list(reader.find({1: 0}, look_again=False)), "it costs nothing while nobody has died"
-    assert len(list(reader.find({1: 0}, look_again=True))) == 1
+    assert not find(reader, 1, look_again=False), "it costs nothing while nobody has died"
+    assert len(find(reader, 1, look_again=True)) == 1
 
 
 def test_a_directory_that_cannot_be_written_costs_fragments_and_no_more(

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from lightning_gpuorch.predictions import window_reader
+from lightning_gpuorch.predictions import window_bounds, window_reader
 from lightning_gpuorch.predictions.source import Span
 from lightning_gpuorch.predictions.window import Window
-from lightning_gpuorch.predictions.window_reader import BackgroundWindowReader, Requested, WindowBounds, WindowReader
+from lightning_gpuorch.predictions.window_bounds import WindowBounds
+from lightning_gpuorch.predictions.window_reader import BackgroundWindowReader, Requested, WindowReader
 
 SECONDS = 30
 
@@ -38,7 +39,7 @@ class Spans:
 def bounds(chunks: int) -> WindowBounds:
     """Windows of so many chunks."""
     known = WindowBounds(8, num_replicas=1, kept=True)
-    known.observe(num_samples=1, num_bytes=window_reader.BYTES_PER_WINDOW // (8 * chunks))
+    known.observe(num_samples=1, num_bytes=window_bounds.BYTES_PER_WINDOW // (8 * chunks))
     return known
 
 
@@ -97,7 +98,7 @@ def test_in_the_background_a_chunk_is_never_cut() -> None:
 
     def before(span: int) -> None:
         assert begun.wait(SECONDS)
-        window = reader._windows.open
+        window = reader._open
         spans_of_windows.append(0 if window is None else len(window.pieces))
 
     spans = Spans(3, before)

@@ -1,0 +1,72 @@
+"""How many chunks does a window hold: what is sorted together, what is at risk, and how all replicas end together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SAMPLES_PER_WINDOW = 8192
+"""Samples that are sorted together at most, unless a single chunk has more."""
+BYTES_PER_WINDOW = 256 * 2**20
+"""Inputs or outputs of a window, on the host."""
+SECONDS_PER_WINDOW = (10.0, 1.0, 40.0)
+"""Time a window may take: at first, as a multiple of the time the job has run, and at most. A death costs it, so it costs no
+more than was done before; and a drain waits for it."""
+SECONDS_PER_KEPT_WINDOW = (15.0, 4.0, 120.0)
+"""The same where what is computed of a window is kept. What bounds it then is that speeds must be known to end together."""
+REST_PER_WINDOW = 1.25
+"""What a replica has still to expect, by its speed, is so many times its next window, so that all end together."""
+
+
+class WindowBounds:
+    """How large windows may be, by what is known of the data and of this replica's speed.
+
+    Args:
+        samples_per_chunk: About how many.
+        num_replicas: Replicas that share the chunks.
+        kept: What is computed of a window that is not whole is not lost.
+    """
+
+    def __init__(self, samples_per_chunk: int, num_replicas: int, kept: bool):
+        self._samples_per_chunk, self._num_replicas = samples_per_chunk, num_replicas
+        self._seconds = SECONDS_PER_KEPT_WINDOW if kept else SECONDS_PER_WINDOW
+        self._bytes_per_sample = 0.0
+        self.seconds_per_sample = 0.0
+        """As far as is known; over a whole window: its batches are sorted, and a single one tells nothing of the others."""
+        self._num_measured, self._measured_seconds = 0, 0.0
+
+    def observe(self, *, num_samples: int, num_bytes: int = 0, seconds: float = 0.0) -> None:
+        """Take in what samples take on the host, as inputs or outputs, and how long they took."""
+        if num_samples:
+            self._bytes_per_sample = max(self._bytes_per_sample, num_bytes / num_samples)
+            if seconds:
+                self._num_measured += num_samples
+                self._measured_seconds += seconds
+
+    def end_window(self) -> None:
+        """All steps of a window have been observed."""
+        if self._num_measured:
+            self.seconds_per_sample = self._measured_seconds / self._num_measured
+            self._num_measured, self._measured_seconds = 0, 0.0
+
+    def max_chunks(self, answer: Mapping[str, Any], taken: int) -> int:
+        """How many chunks a window is to hold, of which ``taken`` are in it already.
+
+        Args:
+            answer: With which the next one was leased. What differs between the ranks of a group comes with it, since it is
+                the same for all of them.
+            taken: Chunks of the window before that one.
+        """
+        if not self._bytes_per_sample:
+            return 1  # nothing is known of this data yet
+        size = self._samples_per_chunk
+        limits = [SAMPLES_PER_WINDOW / size, BYTES_PER_WINDOW / (self._bytes_per_sample * size)]
+        seconds_per_sample = answer.get("seconds_per_sample", 0.0)
+        if seconds_per_sample:
+            least, ages, most = self._seconds
+            seconds = min(most, max(least, ages * answer.get("age_seconds", 0.0)))
+            limits.append(seconds / (seconds_per_sample * size))
+        left = answer.get("left")
+        if left is not None and self._num_replicas > 1:
+            limits.append((left + taken) * answer.get("speed", 1.0) / (REST_PER_WINDOW * self._num_replicas))
+        return max(1, int(min(limits)))
