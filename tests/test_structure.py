@@ -328,6 +328,24 @@ class TestMerging:
         with pytest.raises(CannotMergeError, match=match):
             merge_samples(parts, [2, 2])
 
+    @pytest.mark.parametrize(
+        ("other", "reading"),
+        [({"a": None}, AmbiguousStructureError), ({"b": 2.5}, AmbiguousStructureError), ({"a": 2.5}, "columns")],
+    )
+    def test_columns_of_which_some_hold_no_samples(self, other: Any, reading: Any) -> None:
+        """As many columns as samples, so that they could be taken for samples."""
+        parts = [[{"a": torch.arange(3 * start, 3 * start + 3)}, other, other] for start in (0, 1)]
+        if reading == "columns":
+            merged = merge_samples(parts, [3, 3])
+            assert equal(merged, [{"a": torch.arange(6)}, other, other])
+        else:
+            with pytest.raises(reading):
+                merge_samples(parts, [3, 3])
+
+    def test_samples_of_which_one_is_as_long_as_the_batch(self) -> None:
+        boxes = [[{"boxes": torch.zeros(length, 4)} for length in lengths] for lengths in ((3, 1, 0), (5, 3, 2))]
+        assert len(merge_samples(boxes, [3, 3])) == 6
+
     def test_masked_arrays_keep_their_mask(self) -> None:
         part = np.ma.masked_array([1, 2], mask=[True, False])
         merged = merge_samples([part, part], [2, 2])

@@ -9,11 +9,12 @@ from typing import Any
 from lightning_gpuorch.structure.kinds import (
     AmbiguousStructureError,
     CannotSplitError,
+    Entries,
     Node,
     OutputLayout,
     children,
     encodings_of,
-    entries_with_samples,
+    entries_of,
     is_mixed,
     node_of,
     rebuild,
@@ -167,11 +168,11 @@ class _Cutter:
             return known
         if len(value) != self._size:
             return False
-        batched = entries_with_samples(value, self._size)
-        if any(batched) and is_mixed(value):
+        entries = entries_of(value, self._size)
+        if entries is Entries.MIXED:
             return False
         # A list of columns may hold one without the sample dimension (say, weights) in a batch, but not in an output.
-        open_question = any(batched) if self._layout is None else any(batched) and all(batched)
+        open_question = entries is Entries.ALL_BATCHED or (entries is Entries.SOME_BATCHED and self._layout is None)
         if not open_question and isinstance(value, tuple) and self._layout is None:
             open_question = any(node_of(entry) is Node.OPAQUE for entry in value)
         if open_question:

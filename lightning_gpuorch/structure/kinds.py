@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import decimal
 import fractions
+import itertools
 import pathlib
 import types
 import uuid
@@ -185,14 +186,58 @@ def has_samples(value: Any, size: int) -> bool:
     return any(has_samples(item, size) for _, item in children(value, node))
 
 
-def entries_with_samples(sequence: Any, size: int) -> list[bool]:
-    """For each entry that is not None, whether something in it has ``size`` entries along its first dimension."""
-    return [has_samples(entry, size) for entry in sequence if entry is not None]
+class Entries(Enum):
+    """What the entries of a list as long as the batch tell of whether they are samples or columns."""
+
+    NONE_BATCHED = auto()
+    """Nothing in them has as many entries as there are samples: they are samples."""
+    SOME_BATCHED = auto()
+    """Something in some of them has: samples of different length, or columns of which some hold no samples."""
+    ALL_BATCHED = auto()
+    """Something in each of them has, or they have different keys: nobody knows."""
+    MIXED = auto()
+    """They are of different kinds, as columns are and samples are not."""
+
+
+def entries_of(sequence: Any, size: int) -> Entries:
+    """Look at the entries of a list that has one for each of ``size`` samples; those that hold nothing tell nothing."""
+    told = [entry for entry in sequence if not _is_empty(entry)]
+    batched = [has_samples(entry, size) for entry in told]
+    if not any(batched):
+        return Entries.NONE_BATCHED
+    if is_mixed(told):
+        return Entries.MIXED
+    keys = {tuple(sorted(name for name, _ in children(entry, node_of(entry)))) for entry in told if _is_keyed(entry)}
+    return Entries.ALL_BATCHED if all(batched) or len(keys) > 1 else Entries.SOME_BATCHED
 
 
 def is_mixed(sequence: Any) -> bool:
     """Whether the entries are of different kinds, as columns are and samples are not; None says nothing."""
-    return len({_signature(entry) for entry in sequence if entry is not None}) > 1
+    told = [entry for entry in sequence if not _is_empty(entry)]
+    return any(not _are_alike(one, other) for one, other in itertools.pairwise(told))
+
+
+def _is_keyed(value: Any) -> bool:
+    return node_of(value) in (Node.MAPPING, Node.RECORD, Node.FIELDS)
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether there is nothing but None."""
+    if not _is_keyed(value):
+        return value is None
+    return all(_is_empty(item) for _, item in children(value, node_of(value)))
+
+
+def _are_alike(one: Any, other: Any) -> bool:
+    """Whether both may be outputs for one sample each: the same kind of thing, and under the same keys as well."""
+    if _is_empty(one) or _is_empty(other):
+        return True
+    if _signature(one) != _signature(other):
+        return False
+    if not _is_keyed(one):
+        return True
+    others = dict(children(other, node_of(other)))
+    return all(_are_alike(item, others[name]) for name, item in children(one, node_of(one)) if name in others)
 
 
 def _signature(value: Any) -> Any:
@@ -268,10 +313,10 @@ class OutputLayout:
             if self._lengths.setdefault(path, size) != size:
                 self._per_sample[path] = True  # its length followed the batch's size
             elif size > 1:
-                batched = entries_with_samples(value, size)
-                if any(batched) and is_mixed(value):
+                entries = entries_of(value, size)
+                if entries is Entries.MIXED:
                     self._per_sample[path] = False
-                elif not (any(batched) and all(batched)) and not isinstance(value, tuple):
+                elif entries is not Entries.ALL_BATCHED and not isinstance(value, tuple):
                     self._per_sample[path] = True
         return self._per_sample.get(path) is not False
 

@@ -11,12 +11,12 @@ import torch
 from lightning_gpuorch.structure.kinds import (
     AmbiguousStructureError,
     CannotMergeError,
+    Entries,
     Node,
     OutputLayout,
     children,
     encodings_of,
-    entries_with_samples,
-    is_mixed,
+    entries_of,
     node_of,
     rebuild,
 )
@@ -156,11 +156,11 @@ class _Merger:
     def _read_equal_parts(self, parts: list[Any], path: str) -> bool:
         """Every part has as many entries as samples, and all have the same number."""
         size = self._sizes[0]
-        batched = [found for part in parts for found in entries_with_samples(part, size)]
-        if any(batched) and any(is_mixed(part) for part in parts):
+        entries = {entries_of(part, size) for part in parts}
+        if Entries.MIXED in entries:
             return False
         strict = self._layout is not None and size > 1
-        if (batched and all(batched)) or (isinstance(parts[0], tuple) and size > 1) or strict:
+        if entries == {Entries.ALL_BATCHED} or (isinstance(parts[0], tuple) and size > 1) or strict:
             raise AmbiguousStructureError(
                 f"output{path} is a {type(parts[0]).__name__} of {size} entries for {size} samples: they may be one "
                 f"per sample, or {size} columns. Return a dict for columns."
