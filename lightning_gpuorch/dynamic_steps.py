@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from typing import Any
-
-import torch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_gpuorch.batching import BatchSizer, DynamicBatcher, is_out_of_memory, length_of
 from lightning_gpuorch.batching.dynamic import (
@@ -16,47 +14,65 @@ from lightning_gpuorch.batching.dynamic import (
     MAX_COUNT,
     padded_shape,
 )
-from lightning_gpuorch.batching.token_budget import LengthFn
-from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.memory.peaks import PeakMeter, peak_meter
 from lightning_gpuorch.predictions.loader import Ticket
 from lightning_gpuorch.predictions.source import MapSource, Source, check_rebatchable
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from lightning_gpuorch.runtime import Runtime
 
-UNMEASURED_TOKENS = 16384
-"""Token budget of an accelerator whose memory is not learned: under tensor parallelism."""
+GROUP_BUDGET = 2**40
+"""In a group memory is counted in parts of each rank's own budget, so that all can learn from the one with least room."""
 
 Call = Callable[[Any], Any]
+
+
+class StepNote(NamedTuple):
+    """What a rank of a tensor-parallel group tells the others with a batch, in integers.
+
+    Attributes:
+        peak: Memory that the batch before took, of :data:`GROUP_BUDGET`.
+        leaves: Whether it has been asked to leave.
+    """
+
+    peak: int = 0
+    leaves: int = 0
+
+
+@dataclass
+class _Untold:
+    """What the last batch of a group took here; the others get to know it with the next one."""
+
+    sizer: BatchSizer
+    shape: tuple[int, int]
+    peak: int
 
 
 class DynamicSteps:
     """What one replica has learned about batches and memory during a predict call.
 
-    The ranks of a tensor-parallel group have to form the same batches. What each could learn of its own memory would
-    differ, so there the token budget alone decides.
+    The ranks of a tensor-parallel group have to form the same batches, so all of them learn the same: of every batch the
+    largest peak of any rank, which they tell each other with the batch after it.
 
     Args:
-        config: Settings.
-        device: Device of this rank.
-        budget_bytes: Memory the job may use there.
-        tensor_parallel_size: Ranks per replica.
-        length_fn: Gives the length of a sample; None knows common types.
+        runtime: Whose steps.
     """
 
-    def __init__(
-        self,
-        config: OrchestratorConfig,
-        device: torch.device,
-        budget_bytes: float,
-        tensor_parallel_size: int,
-        length_fn: LengthFn | None,
-    ):
-        self._device, self._length_fn = device, length_fn or length_of
-        self._max_tokens = None if config.max_batch_tokens == "auto" else config.max_batch_tokens
-        alone = tensor_parallel_size == 1
-        self._meter: PeakMeter | None = peak_meter(device, budget_bytes) if alone else None
+    def __init__(self, runtime: Runtime):
+        self._runtime = runtime
+        self._is_group = runtime.world.topology.tensor_parallel_size > 1
+        self._meter: PeakMeter | None = peak_meter(runtime.device, runtime.allocator.budget_bytes)
+        self._budget_bytes = 0.0 if self._meter is None else self._meter.budget_bytes
         self._batchers: list[DynamicBatcher] = []
+        self._untold: _Untold | None = None
+        self._heard: Sequence[StepNote] = ()
+        self.asked_to_leave = False
+        """Whether this rank was asked to leave before the work is done."""
+
+    @property
+    def leaves(self) -> bool:
+        """Whether the replica leaves before the next batch: all ranks of a group know of it since the last one."""
+        return any(note.leaves for note in self._heard) if self._is_group else self.asked_to_leave
 
     def batcher(self, source: Source) -> DynamicBatcher:
         """The batcher of the next dataloader.
@@ -68,15 +84,15 @@ class DynamicSteps:
             ConfigurationError: Its samples cannot be put into other batches, or their length is not known.
         """
         check_rebatchable(source)
-        on_cpu = self._device.type == "cpu"
-        max_tokens = self._max_tokens
-        if max_tokens is None and self._meter is None:
-            max_tokens = CPU_TOKENS if on_cpu else UNMEASURED_TOKENS
+        runtime, sizer = self._runtime, self._sizer()
+        on_cpu = runtime.device.type == "cpu"
+        asked = runtime.config.max_batch_tokens
+        max_tokens = (CPU_TOKENS if sizer is None else None) if asked == "auto" else asked
         batcher = DynamicBatcher(
             max_tokens,
             overhead_tokens=CPU_OVERHEAD_TOKENS if on_cpu else ACCELERATOR_OVERHEAD_TOKENS,
-            length_fn=self._length_fn,
-            sizer=BatchSizer(self._meter.budget_bytes, MAX_COUNT) if self._meter is not None else None,
+            length_fn=runtime.length_fn or length_of,
+            sizer=sizer,
         )
         if isinstance(source, MapSource) and source.num_units:
             first = next(source.spans(source.layout(1), 0, range(0), frozenset()))
@@ -85,26 +101,48 @@ class DynamicSteps:
         self._batchers.append(batcher)
         return batcher
 
-    def measured(self, call: Call, ticket: Ticket) -> Call:
-        """A step, watched: its peak, or that it ran out of memory, decides how large later batches are."""
+    def _sizer(self) -> BatchSizer | None:
+        if self._meter is None:
+            return None
+        return BatchSizer(GROUP_BUDGET if self._is_group else self._budget_bytes, MAX_COUNT)
+
+    def step(self, call: Call, ticket: Ticket) -> Call:
+        """A step of the replica: its peak, or that it ran out of memory, decides how large later batches are.
+
+        Args:
+            call: Computes a batch, or a part of one.
+            ticket: The batch.
+        """
         sizer, meter = self._batchers[ticket.loader].sizer, self._meter
-        if sizer is None or meter is None:
-            return call
         given = ticket.shape
 
         def step(batch: Any) -> Any:
             nonlocal given
             # A part of a batch that does not show its size teaches nothing.
             shape, given = padded_shape(batch) or given, None
-            meter.begin()
+            if meter is not None:
+                meter.begin()
+            peak = 0 if self._untold is None else self._untold.peak
             try:
-                output = call(batch)
+                output, self._heard = self._runtime.compute_and_tell(
+                    call, batch, StepNote(peak, int(self.asked_to_leave))
+                )
             except Exception as error:
-                if shape is not None and is_out_of_memory(error):
+                if sizer is not None and shape is not None and is_out_of_memory(error):
                     sizer.failed(*shape)
                 raise
-            if shape is not None:
-                sizer.fitted(*shape, meter.peak_bytes())
+            if sizer is not None and meter is not None:
+                self._learn(sizer, shape, meter)
             return output
 
         return step
+
+    def _learn(self, sizer: BatchSizer, shape: tuple[int, int] | None, meter: PeakMeter) -> None:
+        if not self._is_group:
+            if shape is not None:
+                sizer.fitted(*shape, meter.peak_bytes())
+            return
+        if self._untold is not None:
+            self._untold.sizer.fitted(*self._untold.shape, max(note.peak for note in self._heard))
+        peak = int(GROUP_BUDGET * meter.peak_bytes() / self._budget_bytes)
+        self._untold = None if shape is None else _Untold(sizer, shape, peak)

@@ -68,22 +68,14 @@ class PredictionJob:
         sources = [describe(loader, limit) for loader, limit in zip(loaders, limits, strict=True)]
         halves = runtime.config.enable_oom_halving and SurvivingSteps.possible(runtime)
         self._surviving_steps = SurvivingSteps(runtime) if halves else None
-        self._dynamic: DynamicSteps | None = None
-        if runtime.config.enable_dynamic_batching:
-            self._dynamic = DynamicSteps(
-                runtime.config,
-                runtime.device,
-                runtime.allocator.budget_bytes,
-                world.topology.tensor_parallel_size,
-                runtime.length_fn,
-            )
-        batchers = [None if self._dynamic is None else self._dynamic.batcher(source) for source in sources]
+        dynamic = self._dynamic = DynamicSteps(runtime) if runtime.config.enable_dynamic_batching else None
+        batchers = [None if dynamic is None else dynamic.batcher(source) for source in sources]
         chunk, replicas = runtime.config.chunk_size, world.topology.num_replicas
-        dynamic = self._dynamic is not None
+        windows = dynamic is not None
         wanted = Manifest(
             loaders=[
                 source.layout(
-                    default_chunk_batches(source.num_batches, replicas, windows=dynamic) if chunk == "auto" else chunk
+                    default_chunk_batches(source.num_batches, replicas, windows=windows) if chunk == "auto" else chunk
                 )
                 for source in sources
             ],
@@ -110,27 +102,27 @@ class PredictionJob:
         self._ended: str | None = None
         self._lost: set[int] = set()
         self._quarantined: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
-        self._should_leave = False
         self._fragments = [self._fragments_of(index, layout) for index, layout in enumerate(manifest.loaders)]
         self._writer = self._make_writer(manifest.loaders) if world.topology.is_leader else None
         self._collectors = [
             ChunkCollector(functools.partial(self._commit, index), fragments) if self._writer else NoCollector()
             for index, fragments in enumerate(self._fragments)
         ]
+        group = world.topology.tensor_parallel_size > 1
         self.loaders = [
             LeasedLoader(
                 source,
                 layout,
                 _Queue(self, index),
-                _Sink(self, self._collectors[index]),
+                _Sink(self, index, self._collectors[index], agrees=group and _is_kept(layout)),
                 self.delivered,
                 index,
                 self._on_ended,
                 batchers[index],
                 world.topology.num_replicas,
-                None if self._fragments[index] is None else lambda: self._should_leave,
+                (lambda: dynamic.leaves) if dynamic is not None and _is_kept(layout) else None,
                 runtime.transfers is not None,
-                world.topology.ranks_per_replica == 1,
+                world.topology.tensor_parallel_size == 1,
             )
             for index, (source, layout) in enumerate(zip(sources, manifest.loaders, strict=True))
         ]
@@ -193,7 +185,7 @@ class PredictionJob:
         """
         step: Callable[[Any], Any] = functools.partial(self._runtime.compute_together, call)
         if self._dynamic is not None:
-            step = self._dynamic.measured(step, ticket)
+            step = self._dynamic.step(call, ticket)
         surviving = self._runtime.surviving_steps or self._surviving_steps
         for wrapper in (*reversed(self._runtime.step_wrappers), *([] if surviving is None else [surviving])):
             step = functools.partial(_wrapped, wrapper, step, ticket)
@@ -332,8 +324,8 @@ class PredictionJob:
         )
 
     def _fragments_of(self, loader: int, layout: LoaderLayout) -> tuple[FragmentWriter, FragmentReader] | None:
-        """What keeps windows that are not whole yet; not in a group, whose ranks would have to agree on what is there."""
-        if self._dynamic is None or layout.unit != "sample" or self._world.topology.ranks_per_replica > 1:
+        """What keeps windows that are not whole yet, on the rank that writes."""
+        if self._dynamic is None or not _is_kept(layout) or not self._world.topology.is_leader:
             return None
         on_kept = functools.partial(self._on_kept, loader)
         around_write = functools.partial(_phase, Phase.COMMIT, then=Phase.RUN)
@@ -348,7 +340,8 @@ class PredictionJob:
     def _on_kept(self, loader: int, samples: int) -> None:
         if self._writer is None:
             return  # it leaves already
-        self._should_leave |= bool(self._call("kept", loader=loader, samples=samples).header["leave"])
+        assert self._dynamic is not None
+        self._dynamic.asked_to_leave |= bool(self._call("kept", loader=loader, samples=samples).header["leave"])
 
     def _commit(self, loader: int, chunk: int, batches: list[StoredBatch]) -> None:
         assert self._writer is not None
@@ -382,6 +375,11 @@ class PredictionJob:
         return self._world.channel.call(header, timeout_seconds=timeout)
 
 
+def _is_kept(layout: LoaderLayout) -> bool:
+    """Whether what is computed of a window that is not whole is kept: not of a stream, whose batches have no units."""
+    return layout.unit == "sample"
+
+
 class _Delivered(collections.deque[Ticket]):
     """Tickets of batches that are not computed yet, and the Unix time in nanoseconds at which each batch was there."""
 
@@ -396,10 +394,18 @@ class _Delivered(collections.deque[Ticket]):
 
 
 class _Sink:
-    """A collector that gets a chunk's last output before it is told that the chunk is over."""
+    """A collector that gets a chunk's last output before it is told that the chunk is over.
 
-    def __init__(self, job: PredictionJob, collector: ChunkCollector | NoCollector):
-        self._job, self._collector = job, collector
+    Args:
+        job: Its job.
+        loader: Index of the dataloader.
+        collector: The collector.
+        agrees: What is taken over is decided by the leader of a group, and told to the other ranks.
+    """
+
+    def __init__(self, job: PredictionJob, loader: int, collector: ChunkCollector | NoCollector, agrees: bool):
+        self._job, self._loader, self._collector = job, loader, collector
+        self._agrees, self._num_windows = agrees, 0
 
     def begin(self, chunk: int, num_batches: int | None) -> None:
         self._collector.begin(chunk, num_batches)
@@ -409,7 +415,21 @@ class _Sink:
         self._collector.end(chunk)
 
     def take_over(self, window: Window) -> set[int]:
-        return self._collector.take_over(window)
+        sizes = self._collector.take_over(window)
+        if not self._agrees:
+            return sizes
+        job, owner = self._job, self._job._world.owner
+        place = (job.number, self._loader, owner["replica"], owner["generation"], self._num_windows)
+        key, self._num_windows = "taken-over/" + "/".join(map(str, place)), self._num_windows + 1
+        if job._world.topology.is_leader:
+            job._call("publish", key=key, value=[sorted(sizes), sorted(window.taken_over)])
+            return sizes
+        with _phase(Phase.WAIT, then=Phase.RUN):  # the supervisor judges whether the leader is stuck
+            told = job._call("lookup", key=key, timeout_seconds=_FOREVER_SECONDS).header["value"]
+        sizes, positions = told
+        if positions:
+            window.take_over(positions, None)
+        return set(sizes)
 
 
 class _Queue:

@@ -17,6 +17,7 @@ from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.distributed import Topology
 from lightning_gpuorch.distributed.agreement import Verdict
 from lightning_gpuorch.distributed.recoverable_group import RecoverableProcessGroup, collective_hooks
+from lightning_gpuorch.dynamic_steps import StepNote
 from lightning_gpuorch.errors import GPUOrchError, InputMismatchError
 from lightning_gpuorch.group_recovery import GroupRecovery, Recovery
 from lightning_gpuorch.memory import ResourceAllocator, keep_freed_memory
@@ -242,10 +243,17 @@ class Runtime:
             "lightning_gpuorch": __version__,
         }
 
-    def check_same_input(self, batch: Any) -> None:
+    def check_same_input(self, batch: Any, note: StepNote) -> list[StepNote]:
         """Compare a batch with those of the other ranks of the tensor-parallel group; every one of them must call this.
 
         Ranks whose random state differs take the first rank's, so that what is sampled in the step is the same on all.
+
+        Args:
+            batch: The batch.
+            note: What this rank tells the others.
+
+        Returns:
+            What each rank told, in order.
 
         Raises:
             InputMismatchError: They differ; the odd ranks are named.
@@ -254,12 +262,12 @@ class Runtime:
 
         topology = self.world.topology
         if topology.tensor_parallel_size == 1 or not dist.is_initialized():
-            return
+            return [note]
         group = self.mesh.get_group("tensor_parallel") if self.mesh is not None else None
-        mine = torch.tensor([digest(batch), random_state_digest(self.device)], device=self.device)
-        digests = [torch.empty_like(mine) for _ in range(topology.tensor_parallel_size)]
-        dist.all_gather(digests, mine, group=group)
-        values, random_states = zip(*(pair.tolist() for pair in digests), strict=True)
+        mine = torch.tensor([digest(batch), random_state_digest(self.device), *note], device=self.device)
+        everybodys = [torch.empty_like(mine) for _ in range(topology.tensor_parallel_size)]
+        dist.all_gather(everybodys, mine, group=group)
+        values, random_states, *notes = zip(*(told.tolist() for told in everybodys), strict=True)
         if len(set(values)) > 1:
             first = topology.replica * topology.ranks_per_replica
             odd = [first + index for index, value in enumerate(values) if value != values[0]]
@@ -269,8 +277,15 @@ class Runtime:
             )
         if len(set(random_states)) > 1:
             synchronize_random_state(Communicator(group), self.device)
+        return [StepNote(*told) for told in zip(*notes, strict=True)]
 
     def compute_together(self, call: Callable[[Any], Any], batch: Any) -> Any:
+        """Compute a batch, or a part of one, on all ranks of the tensor-parallel group; see :meth:`compute_and_tell`."""
+        return self.compute_and_tell(call, batch, StepNote())[0]
+
+    def compute_and_tell(
+        self, call: Callable[[Any], Any], batch: Any, note: StepNote
+    ) -> tuple[Any, Sequence[StepNote]]:
         """Compute a batch, or a part of one, on all ranks of the tensor-parallel group; without a group, just compute.
 
         The ranks compare their input first, DTensors in the output are gathered, and the output is returned when all
@@ -279,6 +294,10 @@ class Runtime:
         Args:
             call: Computes a batch.
             batch: The batch, the same on every rank of the group.
+            note: What this rank tells the others.
+
+        Returns:
+            The output, and what each rank of the group told: all of them get to know it with the same batch.
 
         Raises:
             InputMismatchError: The ranks were given different batches.
@@ -288,11 +307,11 @@ class Runtime:
             GroupRecoveryError: The group cannot go on in place; this process has to end.
         """
         if self.world.topology.tensor_parallel_size == 1:
-            return call(batch)
+            return call(batch), (note,)
 
-        def compute() -> Any:
-            self.check_same_input(batch)
-            return whole(call(batch))
+        def compute() -> tuple[Any, list[StepNote]]:
+            notes = self.check_same_input(batch, note)
+            return whole(call(batch)), notes
 
         recovery = self.world.recovery
         return compute() if recovery is None else recovery.attempt(compute, batch)

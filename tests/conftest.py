@@ -19,6 +19,18 @@ import pytest
 # Before torch is imported anywhere: a forked child must not wait for its parent's OpenMP threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:
+    pass  # a machine on which only tests/gpu is run
+else:
+    # The same examples in every run, so that a verdict on a revision can be had again; HYPOTHESIS_PROFILE=random looks
+    # for others. The machine may be shared: how long an example takes says nothing about the code.
+    _any_speed: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("same", derandomize=True, **_any_speed)
+    settings.register_profile("random", **_any_speed)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
 SCRIPTS = Path(__file__).parent / "scripts"
 
 

@@ -101,7 +101,7 @@ def trees(size: int) -> st.SearchStrategy[Any]:
 
 
 @given(st.data(), st.integers(5, 12))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_pieces_of_a_tree_merge_into_the_tree(data: st.DataObject, size: int) -> None:
     tree = {"rows": torch.arange(size), "tree": data.draw(trees(size))}
     layout = OutputLayout()
@@ -114,7 +114,7 @@ def test_pieces_of_a_tree_merge_into_the_tree(data: st.DataObject, size: int) ->
 
 
 @given(st.data(), st.integers(5, 12))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_tree_walked_by_sample_gives_each_sample(data: st.DataObject, size: int) -> None:
     tree = {"rows": torch.arange(size), "tree": data.draw(trees(size))}
     samples = list(iter_samples(tree, size))
@@ -125,7 +125,7 @@ def test_a_tree_walked_by_sample_gives_each_sample(data: st.DataObject, size: in
 
 
 @given(st.data(), st.integers(5, 12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_merging_without_a_layout_is_right_or_refused(data: st.DataObject, size: int) -> None:
     tree = {"rows": torch.arange(size), "tree": data.draw(trees(size))}
     cuts = sorted(data.draw(st.sets(st.integers(1, size - 1), min_size=1, max_size=4)) | {0, size})

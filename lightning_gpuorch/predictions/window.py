@@ -80,7 +80,8 @@ class Window:
         self.samples: list[Any] = []
         self.outputs: list[tuple[Sequence[int], Any]] = []
         """Positions in the window and output of each batch that is computed; -1 for samples of other windows."""
-        self._taken: set[int] = set()
+        self.taken_over: set[int] = set()
+        """Positions of samples that others have computed."""
         self.num_open = 0
         """Samples that are not computed yet."""
 
@@ -108,7 +109,7 @@ class Window:
         """
         here = {position for position in positions if position >= 0}
         self.outputs.append((positions, output))
-        self._taken |= here
+        self.taken_over |= here
         self.num_open -= len(here)
 
     def batches(self, batcher: Batcher, sizes: set[int]) -> Iterator[tuple[list[int], int]]:
@@ -126,8 +127,8 @@ class Window:
         together = []
         for piece in self.pieces:
             positions = np.arange(piece.start, piece.stop)
-            if self._taken:
-                positions = np.array([p for p in positions.tolist() if p not in self._taken], dtype=np.int64)
+            if self.taken_over:
+                positions = np.array([p for p in positions.tolist() if p not in self.taken_over], dtype=np.int64)
             if not piece.alone:
                 together.append(positions)
             elif len(positions):

@@ -92,10 +92,10 @@ class _Injector:
 
         return original(job, harmed, *rest)
 
-    def _check_same_input(self, original: Callable[..., Any], runtime: Any, batch: Any) -> Any:
+    def _check_same_input(self, original: Callable[..., Any], runtime: Any, *args: Any) -> Any:
         if runtime.job is not None:
             self._in_step(runtime.job, self._steps == 1, skip_collective=True)
-        return original(runtime, batch)
+        return original(runtime, *args)
 
     def _in_step(self, job: Any, first: bool, skip_collective: bool) -> None:
         for index, fault in self._pending():

@@ -27,7 +27,7 @@ def cut(batcher: DynamicBatcher, lengths: Any) -> list[list[int]]:
 
 
 @given(st.lists(st.integers(0, 500), max_size=150), st.integers(1, 3000), st.integers(0, 500), st.integers(1, 40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_sample_once_and_within_the_limits(
     lengths: list[int], max_tokens: int, overhead: int, max_count: int
 ) -> None:

@@ -82,7 +82,7 @@ def test_every_kind_of_batch_and_output_equals_the_undisturbed_run(kind: str, ou
     st.integers(1, 16),
     st.lists(st.integers(1, 16), min_size=1, max_size=12),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_any_sizes_and_a_limit_that_changes(kind: str, output: str, count: int, size: int, limits: list[int]) -> None:
     class Changing(LimitedStep):
         def __call__(self, batch: Any) -> Any:
@@ -404,7 +404,7 @@ class TestRememberedSizes:
         assert limits.limit(11) == 32
 
     @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 64)), min_size=1, max_size=60), st.integers(1, 64))
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_a_stable_limit_is_hit_ever_more_rarely(self, batches: list[tuple[int, int]], fits: int) -> None:
         limits, failures = SizeLimits(), 0
         for bucket, size in batches * 5:

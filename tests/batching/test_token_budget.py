@@ -28,7 +28,7 @@ def padded(lengths: Any, batch: list[int]) -> int:
 
 
 @given(some_lengths, st.integers(1, 4000), st.integers(1, 64), st.one_of(st.none(), st.integers(1, 300)))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_position_once_and_within_the_limits(
     lengths: list[int], max_tokens: int, max_count: int, window: int | None
 ) -> None:
@@ -42,7 +42,7 @@ def test_every_position_once_and_within_the_limits(
 
 
 @given(some_lengths, st.integers(1, 50), st.integers(1, 4000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_stream_gives_each_sample_with_its_position(lengths: list[int], window: int, max_tokens: int) -> None:
     samples = [b"x" * length for length in lengths]
     seen: list[int] = []
@@ -68,7 +68,7 @@ def test_a_stream_is_not_read_further_than_a_window() -> None:
 
 
 @given(some_lengths.filter(len), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_chunks_of_positions_are_cut_alone(lengths: list[int], data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(lengths) - 1))
     stop = data.draw(st.integers(start, len(lengths)))

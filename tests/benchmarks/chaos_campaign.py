@@ -23,8 +23,15 @@ from lightning_gpuorch.testing.chaos import Chaos, Outcome
 from lightning_gpuorch.testing.faults import LAST_PERCENT, Fault, FaultKind, FaultPlan, Moment, When
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "chaos_predict.py"
-SETUPS = {"2x1": (2, 1), "2x2": (2, 2), "4x1": (4, 1), "4x2": (4, 2), "2x1-dynamic": (2, 1)}
-"""Processes and tensor-parallel size; the last one with dynamic batching, in windows that take longer than a fragment."""
+SETUPS = {
+    "2x1": (2, 1),
+    "2x2": (2, 2),
+    "4x1": (4, 1),
+    "4x2": (4, 2),
+    "2x1-dynamic": (2, 1),
+    "2x2-dynamic": (2, 2),
+}
+"""Processes and tensor-parallel size; the last ones with dynamic batching, in windows that take longer than a fragment."""
 KINDS = ("kill", "stop", "exception", "exit0", "hang", "gil-hang", "collective")
 MOMENTS = ("start", "middle", "last", "commit")
 LIMITS = {

@@ -202,4 +202,4 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 
 TestAllocatorMachine = AllocatorMachine.TestCase
-TestAllocatorMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestAllocatorMachine.settings = settings(max_examples=40, stateful_step_count=30)

@@ -406,7 +406,7 @@ trees = st.recursive(
 
 
 @given(st.lists(trees, max_size=4))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_tree_comes_back_bit_for_bit(predictions: list[Any]) -> None:
     envelope = Envelope(to_bytes(*predictions), "test")
     assert envelope.num_predictions == len(predictions)
@@ -438,7 +438,7 @@ def test_every_truncation_and_every_tail_is_noticed() -> None:
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_overwritten_stretch_is_noticed(data: st.DataObject) -> None:
     raw = to_bytes(*SAMPLE)
     start = data.draw(st.integers(0, len(raw) - 1))

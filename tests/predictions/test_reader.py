@@ -160,7 +160,7 @@ def test_each_part_is_read_once_in_order(ten: Predictions, monkeypatch: pytest.M
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_cut_gives_the_loaders_batches(data: st.DataObject) -> None:
     """Several runs with different batch sizes, halved batches, any chunk size: the last batch size is what is read."""
     num_units = data.draw(st.integers(0, 60), "samples")
@@ -183,7 +183,7 @@ def test_any_cut_gives_the_loaders_batches(data: st.DataObject) -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_scattered_shares_come_together_in_dataset_order(data: st.DataObject) -> None:
     """Strided shares of several ranks, padded as DistributedSampler does, in any batch size and any order."""
     num_samples = data.draw(st.integers(0, 40), "samples")
@@ -298,7 +298,7 @@ def test_gaps_of_several_dataloaders_are_named_together(tmp_path: Path) -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_gap_is_found_from_the_parts_alone(data: st.DataObject) -> None:
     """Whole chunks, whole batches or single samples may be missing; nobody needs to have noted it."""
     layout = by_sample(

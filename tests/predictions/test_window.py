@@ -127,7 +127,7 @@ def outputs(batch: list[list[int]]) -> dict[str, Any]:
     st.integers(1, 200),
     st.booleans(),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_what_is_stored_is_what_the_loaders_batches_give(
     lengths: list[int], batch_size: int, chunk_batches: int, tokens: int, overlaps: bool
 ) -> None:
@@ -161,7 +161,7 @@ def check_stored(job: Job, batch_size: int, stored: list[StoredBatch]) -> None:
     st.lists(st.integers(1, 12), max_size=3),
     st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_what_was_computed_before_a_stop_is_taken_over(
     lengths: list[int], batch_size: int, chunk_batches: int, tokens: int, stops: list[int], again: bool
 ) -> None:
@@ -179,7 +179,9 @@ def test_what_was_computed_before_a_stop_is_taken_over(
         check_stored(job, batch_size, [batch for chunk in sorted(stored) for batch in stored[chunk]])
         sizes = [len(batch) for batch in batches]
         again_at_most = len(stops) * max(sizes)
-        assert sum(sizes) - len(lengths) <= again_at_most, "one batch of each run, where all it takes over are of one size"
+        assert sum(sizes) - len(lengths) <= again_at_most, (
+            "one batch of each run, where all it takes over are of one size"
+        )
 
 
 def test_nothing_that_was_kept_is_computed_again(tmp_path: Path) -> None:

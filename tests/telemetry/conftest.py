@@ -9,15 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 from lightning_gpuorch.telemetry.current import use_events, use_metrics
 from lightning_gpuorch.telemetry.failures import FailureTally
 from lightning_gpuorch.telemetry.logs import reset_logging
-
-# The machine is shared: how long an example takes says nothing about the code.
-settings.register_profile("shared-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("shared-machine")
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ def test_label_values_with_every_awkward_character_survive_the_merge(files: File
         st.tuples(st.integers(0, 3), st.integers(0, 3)), st.tuples(st.integers(0, 5), st.booleans()), max_size=6
     )
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_totals_are_the_sum_over_all_starts_whatever_died(
     tmp_path_factory: pytest.TempPathFactory, starts: dict[tuple[int, int], tuple[int, bool]]
 ) -> None:

@@ -200,7 +200,7 @@ def all_events(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], list[di
 
 
 @given(seed=st.integers(0, 2**32), keep=st.floats(0.01, 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_part_of_a_run_makes_a_whole_page(
     all_events: Callable[[], list[dict[str, Any]]], seed: int, keep: float
 ) -> None:
