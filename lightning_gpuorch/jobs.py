@@ -38,7 +38,7 @@ class Job:
     def chunks_computed(self) -> int:
         """Chunks that are durable, and as many as what is computed of others would make."""
         layouts = self.manifest.loaders
-        begun = sum(count / layouts[loader].chunk_size for (loader, _), count in self.samples_kept.items())
+        begun = sum(count / layouts[loader].samples_per_chunk for (loader, _), count in self.samples_kept.items())
         return sum(queue.num_done for queue in self.queues) + int(begun)
 
     @property

@@ -114,13 +114,13 @@ class PredictionJob:
                 source,
                 layout,
                 _Queue(self, index),
-                _Sink(self, index, self._collectors[index], agrees=group and _is_kept(layout)),
+                _Sink(self, index, self._collectors[index], agrees=group),
                 self.delivered,
                 index,
                 self._on_ended,
                 batchers[index],
                 world.topology.num_replicas,
-                (lambda: dynamic.leaves) if dynamic is not None and _is_kept(layout) else None,
+                lambda: dynamic is not None and dynamic.leaves,
                 runtime.transfers is not None,
                 world.topology.tensor_parallel_size == 1,
             )
@@ -325,11 +325,11 @@ class PredictionJob:
 
     def _fragments_of(self, loader: int, layout: LoaderLayout) -> tuple[FragmentWriter, FragmentReader] | None:
         """What keeps windows that are not whole yet, on the rank that writes."""
-        if self._dynamic is None or not _is_kept(layout) or not self._world.topology.is_leader:
+        if self._dynamic is None or not self._world.topology.is_leader:
             return None
         on_kept = functools.partial(self._on_kept, loader)
         around_write = functools.partial(_phase, Phase.COMMIT, then=Phase.RUN)
-        writer = FragmentWriter(self.directory, loader, layout.chunk_size, on_kept, around_write)
+        writer = FragmentWriter(self.directory, loader, layout.samples_per_chunk, on_kept, around_write)
         return writer, FragmentReader(self.directory, loader)
 
     def _make_room(self) -> None:
@@ -373,11 +373,6 @@ class PredictionJob:
         header = {"op": op, "job": self.number, **self._world.owner, **fields}
         timeout = self._runtime.config.timeout_sec if timeout_seconds is None else timeout_seconds
         return self._world.channel.call(header, timeout_seconds=timeout)
-
-
-def _is_kept(layout: LoaderLayout) -> bool:
-    """Whether what is computed of a window that is not whole is kept: not of a stream, whose batches have no units."""
-    return layout.unit == "sample"
 
 
 class _Delivered(collections.deque[Ticket]):

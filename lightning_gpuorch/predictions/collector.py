@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_gpuorch.predictions.fragments import FragmentReader, FragmentWriter, units_of
+from lightning_gpuorch.predictions.fragments import FragmentReader, FragmentWriter, numbers_of
 from lightning_gpuorch.predictions.layout import StoredBatch
 from lightning_gpuorch.predictions.loader import Ticket
 from lightning_gpuorch.predictions.source import Span
@@ -26,7 +26,7 @@ class ChunkCollector:
     Args:
         commit: Called once per whole chunk with its number and its stored batches.
         fragments: Keeps what is computed of windows that are not whole yet, and finds what others have kept; None
-            where a window is not cut short: its samples are then computed by whoever has it.
+            without windows.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class ChunkCollector:
         window.num_open -= len(ticket.positions)
         if not window.num_open:
             self._end_window(window)
-        elif kept and self._writer is not None and ticket.span.indices is not None:
-            units, indices = [ticket.span.unit(place) for place in kept], [ticket.span.indices[place] for place in kept]
-            self._writer.add(StoredBatch(units[0], indices, len(kept), output, units, num_lost=len(lost)))
+        elif kept and self._writer is not None:
+            numbers = window.numbers([ticket.positions[place] for place in kept])
+            self._writer.add(StoredBatch(numbers[0], None, len(kept), output, numbers, num_lost=len(lost)))
 
     def take_over(self, window: Window) -> set[int]:
         """Take what others, or an earlier run, have kept of a window's samples: it is not computed again.
@@ -86,7 +86,7 @@ class ChunkCollector:
             return set()
         positions, taken = window.positions(), []
         for batch in self._reader.find(positions):
-            places = [positions.pop(unit, -1) for unit in units_of(batch)]
+            places = [positions.pop(number, -1) for number in numbers_of(batch)]
             if max(places) >= 0:
                 taken.append((places, batch.output))
                 if not batch.num_lost:

@@ -43,7 +43,7 @@ class FragmentWriter:
     Args:
         directory: Of the job.
         loader: Which dataloader.
-        chunk_size: Its units per chunk.
+        samples_per_chunk: As many as a full one has.
         on_kept: Called with the number of samples after each fragment.
         around_write: Makes a context in which each is written.
         clock: Gives seconds.
@@ -53,7 +53,7 @@ class FragmentWriter:
         self,
         directory: Path,
         loader: int,
-        chunk_size: int,
+        samples_per_chunk: int,
         on_kept: Callable[[int], None] = lambda num_samples: None,
         around_write: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         clock: Callable[[], float] = time.monotonic,
@@ -61,7 +61,8 @@ class FragmentWriter:
         # Never that of another life: a restart of this rank, or a later run, must not meet files it did not write.
         name = f"{_prefix(loader)}{os.getpid()}-{secrets.token_hex(6)}"
         self._store = PartStore(directory / name, fsync=False)  # after a power cut the checksums tell
-        self._chunk_size, self._on_kept, self._around_write, self._clock = chunk_size, on_kept, around_write, clock
+        self._samples_per_chunk = samples_per_chunk
+        self._on_kept, self._around_write, self._clock = on_kept, around_write, clock
         self._pending: list[StoredBatch] = []
         self._chunks_of: dict[int, set[int]] = {}
         self._count = 0
@@ -83,7 +84,7 @@ class FragmentWriter:
         began, number = self._clock(), self._count
         self._count += 1
         with self._lock:
-            self._chunks_of[number] = {unit // self._chunk_size for batch in batches for unit in units_of(batch)}
+            self._chunks_of[number] = {n // self._samples_per_chunk for batch in batches for n in numbers_of(batch)}
         try:
             with self._around_write():
                 self._store.commit(number, batches, {})
@@ -136,7 +137,7 @@ class FragmentReader:
 
     def __init__(self, directory: Path, loader: int):
         self._directory, self._pattern = directory, f"{_prefix(loader)}*"
-        self._units_of: dict[tuple[Path, int], frozenset[int]] = {}
+        self._numbers_in: dict[tuple[Path, int], frozenset[int]] = {}
         self._parts: dict[tuple[Path, int], Part] = {}
         self._looked = False
 
@@ -148,26 +149,25 @@ class FragmentReader:
         """
         if look_again or not self._looked:
             self._look()
-        return bool(self._units_of)
+        return bool(self._numbers_in)
 
     def find(self, wanted: Mapping[int, int]) -> Iterator[StoredBatch]:
         """Read batches that hold some of the samples, from the fragments that :meth:`has_any` has seen.
 
         Args:
-            wanted: Positions by units.
+            wanted: Positions by the numbers of samples.
 
         Yields:
             Batches as they were computed; they may hold other samples as well, and samples that another one held.
         """
         used: dict[tuple[Path, int], Part] = {}
-        for place, held in list(self._units_of.items()):
+        for place, held in list(self._numbers_in.items()):
             if held.isdisjoint(wanted):
                 continue
             try:
                 part = self._parts.get(place) or PartStore(place[0]).read(place[1])
                 for position, entry in enumerate(part.header.entries):
-                    units = units_of(entry)
-                    if not wanted.keys().isdisjoint(units):
+                    if not wanted.keys().isdisjoint(numbers_of(entry)):
                         output = part.output(position)
                         yield StoredBatch(
                             entry.first_unit, entry.indices, entry.size, output, entry.units, entry.num_lost
@@ -182,11 +182,11 @@ class FragmentReader:
     def _look(self) -> None:
         self._looked = True
         found = {(store.directory, number) for store in self._stores() for number in store.done()}
-        self._units_of = {place: units for place, units in self._units_of.items() if place in found}
-        for directory, number in sorted(found - self._units_of.keys()):
+        self._numbers_in = {place: numbers for place, numbers in self._numbers_in.items() if place in found}
+        for directory, number in sorted(found - self._numbers_in.keys()):
             try:
                 entries = PartStore(directory).header(number).entries
-                self._units_of[directory, number] = frozenset(unit for entry in entries for unit in units_of(entry))
+                self._numbers_in[directory, number] = frozenset(n for entry in entries for n in numbers_of(entry))
             except (CorruptPartError, MissingPredictionsError) as error:
                 self._pass_over(directory, number, error)
 
@@ -197,11 +197,11 @@ class FragmentReader:
         # It is gone where its writer lives and has finished, which is no news.
         level = logging.DEBUG if isinstance(error, MissingPredictionsError) else logging.WARNING
         log.log(level, "a fragment is passed over, and what it held computed again: %s", error)
-        self._units_of[directory, number] = frozenset()
+        self._numbers_in[directory, number] = frozenset()
 
 
-def units_of(batch: StoredBatch | BatchEntry) -> Iterable[int]:
-    """The unit of each sample of a batch."""
+def numbers_of(batch: StoredBatch | BatchEntry) -> Iterable[int]:
+    """The number of each sample of a batch; see :meth:`~lightning_gpuorch.predictions.window.Window.numbers`."""
     return batch.units if batch.units is not None else range(batch.first_unit, batch.first_unit + (batch.size or 0))
 
 

@@ -60,6 +60,16 @@ class LoaderLayout:
             raise ConfigurationError(f"batch_size must be at least 1, got {self.batch_size}")
 
     @property
+    def samples_per_unit(self) -> int:
+        """Samples of a unit at most; 1 also where that is not known."""
+        return int(self.identity.get("batch_size") or 1) if self.unit == "batch" else 1
+
+    @property
+    def samples_per_chunk(self) -> int:
+        """Samples of a chunk at most, as far as is known."""
+        return self.chunk_size * self.samples_per_unit
+
+    @property
     def num_chunks(self) -> int:
         """Chunks in all; 0 while the end of a stream is not known."""
         return -(-(self.num_units or 0) // self.chunk_size)

@@ -111,8 +111,7 @@ class LeasedLoader:
         on_ended: Called with the last answer (stop, drain or fenced) when the loader ends.
         batcher: Forms the batches, out of windows of samples; None gives the loader's own.
         num_replicas: Replicas that share the chunks.
-        should_leave: Whether to end, as on drain, before a window is whole: what is computed of it is kept. None: it is
-            not kept.
+        should_leave: Whether to end, as on drain, before a window is whole: what is computed of it is kept.
         overlaps: The device computes while the host goes on, so the next window is read meanwhile. So it is where the loader
             has workers.
         single_rank: No other rank has to form the same batches.
@@ -129,15 +128,14 @@ class LeasedLoader:
         on_ended: Callable[[str], None] = lambda answer: None,
         batcher: Batcher | None = None,
         num_replicas: int = 1,
-        should_leave: Callable[[], bool] | None = None,
+        should_leave: Callable[[], bool] = lambda: False,
         overlaps: bool = False,
         single_rank: bool = False,
     ):
         self.source, self.layout, self.index = source, layout, index
         self._batcher, self._should_leave = batcher, should_leave
         self._overlaps, self._single_rank = overlaps, single_rank
-        samples_per_unit = int(getattr(source.loader, "batch_size", None) or 1) if layout.unit == "batch" else 1
-        self.bounds = WindowBounds(layout.chunk_size * samples_per_unit, num_replicas, kept=should_leave is not None)
+        self.bounds = WindowBounds(layout.samples_per_chunk, num_replicas)
         self._delivered_size = 0
         """Samples of the last batch."""
         self._sizes: set[int] = set()
@@ -220,7 +218,8 @@ class LeasedLoader:
     def _read_windows(self, spans: Iterator[list[Any]]) -> WindowReader:
         # Where windows are cut in the background depends on time, so ranks of a group would not agree.
         in_background = self._num_workers > 0 and self._single_rank
-        return (BackgroundWindowReader if in_background else WindowReader)(spans, self._requested, self.bounds)
+        reader = BackgroundWindowReader if in_background else WindowReader
+        return reader(spans, self._requested, self.bounds, self.layout.samples_per_unit)
 
     def _batches_of_all(self, windows: WindowReader) -> Generator[Any, None, bool]:
         """The batches of one window after another; returns whether a window was left before its end."""
@@ -229,7 +228,7 @@ class LeasedLoader:
             self._sizes |= self._sink.take_over(window)
             for batch in self._batches_of(window):
                 yield batch
-                if self._should_leave is not None and self._should_leave():  # what is computed of it is kept
+                if self._should_leave():  # what is computed of it is kept
                     return True
                 if reads_ahead:
                     windows.read_ahead(self._delivered_size)

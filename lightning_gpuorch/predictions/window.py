@@ -67,10 +67,12 @@ class Window:
 
     Args:
         again: Somebody else had its chunk and lost it.
+        samples_per_unit: Samples of a unit at most: more than one where the loader's batches are counted.
     """
 
-    def __init__(self, again: bool = False):
+    def __init__(self, again: bool = False, samples_per_unit: int = 1):
         self.again = again
+        self._samples_per_unit = samples_per_unit
         self.max_chunks = 1
         """Chunks it is to hold."""
         self.num_chunks = 0
@@ -93,12 +95,21 @@ class Window:
         self.pieces.append(Piece(chunk, span, start, self.num_open, alone))
 
     def positions(self) -> dict[int, int]:
-        """Position of each unit; for loaders cut by sample."""
+        """Position of each sample by its number."""
         return {
-            piece.span.unit(offset): piece.start + offset
+            self._number(piece, offset): piece.start + offset
             for piece in self.pieces
             for offset in range(piece.stop - piece.start)
         }
+
+    def numbers(self, positions: list[int]) -> list[int]:
+        """The number of each sample in the job: its unit, or counted as if all of the loader's batches were full."""
+        return [self._number(piece, offset) for piece, offset in self._places(positions)]
+
+    def _number(self, piece: Piece, offset: int) -> int:
+        if self._samples_per_unit == 1:
+            return piece.span.unit(offset)
+        return piece.span.first_unit * self._samples_per_unit + offset
 
     def take_over(self, positions: Sequence[int], output: Any) -> None:
         """Take a batch that was computed elsewhere: its samples are in no batch of :meth:`batches`.

@@ -9,11 +9,9 @@ SAMPLES_PER_WINDOW = 8192
 """Samples that are sorted together at most, unless a single chunk has more."""
 BYTES_PER_WINDOW = 256 * 2**20
 """Inputs or outputs of a window, on the host."""
-SECONDS_PER_WINDOW = (10.0, 1.0, 40.0)
-"""Time a window may take: at first, as a multiple of the time the job has run, and at most. A death costs it, so it costs no
-more than was done before; and a drain waits for it."""
-SECONDS_PER_KEPT_WINDOW = (15.0, 4.0, 120.0)
-"""The same where what is computed of a window is kept. What bounds it then is that speeds must be known to end together."""
+SECONDS_PER_WINDOW = (15.0, 4.0, 120.0)
+"""Time a window may take: at first, as a multiple of the time the job has run, and at most. What is computed of it is kept
+meanwhile; but all replicas can only end together if their speeds are known by then."""
 REST_PER_WINDOW = 1.25
 """What a replica has still to expect, by its speed, is so many times its next window, so that all end together."""
 
@@ -24,12 +22,10 @@ class WindowBounds:
     Args:
         samples_per_chunk: About how many.
         num_replicas: Replicas that share the chunks.
-        kept: What is computed of a window that is not whole is not lost.
     """
 
-    def __init__(self, samples_per_chunk: int, num_replicas: int, kept: bool):
+    def __init__(self, samples_per_chunk: int, num_replicas: int):
         self._samples_per_chunk, self._num_replicas = samples_per_chunk, num_replicas
-        self._seconds = SECONDS_PER_KEPT_WINDOW if kept else SECONDS_PER_WINDOW
         self._bytes_per_sample = 0.0
         self.seconds_per_sample = 0.0
         """As far as is known; over a whole window: its batches are sorted, and a single one tells nothing of the others."""
@@ -63,7 +59,7 @@ class WindowBounds:
         limits = [SAMPLES_PER_WINDOW / size, BYTES_PER_WINDOW / (self._bytes_per_sample * size)]
         seconds_per_sample = answer.get("seconds_per_sample", 0.0)
         if seconds_per_sample:
-            least, ages, most = self._seconds
+            least, ages, most = SECONDS_PER_WINDOW
             seconds = min(most, max(least, ages * answer.get("age_seconds", 0.0)))
             limits.append(seconds / (seconds_per_sample * size))
         left = answer.get("left")

@@ -41,11 +41,18 @@ class WindowReader:
         spans: Samples of one span after another.
         requested: What they are, in the same order; filled while ``spans`` is read.
         bounds: Of windows.
+        samples_per_unit: See :class:`~lightning_gpuorch.predictions.window.Window`.
     """
 
-    def __init__(self, spans: Iterator[list[Any]], requested: collections.deque[Requested], bounds: WindowBounds):
+    def __init__(
+        self,
+        spans: Iterator[list[Any]],
+        requested: collections.deque[Requested],
+        bounds: WindowBounds,
+        samples_per_unit: int = 1,
+    ):
         self._spans, self._requested = spans, requested
-        self._bounds = bounds
+        self._bounds, self._samples_per_unit = bounds, samples_per_unit
         self._open: Window | None = None
         """The one that chunks are put into."""
         self._whole: collections.deque[Window] = collections.deque()
@@ -98,7 +105,7 @@ class WindowReader:
         alone = again or "isolate" in answer
         window = self._open
         if window is None or window.closed or alone:
-            window = self._open = Window(again)
+            window = self._open = Window(again, self._samples_per_unit)
         # Asked for every chunk: where windows are read ahead, more is known when the later ones come.
         window.max_chunks = 1 if alone else self._bounds.max_chunks(answer, window.num_chunks)
         window.num_chunks += 1
@@ -125,8 +132,8 @@ class BackgroundWindowReader(WindowReader):
     The ranks of a tensor-parallel group would cut at different places; they cannot use it.
     """
 
-    def __init__(self, spans: Iterator[list[Any]], requested: collections.deque[Requested], bounds: WindowBounds):
-        super().__init__(spans, requested, bounds)
+    def __init__(self, *args: Any):
+        super().__init__(*args)
         self._closing = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()

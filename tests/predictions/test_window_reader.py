@@ -38,7 +38,7 @@ class Spans:
 
 def bounds(chunks: int) -> WindowBounds:
     """Windows of so many chunks."""
-    known = WindowBounds(8, num_replicas=1, kept=True)
+    known = WindowBounds(8, num_replicas=1)
     known.observe(num_samples=1, num_bytes=window_bounds.BYTES_PER_WINDOW // (8 * chunks))
     return known
 
