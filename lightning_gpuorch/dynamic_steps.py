@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 GROUP_BUDGET = 2**40
 """In a group memory is counted in parts of each rank's own budget, so that all can learn from the one with least room."""
 
+UNMEASURED_TOKENS = 16384
+"""Token budget of an accelerator whose memory is not learned, since to run out of it would cost a restart: in a group that
+does not recover in place."""
+
 Call = Callable[[Any], Any]
 
 
@@ -61,7 +65,10 @@ class DynamicSteps:
     def __init__(self, runtime: Runtime):
         self._runtime = runtime
         self._is_group = runtime.world.topology.tensor_parallel_size > 1
-        self._meter: PeakMeter | None = peak_meter(runtime.device, runtime.allocator.budget_bytes)
+        learns = not self._is_group or runtime.world.recovery is not None
+        self._meter: PeakMeter | None = None
+        if learns:
+            self._meter = peak_meter(runtime.device, runtime.allocator.budget_bytes)
         self._budget_bytes = 0.0 if self._meter is None else self._meter.budget_bytes
         self._batchers: list[DynamicBatcher] = []
         self._untold: _Untold | None = None
@@ -86,8 +93,13 @@ class DynamicSteps:
         check_rebatchable(source)
         runtime, sizer = self._runtime, self._sizer()
         on_cpu = runtime.device.type == "cpu"
-        asked = runtime.config.max_batch_tokens
-        max_tokens = (CPU_TOKENS if sizer is None else None) if asked == "auto" else asked
+        max_tokens: int | None
+        if runtime.config.max_batch_tokens != "auto":
+            max_tokens = runtime.config.max_batch_tokens
+        elif sizer is None:
+            max_tokens = CPU_TOKENS if on_cpu else UNMEASURED_TOKENS
+        else:
+            max_tokens = None
         batcher = DynamicBatcher(
             max_tokens,
             overhead_tokens=CPU_OVERHEAD_TOKENS if on_cpu else ACCELERATOR_OVERHEAD_TOKENS,
