@@ -77,6 +77,4 @@ def verify_complete(number: int, job: Job) -> None:
 
 def missing_units(layout: LoaderLayout, done: set[int]) -> list[int]:
     """Units whose chunk is not durable, ascending."""
-    if len(done) >= layout.num_chunks:
-        return []
     return [unit for chunk in range(layout.num_chunks) if chunk not in done for unit in layout.chunk_range(chunk)]

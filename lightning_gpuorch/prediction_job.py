@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_gpuorch._version import __version__
-from lightning_gpuorch.batching import freeze_objects
+from lightning_gpuorch.batching import DynamicBatcher, freeze_objects
 from lightning_gpuorch.dynamic_steps import DynamicSteps
 from lightning_gpuorch.errors import EXIT_RESUMABLE
 from lightning_gpuorch.liveness import Phase, current_heartbeat
@@ -33,8 +33,9 @@ from lightning_gpuorch.predictions.loader import LeasedLoader, Ticket
 from lightning_gpuorch.predictions.manifest import Manifest
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 from lightning_gpuorch.predictions.reader import read_predictions
-from lightning_gpuorch.predictions.source import default_chunk_batches, describe
+from lightning_gpuorch.predictions.source import Source, default_chunk_batches, describe
 from lightning_gpuorch.predictions.window import Window
+from lightning_gpuorch.predictions.windowed_loader import WindowedLoader
 from lightning_gpuorch.predictions.writer import PartWriter, size_bytes
 from lightning_gpuorch.surviving_steps import SurvivingSteps
 from lightning_gpuorch.telemetry.current import emit
@@ -108,29 +109,33 @@ class PredictionJob:
             ChunkCollector(functools.partial(self._commit, index), fragments) if self._writer else NoCollector()
             for index, fragments in enumerate(self._fragments)
         ]
-        group = world.topology.tensor_parallel_size > 1
         self.loaders = [
-            LeasedLoader(
-                source,
-                layout,
-                _Queue(self, index),
-                _Sink(self, index, self._collectors[index], agrees=group),
-                self.delivered,
-                index,
-                self._on_ended,
-                batchers[index],
-                world.topology.num_replicas,
-                lambda: dynamic is not None and dynamic.leaves,
-                runtime.transfers is not None,
-                world.topology.tensor_parallel_size == 1,
-            )
-            for index, (source, layout) in enumerate(zip(sources, manifest.loaders, strict=True))
+            self._make_loader(index, source, layout, batcher)
+            for index, (source, layout, batcher) in enumerate(zip(sources, manifest.loaders, batchers, strict=True))
         ]
         self._drain_signal = _DrainOnSignal(self._request_drain) if not world.supervised else None
         if world.topology.rank == 0:
             self._announce(manifest.loaders)
         if world.supervised:
             freeze_objects()  # letting go of memory after an error must not take seconds
+
+    def _make_loader(
+        self, index: int, source: Source, layout: LoaderLayout, batcher: DynamicBatcher | None
+    ) -> LeasedLoader:
+        topology = self._world.topology
+        sink = _Sink(self, index, self._collectors[index], agrees=topology.tensor_parallel_size > 1)
+        leased = (source, layout, _Queue(self, index), sink, self.delivered, index, self._on_ended)
+        if self._dynamic is None or batcher is None:
+            return LeasedLoader(*leased)
+        dynamic = self._dynamic
+        return WindowedLoader(
+            *leased,
+            batcher=batcher,
+            num_replicas=topology.num_replicas,
+            should_leave=lambda: dynamic.leaves,
+            overlaps=self._runtime.transfers is not None,
+            single_rank=topology.tensor_parallel_size == 1,
+        )
 
     def _announce(self, layouts: Sequence[LoaderLayout]) -> None:
         topology = self._world.topology
@@ -235,13 +240,14 @@ class PredictionJob:
 
     def _observe(self, ticket: Ticket, output: Any, began: float) -> None:
         """Tell what bounds windows. From step to step: on CUDA a step returns before it is computed."""
-        if self._dynamic is None:
+        loader = self.loaders[ticket.loader]
+        if not isinstance(loader, WindowedLoader):
             return
         now = time.perf_counter()
         since = began if self._observed_at is None else self._observed_at
         self._observed_at = now
         num_samples, num_bytes = ticket.size or 0, size_bytes(output)
-        self.loaders[ticket.loader].bounds.observe(num_samples=num_samples, num_bytes=num_bytes, seconds=now - since)
+        loader.bounds.observe(num_samples=num_samples, num_bytes=num_bytes, seconds=now - since)
 
     def _end_calibration(self) -> None:
         """Write the baseline, and end the script in good order: the rest of its data is of no interest.

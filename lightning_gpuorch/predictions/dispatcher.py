@@ -84,7 +84,7 @@ class LeaseQueue:
     ):
         self.num_chunks = num_chunks
         self.chunk_size = chunk_size
-        self.done = set(done)
+        self.done = self._within(done)
         self.resumed = frozenset(self.done)
         self.faults: dict[int, ChunkFault] = {}
         self.quarantined: list[Quarantined] = []
@@ -158,7 +158,7 @@ class LeaseQueue:
     def report_done(self, chunk: int, won: bool) -> None:
         """Record that a chunk is durable; accepted from anyone, because the file is the truth."""
         with self._lock:
-            self.done.add(chunk)
+            self.done |= self._within((chunk,))
             self._leases.pop(chunk, None)
             self.lost_races += not won
             self._serve_waiting()
@@ -167,6 +167,7 @@ class LeaseQueue:
         """Record where a stream ends; leases beyond the end are dropped."""
         with self._lock:
             self.num_chunks = num_chunks
+            self.done = self._within(self.done)
             for chunk in [c for c in self._leases if c >= num_chunks]:
                 del self._leases[chunk]
             for waiting in (self._returned, self._suspected):
@@ -235,6 +236,10 @@ class LeaseQueue:
         with self._lock:
             self._draining = True
             self._serve_waiting()
+
+    def _within(self, chunks: Iterable[int]) -> set[int]:
+        """Those that there are: a part behind the end of a stream, if there is one, does not stand for another."""
+        return {chunk for chunk in chunks if self.num_chunks is None or chunk < self.num_chunks}
 
     def _blame(self, chunk: int, position: tuple[int, int]) -> None:
         fault = self.faults.setdefault(chunk, ChunkFault())

@@ -8,21 +8,15 @@ moment, the loader waits inside ``next`` for what other replicas may still give 
 from __future__ import annotations
 
 import collections
-import functools
-import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
-
-from torch.utils.data import DataLoader
 
 from lightning_gpuorch.errors import ControlPlaneError
 from lightning_gpuorch.predictions.layout import LoaderLayout
 from lightning_gpuorch.predictions.source import BatchSource, MapSource, Source, Span, StreamSource
-from lightning_gpuorch.predictions.window import Batcher, Window
-from lightning_gpuorch.predictions.window_bounds import WindowBounds
-from lightning_gpuorch.predictions.window_reader import BackgroundWindowReader, Requested, WindowReader
-from lightning_gpuorch.predictions.writer import size_bytes
+from lightning_gpuorch.predictions.window import Window
+from lightning_gpuorch.predictions.window_reader import Requested
 
 
 class WorkQueue(Protocol):
@@ -109,12 +103,6 @@ class LeasedLoader:
         delivered: Gets the ticket of each batch that is given out.
         index: Index of the dataloader in the job.
         on_ended: Called with the last answer (stop, drain or fenced) when the loader ends.
-        batcher: Forms the batches, out of windows of samples; None gives the loader's own.
-        num_replicas: Replicas that share the chunks.
-        should_leave: Whether to end, as on drain, before a window is whole: what is computed of it is kept.
-        overlaps: The device computes while the host goes on, so the next window is read meanwhile. So it is where the loader
-            has workers.
-        single_rank: No other rank has to form the same batches.
     """
 
     def __init__(
@@ -126,26 +114,14 @@ class LeasedLoader:
         delivered: collections.deque[Ticket],
         index: int = 0,
         on_ended: Callable[[str], None] = lambda answer: None,
-        batcher: Batcher | None = None,
-        num_replicas: int = 1,
-        should_leave: Callable[[], bool] = lambda: False,
-        overlaps: bool = False,
-        single_rank: bool = False,
     ):
         self.source, self.layout, self.index = source, layout, index
-        self._batcher, self._should_leave = batcher, should_leave
-        self._overlaps, self._single_rank = overlaps, single_rank
-        self.bounds = WindowBounds(layout.samples_per_chunk, num_replicas)
-        self._delivered_size = 0
-        """Samples of the last batch."""
-        self._sizes: set[int] = set()
         self.batch_sampler: Any = None
         """Set by whoever has to satisfy a framework that looks for indices here."""
         self._queue, self._sink, self._delivered, self._on_ended = queue, sink, delivered, on_ended
         self._requested: collections.deque[Requested] = collections.deque()
         self._answer = ""
         self._block = False
-        self._held: dict[str, Any] | None = None
 
     @property
     def dataset(self) -> Any:
@@ -153,8 +129,9 @@ class LeasedLoader:
         return getattr(self.source.loader, "dataset", None)
 
     @property
-    def _num_workers(self) -> int:
-        return int(getattr(self.source.loader, "num_workers", 0))
+    def _seconds_per_sample(self) -> float:
+        """How fast this replica is, if it knows."""
+        return 0.0
 
     def __len__(self) -> int:
         """Batches of the whole job, as a single device would compute: the most this replica can get."""
@@ -164,18 +141,16 @@ class LeasedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         self._requested.clear()
-        self._answer, self._block, self._held = "", False, None
-        if self._batcher is not None:
-            assert not isinstance(self.source, BatchSource)
-            yield from self._windowed(self.source)
-        elif isinstance(self.source, StreamSource):
-            yield from self._stream(self.source)
-        else:
-            yield from self._indexed(self.source)
+        self._answer, self._block = "", False
+        yield from self._batches()
         self._on_ended(self._answer)
 
+    def _batches(self) -> Iterator[Any]:
+        """The loader's own batches."""
+        return self._stream(self.source) if isinstance(self.source, StreamSource) else self._indexed(self.source)
+
     def _indexed(self, source: MapSource | BatchSource) -> Iterator[Any]:
-        loader = source.reordered(_LeasedBatches(self))
+        loader = source.reordered(LeasedBatches(self))
         try:
             while self._answer in ("", "pause"):
                 for batch in loader:
@@ -186,56 +161,8 @@ class LeasedLoader:
         finally:
             loader._iterator = None  # ends the workers, which outlive one iteration
 
-    def _windowed(self, source: MapSource | StreamSource) -> Iterator[Any]:
-        """Batches by length out of windows of one or several chunks."""
-        loader: DataLoader[Any] | None = None
-        if isinstance(source, StreamSource):
-            begin: Callable[[], Iterator[Any]] = functools.partial(
-                self._leased_stream, _Stream(source.iterate_uncollated)
-            )
-        else:
-            loader = source.uncollated(_LeasedBatches(self))
-            begin = loader.__iter__
-        left_early = False
-        try:
-            while self._answer in ("", "pause") and not left_early:
-                if self._block:  # waited for here, not where windows are read
-                    self._held = self._next_answer()
-                    if self._answer != "chunk":
-                        break
-                windows = self._read_windows(begin())
-                try:
-                    left_early = yield from self._batches_of_all(windows)
-                finally:
-                    windows.close()
-                self._block = True
-        finally:
-            if loader is not None:
-                loader._iterator = None  # ends the workers, which outlive one iteration
-        if left_early:
-            self._answer = "drain"
-
-    def _read_windows(self, spans: Iterator[list[Any]]) -> WindowReader:
-        # Where windows are cut in the background depends on time, so ranks of a group would not agree.
-        in_background = self._num_workers > 0 and self._single_rank
-        reader = BackgroundWindowReader if in_background else WindowReader
-        return reader(spans, self._requested, self.bounds, self.layout.samples_per_unit)
-
-    def _batches_of_all(self, windows: WindowReader) -> Generator[Any, None, bool]:
-        """The batches of one window after another; returns whether a window was left before its end."""
-        reads_ahead = self._overlaps or self._num_workers > 0
-        while (window := windows.next()) is not None and self._answer not in ("drain", "fenced"):
-            self._sizes |= self._sink.take_over(window)
-            for batch in self._batches_of(window):
-                yield batch
-                if self._should_leave():  # what is computed of it is kept
-                    return True
-                if reads_ahead:
-                    windows.read_ahead(self._delivered_size)
-        return False
-
     def _stream(self, source: StreamSource) -> Iterator[Any]:
-        stream = _Stream(source.iterate)
+        stream = Stream(source.iterate)
         while True:
             answer = self._next_answer()
             if answer["do"] == "pause":
@@ -245,7 +172,7 @@ class LeasedLoader:
             elif self._reach(stream, int(answer["chunk"])):
                 yield from self._stream_chunk(stream, int(answer["chunk"]), frozenset(answer.get("skip", ())))
 
-    def _reach(self, stream: _Stream, chunk: int) -> bool:
+    def _reach(self, stream: Stream, chunk: int) -> bool:
         """Go to the beginning of a chunk; False if the stream ends before."""
         start = chunk * self.layout.chunk_size
         stream.seek(start)
@@ -253,62 +180,26 @@ class LeasedLoader:
             self._queue.end_of_stream(stream.position)
         return stream.position == start
 
-    def _stream_chunk(self, stream: _Stream, chunk: int, skip: frozenset[int]) -> Iterator[Any]:
+    def _stream_chunk(self, stream: Stream, chunk: int, skip: frozenset[int]) -> Iterator[Any]:
         """The batches of a chunk as they come."""
-        self._sink.begin(chunk, None)
         start = stream.position
         for number in range(start, start + self.layout.chunk_size):
             batch = stream.read()
-            if batch is _END:
+            if batch is END:
                 self._queue.end_of_stream(number)
+                if number == start:
+                    return  # there is no such chunk
                 break
+            if number == start:
+                self._sink.begin(chunk, None)
             if number in skip:  # read, since the stream cannot be entered elsewhere, and not computed
                 continue
             self._delivered.append(Ticket(self.index, chunk, Span(number, 1, number, None), None))
             yield batch
         self._sink.end(chunk)
 
-    def _leased_stream(self, stream: _Stream) -> Iterator[list[Any]]:
-        """The samples of one batch of the stream after another, until there is no work for the moment."""
-        while (answer := self._next_answer())["do"] == "chunk":
-            chunk, start = int(answer["chunk"]), int(answer["chunk"]) * self.layout.chunk_size
-            if not self._reach(stream, chunk):
-                continue
-            read = list(itertools.islice(iter(stream.read, _END), self.layout.chunk_size))
-            if len(read) < self.layout.chunk_size:
-                self._queue.end_of_stream(stream.position)
-            isolate, skip = range(*answer.get("isolate", (0, 0))), frozenset(answer.get("skip", ()))
-            batches = [(number, samples) for number, samples in enumerate(read, start) if number not in skip]
-            self._sink.begin(chunk, len(batches))
-            for number, samples in batches:
-                span, is_last = Span(number, 1, number, None), number == batches[-1][0]
-                self._requested.append(Requested(chunk, span, answer, number in isolate, is_last))
-                yield samples
-
-    def _batches_of(self, window: Window) -> Iterator[Any]:
-        assert self._batcher is not None
-        assert isinstance(self.source.loader, DataLoader)
-        if not window.samples:
-            return
-        self.bounds.observe(num_bytes=size_bytes(window.samples), num_samples=len(window.samples))
-        collate = None if isinstance(self.source, StreamSource) else self.source.collate
-        for positions, longest in window.batches(self._batcher, self._sizes):
-            batch = self.source.loader.collate_fn([window.samples[position] for position in positions])
-            for position in positions:
-                window.samples[position] = None
-            chunk, span = window.ticket_span(positions)
-            shape = self._batcher.formed(batch, longest) or (len(positions), longest)
-            sized = self._batcher.learns_memory
-            self._delivered.append(Ticket(self.index, chunk, span, collate, window, positions, shape, sized))
-            self._delivered_size = len(positions)
-            yield batch
-        self.bounds.end_window()
-
     def _next_answer(self) -> dict[str, Any]:
-        if self._held is not None:
-            answer, self._held = self._held, None
-            return answer
-        answer = self._queue.next(self._block, self.bounds.seconds_per_sample)
+        answer = self._queue.next(self._block, self._seconds_per_sample)
         self._block = False
         self._answer = answer["do"]
         return answer
@@ -332,8 +223,8 @@ class LeasedLoader:
                 yield span.indices
 
 
-class _LeasedBatches:
-    """The batch sampler of the inner ``DataLoader``; iterated again after each pause."""
+class LeasedBatches:
+    """The batch sampler of a leased loader's inner ``DataLoader``; iterated again after each pause."""
 
     def __init__(self, owner: LeasedLoader):
         self._owner = owner
@@ -394,7 +285,7 @@ class _SharedBatches:
                 yield span.indices
 
 
-class _Stream:
+class Stream:
     """A stream and where it stands.
 
     Args:
@@ -410,14 +301,14 @@ class _Stream:
         """Go to a position, or to the end if that comes first; from the beginning if it lies behind."""
         if position < self.position:
             self.position, self._items = 0, self._begin()
-        while self.position < position and self.read() is not _END:
+        while self.position < position and self.read() is not END:
             pass
 
     def read(self) -> Any:
-        """The next item, or ``_END``."""
-        item = next(self._items, _END)
-        self.position += item is not _END
+        """The next item, or ``END``."""
+        item = next(self._items, END)
+        self.position += item is not END
         return item
 
 
-_END = object()
+END = object()

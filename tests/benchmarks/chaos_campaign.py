@@ -30,8 +30,11 @@ SETUPS = {
     "4x2": (4, 2),
     "2x1-dynamic": (2, 1),
     "2x2-dynamic": (2, 2),
+    "2x1-stream": (2, 1),
+    "2x1-dynamic-stream": (2, 1),
 }
-"""Processes and tensor-parallel size; the last ones with dynamic batching, in windows that take longer than a fragment."""
+"""Processes and tensor-parallel size; with dynamic batching in windows that take longer than a fragment, and on streams whose
+last chunk is full, so that their end is found by whoever is handed the next one."""
 KINDS = ("kill", "stop", "exception", "exit0", "hang", "gil-hang", "collective")
 MOMENTS = ("start", "middle", "last", "commit")
 LIMITS = {
@@ -121,8 +124,10 @@ def chaos_for(setup: str) -> Chaos:
     ]
     script = [str(SCRIPT), "--devices", str(processes), "--tp", str(tp), "--output", "{output}"]
     size = ["--samples", str(samples), "--chunk", str(samples // 400 * 2 or 2), "--step", str(step)]
-    if setup.endswith("dynamic"):
+    if "dynamic" in setup:
         size = ["--samples", "1600", "--chunk", "2", "--step", "0.05", "--dynamic"]
+    if "stream" in setup:
+        size.append("--stream")
     return Chaos([*gpuorch, *script, *size], limit_seconds=RUN_LIMIT_SECONDS)
 
 

@@ -39,7 +39,8 @@ def _run_some_cells(setup, seed, runs):
 @pytest.mark.timeout(300)
 def test_thirty_faults_change_no_bit_and_leave_nothing_behind():
     with ThreadPoolExecutor(2) as pool:  # they wait for limits most of the time
-        outcomes = [*pool.map(lambda job: _run_some_cells(*job), [("2x1", 1, 3), ("4x2", 2, 2), ("2x1-dynamic", 3, 1)])]
+        some = [("2x1", 1, 3), ("4x2", 2, 2), ("2x1-dynamic", 3, 1), ("2x1-dynamic-stream", 4, 1)]
+        outcomes = [*pool.map(lambda job: _run_some_cells(*job), some)]
     outcomes = list(itertools.chain(*outcomes))
     problems = [f"{problem}\n  --plan '{o.plan}' in {o.directory}" for o in outcomes for problem in o.problems]
     assert not problems, "\n".join(problems)

@@ -219,7 +219,7 @@ def test_a_full_disk_is_waited_for(small_disk: Path, caplog: pytest.LogCaptureFi
 
 @pytest.mark.root
 def test_fragments_make_room_for_parts(small_disk: Path) -> None:
-    fragments = FragmentWriter(small_disk, 0, chunk_size=1)
+    fragments = FragmentWriter(small_disk, 0, samples_per_chunk=1)
     fragments.add(StoredBatch(0, [0], 1, torch.zeros(150_000)))
     fragments.write()
     store = PartStore(small_disk / "dataloader_0")

@@ -20,8 +20,8 @@ from lightning_gpuorch.batching import DynamicBatcher
 from lightning_gpuorch.predictions.collector import ChunkCollector
 from lightning_gpuorch.predictions.fragments import FragmentReader, FragmentWriter
 from lightning_gpuorch.predictions.layout import LoaderLayout, StoredBatch
-from lightning_gpuorch.predictions.loader import LeasedLoader
 from lightning_gpuorch.predictions.source import describe
+from lightning_gpuorch.predictions.windowed_loader import WindowedLoader
 from lightning_gpuorch.structure import CannotMergeError
 
 
@@ -80,7 +80,7 @@ class Job:
             self.commit, (self.writer, FragmentReader(directory, 0)) if self.writer is not None else None
         )
         self.tickets: Any = collections.deque()
-        self.loader = LeasedLoader(
+        self.loader = WindowedLoader(
             source,
             self.layout,
             Queue(-(-len(lengths) // self.layout.samples_per_chunk), **extra),

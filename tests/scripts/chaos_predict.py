@@ -5,10 +5,19 @@ import time
 import lightning.pytorch as pl
 import torch
 from common import Rows, parser, quiet_trainer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gpuorch import read_predictions
 from lightning_gpuorch.pytorch import GPUOrchStrategy
+
+
+class Stream(IterableDataset):
+    def __init__(self, length):
+        self.length = length
+
+    def __iter__(self):
+        rows = Rows(self.length)
+        return (rows[index] for index in range(self.length))
 
 
 class Model(pl.LightningModule):
@@ -35,6 +44,7 @@ def main():
     options.add_argument("--chunk", type=int, default=2)
     options.add_argument("--step", type=float, default=0.01)
     options.add_argument("--dynamic", action="store_true", help="windows of many chunks, four samples at a time")
+    options.add_argument("--stream", action="store_true", help="rows come from an IterableDataset")
     options.add_argument("--careless", action="store_true", help="compute something else after a restart")
     options = options.parse_args()
     strategy = GPUOrchStrategy(
@@ -47,7 +57,8 @@ def main():
     )
     trainer = quiet_trainer(strategy, options.devices)
     # With a worker windows are read on a thread of their own.
-    loader = DataLoader(Rows(options.samples), batch_size=options.batch, num_workers=int(options.dynamic))
+    rows = Stream(options.samples) if options.stream else Rows(options.samples)
+    loader = DataLoader(rows, batch_size=options.batch, num_workers=int(options.dynamic))
     trainer.predict(Model(options), loader)
     if trainer.is_global_zero:
         print(len(read_predictions(options.output)), "batches")

@@ -83,8 +83,39 @@ class Fleet(RuleBasedStateMachine):
         return self._count
 
 
+class StreamFleet(Fleet):
+    """The same on a stream: its end is found by whoever is handed a chunk behind it, and there is a part behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.queue = LeaseQueue(None, SIZE, done={3, CHUNKS + 1})
+
+    @rule(replica=st.integers(0, 2), won=st.booleans())
+    def finish(self, replica, won):
+        if self.held[replica] and self.held[replica][0] >= CHUNKS:
+            self.queue.set_num_chunks(CHUNKS)
+            for held in self.held:
+                held[:] = [chunk for chunk in held if chunk < CHUNKS]
+            self.queue.report_done(CHUNKS, won)
+        else:
+            super().finish(replica, won)
+
+    @invariant()
+    def nothing_stands_for_a_chunk_that_is_not_done(self):
+        assert not self.queue.finished or self.queue.done == set(range(CHUNKS))
+
+    def teardown(self):
+        self.queue.set_num_chunks(CHUNKS)
+        for held in self.held:
+            held[:] = [chunk for chunk in held if chunk < CHUNKS]
+        super().teardown()
+        assert self.queue.done == set(range(CHUNKS))
+
+
 TestFleet = Fleet.TestCase
 TestFleet.settings = settings(max_examples=150, stateful_step_count=40)
+TestStreamFleet = StreamFleet.TestCase
+TestStreamFleet.settings = TestFleet.settings
 
 
 def test_blocked_request_is_answered_when_a_chunk_comes_back():
