@@ -12,6 +12,11 @@ BYTES_PER_WINDOW = 256 * 2**20
 SECONDS_PER_WINDOW = (15.0, 4.0, 120.0)
 """Time a window may take: at first, as a multiple of the time the job has run, and at most. What is computed of it is kept
 meanwhile; but all replicas can only end together if their speeds are known by then."""
+SECONDS_PER_WINDOW_WITHOUT_END = (10.0, 1 / 40, 120.0)
+"""The same where several replicas share a stream whose end nobody knows: when it comes, a replica may have two such windows
+before it, one being computed and one that is read, and the others nothing."""
+CHUNKS_AT_FIRST_WITHOUT_END = 2
+"""Chunks of a window of such a stream while this replica's speed is not known."""
 REST_PER_WINDOW = 1.25
 """What a replica has still to expect, by its speed, is so many times its next window, so that all end together."""
 
@@ -57,12 +62,14 @@ class WindowBounds:
             return 1  # nothing is known of this data yet
         size = self._samples_per_chunk
         limits = [SAMPLES_PER_WINDOW / size, BYTES_PER_WINDOW / (self._bytes_per_sample * size)]
-        seconds_per_sample = answer.get("seconds_per_sample", 0.0)
+        left, seconds_per_sample = answer.get("left"), answer.get("seconds_per_sample", 0.0)
+        without_end = left is None and self._num_replicas > 1
         if seconds_per_sample:
-            least, ages, most = SECONDS_PER_WINDOW
+            least, ages, most = SECONDS_PER_WINDOW_WITHOUT_END if without_end else SECONDS_PER_WINDOW
             seconds = min(most, max(least, ages * answer.get("age_seconds", 0.0)))
             limits.append(seconds / (seconds_per_sample * size))
-        left = answer.get("left")
+        elif without_end:
+            limits.append(CHUNKS_AT_FIRST_WITHOUT_END)
         if left is not None and self._num_replicas > 1:
             limits.append((left + taken) * answer.get("speed", 1.0) / (REST_PER_WINDOW * self._num_replicas))
         return max(1, int(min(limits)))

@@ -21,6 +21,7 @@ from lightning_gpuorch.predictions.collector import ChunkCollector
 from lightning_gpuorch.predictions.fragments import FragmentReader, FragmentWriter
 from lightning_gpuorch.predictions.layout import LoaderLayout, StoredBatch
 from lightning_gpuorch.predictions.source import describe
+from lightning_gpuorch.predictions.window_bounds import WindowBounds
 from lightning_gpuorch.predictions.windowed_loader import WindowedLoader
 from lightning_gpuorch.structure import CannotMergeError
 
@@ -310,3 +311,16 @@ def test_windows_follow_the_speed_of_a_replica_and_what_is_left() -> None:
     assert windows(1, 1.0, 2.0, 1.0)[1] == 3, "15 seconds at first"
     assert windows(1, 1.0, 2.0, 10.0)[1] == 10, "four times as long as the job has run"
     assert windows(1, 1.0, 2.0, 1000.0)[1] == 30, "120 seconds at last"
+
+
+def test_windows_of_a_stream_without_a_known_end_are_small_where_replicas_share_it() -> None:
+    def max_chunks(replicas: int, **answer: float) -> int:
+        bounds = WindowBounds(10, replicas)
+        bounds.observe(num_samples=1, num_bytes=1)
+        return bounds.max_chunks(answer, 0)
+
+    assert max_chunks(2) == 2, "nothing is known"
+    assert max_chunks(2, left=100) == 40, "its end is known"
+    assert max_chunks(2, seconds_per_sample=0.1, age_seconds=100) == 10, "10 seconds at first"
+    assert max_chunks(2, seconds_per_sample=0.1, age_seconds=2000) == 50, "a fortieth of the time so far"
+    assert max_chunks(1, seconds_per_sample=0.1, age_seconds=100) == 120, "nobody waits"
