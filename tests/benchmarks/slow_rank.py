@@ -1,6 +1,6 @@
 """Two replicas, one of them three times slower: how close is the makespan to what perfect sharing would give?
 
-    python -m tests.benchmarks.slow_rank [--seconds 24] [--samples 6000] [--plain]
+    python -m tests.benchmarks.slow_rank [--seconds 24] [--samples 6000] [--plain] [--stream]
 
 A step sleeps in proportion to its padded tokens, and three times as long on rank 1, so the figure does not depend on how
 busy the machine is otherwise. The makespan is from the first step's start to the last step's end. The ideal is all the work
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def worker(options: argparse.Namespace) -> None:
     import lightning.pytorch as pl
     import numpy as np
     import torch
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, IterableDataset
 
     from lightning_gpuorch.pytorch import GPUOrchStrategy
 
@@ -43,9 +44,13 @@ def worker(options: argparse.Namespace) -> None:
                 file.write(json.dumps([began, time.time(), batch.numel()]) + "\n")
             return batch[:, :1].clone()
 
+    class Stream(IterableDataset[torch.Tensor]):
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            return iter(samples)
+
     samples = [torch.full((length,), i) for i, length in enumerate(lengths.tolist())]
     loader = DataLoader(
-        samples,  # type: ignore[arg-type]
+        Stream() if options.stream else samples,  # type: ignore[arg-type]
         batch_size=32,
         collate_fn=lambda rows: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
     )
@@ -68,6 +73,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=24.0, help="the work, without padding, at full speed")
     parser.add_argument("--samples", type=int, default=6000)
     parser.add_argument("--plain", action="store_true", help="without dynamic batching")
+    parser.add_argument("--stream", action="store_true", help="nobody knows where the data ends")
     parser.add_argument("--directory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.directory:

@@ -53,6 +53,8 @@ def main():
         chunk_size=options.chunk,
         enable_dynamic_batching=options.dynamic,
         max_batch_tokens=8,
+        # Each step of a stream is one unit, so three faults that happen to hit the same one would be blamed on it.
+        max_chunk_failures=10 if options.stream else 3,
         parallelize_fn=lambda module, mesh: module,  # its collectives are its own
     )
     trainer = quiet_trainer(strategy, options.devices)
