@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gpuorch import MultiGPUOrchestrator, world
 from lightning_gpuorch.callbacks import OOMBatchHalving
-from lightning_gpuorch.predictions import window_bounds
+from lightning_gpuorch.predictions import PartStore, window_bounds
 from lightning_gpuorch.pytorch import GPUOrchStrategy
 from lightning_gpuorch.structure import CannotMergeError
 from lightning_gpuorch.testing.memory import CPUMemoryBudget
@@ -64,8 +64,8 @@ def trainer(strategy: Any, **options: Any) -> pl.Trainer:
 
 def dynamic(directory: Path, **options: Any) -> GPUOrchStrategy:
     world.leave()
-    settings = {"chunk_size": 2, "max_batch_tokens": 200, **options}
-    return GPUOrchStrategy(output_dir=directory, enable_dynamic_batching=True, log_level="WARNING", **settings)
+    settings = {"chunk_size": 2, "max_batch_tokens": 200, "enable_dynamic_batching": True, **options}
+    return GPUOrchStrategy(output_dir=directory, log_level="WARNING", **settings)
 
 
 def assert_same(got: Any, expected: list[Any]) -> None:
@@ -93,6 +93,19 @@ def test_results_are_the_loaders_own_batches(loader: Callable[[], Any], tmp_path
     padded, real = sum(b * s for b, s in model.shapes), sum(len(text.split()) for text in TEXTS)
     assert padded < 1.25 * real
     assert max(b * s for b, s in model.shapes) <= 220
+    assert sorted(PartStore(tmp_path / "dataloader_0").done()) == list(range(-(-len(expected) // 2)))
+
+
+@pytest.mark.parametrize("enable_dynamic_batching", [True, False])
+def test_a_part_behind_the_end_of_a_stream_stands_for_no_other(tmp_path: Path, enable_dynamic_batching: bool) -> None:
+    loader = DataLoader(Stream(), batch_size=8, collate_fn=collate)
+    options = {"enable_dynamic_batching": enable_dynamic_batching}
+    expected = trainer(dynamic(tmp_path, **options)).predict(Model(), loader)
+    store = PartStore(tmp_path / "dataloader_0")
+    last = max(store.done())
+    store.path(last).unlink()
+    store.commit(last + 1, [], {})  # as earlier versions did, when the last chunk was full
+    assert_same(trainer(dynamic(tmp_path, **options)).predict(Model(), loader), list(expected))
 
 
 def test_several_loaders_and_a_limit(tmp_path: Path) -> None:
