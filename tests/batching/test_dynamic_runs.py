@@ -102,7 +102,7 @@ def test_a_part_behind_the_end_of_a_stream_stands_for_no_other(tmp_path: Path, e
     options = {"enable_dynamic_batching": enable_dynamic_batching}
     expected = trainer(dynamic(tmp_path, **options)).predict(Model(), loader)
     store = PartStore(tmp_path / "dataloader_0")
-    last = max(store.done())
+    last = len(expected) // 2 - 1
     store.path(last).unlink()
     store.commit(last + 1, [], {})  # as earlier versions did, when the last chunk was full
     assert_same(trainer(dynamic(tmp_path, **options)).predict(Model(), loader), list(expected))
