@@ -83,7 +83,7 @@ def test_killed_and_resumed_with_another_number_of_devices(runner: Runner, tmp_p
     assert len(sizes) > 3, "batches differ in size"
 
 
-@pytest.mark.parametrize(("tp", "more"), [(1, ()), (2, ()), (1, ("--stream",)), (2, ("--stream",))])
+@pytest.mark.parametrize(("tp", "more"), [(1, ()), (2, ("--stream",))])
 def test_sigterm_keeps_all_that_was_computed_and_does_not_wait_for_the_window(
     runner: Runner, tmp_path: Path, tp: int, more: tuple[str, ...]
 ) -> None:
@@ -110,7 +110,7 @@ def test_sigterm_keeps_all_that_was_computed_and_does_not_wait_for_the_window(
     assert not list((tmp_path / "out").glob("unfinished-*"))
 
 
-@pytest.mark.parametrize(("tp", "more"), [(1, ()), (2, ()), (1, ("--stream",))])
+@pytest.mark.parametrize(("tp", "more"), [(2, ()), (1, ("--stream",))])
 def test_a_killed_replica_loses_no_more_than_what_it_computed_last(
     runner: Runner, tmp_path: Path, tp: int, more: tuple[str, ...]
 ) -> None:
