@@ -21,6 +21,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.predictions.layout import LoaderLayout
+from lightning_gpuorch.predictions.loader_workers import tie_workers
 
 CHUNKS_PER_REPLICA = 32
 """Chunks a replica should get at least, so that no one waits long at the end."""
@@ -209,12 +210,13 @@ class StreamSource:
 
     def iterate(self) -> Iterator[Any]:
         """Start the stream from its beginning."""
-        return itertools.islice(iter(self.loader), self.limit)
+        loader = _copy(self.loader) if isinstance(self.loader, DataLoader) else self.loader
+        return itertools.islice(iter(loader), self.limit)
 
     def iterate_uncollated(self) -> Iterator[list[Any]]:
         """Start the stream from its beginning; each item is the list of samples of one of the loader's batches."""
         assert isinstance(self.loader, DataLoader)
-        return itertools.islice(iter(_without_collation(copy.copy(self.loader))), self.limit)
+        return itertools.islice(iter(_without_collation(_copy(self.loader))), self.limit)
 
 
 Source = MapSource | BatchSource | StreamSource
@@ -361,20 +363,26 @@ def _pieces(batch: range, isolate: range, skip: frozenset[int]) -> Iterator[rang
 def _with_sampler(loader: DataLoader[Any], name: str, sampler: Any) -> DataLoader[Any]:
     """A copy of a loader with another sampler.
 
-    A copy and not a new instance, so that subclasses and all their arguments survive. ``DataLoader`` forbids setting
-    these attributes after construction, because an iterator may be running; the copy has none.
+    ``DataLoader`` forbids setting these attributes after construction, because an iterator may be running; the copy has
+    none.
     """
-    clone = copy.copy(loader)
-    clone._iterator = None
+    clone = _copy(loader)
     object.__setattr__(clone, name, sampler)
     if loader.num_workers:
         object.__setattr__(clone, "persistent_workers", True)  # the loader is iterated again after a pause
     return clone
 
 
+def _copy(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A copy, and not a new instance, so that subclasses and all their arguments survive."""
+    clone = copy.copy(loader)
+    clone._iterator = None
+    tie_workers(clone)
+    return clone
+
+
 def _without_collation(clone: DataLoader[Any]) -> DataLoader[Any]:
     """Let a copy of a loader give the samples of a batch as they come from the dataset."""
-    clone._iterator = None
     clone.collate_fn = _as_it_is
     clone.pin_memory = False
     return clone
