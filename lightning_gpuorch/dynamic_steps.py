@@ -131,7 +131,8 @@ class DynamicSteps:
         def step(batch: Any) -> Any:
             nonlocal given
             # A part of a batch that does not show its size teaches nothing.
-            shape, given = padded_shape(batch) or given, None
+            shape = None if sizer is None else padded_shape(batch) or given
+            given = None
             if meter is not None:
                 meter.begin()
             peak = 0 if self._untold is None else self._untold.peak

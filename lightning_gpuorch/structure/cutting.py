@@ -169,10 +169,10 @@ class _Cutter:
         if len(value) != self._size:
             return False
         entries = entries_of(value, self._size)
-        if entries is Entries.MIXED:
+        if entries is Entries.COLUMNS:
             return False
         # A list of columns may hold one without the sample dimension (say, weights) in a batch, but not in an output.
-        open_question = entries is Entries.ALL_BATCHED or (entries is Entries.SOME_BATCHED and self._layout is None)
+        open_question = entries is Entries.UNCLEAR or (entries is Entries.RAGGED and self._layout is None)
         if not open_question and isinstance(value, tuple) and self._layout is None:
             open_question = any(node_of(entry) is Node.OPAQUE for entry in value)
         if open_question:

@@ -187,15 +187,15 @@ def has_samples(value: Any, size: int) -> bool:
 
 
 class Entries(Enum):
-    """What the entries of a list as long as the batch tell of whether they are samples or columns."""
+    """What the entries of a list with one for each sample tell of whether they are samples or columns."""
 
-    NONE_BATCHED = auto()
-    """Nothing in them has as many entries as there are samples: they are samples."""
-    SOME_BATCHED = auto()
+    SAMPLES = auto()
+    """Nothing in them has as many entries as there are samples."""
+    RAGGED = auto()
     """Something in some of them has: samples of different length, or columns of which some hold no samples."""
-    ALL_BATCHED = auto()
-    """Something in each of them has, or they have different keys: nobody knows."""
-    MIXED = auto()
+    UNCLEAR = auto()
+    """Something in each of them has, or in some, and they differ within."""
+    COLUMNS = auto()
     """They are of different kinds, as columns are and samples are not."""
 
 
@@ -204,17 +204,16 @@ def entries_of(sequence: Any, size: int) -> Entries:
     told = [entry for entry in sequence if not _is_empty(entry)]
     batched = [has_samples(entry, size) for entry in told]
     if not any(batched):
-        return Entries.NONE_BATCHED
+        return Entries.SAMPLES
     if is_mixed(told):
-        return Entries.MIXED
-    keys = {tuple(sorted(name for name, _ in children(entry, node_of(entry)))) for entry in told if _is_keyed(entry)}
-    return Entries.ALL_BATCHED if all(batched) or len(keys) > 1 else Entries.SOME_BATCHED
+        return Entries.COLUMNS
+    alike = all(_are_alike(one, other) for one, other in itertools.pairwise(told))
+    return Entries.UNCLEAR if all(batched) or not alike else Entries.RAGGED
 
 
 def is_mixed(sequence: Any) -> bool:
     """Whether the entries are of different kinds, as columns are and samples are not; None says nothing."""
-    told = [entry for entry in sequence if not _is_empty(entry)]
-    return any(not _are_alike(one, other) for one, other in itertools.pairwise(told))
+    return len({_signature(entry) for entry in sequence if entry is not None}) > 1
 
 
 def _is_keyed(value: Any) -> bool:
@@ -229,15 +228,15 @@ def _is_empty(value: Any) -> bool:
 
 
 def _are_alike(one: Any, other: Any) -> bool:
-    """Whether both may be outputs for one sample each: the same kind of thing, and under the same keys as well."""
+    """Whether both are the same kind of thing, with the same keys and the same kinds of things under them."""
     if _is_empty(one) or _is_empty(other):
         return True
     if _signature(one) != _signature(other):
         return False
     if not _is_keyed(one):
         return True
-    others = dict(children(other, node_of(other)))
-    return all(_are_alike(item, others[name]) for name, item in children(one, node_of(one)) if name in others)
+    items, others = (dict(children(value, node_of(value))) for value in (one, other))
+    return items.keys() == others.keys() and all(_are_alike(items[name], others[name]) for name in items)
 
 
 def _signature(value: Any) -> Any:
@@ -314,9 +313,9 @@ class OutputLayout:
                 self._per_sample[path] = True  # its length followed the batch's size
             elif size > 1:
                 entries = entries_of(value, size)
-                if entries is Entries.MIXED:
+                if entries is Entries.COLUMNS:
                     self._per_sample[path] = False
-                elif entries is not Entries.ALL_BATCHED and not isinstance(value, tuple):
+                elif entries is not Entries.UNCLEAR and not isinstance(value, tuple):
                     self._per_sample[path] = True
         return self._per_sample.get(path) is not False
 

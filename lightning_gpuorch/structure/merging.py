@@ -157,10 +157,10 @@ class _Merger:
         """Every part has as many entries as samples, and all have the same number."""
         size = self._sizes[0]
         entries = {entries_of(part, size) for part in parts}
-        if Entries.MIXED in entries:
+        if Entries.COLUMNS in entries:
             return False
         strict = self._layout is not None and size > 1
-        if entries == {Entries.ALL_BATCHED} or (isinstance(parts[0], tuple) and size > 1) or strict:
+        if entries == {Entries.UNCLEAR} or (isinstance(parts[0], tuple) and size > 1) or strict:
             raise AmbiguousStructureError(
                 f"output{path} is a {type(parts[0]).__name__} of {size} entries for {size} samples: they may be one "
                 f"per sample, or {size} columns. Return a dict for columns."
