@@ -25,6 +25,7 @@ from lightning_gpuorch.environment import WorkerEnvironment
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.exit_codes import exit_with_codes
 from lightning_gpuorch.model_setup import ModelSetup, ParallelizeFn
+from lightning_gpuorch.predictions.world_of_one import job_is_hidden
 from lightning_gpuorch.runtime import Runtime
 from lightning_gpuorch.world import ExternalRanks
 
@@ -150,6 +151,26 @@ class StrategyShell:
             return torch.device("cuda", self._worker.device_index)
         local_rank = self.cluster_environment.local_rank() if self.cluster_environment is not None else 0
         return devices[local_rank] if local_rank < len(devices) else torch.device("cuda", local_rank)
+
+    @property
+    def global_rank(self) -> int:
+        """Rank in the job; 0 to code that reads data, which must not shard itself."""
+        return 0 if job_is_hidden() else int(super().global_rank)  # type: ignore[misc]
+
+    @property
+    def local_rank(self) -> int:
+        """Rank within the node; 0 to code that reads data."""
+        return 0 if job_is_hidden() else int(super().local_rank)  # type: ignore[misc]
+
+    @property
+    def node_rank(self) -> int:
+        """Which node; 0 to code that reads data."""
+        return 0 if job_is_hidden() else int(super().node_rank)  # type: ignore[misc]
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in the job; 1 to code that reads data."""
+        return 1 if job_is_hidden() else int(super().world_size)  # type: ignore[misc]
 
     @property
     def num_processes(self) -> int:

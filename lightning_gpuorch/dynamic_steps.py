@@ -106,10 +106,8 @@ class DynamicSteps:
             length_fn=runtime.length_fn or length_of,
             sizer=sizer,
         )
-        if isinstance(source, MapSource) and source.num_units:
-            first = next(source.spans(source.layout(1), 0, range(0), frozenset()))
-            assert first.indices is not None
-            batcher.measure([source.loader.dataset[first.indices[0]]])  # an unknown type is refused before work starts
+        if isinstance(source, MapSource):
+            source.try_on_first(batcher.measure)  # an unknown type is refused before work starts
         self._batchers.append(batcher)
         return batcher
 

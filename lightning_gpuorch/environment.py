@@ -86,6 +86,7 @@ class WorkerEnvironment:
         """The variables that :meth:`read` reads back."""
         return {
             "RANK": str(self.rank),
+            "GLOBAL_RANK": str(self.rank),  # litdata looks here, and would take every rank for the first one
             "WORLD_SIZE": str(self.world_size),
             "LOCAL_RANK": str(self.local_rank),
             "LOCAL_WORLD_SIZE": str(self.local_world_size),

@@ -14,7 +14,7 @@
     ├── ControlPlaneError                    the head cannot be reached, or ranks disagree
     │   ├── ControlPlaneTimeoutError (TimeoutError)
     │   └── CollectiveMismatchError          ranks called different collectives
-    ├── InputMismatchError                   the ranks of a TP group got different batches
+    ├── InputMismatchError                   ranks that must read the same have read different input
     ├── DataPlaneError                       ranks of a TP group could not complete a step together
     │   ├── CollectiveError                  a collective failed
     │   │   └── CollectiveTimeoutError (TimeoutError)

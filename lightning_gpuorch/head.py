@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,25 @@ from lightning_gpuorch.distributed import CollectiveLedger, Message, RecoveryLed
 from lightning_gpuorch.errors import (
     ConfigurationError,
     ControlPlaneError,
+    CorruptPartError,
     GPUOrchError,
+    InputMismatchError,
+    MissingPredictionsError,
 )
 from lightning_gpuorch.jobs import Job, verify_complete
 from lightning_gpuorch.nodes import NodeDesk
 from lightning_gpuorch.predictions.dispatcher import FENCED, LeaseQueue, Owner
 from lightning_gpuorch.predictions.fragments import remove_fragments
-from lightning_gpuorch.predictions.manifest import Manifest, open_or_create, record_quarantine, set_num_units
+from lightning_gpuorch.predictions.input_ledger import REMEDY, InputLedger
+from lightning_gpuorch.predictions.manifest import (
+    Life,
+    Manifest,
+    compare,
+    open_or_create,
+    record_mismatch,
+    record_quarantine,
+    set_num_units,
+)
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 
 log = logging.getLogger(__name__)
@@ -83,6 +95,7 @@ class Head:
         self._max_chunk_failures = max_chunk_failures
         self._on_event = on_event
         self._published: dict[str, Any] = {}
+        self._agreed: dict[str, tuple[str, int]] = {}
         self._lookups: dict[str, list[Future[Message]]] = {}
         self._draining = False
         self._opening = threading.Lock()
@@ -330,7 +343,7 @@ class Head:
             if job is None:
                 job = self._create_job(number, Path(header["directory"]), wanted, bool(header["ephemeral"]))
             else:
-                open_or_create(job.directory, wanted)  # the same identity on every rank, or an error that names it
+                _refuse_other_input(job, wanted, header)
         with self._lock:
             job.opened_by.add(int(header["rank"]))
             return {
@@ -367,7 +380,8 @@ class Head:
                     queue.drain()
                 for owner in self._let_go:
                     queue.let_go(owner)
-            job = self.jobs[number] = Job(directory, manifest, queues, ephemeral)
+            inputs = [InputLedger(loader, _digest_of_part(store)) for loader, store in enumerate(stores)]
+            job = self.jobs[number] = Job(directory, manifest, queues, ephemeral, inputs)
         self._on_event(
             "job",
             job=number,
@@ -422,6 +436,33 @@ class Head:
             job.samples_kept[int(request.header["loader"]), owner] += int(request.header["samples"])
         return {"leave": self._queue(request).must_leave(owner)}
 
+    def _op_read(self, request: Message) -> dict[str, Any]:
+        """What a rank has read of a stream."""
+        header = request.header
+        job = self.jobs[int(header["job"])]
+        with self._lock:
+            ledger = job.inputs[int(header["loader"])]
+            try:
+                for chunk, digest in header["read"]:
+                    ledger.add(int(chunk), str(digest), int(header["rank"]))
+            except InputMismatchError as error:
+                if job.mismatch is None:
+                    job.mismatch = error
+                    record_mismatch(job.directory, str(error))
+                raise
+        return {}
+
+    def _op_agree(self, request: Message) -> dict[str, Any]:
+        """A value that must be the same on all ranks; the first one that is told counts."""
+        header = request.header
+        with self._lock:
+            value, rank = self._agreed.setdefault(header["key"], (header["value"], header["rank"]))
+        if value != header["value"]:
+            raise InputMismatchError(
+                f"{header['what']} of a dataloader differs between rank {rank} and rank {header['rank']}. {REMEDY}"
+            )
+        return {}
+
     def _op_end_of_stream(self, request: Message) -> dict[str, Any]:
         number, loader, units = (int(request.header[key]) for key in ("job", "loader", "units"))
         with self._lock:
@@ -475,6 +516,39 @@ class Head:
     def _ranks_of(self, replica: int) -> Iterable[int]:
         size = self.tensor_parallel_size or 1
         return range(replica * size, (replica + 1) * size)
+
+
+def _refuse_other_input(job: Job, wanted: Manifest, header: Mapping[str, Any]) -> None:
+    """All ranks must have the same model and the same data as the one that opened the job.
+
+    Raises:
+        InputMismatchError: A rank has not; what differs is named, with both ranks.
+    """
+    first, rank = min(job.opened_by, default=0), int(header["rank"])
+    life: Life = "later" if int(header["generation"]) else "first"
+    differences = compare(job.manifest, wanted, f"on rank {first}", f"on rank {rank}", life)
+    if differences:
+        raise InputMismatchError(
+            f"rank {rank} does not have the same work as rank {first}:\n  "
+            + "\n  ".join(differences)
+            + "\nEvery rank must be given the whole of the data in the same order: remove a sampler or a dataset that "
+            "splits it by rank (gpuorch shares out the work itself), and seed what draws at random, with a generator of its "
+            "own or seed_everything."
+        )
+
+
+def _digest_of_part(store: PartStore) -> Callable[[int], str | None]:
+    def read(chunk: int) -> str | None:
+        if not store.is_durable(chunk):
+            return None
+        try:
+            digest = store.header(chunk).metadata.get("read")
+        except (CorruptPartError, MissingPredictionsError) as error:
+            log.debug("chunk %d tells nothing of what was read: %s", chunk, error)
+            return None
+        return digest if isinstance(digest, str) else None
+
+    return read
 
 
 def _owner(request: Message) -> Owner:

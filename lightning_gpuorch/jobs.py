@@ -7,8 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_gpuorch.errors import MissingPredictionsError, format_indices
+from lightning_gpuorch.errors import InputMismatchError, MissingPredictionsError, format_indices
 from lightning_gpuorch.predictions.dispatcher import LeaseQueue, Owner
+from lightning_gpuorch.predictions.input_ledger import InputLedger
 from lightning_gpuorch.predictions.layout import LoaderLayout
 from lightning_gpuorch.predictions.manifest import Manifest
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
@@ -22,6 +23,9 @@ class Job:
     manifest: Manifest
     queues: list[LeaseQueue]
     ephemeral: bool
+    inputs: list[InputLedger]
+    mismatch: InputMismatchError | None = None
+    """Replicas have read different input: no prediction of this job can be trusted."""
     opened_by: set[int] = field(default_factory=set)
     closed_by: set[int] = field(default_factory=set)
     samples_done: int = 0
@@ -51,8 +55,11 @@ def verify_complete(number: int, job: Job) -> None:
     """Check one job against its part files.
 
     Raises:
+        InputMismatchError: Replicas have read different input.
         MissingPredictionsError: Units are missing or were given up; they are named.
     """
+    if job.mismatch is not None:
+        raise job.mismatch
     for loader, (layout, queue) in enumerate(zip(job.manifest.loaders, job.queues, strict=True)):
         where = f"job {number}, dataloader {loader}" if len(job.queues) > 1 or number else "the job"
         if queue.quarantined:

@@ -28,7 +28,8 @@ from torch import nn
 
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError, ModelDoesNotFitError, TensorParallelError
 from lightning_gpuorch.memory import ACTIVATION_HEADROOM, check_model_fits, memory_budget_bytes, model_bytes
-from lightning_gpuorch.predictions.source import StreamSource, describe
+from lightning_gpuorch.predictions.source import describe
+from lightning_gpuorch.random_state import keep_random_state
 from lightning_gpuorch.runtime import Runtime
 from lightning_gpuorch.tensor_parallel import (
     Checkpoint,
@@ -403,15 +404,9 @@ def on_cpu(model: nn.Module) -> None:
 
 def first_batch(loader: Any) -> Any:
     """The first batch of a dataloader as a single device would see it; None if it is empty."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), keep_random_state():
         warnings.simplefilter("ignore")  # what is wrong with the loader is said when the job opens it
-        source = describe(loader)
-    if isinstance(source, StreamSource) or getattr(loader, "batch_sampler", None) is None:
-        return next(iter(loader), None)
-    if not source.num_batches:
-        return None
-    span = next(iter(source.spans(source.layout(1), 0, range(0), frozenset())))
-    return source.collate(span.indices or [])
+        return describe(loader, limit=1).first_batch()
 
 
 def plan_cache_directory(setting: str) -> Path | None:

@@ -50,6 +50,8 @@ StepWrapper = Callable[[Callable[[Any], Any], Any, Ticket], Any]
 """``wrapper(call, batch, ticket) -> output``: stands around a step and calls ``call`` once, or often on parts."""
 
 _FOREVER_SECONDS = 10 * 365 * 86400.0
+_MAX_UNSAID = 1000
+"""Digests that wait to be reported."""
 
 
 class PredictionJob:
@@ -84,6 +86,8 @@ class PredictionJob:
             versions={"lightning_gpuorch": __version__, "torch": torch.__version__},
         )
         directory, ephemeral = world.job_directory(runtime.output_dir, default_root)
+        for index, source in enumerate(sources):
+            source.freeze(loader_directory(directory, index))
         asked = {"directory": str(directory), "ephemeral": ephemeral, "manifest": wanted.to_dict()}
         with _phase(Phase.WAIT, then=Phase.STARTING):  # what is there already is checked first, however much it is
             answer = self._call("open", **asked, timeout_seconds=_FOREVER_SECONDS).header
@@ -92,6 +96,8 @@ class PredictionJob:
         self.finished_before = bool(answer["finished"])
         self.resumed_chunks = sum(answer["resumed"])
         manifest = Manifest.from_dict(answer["manifest"])
+        for index, (source, layout) in enumerate(zip(sources, manifest.loaders, strict=True)):
+            source.thaw(loader_directory(self.directory, index), layout)
         self.delivered = _Delivered()
         self._chunks_began: dict[tuple[int, int], float] = {}
         self._observed_at: float | None = None
@@ -109,6 +115,7 @@ class PredictionJob:
             ChunkCollector(functools.partial(self._commit, index), fragments) if self._writer else NoCollector()
             for index, fragments in enumerate(self._fragments)
         ]
+        self._queues = [_Queue(self, index) for index in range(len(sources))]
         self.loaders = [
             self._make_loader(index, source, layout, batcher)
             for index, (source, layout, batcher) in enumerate(zip(sources, manifest.loaders, batchers, strict=True))
@@ -124,7 +131,7 @@ class PredictionJob:
     ) -> LeasedLoader:
         topology = self._world.topology
         sink = _Sink(self, index, self._collectors[index], agrees=topology.tensor_parallel_size > 1)
-        leased = (source, layout, _Queue(self, index), sink, self.delivered, index, self._on_ended)
+        leased = (source, layout, self._queues[index], sink, self.delivered, index, self._on_ended)
         if self._dynamic is None or batcher is None:
             return LeasedLoader(*leased)
         dynamic = self._dynamic
@@ -352,7 +359,10 @@ class PredictionJob:
     def _commit(self, loader: int, chunk: int, batches: list[StoredBatch]) -> None:
         assert self._writer is not None
         owner = self._world.owner
-        metadata = {"replica": owner["replica"], "generation": owner["generation"]}
+        metadata: dict[str, Any] = {"replica": owner["replica"], "generation": owner["generation"]}
+        read = self._queues[loader].digests.pop(chunk, None)
+        if read is not None:
+            metadata["read"] = read
         with _phase(Phase.COMMIT, then=Phase.RUN):  # it waits where the disk is slower than the model
             self._writer.put(loader, chunk, batches, metadata)
 
@@ -438,11 +448,16 @@ class _Queue:
 
     def __init__(self, job: PredictionJob, loader: int):
         self._job, self._loader, self._sequence = job, loader, 0
+        self._unsaid: list[tuple[int, str]] = []
+        self.digests: dict[int, str] = {}
+        """Of what was read of the chunks that this rank holds."""
+        self._leased: set[int] = set()
 
     def next(self, block: bool, seconds_per_sample: float = 0.0) -> dict[str, Any]:
         if block:
             # Own chunks first: others may wait for them as well, and a writer that has failed must say so now.
             self._job.flush()
+        self._say()
         # Waiting for others to finish has no limit of its own: the supervisor judges who is stuck.
         timeout = _FOREVER_SECONDS if block else None
         with _phase(Phase.WAIT, then=Phase.RUN) if block else contextlib.nullcontext():
@@ -451,11 +466,28 @@ class _Queue:
                 seconds_per_sample=seconds_per_sample, timeout_seconds=timeout,
             ).header  # fmt: skip
         self._sequence += 1
+        if answer["do"] == "chunk":
+            self._leased.add(int(answer["chunk"]))
         if block:
             self._job._observed_at = None  # that wait was no work
         return dict(answer)
 
+    def saw(self, chunk: int, digest: str) -> None:
+        """Report what was read of a stream; the first batch at once, chunks with the next request."""
+        self._unsaid.append((chunk, digest))
+        if chunk in self._leased:
+            self._leased.discard(chunk)
+            self.digests[chunk] = digest
+        if chunk < 0 or len(self._unsaid) >= _MAX_UNSAID:
+            self._say()
+
+    def _say(self) -> None:
+        if self._unsaid:
+            read, self._unsaid = self._unsaid, []
+            self._job._call("read", loader=self._loader, read=read)
+
     def end_of_stream(self, units: int) -> None:
+        self._say()
         self._job._call("end_of_stream", loader=self._loader, units=units)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import os
 import platform
@@ -25,6 +26,7 @@ from lightning_gpuorch.memory.transfer import Transfers
 from lightning_gpuorch.prediction_job import PredictionJob, StepWrapper
 from lightning_gpuorch.predictions.loader import SharedLoader
 from lightning_gpuorch.predictions.source import describe
+from lightning_gpuorch.predictions.world_of_one import undo_split
 from lightning_gpuorch.telemetry.current import observe_collective, observe_retry
 from lightning_gpuorch.telemetry.efficiency import Calibration
 from lightning_gpuorch.telemetry.rank import RankTelemetry
@@ -66,6 +68,7 @@ class Runtime:
         self._world: World | None = None
         self._placed = False
         self._training = False
+        self._shares = itertools.count()
 
     @property
     def world(self) -> World:
@@ -318,7 +321,20 @@ class Runtime:
 
     def share(self, loader: Any, limit: int | None = None) -> SharedLoader:
         """This replica's fixed share of a loader's batches."""
-        return SharedLoader(describe(loader, limit), lambda: (self.topology.replica, self.topology.num_replicas))
+        number = next(self._shares)
+        self._undo_split(loader)
+
+        def agree(what: str, value: str) -> None:
+            """Compare what this rank reads with what the others read; every rank comes here as often."""
+            header = {"op": "agree", "key": f"share-{number}-{next(times)}", "what": what, "value": value}
+            self.world.channel.call({**header, **self.world.owner}, timeout_seconds=self.config.timeout_sec)
+
+        times = itertools.count()
+        return SharedLoader(describe(loader, limit), lambda: (self.topology.replica, self.topology.num_replicas), agree)
+
+    def _undo_split(self, loader: Any) -> None:
+        """What a dataset took for its share when it was built is the whole: loaders are shared out here."""
+        undo_split(loader, self.world.topology.rank, self.world.topology.world_size)
 
     def open_job(
         self, loaders: Sequence[Any], default_root: Path, limits: Sequence[int | None], model_fingerprint: str | None
@@ -337,6 +353,8 @@ class Runtime:
             PredictionStorageError: The output directory cannot be written.
         """
         self.topology  # noqa: B018 - decided from here on
+        for loader in loaders:
+            self._undo_split(loader)
         if self.calibration is not None and self.run_directory is not None:
             # Nothing of what was computed before counts, and nothing is to be found by a later run.
             self.output_dir, default_root = None, self.run_directory

@@ -26,20 +26,79 @@ def whole(output: Any) -> Any:
     return apply_to_collection(output, torch.Tensor, convert)
 
 
-def digest(batch: Any) -> int:
-    """A checksum of shapes and of some elements of every tensor in a batch."""
-    running = 0
+_MAX_ITEMS = 64
+_MAX_VALUES = 100_000
+_MAX_DEPTH = 16
 
-    def add(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal running
-        flat = tensor.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // 64)].to("cpu").contiguous()
-        running = zlib.crc32(repr(tuple(tensor.shape)).encode(), running)
-        running = zlib.crc32(picked.view(torch.uint8).numpy().tobytes(), running)
-        return tensor
 
-    apply_to_collection(batch, torch.Tensor, add)
-    return running
+def digest(batch: Any, max_elements: int | None = 64) -> int:
+    """A checksum of a batch: of types, shapes, text and numbers, and of some elements of every tensor and array.
+
+    Objects count by their attributes, or by their type alone where they have none. Of long sequences some items count.
+
+    Args:
+        batch: Anything a loader gives.
+        max_elements: Elements to take of each tensor, evenly spread; None takes all, and all items of sequences.
+    """
+    return _Digest(max_elements).of(batch)
+
+
+class _Digest:
+    def __init__(self, max_elements: int | None):
+        self._max_elements = max_elements
+        self._running = 0
+        self._values_left = _MAX_VALUES  # objects may refer to each other in circles
+
+    def of(self, value: Any) -> int:
+        self._add(value, 0)
+        return self._running
+
+    def _feed(self, content: bytes) -> None:
+        self._running = zlib.crc32(content, self._running)
+
+    def _add(self, value: Any, depth: int) -> None:
+        self._values_left -= 1
+        if isinstance(value, (torch.Tensor, np.ndarray)):
+            self._add_elements(value)
+        elif isinstance(value, (str, bytes, bytearray)):
+            content = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else bytes(value)
+            self._feed(f"{type(value).__name__}:{len(content)}:".encode())
+            self._feed(content)
+        elif value is None or isinstance(value, (bool, int, float, complex, np.generic)):
+            self._feed(f"{value!r};".encode())
+        elif depth == _MAX_DEPTH or self._values_left < 0:
+            return
+        elif isinstance(value, Mapping):
+            self._feed(f"mapping:{len(value)}:".encode())
+            for key, item in value.items():
+                self._add(key, depth + 1)
+                self._add(item, depth + 1)
+        elif isinstance(value, (list, tuple)):
+            self._feed(f"{len(value)}:".encode())
+            step = 1 if self._max_elements is None else max(1, len(value) // _MAX_ITEMS)
+            for item in value[::step]:
+                self._add(item, depth + 1)
+        else:
+            self._feed(type(value).__qualname__.encode())
+            if hasattr(value, "__array_interface__"):  # images, among others
+                self._add_elements(np.asarray(value))
+            elif isinstance(getattr(value, "__dict__", None), dict):
+                self._add(vars(value), depth + 1)
+
+    def _add_elements(self, array: torch.Tensor | np.ndarray[Any, Any]) -> None:
+        self._feed(f"{array.dtype}{tuple(array.shape)}".encode())
+        if isinstance(array, np.ndarray):
+            some = array.reshape(-1)[:: self._step(array.size)]
+            self._add(some.tolist(), 0) if array.dtype.hasobject else self._feed(some.tobytes())
+            return
+        if array.is_sparse or array.is_quantized or array.layout is not torch.strided or array.is_nested:
+            return
+        flat = array.detach().reshape(-1)
+        picked = flat[:: self._step(flat.numel())].to("cpu").contiguous()
+        self._feed(picked.resolve_conj().resolve_neg().view(torch.uint8).numpy().tobytes())
+
+    def _step(self, count: int) -> int:
+        return 1 if self._max_elements is None else max(1, count // self._max_elements)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

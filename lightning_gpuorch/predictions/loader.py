@@ -8,15 +8,18 @@ moment, the loader waits inside ``next`` for what other replicas may still give 
 from __future__ import annotations
 
 import collections
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lightning_gpuorch.errors import ControlPlaneError
+from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.predictions.layout import LoaderLayout
 from lightning_gpuorch.predictions.source import BatchSource, MapSource, Source, Span, StreamSource
 from lightning_gpuorch.predictions.window import Window
 from lightning_gpuorch.predictions.window_reader import Requested
+from lightning_gpuorch.predictions.world_of_one import read_alone, world_of_one
+from lightning_gpuorch.tensors import digest
 
 
 class WorkQueue(Protocol):
@@ -28,6 +31,10 @@ class WorkQueue(Protocol):
 
     def end_of_stream(self, units: int) -> None:
         """Report where a stream ended."""
+        ...
+
+    def saw(self, chunk: int, digest: str) -> None:
+        """Report what was read of a stream, to be compared with what others read."""
         ...
 
 
@@ -153,16 +160,24 @@ class LeasedLoader:
         loader = source.reordered(LeasedBatches(self))
         try:
             while self._answer in ("", "pause"):
-                for batch in loader:
-                    asked = self._requested.popleft()
+                for batch in read_alone(loader.__iter__, in_this_process=not loader.num_workers):
+                    asked = self._next_requested()
                     self._delivered.append(Ticket(self.index, asked.chunk, asked.span, source.collate))
                     yield batch
                 self._block = True
         finally:
             loader._iterator = None  # ends the workers, which outlive one iteration
 
+    def _next_requested(self) -> Requested:
+        if not self._requested:
+            raise ConfigurationError(
+                f"{type(self.source.loader).__name__} gave a batch that its sampler was not asked for, so it cannot be told "
+                "which samples are in it. A loader that iterates in its own way needs its own __iter__."
+            )
+        return self._requested.popleft()
+
     def _stream(self, source: StreamSource) -> Iterator[Any]:
-        stream = Stream(source.iterate)
+        stream = Stream(source.iterate, "batches", self.layout.chunk_size, self._queue.saw)
         while True:
             answer = self._next_answer()
             if answer["do"] == "pause":
@@ -199,12 +214,13 @@ class LeasedLoader:
         self._sink.end(chunk)
 
     def _next_answer(self) -> dict[str, Any]:
-        answer = self._queue.next(self._block, self._seconds_per_sample)
+        with world_of_one(hide=False):  # asked from within the loader's sampler
+            answer = self._queue.next(self._block, self._seconds_per_sample)
         self._block = False
         self._answer = answer["do"]
         return answer
 
-    def _leased_batches(self) -> Iterator[list[int]]:
+    def _leased_batches(self) -> Iterator[list[Any]]:
         """Dataset indices of one batch after another, until there is no work for the moment."""
         assert not isinstance(self.source, StreamSource)
         while True:
@@ -229,7 +245,7 @@ class LeasedBatches:
     def __init__(self, owner: LeasedLoader):
         self._owner = owner
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         return self._owner._leased_batches()
 
 
@@ -242,10 +258,16 @@ class SharedLoader:
         source: The user's loader, described.
         share: Gives which share this is and how many there are; asked when the loader is used, because a model that is
             set up later may decide it.
+        agree: Compares a value with that of the other ranks, under a name.
     """
 
-    def __init__(self, source: Source, share: Callable[[], tuple[int, int]]):
-        self.source, self._share = source, share
+    def __init__(
+        self,
+        source: Source,
+        share: Callable[[], tuple[int, int]],
+        agree: Callable[[str, str], None] = lambda k, v: None,
+    ):
+        self.source, self._share, self._agree = source, share, agree
         self.batch_sampler: Any = None
 
     @property
@@ -261,27 +283,32 @@ class SharedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         replica, num_replicas = self._share()
-        if isinstance(self.source, StreamSource):
-            for number, batch in enumerate(self.source.iterate()):
+        source = self.source
+        if isinstance(source, StreamSource):
+            for number, batch in enumerate(source.iterate()):
+                if number == 0:
+                    self._agree("the first batch", str(digest(batch)))
                 if number % num_replicas == replica:
                     yield batch
-        else:
-            yield from self.source.reordered(_SharedBatches(self.source, replica, num_replicas))
+            return
+        if source.order is not None:
+            self._agree(f"the order of {type(source.sampler).__name__}", source.order.digest)
+        loader = source.reordered(_SharedBatches(source, replica, num_replicas))
+        yield from read_alone(loader.__iter__, in_this_process=not loader.num_workers)
 
 
 class _SharedBatches:
     def __init__(self, source: MapSource | BatchSource, replica: int, num_replicas: int):
         self._source, self._replica, self._num_replicas = source, replica, num_replicas
-        self._layout = source.layout(chunk_batches=1)
+        self._layout = source.geometry(chunk_batches=1)
 
     def __len__(self) -> int:
         return len(range(self._replica, self._source.num_batches, self._num_replicas))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         for chunk in range(self._replica, self._source.num_batches, self._num_replicas):
             for span in self._source.spans(self._layout, chunk, range(0), frozenset()):
-                if span.indices is None:
-                    raise ControlPlaneError("a map-style batch has no indices; this is a bug in lightning_gpuorch.")
+                assert span.indices is not None
                 yield span.indices
 
 
@@ -290,25 +317,46 @@ class Stream:
 
     Args:
         begin: Starts it from its beginning.
+        items: What it gives, for those who compare digests: only of equal things.
+        chunk_size: Items of a chunk.
+        saw: Gets a digest of the first item, as that of chunk -1, and then of each chunk that was read whole.
     """
 
-    def __init__(self, begin: Callable[[], Iterator[Any]]):
-        self._begin, self._items = begin, begin()
+    def __init__(
+        self, begin: Callable[[], Iterator[Any]], items: str, chunk_size: int, saw: Callable[[int, str], None]
+    ):
+        self._begin, self._iterator = begin, begin()
+        self._items, self._chunk_size, self._saw = items, chunk_size, saw
+        self._digests: list[int] = []
         self.position = 0
         """Number of the next item."""
 
     def seek(self, position: int) -> None:
         """Go to a position, or to the end if that comes first; from the beginning if it lies behind."""
         if position < self.position:
-            self.position, self._items = 0, self._begin()
+            self.position, self._iterator, self._digests = 0, self._begin(), []
         while self.position < position and self.read() is not END:
             pass
 
     def read(self) -> Any:
         """The next item, or ``END``."""
-        item = next(self._items, END)
-        self.position += item is not END
+        item = next(self._iterator, END)
+        if item is END:
+            self._tell()
+            return END
+        self._digests.append(digest(item))
+        if self.position == 0:
+            self._saw(-1, f"{self._items}:{self._digests[0]}")
+        self.position += 1
+        if self.position % self._chunk_size == 0:
+            self._tell()
         return item
+
+    def _tell(self) -> None:
+        digests, self._digests = self._digests, []
+        if digests:
+            chunk = (self.position - 1) // self._chunk_size
+            self._saw(chunk, f"{self._items}:{len(digests)}:{zlib.crc32(repr(digests).encode())}")
 
 
 END = object()

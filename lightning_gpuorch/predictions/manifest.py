@@ -4,8 +4,10 @@
 
     DIR/manifest.json                     identity and geometry, written once (only batch_size may be replaced)
     DIR/quarantine.jsonl                  units that were given up, one line each, appended
+    DIR/mismatch.json                     replicas have read different input, so that no prediction here can be trusted
     DIR/dataloader_0/part-000000000.gpq   predictions, one file per chunk
     DIR/dataloader_0/end.json             where a stream was found to end, written once
+    DIR/dataloader_0/order-....gpq        the order that a sampler gave when the job began, written once
     DIR/dataloader_1/...
 
 ``manifest.json`` and ``end.json`` carry a CRC-32 of themselves: a flipped digit in ``chunk_size`` would put every
@@ -22,9 +24,9 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from lightning_gpuorch.errors import ConfigurationError, CorruptPartError, JobMismatchError
+from lightning_gpuorch.errors import ConfigurationError, CorruptPartError, InputMismatchError, JobMismatchError
 from lightning_gpuorch.predictions.files import (
     check_writable,
     content_path,
@@ -41,6 +43,10 @@ FORMAT_VERSION = 1
 _MANIFEST_NAME = "manifest.json"
 _END_NAME = "end.json"
 _QUARANTINE_NAME = "quarantine.jsonl"
+_MISMATCH_NAME = "mismatch.json"
+
+Life = Literal["first", "later", "resumed"]
+"""Of a rank that is compared with the job in force: its first in this launch, a later one, or the first of a later launch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +103,16 @@ def load(directory: str | os.PathLike[str]) -> Manifest | None:
 
     Raises:
         CorruptPartError: It is damaged.
+        InputMismatchError: Replicas have read different input when its parts were written.
         JobMismatchError: It has a format this version does not know.
         PredictionStorageError: It cannot be read.
     """
     root = Path(directory)
+    mismatch = _read_sealed(root / _MISMATCH_NAME)
+    if mismatch is not None:
+        raise InputMismatchError(
+            f"the predictions in {root} cannot be trusted. {mismatch['reason']} Remove the directory, or use another one."
+        )
     data = _read_sealed(root / _MANIFEST_NAME)
     if data is None:
         return None
@@ -162,29 +174,59 @@ def open_or_create(directory: str | os.PathLike[str], wanted: Manifest) -> Manif
     return in_force
 
 
-def compare(existing: Manifest, wanted: Manifest) -> list[str]:
+def record_mismatch(directory: str | os.PathLike[str], reason: str) -> None:
+    """Note durably that replicas have read different input, so that nothing here is taken for a result.
+
+    Raises:
+        PredictionStorageError: It cannot be written.
+    """
+    root = Path(directory)
+    try:
+        create_once(root / _MISMATCH_NAME, [_sealed({"reason": reason})])
+    except OSError as error:
+        raise storage_error(error, root) from error
+
+
+def compare(
+    existing: Manifest, wanted: Manifest, there: str = "there", here: str = "here", life: Life = "resumed"
+) -> list[str]:
     """Return what makes two jobs different, one line each.
 
-    Chunk and batch sizes, versions and ``extra`` may differ, and a fingerprint counts only where both have one.
+    Chunk and batch sizes, versions and ``extra`` may differ, and a fingerprint counts only where both have one. The order
+    of the same indices may differ in a later launch, and all of what a sampler gives in a later life: the order that the
+    job began with stays in force.
+
+    Args:
+        existing: The job in force.
+        wanted: What a rank has.
+        there: Whose the one is, in words.
+        here: Whose the other is.
+        life: Of the rank.
     """
     if len(existing.loaders) != len(wanted.loaders):
-        return [f"number of dataloaders: {len(existing.loaders)} there, {len(wanted.loaders)} here"]
+        return [f"number of dataloaders: {len(existing.loaders)} {there}, {len(wanted.loaders)} {here}"]
     differences = []
     for number, (old, new) in enumerate(zip(existing.loaders, wanted.loaders, strict=True)):
         prefix = f"dataloader {number}: " if len(wanted.loaders) > 1 else ""
+        sampled = life == "later" and "order" in old.identity and "order" in new.identity
         if old.unit != new.unit:
-            differences.append(f"{prefix}work is counted by {old.unit} there, by {new.unit} here")
-        elif None not in (old.num_units, new.num_units) and old.num_units != new.num_units:
+            differences.append(f"{prefix}work is counted by {old.unit} {there}, by {new.unit} {here}")
+        elif None not in (old.num_units, new.num_units) and old.num_units != new.num_units and not sampled:
             noun = "batches" if old.unit == "batch" else "samples"
-            differences.append(f"{prefix}number of {noun}: {old.num_units} there, {new.num_units} here")
+            differences.append(f"{prefix}number of {noun}: {old.num_units} {there}, {new.num_units} {here}")
         for key in sorted({*old.identity, *new.identity}):
-            there, here = (layout.identity.get(key, "absent") for layout in (old, new))
-            if there != here:
-                differences.append(f"{prefix}{key}: {there} there, {here} here")
+            if (key in ("order", "indices", "fingerprint") and sampled) or (key == "order" and life == "resumed"):
+                continue
+            values = [layout.identity.get(key, "absent") for layout in (old, new)]
+            if values[0] != values[1]:
+                name = {"order": f"order given by {new.identity.get('sampler')}", "indices": "indices it gives"}.get(
+                    key, key
+                )
+                differences.append(f"{prefix}{name}: {values[0]} {there}, {values[1]} {here}")
     fingerprints = (existing.model_fingerprint, wanted.model_fingerprint)
     if None not in fingerprints and fingerprints[0] != fingerprints[1]:
         differences.append(
-            f"model weights: fingerprint {fingerprints[0]} there, {fingerprints[1]} here (load the same weights on "
+            f"model weights: fingerprint {fingerprints[0]} {there}, {fingerprints[1]} {here} (load the same weights on "
             "every rank, or seed them; model_fingerprint='off' skips this check)"
         )
     return differences

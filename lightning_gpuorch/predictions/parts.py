@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import operator
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -349,14 +350,25 @@ def _unpack_entry(entry: Mapping[str, Any]) -> BatchEntry:
     )
 
 
-def _pack_integers(integers: Sequence[int] | None) -> list[int] | dict[str, int] | None:
-    """Write consecutive integers as their borders."""
+def _pack_integers(integers: Sequence[Any] | None) -> list[Any] | dict[str, int] | None:
+    """Write consecutive integers as their borders. Indices may be keys as well: text, or tuples of both."""
     if integers is None:
         return None
-    listed = [int(integer) for integer in integers]
-    if listed and listed == list(range(listed[0], listed[0] + len(listed))):
+    listed = [_plain(integer) for integer in integers]
+    if (
+        listed
+        and all(isinstance(integer, int) for integer in listed)
+        and listed == list(range(listed[0], listed[0] + len(listed)))
+    ):
         return {"start": listed[0], "stop": listed[0] + len(listed)}
     return listed
+
+
+def _plain(index: Any) -> Any:
+    try:
+        return operator.index(index)
+    except TypeError:
+        return [_plain(part) for part in index] if isinstance(index, (list, tuple)) else str(index)
 
 
 def _unpack_integers(packed: Any) -> Sequence[int] | None:

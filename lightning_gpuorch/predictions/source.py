@@ -7,21 +7,28 @@ whose end may be unknown.
 
 from __future__ import annotations
 
-import copy
+import dataclasses
+import functools
 import hashlib
 import itertools
-import pickle
+import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.predictions.layout import LoaderLayout
-from lightning_gpuorch.predictions.loader_workers import tie_workers
+from lightning_gpuorch.predictions.loader_workers import copy_loader, read_in_worker
+from lightning_gpuorch.predictions.order import Order, draw_worker_seed
+from lightning_gpuorch.predictions.world_of_one import read_alone
+from lightning_gpuorch.tensors import digest
+
+log = logging.getLogger(__name__)
 
 CHUNKS_PER_REPLICA = 32
 """Chunks a replica should get at least, so that no one waits long at the end."""
@@ -54,7 +61,152 @@ class Span:
         return self.first_unit + (position if self.num_units > 1 else 0)
 
 
-class MapSource:
+class _IndexedSource:
+    """A map-style ``DataLoader``; see :class:`MapSource` and :class:`BatchSource`.
+
+    Args:
+        loader: The user's loader; it is not changed.
+        sampler: Whose order counts; None for dataset indices in their order.
+        gives_batches: Whether the sampler gives batches.
+        limit: Items of the sampler to take at most.
+    """
+
+    is_stream = False
+
+    def __init__(self, loader: DataLoader[Any], sampler: Iterable[Any] | None, gives_batches: bool, limit: int | None):
+        self.loader = loader
+        self.sampler, self._gives_batches, self._limit = sampler, gives_batches, limit
+        self._order: Order | None = None
+        self._seeds: torch.Generator | None = None
+
+    @property
+    def order(self) -> Order | None:
+        """The order of the indices, read once; None if it is that of the dataset."""
+        if self._order is None and self.sampler is not None:
+            self._seeds = draw_worker_seed(self.loader)
+            self._order = Order.read(self.sampler, self._limit, self._gives_batches)
+        return self._order
+
+    def freeze(self, directory: Path) -> None:
+        """Keep the order in the dataloader's directory, before a job refers to it.
+
+        Raises:
+            PredictionStorageError: The directory cannot be written.
+        """
+        if self.order is not None and not self.order.store(directory):
+            log.debug("the order of %s has no durable form", type(self.sampler).__name__)
+
+    def thaw(self, directory: Path, layout: LoaderLayout) -> None:
+        """Take the order that the job in force began with, where the sampler gives another one now.
+
+        Raises:
+            CorruptPartError: It is damaged, or gone.
+            PredictionStorageError: It cannot be read.
+        """
+        digest = layout.identity.get("order")
+        if self.order is not None and isinstance(digest, str) and digest != self.order.digest:
+            log.warning(
+                "%s gives another order now than when the job began; it goes on in the order of then",
+                type(self.sampler).__name__,
+            )
+            self._order = Order.load(directory, digest)
+
+    def geometry(self, chunk_batches: int) -> LoaderLayout:
+        """How the work is cut, with chunks of ``chunk_batches`` batches, without its identity."""
+        raise NotImplementedError
+
+    def layout(self, chunk_batches: int) -> LoaderLayout:
+        """Describe the work, with chunks of ``chunk_batches`` batches."""
+        return dataclasses.replace(self.geometry(chunk_batches), identity=self._identity())
+
+    def _identity(self) -> dict[str, str | int | None]:
+        dataset = self.loader.dataset
+        identity: dict[str, str | int | None] = {
+            "dataset": _qualified_name(dataset),
+            "length": len(dataset) if isinstance(dataset, Sized) else None,
+            "fingerprint": self._fingerprint(),
+        }
+        if self.order is not None:
+            identity |= {
+                "sampler": type(self.sampler).__qualname__,
+                "order": self.order.digest,
+                "indices": self.order.digest_of_indices,
+            }
+        return identity
+
+    def _fingerprint(self) -> str | None:
+        """The dataset's own fingerprint, or a digest of three samples that no order decides.
+
+        None where samples differ from one reading to the next (random augmentation) or cannot be read.
+        """
+        dataset = self.loader.dataset
+        own = getattr(dataset, "_fingerprint", None) or getattr(dataset, "fingerprint", None)
+        if isinstance(own, str):
+            return own
+        indices = self.some_indices()
+        if not indices:
+            return None
+        try:
+            first, again, *others = self.read([indices[0], *indices], _digests)
+        except Exception as error:  # noqa: BLE001 - whatever a sample cannot do, it only means that there is no fingerprint
+            log.debug("no fingerprint of %s: %s", type(dataset).__name__, error)
+            return None
+        if first != again:
+            return None
+        return hashlib.sha256(repr([first, *others]).encode()).hexdigest()[:16]
+
+    def some_indices(self) -> list[Any]:
+        """The lowest dataset index, one from the middle, and the highest."""
+        if self.order is not None:
+            return self.order.extremes
+        count = self.geometry(1).num_units
+        return [0, count // 2, count - 1] if count else []
+
+    def read(self, indices: Iterable[Any], collate: Callable[[list[Any]], Any]) -> list[Any]:
+        """Read single samples in a worker process, and return what ``collate`` makes of a list of each there.
+
+        Raises:
+            Exception: What reading or collating raised.
+        """
+        batches = [[index] for index in indices]
+        return list(read_in_worker(self.loader, batch_sampler=batches, collate_fn=collate))
+
+    def try_on_first(self, function: Callable[[list[Any]], Any]) -> None:
+        """Call a function with a list of the first sample, in a worker process.
+
+        Raises:
+            ConfigurationError: The function raised this.
+        """
+        for error in self.read(self.some_indices()[:1], functools.partial(_refusal, function)):
+            if error is not None:
+                raise ConfigurationError(error)
+
+    def reordered(self, batches: Iterable[list[Any]]) -> DataLoader[Any]:
+        """The user's loader, fed by ``batches`` of dataset indices instead of its own sampler."""
+        changed: dict[str, Any] = {"batch_sampler": batches}
+        if self.loader.batch_sampler is None:
+            changed = {"sampler": _Flattened(batches)}
+        if self.loader.num_workers:
+            changed["persistent_workers"] = True  # the loader is iterated again after a pause
+        if self._seeds is not None:
+            changed["generator"] = self._seeds
+        return copy_loader(self.loader, **changed)
+
+    def collate(self, indices: list[Any]) -> Any:
+        """Build a batch of the given samples again, as the loader would and where the loader would."""
+        if self.loader.num_workers:
+            return next(read_in_worker(self.loader, batch_sampler=[indices]))
+        dataset: Any = self.loader.dataset
+        if hasattr(dataset, "__getitems__"):
+            return self.loader.collate_fn(dataset.__getitems__(indices))
+        return self.loader.collate_fn([dataset[index] for index in indices])
+
+    def first_batch(self) -> Any:
+        """The first batch as the loader gives it, read in a worker process; None if there is none."""
+        raise NotImplementedError
+
+
+class MapSource(_IndexedSource):
     """A map-style ``DataLoader``, cut by sample.
 
     Args:
@@ -62,34 +214,31 @@ class MapSource:
         limit: Batches to take at most; None takes all.
     """
 
-    is_stream = False
-
     def __init__(self, loader: DataLoader[Any], limit: int | None = None):
-        self.loader = loader
-        self._sampler = _deterministic_sampler(loader)
+        sampler = _deterministic_sampler(loader)
         self.batch_size = int(loader.batch_sampler.batch_size) if loader.batch_sampler is not None else 1  # type: ignore[attr-defined]
-        total = len(self._sampler)  # type: ignore[arg-type]
-        self.num_units = total if limit is None else min(total, limit * self.batch_size)
-        self._sequential = type(self._sampler) is SequentialSampler  # a subclass may have an order of its own
-        self._order: _ReplayedIterator[int] | None = None if self._sequential else _ReplayedIterator(self._sampler)
+        self._num_samples = len(sampler)  # type: ignore[arg-type]
+        if limit is not None:
+            self._num_samples = min(self._num_samples, limit * self.batch_size)
+        in_order = type(sampler) is SequentialSampler  # a subclass may have an order of its own
+        super().__init__(loader, None if in_order else sampler, False, self._num_samples)
+
+    @property
+    def num_units(self) -> int:
+        """Samples in all."""
+        return self._num_samples if self._order is None else len(self._order)
 
     @property
     def num_batches(self) -> int:
         """Batches a single device would compute."""
         return -(-self.num_units // self.batch_size)
 
-    def layout(self, chunk_batches: int) -> LoaderLayout:
-        """Describe the work, with chunks of ``chunk_batches`` batches."""
-        identity = _dataset_identity(self.loader.dataset)
-        if not self._sequential:
-            identity["sampler"] = f"{type(self._sampler).__qualname__}:{_digest(self._sampler)}"
-        return LoaderLayout(
-            unit="sample",
-            num_units=self.num_units,
-            batch_size=self.batch_size,
-            chunk_size=chunk_batches * self.batch_size,
-            identity=identity,
-        )
+    def geometry(self, chunk_batches: int) -> LoaderLayout:
+        """How the work is cut, with chunks of ``chunk_batches`` batches, without its identity."""
+        size = self.batch_size
+        order = self.order  # it decides how many samples there are
+        num_units = self.num_units if order is None else len(order)
+        return LoaderLayout(unit="sample", num_units=num_units, batch_size=size, chunk_size=chunk_batches * size)
 
     def spans(self, layout: LoaderLayout, chunk: int, isolate: range, skip: frozenset[int]) -> Iterator[Span]:
         """The batches of a chunk.
@@ -102,25 +251,23 @@ class MapSource:
         """
         for batch in layout.batches_of_chunk(chunk):
             for piece in _pieces(batch, isolate, skip):
-                indices = list(piece) if self._order is None else self._order.take(piece)
-                yield Span(piece.start, len(piece), piece.start // self.batch_size, indices)
+                yield Span(piece.start, len(piece), piece.start // self.batch_size, self._indices(piece))
 
-    def reordered(self, batches: Iterable[list[int]]) -> DataLoader[Any]:
-        """The user's loader, fed by ``batches`` of dataset indices instead of its own sampler."""
-        if self.loader.batch_sampler is None:
-            return _with_sampler(self.loader, "sampler", _Flattened(batches))
-        return _with_sampler(self.loader, "batch_sampler", batches)
+    def _indices(self, positions: range) -> list[Any]:
+        return list(positions) if self.order is None else self.order.take(positions)
 
-    def uncollated(self, batches: Iterable[list[int]]) -> DataLoader[Any]:
+    def first_batch(self) -> Any:
+        """The first batch as the loader gives it, read in a worker process; None if there is none."""
+        indices = self._indices(range(min(self.batch_size, self.num_units)))
+        changed = {"sampler": indices} if self.loader.batch_sampler is None else {"batch_sampler": [indices]}
+        return next(read_in_worker(self.loader, **changed), None) if indices else None
+
+    def uncollated(self, batches: Iterable[list[Any]]) -> DataLoader[Any]:
         """As :meth:`reordered`, but it gives lists of samples, which nobody has collated or pinned."""
         return _without_collation(self.reordered(batches))
 
-    def collate(self, indices: list[int]) -> Any:
-        """Build a batch of the given samples anew, as the loader would."""
-        return _collate(self.loader, indices)
 
-
-class BatchSource:
+class BatchSource(_IndexedSource):
     """A map-style ``DataLoader`` whose batches only its own batch sampler knows, cut by batch.
 
     Args:
@@ -128,45 +275,41 @@ class BatchSource:
         limit: Batches to take at most; None takes all.
     """
 
-    is_stream = False
     batch_size = None
 
     def __init__(self, loader: DataLoader[Any], limit: int | None = None):
-        self.loader = loader
-        sampler = loader.batch_sampler
-        assert sampler is not None
-        total = len(sampler) if isinstance(sampler, Sized) else sum(1 for _ in sampler)
-        self.num_units = total if limit is None else min(total, limit)
-        self._batches: _ReplayedIterator[list[int]] = _ReplayedIterator(sampler)
+        counts = [count for count in (_length(loader), limit) if count is not None]
+        super().__init__(loader, loader.batch_sampler, True, min(counts, default=None))
+
+    @property
+    def num_units(self) -> int:
+        """Batches in all."""
+        if self._order is None and self._limit is not None:
+            return self._limit
+        assert self.order is not None
+        return len(self.order)
 
     @property
     def num_batches(self) -> int:
         """Batches a single device would compute."""
         return self.num_units
 
-    def layout(self, chunk_batches: int) -> LoaderLayout:
-        """Describe the work, with chunks of ``chunk_batches`` batches."""
-        identity = _dataset_identity(self.loader.dataset)
-        sampler = self.loader.batch_sampler
-        assert sampler is not None
-        identity["batch_sampler"] = f"{type(sampler).__qualname__}:{_digest(sampler)}"
-        return LoaderLayout(
-            unit="batch", num_units=self.num_units, batch_size=None, chunk_size=chunk_batches, identity=identity
-        )
+    def geometry(self, chunk_batches: int) -> LoaderLayout:
+        """How the work is cut, with chunks of ``chunk_batches`` batches, without its identity."""
+        assert self.order is not None
+        return LoaderLayout(unit="batch", num_units=len(self.order), batch_size=None, chunk_size=chunk_batches)
 
     def spans(self, layout: LoaderLayout, chunk: int, isolate: range, skip: frozenset[int]) -> Iterator[Span]:
         """The batches of a chunk; see :meth:`MapSource.spans`. A batch cannot be split, so ``isolate`` has no use."""
+        assert self.order is not None
         for number in layout.chunk_range(chunk):
             if number not in skip:
-                yield Span(number, 1, number, list(self._batches.take(range(number, number + 1))[0]))
+                yield Span(number, 1, number, self.order.batch(number))
 
-    def reordered(self, batches: Iterable[list[int]]) -> DataLoader[Any]:
-        """The user's loader, fed by ``batches`` of dataset indices instead of its own batch sampler."""
-        return _with_sampler(self.loader, "batch_sampler", batches)
-
-    def collate(self, indices: list[int]) -> Any:
-        """Build a batch of the given samples anew, as the loader would."""
-        return _collate(self.loader, indices)
+    def first_batch(self) -> Any:
+        """The first batch as the loader gives it, read in a worker process; None if there is none."""
+        assert self.order is not None
+        return next(read_in_worker(self.loader, batch_sampler=[self.order.batch(0)]), None) if len(self.order) else None
 
 
 class StreamSource:
@@ -185,8 +328,9 @@ class StreamSource:
     def __init__(self, loader: Iterable[Any], limit: int | None = None):
         self.loader = loader
         self.limit = limit
-        known = isinstance(loader, Sized) and not isinstance(loader, DataLoader)
-        self.num_units: int | None = len(loader) if known else None  # type: ignore[arg-type]
+        # What a loader says of a stream's length is a guess of its author's.
+        known = not isinstance(loader, DataLoader) or not isinstance(loader.dataset, IterableDataset)
+        self.num_units: int | None = _length(loader) if known else None
         if self.num_units is not None and limit is not None:
             self.num_units = min(self.num_units, limit)
 
@@ -210,13 +354,29 @@ class StreamSource:
 
     def iterate(self) -> Iterator[Any]:
         """Start the stream from its beginning."""
-        loader = _copy(self.loader) if isinstance(self.loader, DataLoader) else self.loader
-        return itertools.islice(iter(loader), self.limit)
+        loader = copy_loader(self.loader) if isinstance(self.loader, DataLoader) else self.loader
+        return itertools.islice(read_alone(loader.__iter__, self._in_this_process), self.limit)
 
     def iterate_uncollated(self) -> Iterator[list[Any]]:
         """Start the stream from its beginning; each item is the list of samples of one of the loader's batches."""
         assert isinstance(self.loader, DataLoader)
-        return itertools.islice(iter(_without_collation(_copy(self.loader))), self.limit)
+        loader = _without_collation(copy_loader(self.loader))
+        return itertools.islice(read_alone(loader.__iter__, self._in_this_process), self.limit)
+
+    def freeze(self, directory: Path) -> None:
+        """Nothing to keep: a stream's order is its own, and replicas compare what they read."""
+
+    def thaw(self, directory: Path, layout: LoaderLayout) -> None:
+        """Nothing was kept."""
+
+    def first_batch(self) -> Any:
+        """The first batch as the loader gives it; None if there is none."""
+        return next(self.iterate(), None)
+
+    @property
+    def _in_this_process(self) -> bool:
+        """Whether batches are made here and not in workers; of what is no ``DataLoader``, some may be."""
+        return not isinstance(self.loader, DataLoader) or not self.loader.num_workers
 
 
 Source = MapSource | BatchSource | StreamSource
@@ -244,10 +404,18 @@ def describe(loader: Any, limit: int | None = None) -> Source:
                 "to start over. Pass a DataLoader, a list of batches, or an object with __iter__."
             )
         return StreamSource(loader, limit)
+    if _iterates_its_own_way(loader):
+        return StreamSource(loader, limit)
     sampler = loader.batch_sampler
     if sampler is None or type(sampler) is BatchSampler:
         return MapSource(loader, limit)
     return BatchSource(loader, limit)
+
+
+def _iterates_its_own_way(loader: DataLoader[Any]) -> bool:
+    """Whether a subclass may give other batches than its sampler asks for; torchdata's, which keeps a state, does not."""
+    method = type(loader).__iter__
+    return method is not DataLoader.__iter__ and not method.__module__.startswith("torchdata.stateful_dataloader")
 
 
 def check_rebatchable(source: Source) -> None:
@@ -288,39 +456,13 @@ def default_chunk_batches(num_batches: int | None, num_replicas: int, windows: b
     return max(1, min(MAX_CHUNK_BATCHES, num_batches // wanted))
 
 
-T = TypeVar("T")
-
-
-class _ReplayedIterator(Generic[T]):
-    """Positions of a deterministic iterable, read forward; going back starts it over. Memory does not grow."""
-
-    def __init__(self, iterable: Iterable[T]):
-        self._iterable = iterable
-        self._iterator: Iterator[T] = iter(())
-        self._position = -1
-
-    def take(self, positions: range) -> list[T]:
-        """The elements at consecutive positions."""
-        if self._position < 0 or positions.start < self._position:
-            self._iterator, self._position = iter(self._iterable), 0
-        skip = positions.start - self._position
-        taken = list(itertools.islice(self._iterator, skip, skip + len(positions)))
-        self._position = positions.stop
-        if len(taken) != len(positions):
-            raise ConfigurationError(
-                f"{type(self._iterable).__name__} ended before position {positions.stop}, which it had before; a sampler "
-                "used for prediction must give the same order each time it is iterated."
-            )
-        return taken
-
-
-class _Flattened(Sampler[int]):
+class _Flattened(Sampler[Any]):
     """Single indices out of batches of one."""
 
-    def __init__(self, batches: Iterable[list[int]]):
+    def __init__(self, batches: Iterable[list[Any]]):
         self._batches = batches
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         return itertools.chain.from_iterable(self._batches)
 
 
@@ -339,11 +481,14 @@ def _deterministic_sampler(loader: DataLoader[Any]) -> Sampler[int]:
     return sampler  # type: ignore[return-value]
 
 
-def _collate(loader: DataLoader[Any], indices: list[int]) -> Any:
-    dataset: Any = loader.dataset
-    if hasattr(dataset, "__getitems__"):
-        return loader.collate_fn(dataset.__getitems__(indices))
-    return loader.collate_fn([dataset[index] for index in indices])
+def _length(loader: Any) -> int | None:
+    """How many batches there are, as far as the loader or its batch sampler say."""
+    for sized in (loader, getattr(loader, "batch_sampler", None)):
+        try:
+            return len(sized)  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):
+            continue
+    return None
 
 
 def _pieces(batch: range, isolate: range, skip: frozenset[int]) -> Iterator[range]:
@@ -358,27 +503,6 @@ def _pieces(batch: range, isolate: range, skip: frozenset[int]) -> Iterator[rang
             start = unit + 1
     if start < batch.stop:
         yield range(start, batch.stop)
-
-
-def _with_sampler(loader: DataLoader[Any], name: str, sampler: Any) -> DataLoader[Any]:
-    """A copy of a loader with another sampler.
-
-    ``DataLoader`` forbids setting these attributes after construction, because an iterator may be running; the copy has
-    none.
-    """
-    clone = _copy(loader)
-    object.__setattr__(clone, name, sampler)
-    if loader.num_workers:
-        object.__setattr__(clone, "persistent_workers", True)  # the loader is iterated again after a pause
-    return clone
-
-
-def _copy(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """A copy, and not a new instance, so that subclasses and all their arguments survive."""
-    clone = copy.copy(loader)
-    clone._iterator = None
-    tie_workers(clone)
-    return clone
 
 
 def _without_collation(clone: DataLoader[Any]) -> DataLoader[Any]:
@@ -396,53 +520,15 @@ def _qualified_name(obj: Any) -> str:
     return f"{type(obj).__module__}.{type(obj).__qualname__}"
 
 
-def _dataset_identity(dataset: Any) -> dict[str, str | int | None]:
-    return {
-        "dataset": _qualified_name(dataset),
-        "length": len(dataset),
-        "fingerprint": _dataset_fingerprint(dataset),
-    }
+def _digests(samples: list[Any]) -> int:
+    """In a worker: a digest of a sample, so that the sample itself need not travel."""
+    return digest(samples[0], max_elements=None)
 
 
-def _dataset_fingerprint(dataset: Any) -> str | None:
-    """The dataset's own fingerprint, or a digest of its first, middle and last sample.
-
-    None where samples differ from one reading to the next (random augmentation) or cannot be compared.
-    """
-    own = getattr(dataset, "_fingerprint", None) or getattr(dataset, "fingerprint", None)
-    if isinstance(own, str):
-        return own
-    length = len(dataset)
-    if not length:
-        return None
-
-    def digest(index: int) -> str:
-        return hashlib.sha256(pickle.dumps(_canonical(dataset[index]))).hexdigest()
-
+def _refusal(function: Callable[[list[Any]], Any], samples: list[Any]) -> str | None:
+    """In a worker: why a function refuses samples. Its other errors reach the caller with the worker's traceback."""
     try:
-        first = digest(0)
-        if first != digest(0):
-            return None
-        return hashlib.sha256((first + digest(length // 2) + digest(length - 1)).encode()).hexdigest()[:16]
-    except Exception:  # noqa: BLE001 - whatever a sample cannot do, it only means that there is no fingerprint
-        return None
-
-
-def _canonical(sample: Any) -> Any:
-    """Tensors and arrays as plain bytes: pickling a tensor twice need not give the same bytes."""
-    if isinstance(sample, torch.Tensor):
-        raw = sample.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        return str(sample.dtype), tuple(sample.shape), raw
-    if isinstance(sample, Mapping):
-        return [(key, _canonical(value)) for key, value in sample.items()]
-    if isinstance(sample, (list, tuple)):
-        return [_canonical(value) for value in sample]
-    return sample
-
-
-def _digest(batches: Iterable[Any]) -> str:
-    """Digest of an order of indices, read once through: two readings must agree."""
-    running = hashlib.sha256()
-    for item in batches:
-        running.update(repr(item).encode())
-    return running.hexdigest()[:16]
+        function(samples)
+    except ConfigurationError as error:
+        return str(error)
+    return None

@@ -14,6 +14,7 @@ from lightning_gpuorch.predictions.source import BatchSource, Span, StreamSource
 from lightning_gpuorch.predictions.window import Batcher, Window
 from lightning_gpuorch.predictions.window_bounds import WindowBounds
 from lightning_gpuorch.predictions.window_reader import BackgroundWindowReader, Requested, WindowReader
+from lightning_gpuorch.predictions.world_of_one import read_alone
 from lightning_gpuorch.predictions.writer import size_bytes
 
 
@@ -61,12 +62,11 @@ class WindowedLoader(LeasedLoader):
         assert not isinstance(source, BatchSource)
         loader: DataLoader[Any] | None = None
         if isinstance(source, StreamSource):
-            begin: Callable[[], Iterator[Any]] = functools.partial(
-                self._leased_stream, Stream(source.iterate_uncollated)
-            )
+            stream = Stream(source.iterate_uncollated, "samples", self.layout.chunk_size, self._queue.saw)
+            begin: Callable[[], Iterator[Any]] = functools.partial(self._leased_stream, stream)
         else:
             loader = source.uncollated(LeasedBatches(self))
-            begin = loader.__iter__
+            begin = functools.partial(read_alone, loader.__iter__, in_this_process=not loader.num_workers)
         self._held = None
         left_early = False
         try:

@@ -44,6 +44,9 @@ class Queue:
     def end_of_stream(self, units: int) -> None:
         self.chunks = self.asked
 
+    def saw(self, chunk: int, digest: str) -> None:
+        pass
+
 
 class Stream(IterableDataset[Any]):
     def __init__(self, samples: list[Any]):
