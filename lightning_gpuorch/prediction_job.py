@@ -6,7 +6,6 @@ durable in the background.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import gc
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_gpuorch._version import __version__
+from lightning_gpuorch.batches_in_flight import BatchesInFlight
 from lightning_gpuorch.batching import DynamicBatcher, freeze_objects
 from lightning_gpuorch.dynamic_steps import DynamicSteps
 from lightning_gpuorch.errors import EXIT_RESUMABLE
@@ -92,12 +92,11 @@ class PredictionJob:
         self.finished_before = bool(answer["finished"])
         self.resumed_chunks = sum(answer["resumed"])
         manifest = Manifest.from_dict(answer["manifest"])
-        self.delivered = _Delivered()
+        keeps = self._host_copy if world.topology.is_leader else None
+        self.batches_in_flight = BatchesInFlight(keeps, self._keep)
         self._chunks_began: dict[tuple[int, int], float] = {}
         self._observed_at: float | None = None
         self._asked_ns = time.time_ns()
-        self._fetched_ns: tuple[int, int] | None = None
-        self._copies: collections.deque[tuple[Ticket, HostCopy, frozenset[int]]] = collections.deque()
         self.samples = 0
         self.steps = 0
         self._ended: str | None = None
@@ -124,7 +123,7 @@ class PredictionJob:
     ) -> LeasedLoader:
         topology = self._world.topology
         sink = _Sink(self, index, self._collectors[index], agrees=topology.tensor_parallel_size > 1)
-        leased = (source, layout, _Queue(self, index), sink, self.delivered, index, self._on_ended)
+        leased = (source, layout, _Queue(self, index), sink, self.batches_in_flight, index, self._on_ended)
         if self._dynamic is None or batcher is None:
             return LeasedLoader(*leased)
         dynamic = self._dynamic
@@ -150,12 +149,14 @@ class PredictionJob:
             f"; {self.resumed_chunks} chunks are already there" if self.resumed_chunks else "",
         )
 
-    def take(self) -> Ticket:
-        """The ticket of the batch that was delivered first and is not computed yet."""
-        ticket = self.delivered.popleft()
-        there = self.delivered.at_ns.popleft()
-        self._fetched_ns = (self._asked_ns, max(self._asked_ns, there))
-        return ticket
+    def batches(self, loader: int) -> Iterator[Any]:
+        """The batches of a dataloader that this rank computes; one is done when the next is asked for.
+
+        Each has to be given to :meth:`run_step` before that.
+        """
+        for batch in self.loaders[loader]:
+            yield batch
+            self.end_batch()
 
     def progress(self) -> dict[str, Any]:
         """How far the whole job is: chunks, samples, restarts."""
@@ -177,17 +178,18 @@ class PredictionJob:
             entries = self._quarantined.setdefault((ticket.loader, unit // chunk_size), [])
             entries.append((unit, unit + 1, reason))
 
-    def run_step(self, call: Callable[[Any], Any], batch: Any, ticket: Ticket) -> Any:
-        """Compute one batch and keep its output.
+    def run_step(self, call: Callable[[Any], Any], batch: Any) -> Any:
+        """Compute the batch that was given out; its output is kept when callbacks are through with it.
 
         Args:
             call: Computes a batch.
             batch: The batch, on the device.
-            ticket: Its ticket.
 
         Returns:
             The output, as ``call`` returned it.
         """
+        in_flight = self.batches_in_flight.next_delivered()
+        ticket = in_flight.ticket
         step: Callable[[Any], Any] = functools.partial(self._runtime.compute_together, call)
         if self._dynamic is not None:
             step = self._dynamic.step(call, ticket)
@@ -199,7 +201,8 @@ class PredictionJob:
         if self._writer is not None:
             self._chunks_began.setdefault((ticket.loader, ticket.chunk), time.monotonic())
         telemetry = self._runtime.telemetry
-        telemetry.begin_step(self.steps, ticket.chunk, self._fetched_ns)
+        fetched_ns = (self._asked_ns, max(self._asked_ns, in_flight.delivered_ns))
+        telemetry.begin_step(self.steps, ticket.chunk, fetched_ns)
         heartbeat, span = current_heartbeat(), ticket.span
         if heartbeat is not None:
             stop = span.first_unit + span.num_units
@@ -221,22 +224,44 @@ class PredictionJob:
         self.steps += 1
         self.samples += ticket.size or 0
         self._observe(ticket, output, began)
-        if self._writer is not None:
-            self._copies.append((ticket, self._host_copy(output), frozenset(self._lost)))
-        if heartbeat is not None:
-            heartbeat.end_step()  # what fails from here on is not to be blamed on the batch
-        # On CUDA this step still computes; what it gives is picked up when the next one is on its way.
-        self._collect(leave=0 if self._runtime.transfers is None else 1)
+        self.batches_in_flight.computed(in_flight, output, frozenset(self._lost))
+        if self._runtime.transfers is not None:
+            self.batches_in_flight.collect()  # the step before: the device still computes this one
         telemetry.end_step(ticket.size or 0)
         calibration = self._runtime.calibration
         if calibration is not None and calibration.count(ticket.size or 0, time.perf_counter()):
             self._end_calibration()
-        self._asked_ns = time.time_ns()
         return output
+
+    def end_batch(self) -> None:
+        """The loop asks for the next batch, or has ended: the one in hand is done.
+
+        Until then a death is blamed on it, whether it was in the step or in a callback: both are given the same batch
+        again, and one that always dies has to end in isolation, not in restarts.
+        """
+        self._asked_ns = time.time_ns()
+        if not self.batches_in_flight.end_computed():
+            return
+        self._end_blame()
+        if self._runtime.transfers is None:  # else it is picked up when the next step is on its way
+            self.batches_in_flight.collect()
+
+    def leave_batch(self) -> None:
+        """The loop was left with a batch in hand, and in good order: the batch is not done, and nothing is its fault."""
+        self.batches_in_flight.drop_computed()
+        self._end_blame()
+
+    def _end_blame(self) -> None:
+        heartbeat = current_heartbeat()
+        if heartbeat is not None:
+            heartbeat.end_step()
 
     def _host_copy(self, output: Any) -> HostCopy:
         transfers = self._runtime.transfers
         return HostCopy(to_host(output)) if transfers is None else transfers.to_host(output)
+
+    def _keep(self, ticket: Ticket, output: Any, lost: frozenset[int]) -> None:
+        self._collectors[ticket.loader].add(ticket, output, lost)
 
     def _observe(self, ticket: Ticket, output: Any, began: float) -> None:
         """Tell what bounds windows. From step to step: on CUDA a step returns before it is computed."""
@@ -271,7 +296,8 @@ class PredictionJob:
             SystemExit: The job was asked to stop; the exit code says that it can be resumed.
         """
         with _phase(Phase.COMMIT, then=Phase.OUTSIDE):
-            self._collect()
+            self.end_batch()
+            self.batches_in_flight.collect()
             self.close()
         if self._ended in ("drain", "fenced"):
             log.info("stopped on request; the same command goes on from here")
@@ -284,21 +310,15 @@ class PredictionJob:
         return read_predictions(self.directory)
 
     def flush(self) -> None:
-        """Wait until everything computed so far is durable.
+        """Wait until the chunks of all batches that are done are durable, as far as they are whole.
 
         Raises:
             PredictionStorageError: Something could not be written.
         """
-        self._collect()
+        self.batches_in_flight.collect()
         if self._writer is not None:
             with _phase(Phase.COMMIT, then=Phase.RUN):
                 self._writer.flush()
-
-    def _collect(self, leave: int = 0) -> None:
-        """Hand on outputs that have reached the host, all but the last ``leave`` steps'."""
-        while len(self._copies) > leave:
-            ticket, copy, lost = self._copies.popleft()
-            self._collectors[ticket.loader].add(ticket, copy.result(), lost)
 
     def close(self) -> None:
         """Stop the writer after it has written what it has; safe to call again."""
@@ -307,10 +327,18 @@ class PredictionJob:
         if self._drain_signal is not None:
             self._drain_signal.restore()
         if self._writer is not None:
+            self._collect_at_last()
             writer, self._writer = self._writer, None
             writer.close()
             for collector in self._collectors:
                 collector.keep()
+
+    def _collect_at_last(self) -> None:
+        """Hand on what was done before an error. The device may have failed; then it gives nothing any more."""
+        try:
+            self.batches_in_flight.collect()
+        except RuntimeError as error:
+            log.warning("the output of the last batch cannot be read from the device; it is computed again: %s", error)
 
     def _summarise(self, answer: dict[str, Any]) -> None:
         if self.finished_before:
@@ -381,19 +409,6 @@ class PredictionJob:
         return self._world.channel.call(header, timeout_seconds=timeout)
 
 
-class _Delivered(collections.deque[Ticket]):
-    """Tickets of batches that are not computed yet, and the Unix time in nanoseconds at which each batch was there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.at_ns: collections.deque[int] = collections.deque()
-
-    def append(self, ticket: Ticket) -> None:
-        """Take the ticket of a batch that has just been fetched."""
-        super().append(ticket)
-        self.at_ns.append(time.time_ns())
-
-
 class _Sink:
     """A collector that gets a chunk's last output before it is told that the chunk is over.
 
@@ -412,7 +427,7 @@ class _Sink:
         self._collector.begin(chunk, num_batches)
 
     def end(self, chunk: int) -> None:
-        self._job._collect()
+        self._job.batches_in_flight.collect()
         self._collector.end(chunk)
 
     def take_over(self, window: Window) -> set[int]:

@@ -1,8 +1,8 @@
 """Iterables that hand a replica its part of a dataloader: chunks leased one after another, or a fixed share.
 
 The consumer takes batches with ``next`` and finds the ticket of each in the loader's queue of tickets, in the same
-order. It must have handed over a batch's output before it asks for the batch after; when no work is left for the
-moment, the loader waits inside ``next`` for what other replicas may still give back.
+order. A batch is done when the batch after is asked for; when no work is left for the moment, the loader waits inside
+``next`` for what other replicas may still give back.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lightning_gpuorch.errors import ControlPlaneError
+from lightning_gpuorch.predictions.batch_numbers import number_of_span
 from lightning_gpuorch.predictions.layout import LoaderLayout
 from lightning_gpuorch.predictions.source import BatchSource, MapSource, Source, Span, StreamSource
 from lightning_gpuorch.predictions.window import Window
@@ -28,6 +29,14 @@ class WorkQueue(Protocol):
 
     def end_of_stream(self, units: int) -> None:
         """Report where a stream ended."""
+        ...
+
+
+class TicketQueue(Protocol):
+    """Where a loader puts the tickets of the batches it gives out."""
+
+    def append(self, ticket: Ticket) -> None:
+        """Take the ticket of the batch that is given out next."""
         ...
 
 
@@ -55,6 +64,7 @@ class Ticket:
         loader: Index of the dataloader.
         chunk: Chunk it belongs to.
         span: Units, batch number and dataset indices.
+        number: What ``batch_idx`` is; see :mod:`lightning_gpuorch.predictions.batch_numbers`.
         collate: Builds a batch of given dataset indices anew; None in streams.
         window: The window its samples come from, with dynamic batching.
         positions: Their positions in the window, ascending.
@@ -65,6 +75,7 @@ class Ticket:
     loader: int
     chunk: int
     span: Span
+    number: int
     collate: Callable[[list[int]], Any] | None
     window: Window | None = None
     positions: Sequence[int] = ()
@@ -111,7 +122,7 @@ class LeasedLoader:
         layout: LoaderLayout,
         queue: WorkQueue,
         sink: ChunkSink,
-        delivered: collections.deque[Ticket],
+        delivered: TicketQueue,
         index: int = 0,
         on_ended: Callable[[str], None] = lambda answer: None,
     ):
@@ -155,7 +166,8 @@ class LeasedLoader:
             while self._answer in ("", "pause"):
                 for batch in loader:
                     asked = self._requested.popleft()
-                    self._delivered.append(Ticket(self.index, asked.chunk, asked.span, source.collate))
+                    number = number_of_span(asked.span, self.layout)
+                    self._delivered.append(Ticket(self.index, asked.chunk, asked.span, number, source.collate))
                     yield batch
                 self._block = True
         finally:
@@ -194,7 +206,7 @@ class LeasedLoader:
                 self._sink.begin(chunk, None)
             if number in skip:  # read, since the stream cannot be entered elsewhere, and not computed
                 continue
-            self._delivered.append(Ticket(self.index, chunk, Span(number, 1, number, None), None))
+            self._delivered.append(Ticket(self.index, chunk, Span(number, 1, number, None), number, None))
             yield batch
         self._sink.end(chunk)
 
