@@ -10,8 +10,6 @@ import contextlib
 import functools
 import gc
 import logging
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +22,8 @@ from lightning_gpuorch.batches_in_flight import BatchesInFlight
 from lightning_gpuorch.batching import DynamicBatcher, freeze_objects
 from lightning_gpuorch.dynamic_steps import DynamicSteps
 from lightning_gpuorch.errors import EXIT_RESUMABLE
-from lightning_gpuorch.liveness import Phase, current_heartbeat
+from lightning_gpuorch.leased_work import FOREVER_SECONDS, DrainOnSignal, ReplicaQueue, ReplicaSink
+from lightning_gpuorch.liveness import Phase, current_heartbeat, phase
 from lightning_gpuorch.memory.transfer import HostCopy
 from lightning_gpuorch.predictions.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.fragments import FragmentReader, FragmentWriter
@@ -34,7 +33,6 @@ from lightning_gpuorch.predictions.manifest import Manifest
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 from lightning_gpuorch.predictions.reader import read_predictions
 from lightning_gpuorch.predictions.source import Source, default_chunk_batches, describe
-from lightning_gpuorch.predictions.window import Window
 from lightning_gpuorch.predictions.windowed_loader import WindowedLoader
 from lightning_gpuorch.predictions.writer import PartWriter, size_bytes
 from lightning_gpuorch.surviving_steps import SurvivingSteps
@@ -48,8 +46,6 @@ log = logging.getLogger(__name__)
 
 StepWrapper = Callable[[Callable[[Any], Any], Any, Ticket], Any]
 """``wrapper(call, batch, ticket) -> output``: stands around a step and calls ``call`` once, or often on parts."""
-
-_FOREVER_SECONDS = 10 * 365 * 86400.0
 
 
 class PredictionJob:
@@ -85,8 +81,8 @@ class PredictionJob:
         )
         directory, ephemeral = world.job_directory(runtime.output_dir, default_root)
         asked = {"directory": str(directory), "ephemeral": ephemeral, "manifest": wanted.to_dict()}
-        with _phase(Phase.WAIT, then=Phase.STARTING):  # what is there already is checked first, however much it is
-            answer = self._call("open", **asked, timeout_seconds=_FOREVER_SECONDS).header
+        with phase(Phase.WAIT, then=Phase.STARTING):  # what is there already is checked first, however much it is
+            answer = self.call("open", **asked, timeout_seconds=FOREVER_SECONDS).header
         self.directory = Path(answer["directory"])
         self.ephemeral = ephemeral
         self.finished_before = bool(answer["finished"])
@@ -112,7 +108,7 @@ class PredictionJob:
             self._make_loader(index, source, layout, batcher)
             for index, (source, layout, batcher) in enumerate(zip(sources, manifest.loaders, batchers, strict=True))
         ]
-        self._drain_signal = _DrainOnSignal(self._request_drain) if not world.supervised else None
+        self._drain_signal = DrainOnSignal(self._request_drain) if not world.supervised else None
         if world.topology.rank == 0:
             self._announce(manifest.loaders)
         if world.supervised:
@@ -122,8 +118,8 @@ class PredictionJob:
         self, index: int, source: Source, layout: LoaderLayout, batcher: DynamicBatcher | None
     ) -> LeasedLoader:
         topology = self._world.topology
-        sink = _Sink(self, index, self._collectors[index], agrees=topology.tensor_parallel_size > 1)
-        leased = (source, layout, _Queue(self, index), sink, self.batches_in_flight, index, self._on_ended)
+        sink = ReplicaSink(self, self._world, index, self._collectors[index])
+        leased = (source, layout, ReplicaQueue(self, index), sink, self.batches_in_flight, index, self._on_ended)
         if self._dynamic is None or batcher is None:
             return LeasedLoader(*leased)
         dynamic = self._dynamic
@@ -160,7 +156,7 @@ class PredictionJob:
 
     def progress(self) -> dict[str, Any]:
         """How far the whole job is: chunks, samples, restarts."""
-        return dict(self._call("progress").header)
+        return dict(self.call("progress").header)
 
     def lose(self, positions: Sequence[int], ticket: Ticket, reason: str) -> None:
         """Give up samples of the batch that is being computed; its output covers the others.
@@ -274,6 +270,10 @@ class PredictionJob:
         num_samples, num_bytes = ticket.size or 0, size_bytes(output)
         loader.bounds.observe(num_samples=num_samples, num_bytes=num_bytes, seconds=now - since)
 
+    def begin_waiting(self) -> None:
+        """What passes until the next step is no work."""
+        self._observed_at = None
+
     def _end_calibration(self) -> None:
         """Write the baseline, and end the script in good order: the rest of its data is of no interest.
 
@@ -295,14 +295,14 @@ class PredictionJob:
             MissingPredictionsError: Samples are missing; they are named.
             SystemExit: The job was asked to stop; the exit code says that it can be resumed.
         """
-        with _phase(Phase.COMMIT, then=Phase.OUTSIDE):
+        with phase(Phase.COMMIT, then=Phase.OUTSIDE):
             self.end_batch()
             self.batches_in_flight.collect()
             self.close()
         if self._ended in ("drain", "fenced"):
             log.info("stopped on request; the same command goes on from here")
             raise SystemExit(EXIT_RESUMABLE)
-        answer = self._call("close").header
+        answer = self.call("close").header
         if self._runtime.calibration is not None:  # the data ended before the time
             self._end_calibration()
         if self._world.topology.rank == 0:
@@ -317,7 +317,7 @@ class PredictionJob:
         """
         self.batches_in_flight.collect()
         if self._writer is not None:
-            with _phase(Phase.COMMIT, then=Phase.RUN):
+            with phase(Phase.COMMIT, then=Phase.RUN):
                 self._writer.flush()
 
     def close(self) -> None:
@@ -362,7 +362,7 @@ class PredictionJob:
         if self._dynamic is None or not self._world.topology.is_leader:
             return None
         on_kept = functools.partial(self._on_kept, loader)
-        around_write = functools.partial(_phase, Phase.COMMIT, then=Phase.RUN)
+        around_write = functools.partial(phase, Phase.COMMIT, then=Phase.RUN)
         writer = FragmentWriter(self.directory, loader, layout.samples_per_chunk, on_kept, around_write)
         return writer, FragmentReader(self.directory, loader)
 
@@ -375,13 +375,13 @@ class PredictionJob:
         if self._writer is None:
             return  # it leaves already
         assert self._dynamic is not None
-        self._dynamic.asked_to_leave |= bool(self._call("kept", loader=loader, samples=samples).header["leave"])
+        self._dynamic.asked_to_leave |= bool(self.call("kept", loader=loader, samples=samples).header["leave"])
 
     def _commit(self, loader: int, chunk: int, batches: list[StoredBatch]) -> None:
         assert self._writer is not None
         owner = self._world.owner
         metadata = {"replica": owner["replica"], "generation": owner["generation"]}
-        with _phase(Phase.COMMIT, then=Phase.RUN):  # it waits where the disk is slower than the model
+        with phase(Phase.COMMIT, then=Phase.RUN):  # it waits where the disk is slower than the model
             self._writer.put(loader, chunk, batches, metadata)
 
     def _on_committed(self, loader: int, chunk: int, won: bool, samples: int) -> None:
@@ -392,7 +392,7 @@ class PredictionJob:
         if fragments is not None:
             fragments[0].on_durable(chunk)
         quarantined = self._quarantined.pop((loader, chunk), [])
-        self._call("done", loader=loader, chunk=chunk, won=won, samples=samples, quarantined=quarantined)
+        self.call("done", loader=loader, chunk=chunk, won=won, samples=samples, quarantined=quarantined)
 
     def _on_ended(self, answer: str) -> None:
         self._ended = answer
@@ -401,109 +401,13 @@ class PredictionJob:
             self.finish()
 
     def _request_drain(self) -> None:
-        self._call("drain")
+        self.call("drain")
 
-    def _call(self, op: str, *, timeout_seconds: float | None = None, **fields: Any) -> Any:
+    def call(self, op: str, *, timeout_seconds: float | None = None, **fields: Any) -> Any:
+        """Ask the job's head something in the name of this rank."""
         header = {"op": op, "job": self.number, **self._world.owner, **fields}
         timeout = self._runtime.config.timeout_sec if timeout_seconds is None else timeout_seconds
         return self._world.channel.call(header, timeout_seconds=timeout)
-
-
-class _Sink:
-    """A collector that gets a chunk's last output before it is told that the chunk is over.
-
-    Args:
-        job: Its job.
-        loader: Index of the dataloader.
-        collector: The collector.
-        agrees: What is taken over is decided by the leader of a group, and told to the other ranks.
-    """
-
-    def __init__(self, job: PredictionJob, loader: int, collector: ChunkCollector | NoCollector, agrees: bool):
-        self._job, self._loader, self._collector = job, loader, collector
-        self._agrees, self._num_windows = agrees, 0
-
-    def begin(self, chunk: int, num_batches: int | None) -> None:
-        self._collector.begin(chunk, num_batches)
-
-    def end(self, chunk: int) -> None:
-        self._job.batches_in_flight.collect()
-        self._collector.end(chunk)
-
-    def take_over(self, window: Window) -> set[int]:
-        sizes = self._collector.take_over(window)
-        if not self._agrees:
-            return sizes
-        job, owner = self._job, self._job._world.owner
-        place = (job.number, self._loader, owner["replica"], owner["generation"], self._num_windows)
-        key, self._num_windows = "taken-over/" + "/".join(map(str, place)), self._num_windows + 1
-        if job._world.topology.is_leader:
-            job._call("publish", key=key, value=[sorted(sizes), sorted(window.taken_over)])
-            return sizes
-        with _phase(Phase.WAIT, then=Phase.RUN):  # the supervisor judges whether the leader is stuck
-            told = job._call("lookup", key=key, timeout_seconds=_FOREVER_SECONDS).header["value"]
-        sizes, positions = told
-        if positions:
-            window.take_over(positions, None)
-        return set(sizes)
-
-
-class _Queue:
-    """A rank's view of its replica's leases."""
-
-    def __init__(self, job: PredictionJob, loader: int):
-        self._job, self._loader, self._sequence = job, loader, 0
-
-    def next(self, block: bool, seconds_per_sample: float = 0.0) -> dict[str, Any]:
-        if block:
-            # Own chunks first: others may wait for them as well, and a writer that has failed must say so now.
-            self._job.flush()
-        # Waiting for others to finish has no limit of its own: the supervisor judges who is stuck.
-        timeout = _FOREVER_SECONDS if block else None
-        with _phase(Phase.WAIT, then=Phase.RUN) if block else contextlib.nullcontext():
-            answer = self._job._call(
-                "next", loader=self._loader, sequence=self._sequence, block=block,
-                seconds_per_sample=seconds_per_sample, timeout_seconds=timeout,
-            ).header  # fmt: skip
-        self._sequence += 1
-        if block:
-            self._job._observed_at = None  # that wait was no work
-        return dict(answer)
-
-    def end_of_stream(self, units: int) -> None:
-        self._job._call("end_of_stream", loader=self._loader, units=units)
-
-
-@contextlib.contextmanager
-def _phase(phase: Phase, then: Phase) -> Iterator[None]:
-    """Tell whoever judges this rank what it is doing."""
-    heartbeat = current_heartbeat()
-    if heartbeat is not None:
-        heartbeat.enter(phase)
-    try:
-        yield
-    finally:
-        if heartbeat is not None:
-            heartbeat.enter(then)
-
-
-class _DrainOnSignal:
-    """SIGTERM and SIGINT ask the job to drain, where no supervisor does it."""
-
-    def __init__(self, drain: Callable[[], None]):
-        self._drain = drain
-        self._previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_signal)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        # Not in the handler: it may have interrupted a request on the same connection.
-        threading.Thread(target=self._drain, name="gpuorch-drain", daemon=True).start()
-
-    def restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
 
 
 def _wrapped(wrapper: StepWrapper, call: Callable[[Any], Any], ticket: Ticket, batch: Any) -> Any:
