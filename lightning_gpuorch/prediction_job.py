@@ -151,6 +151,7 @@ class PredictionJob:
         Each has to be given to :meth:`run_step` before that.
         """
         for batch in self.loaders[loader]:
+            self._begin_blame(self.batches_in_flight.newest)
             yield batch
             self.end_batch()
 
@@ -199,15 +200,11 @@ class PredictionJob:
         telemetry = self._runtime.telemetry
         fetched_ns = (self._asked_ns, max(self._asked_ns, in_flight.delivered_ns))
         telemetry.begin_step(self.steps, ticket.chunk, fetched_ns)
-        heartbeat, span = current_heartbeat(), ticket.span
-        if heartbeat is not None:
-            stop = span.first_unit + span.num_units
-            heartbeat.begin_step(self.number, ticket.loader, ticket.chunk, span.first_unit, stop)
         try:
             output = step(batch)
         except StopIteration as error:
             # Lightning's loop would take it for the end of the data and silently drop the rest.
-            raise RuntimeError(f"the predict step raised StopIteration on batch {ticket.span.batch_index}") from error
+            raise RuntimeError(f"the predict step raised StopIteration on batch {ticket.number}") from error
         except Exception as error:
             telemetry.fail_step(error)
             if self._world.recovery is not None:
@@ -230,11 +227,7 @@ class PredictionJob:
         return output
 
     def end_batch(self) -> None:
-        """The loop asks for the next batch, or has ended: the one in hand is done.
-
-        Until then a death is blamed on it, whether it was in the step or in a callback: both are given the same batch
-        again, and one that always dies has to end in isolation, not in restarts.
-        """
+        """The loop asks for the next batch, or has ended: the one in hand is done."""
         self._asked_ns = time.time_ns()
         if not self.batches_in_flight.end_computed():
             return
@@ -247,7 +240,18 @@ class PredictionJob:
         self.batches_in_flight.drop_computed()
         self._end_blame()
 
-    def _end_blame(self) -> None:
+    def _begin_blame(self, ticket: Ticket) -> None:
+        """A death is blamed on a batch from here until it is done, be it in the step or in a callback.
+
+        Both are given the same batch again: where one always dies of it, that must end in isolation, not in restarts.
+        """
+        heartbeat, span = current_heartbeat(), ticket.span
+        if heartbeat is not None:
+            stop = span.first_unit + span.num_units
+            heartbeat.begin_step(self.number, ticket.loader, ticket.chunk, span.first_unit, stop)
+
+    @staticmethod
+    def _end_blame() -> None:
         heartbeat = current_heartbeat()
         if heartbeat is not None:
             heartbeat.end_step()
@@ -260,7 +264,11 @@ class PredictionJob:
         self._collectors[ticket.loader].add(ticket, output, lost)
 
     def _observe(self, ticket: Ticket, output: Any, began: float) -> None:
-        """Tell what bounds windows. From step to step: on CUDA a step returns before it is computed."""
+        """Tell what bounds windows.
+
+        From step to step: on CUDA a step returns before it is computed. Before callbacks have changed the output: what they
+        do may differ between the ranks of a group, which have to form the same windows.
+        """
         loader = self.loaders[ticket.loader]
         if not isinstance(loader, WindowedLoader):
             return

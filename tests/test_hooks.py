@@ -268,6 +268,69 @@ def test_stop_iteration_in_a_hook_is_no_end_of_the_data(hook: str, tmp_path: Pat
     assert sorted(PartStore(tmp_path / "dataloader_0").done()) == [0, 1, 2]
 
 
+class Overlapping:
+    """Copies like those on CUDA: begun in the order of the steps, and picked up later."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    def to_device(self, batch: Any) -> Any:
+        return batch
+
+    def to_host(self, output: Any) -> Any:
+        number, copied, log = int(output["number"]), {key: value.clone() for key, value in output.items()}, self.log
+        log.append(f"copy {number}")
+
+        class Copy:
+            def result(self) -> Any:
+                log.append(f"picked up {number}")
+                return copied
+
+        return Copy()
+
+
+def test_copies_overlap_with_steps_and_hold_what_callbacks_have_changed(tmp_path: Path) -> None:
+    transfers = Overlapping()
+
+    class Begin(Callback):
+        def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+            trainer.strategy.runtime.transfers = transfers
+
+    def step(batch: torch.Tensor) -> Any:
+        number = int(batch[0, 0]) // 8
+        transfers.log.append(f"step {number}")
+        return {"y": batch * 2, "number": torch.tensor(number)}
+
+    def change(output: Any, number: int) -> None:
+        output["y"].mul_(10)
+        transfers.log.append(f"callback {number}")
+
+    got = trainer(ours(tmp_path, chunk_size=1), Begin(), AtEnd(change)).predict(Module(step), LOADERS["map"]())
+    assert equal(torch.cat([output["y"] for output in got]), ROWS * 20)
+    expected = []
+    for number in range(6):
+        before = [f"picked up {number - 1}"] if number else []
+        expected += [f"step {number}", *before, f"callback {number}", f"copy {number}"]
+    assert transfers.log == [*expected, "picked up 5"]
+
+
+def test_what_was_done_before_an_error_is_picked_up_though_its_copy_was_under_way(tmp_path: Path) -> None:
+    transfers = Overlapping()
+
+    class Begin(Callback):
+        def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+            trainer.strategy.runtime.transfers = transfers
+
+    def step(batch: torch.Tensor) -> Any:
+        if int(batch[0, 0]) == 24:
+            raise OnPurposeError
+        return {"y": batch, "number": batch[0, 0] / 8}
+
+    with pytest.raises(OnPurposeError):
+        trainer(ours(tmp_path, chunk_size=1), Begin()).predict(Module(step), LOADERS["map"]())
+    assert sorted(PartStore(tmp_path / "dataloader_0").done()) == [0, 1, 2]
+
+
 @pytest.mark.parametrize("loader", LOADERS)
 def test_one_number_in_the_step_and_in_every_hook(loader: str, tmp_path: Path) -> None:
     data = [LOADERS[loader](), LOADERS["map"]()]
