@@ -83,6 +83,11 @@ class BatchesInFlight:
         """Batches that are not computed yet."""
         return sum(batch.state is State.DELIVERED for batch in self._batches)
 
+    @property
+    def has_done(self) -> bool:
+        """Whether there are batches to be handed on."""
+        return any(batch.state is State.DONE for batch in self._batches)
+
     def next_delivered(self) -> BatchInFlight:
         """The batch to be computed next."""
         return next(batch for batch in self._batches if batch.state is State.DELIVERED)

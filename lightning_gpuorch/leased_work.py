@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lightning_gpuorch.liveness import Phase, phase
+from lightning_gpuorch.liveness import Phase, current_heartbeat, phase
 from lightning_gpuorch.predictions.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.window import Window
 
@@ -67,7 +67,7 @@ class ReplicaSink:
 
     def end(self, chunk: int) -> None:
         """A chunk of unknown length is over: what is done of it is handed on first."""
-        self._job.batches_in_flight.collect()
+        self._job.collect()
         self._collector.end(chunk)
 
     def take_over(self, window: Window) -> set[int]:
@@ -87,6 +87,21 @@ class ReplicaSink:
         if positions:
             window.take_over(positions, None)
         return set(sizes)
+
+
+def await_group(job: PredictionJob, world: World) -> None:
+    """Wait on the leader of a tensor-parallel group until the other ranks are done with the batches it is done with.
+
+    Otherwise it might make the output of a batch durable while a callback of another rank still works on it, and dies.
+    """
+    topology, owner, heartbeat = world.topology, world.owner, current_heartbeat()
+    place = "/".join(map(str, (job.number, owner["replica"], owner["generation"], job.steps)))
+    if not topology.is_leader:
+        job.call("publish", key=f"done/{place}/{topology.tensor_parallel_rank}", value=True)
+        return
+    with contextlib.nullcontext() if heartbeat is None else heartbeat.waiting():
+        for rank in range(1, topology.tensor_parallel_size):
+            job.call("lookup", key=f"done/{place}/{rank}", timeout_seconds=FOREVER_SECONDS)
 
 
 class DrainOnSignal:

@@ -22,7 +22,7 @@ from lightning_gpuorch.batches_in_flight import BatchesInFlight
 from lightning_gpuorch.batching import DynamicBatcher, freeze_objects
 from lightning_gpuorch.dynamic_steps import DynamicSteps
 from lightning_gpuorch.errors import EXIT_RESUMABLE
-from lightning_gpuorch.leased_work import FOREVER_SECONDS, DrainOnSignal, ReplicaQueue, ReplicaSink
+from lightning_gpuorch.leased_work import FOREVER_SECONDS, DrainOnSignal, ReplicaQueue, ReplicaSink, await_group
 from lightning_gpuorch.liveness import Phase, current_heartbeat, phase
 from lightning_gpuorch.memory.transfer import HostCopy
 from lightning_gpuorch.predictions.collector import ChunkCollector, NoCollector
@@ -218,8 +218,9 @@ class PredictionJob:
         self.samples += ticket.size or 0
         self._observe(ticket, output, began)
         self.batches_in_flight.computed(in_flight, output, frozenset(self._lost))
-        if self._runtime.transfers is not None:
-            self.batches_in_flight.collect()  # the step before: the device still computes this one
+        if self._collects_late:
+            # The step before: on CUDA this one still computes, and in a group all ranks have asked for it by now.
+            self.batches_in_flight.collect()
         telemetry.end_step(ticket.size or 0)
         calibration = self._runtime.calibration
         if calibration is not None and calibration.count(ticket.size or 0, time.perf_counter()):
@@ -232,8 +233,19 @@ class PredictionJob:
         if not self.batches_in_flight.end_computed():
             return
         self._end_blame()
-        if self._runtime.transfers is None:  # else it is picked up when the next step is on its way
+        if not self._collects_late:
             self.batches_in_flight.collect()
+
+    @property
+    def _collects_late(self) -> bool:
+        """Whether a batch that is done is handed on when the next step is on its way."""
+        return self._runtime.transfers is not None or self._world.topology.tensor_parallel_size > 1
+
+    def collect(self) -> None:
+        """Hand on what is done, as no step follows for now; in a group, once all ranks are through with their callbacks."""
+        if self._world.topology.tensor_parallel_size > 1 and self.batches_in_flight.has_done:
+            await_group(self, self._world)
+        self.batches_in_flight.collect()
 
     def leave_batch(self) -> None:
         """The loop was left with a batch in hand, and in good order: the batch is not done, and nothing is its fault."""
@@ -305,7 +317,7 @@ class PredictionJob:
         """
         with phase(Phase.COMMIT, then=Phase.OUTSIDE):
             self.end_batch()
-            self.batches_in_flight.collect()
+            self.collect()
             self.close()
         if self._ended in ("drain", "fenced"):
             log.info("stopped on request; the same command goes on from here")
@@ -323,7 +335,7 @@ class PredictionJob:
         Raises:
             PredictionStorageError: Something could not be written.
         """
-        self.batches_in_flight.collect()
+        self.collect()
         if self._writer is not None:
             with phase(Phase.COMMIT, then=Phase.RUN):
                 self._writer.flush()
@@ -343,6 +355,8 @@ class PredictionJob:
 
     def _collect_at_last(self) -> None:
         """Hand on what was done before an error. The device may have failed; then it gives nothing any more."""
+        if self._world.topology.tensor_parallel_size > 1:
+            return  # nobody knows how far the other ranks are
         try:
             self.batches_in_flight.collect()
         except RuntimeError as error:

@@ -29,15 +29,18 @@ def _assert_whole(finished):
 
 
 @pytest.mark.parametrize(
-    ("die_at", "by", "devices", "tp"),
-    [(45, "kill", 2, 1), (10, "exception", 2, 1), (21, "kill", 2, 2)],
-    ids=["killed-at-the-last-batch", "raises-once", "killed-in-a-group"],
+    "harm",
+    [
+        ("--die-at", 45),
+        ("--die-at", 10, "--die-by", "exception"),
+        ("--die-at", 21, "--tp", 2),
+        # The leader is done with the batch, and has nothing to do but to make it durable.
+        ("--die-at", 45, "--tp", 2, "--victim", 1, "--wait", 1),
+    ],
+    ids=["killed-at-the-last-batch", "raises-once", "killed-in-a-group", "killed-beside-its-leader-at-the-last-batch"],
 )
-def test_a_writer_that_dies_once_has_written_every_batch_in_the_end(runner, tmp_path, die_at, by, devices, tp):
-    finished = runner.run(
-        JOB, "--output", "out", "--die-at", die_at, "--die-by", by, "--devices", devices, "--tp", tp, timeout=120,
-        launcher=gpuorch_run(devices),
-    )  # fmt: skip
+def test_a_writer_that_dies_once_has_written_every_batch_in_the_end(runner, tmp_path, harm):
+    finished = runner.run(JOB, "--output", "out", *harm, timeout=120, launcher=gpuorch_run())
     assert finished.output.count("restarting replica") == 1
     _assert_whole(finished)
     files = _files(tmp_path)
@@ -47,9 +50,20 @@ def test_a_writer_that_dies_once_has_written_every_batch_in_the_end(runner, tmp_
     _assert_each_file_holds_its_batch(files)
 
 
-def test_a_sample_whose_writer_always_dies_is_given_up_alone(runner, tmp_path):
+@pytest.mark.parametrize("hook", ["start", "end"])
+def test_a_sample_whose_hook_always_dies_is_given_up_alone(runner, tmp_path, hook):
     finished = runner.run(
-        JOB, "--output", "out", "--die-at", 22, "--every-time", code=65, timeout=170, launcher=gpuorch_run()
+        JOB,
+        "--output",
+        "out",
+        "--die-at",
+        22,
+        "--die-in",
+        hook,
+        "--every-time",
+        code=65,
+        timeout=170,
+        launcher=gpuorch_run(),
     )
     assert "no prediction for 1 samples: 22" in finished.output
     found = read_predictions(tmp_path / "out", allow_missing=True)

@@ -41,16 +41,29 @@ class Writer(BasePredictionWriter):
 
     def write_on_batch_end(self, trainer, pl_module, prediction, batch_indices, batch, batch_idx, dataloader_idx):
         assert batch_idx == pl_module.number
-        if self.options.die_at in batch_indices and trainer.global_rank % self.options.tp == 0 and self._dies():
-            if self.options.die_by == "exception":
-                raise OSError("the file cannot be written, on purpose")
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.options.die_in == "end":
+            self._harm(trainer, batch_indices)
         content = {"rows": prediction["y"][:, 0].tolist(), "indices": batch_indices}
+        if self.options.tp > 1 and trainer.global_rank % self.options.tp != self.options.victim:
+            return  # the other ranks' work is not what is looked at
         temporary = self.directory / f".{batch_idx}-{os.getpid()}"
         temporary.write_text(json.dumps(content))
         temporary.replace(self.directory / f"{batch_idx}.json")
         with open(self.options.notes, "a") as notes:
             notes.write(f"{trainer.global_rank} {batch_idx}\n")
+
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if self.options.die_in == "start":
+            self._harm(trainer, batch[:, 0].int().tolist())
+
+    def _harm(self, trainer, samples):
+        mine = trainer.global_rank % self.options.tp == self.options.victim
+        if self.options.die_at not in samples or not mine or not self._dies():
+            return
+        if self.options.die_by == "exception":
+            raise OSError("the file cannot be written, on purpose")
+        time.sleep(self.options.wait)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def _dies(self):
         if self.options.every_time:
@@ -71,6 +84,9 @@ def main():
     options.add_argument("--notes", default="notes.txt")
     options.add_argument("--die-at", type=int, default=-1, help="sample in whose batch the writer dies")
     options.add_argument("--die-by", default="kill")
+    options.add_argument("--die-in", default="end", help="on_predict_batch_start or on_predict_batch_end")
+    options.add_argument("--victim", type=int, default=0, help="rank in its group")
+    options.add_argument("--wait", type=float, default=0.0, help="seconds before it dies, in which others may go on")
     options.add_argument("--every-time", action="store_true")
     options.add_argument("--dynamic", action="store_true")
     options = options.parse_args()
