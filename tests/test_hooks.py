@@ -141,6 +141,15 @@ def replace(output: Any, _: int) -> None:
     output.append("new")
 
 
+def nest(output: Any, number: int) -> None:
+    output["rows"][0]["y"] = output["rows"][0].pop("y").double() + number
+    output["rows"].pop()
+
+
+def empty(output: Any, _: int) -> None:
+    output.clear()
+
+
 def scale_array(output: Any, _: int) -> None:
     output[0][:] *= 3
 
@@ -149,6 +158,8 @@ CHANGES: dict[str, tuple[Callable[[torch.Tensor], Any], Callable[[Any, int], Non
     "tensor": (lambda batch: batch * 2, multiply),
     "dict": (lambda batch: {"y": batch * 2, "big": batch.repeat(1, 50)}, denormalise),
     "list": (lambda batch: [batch * 2, ["one"]], replace),
+    "nested": (lambda batch: {"rows": [{"y": batch * 2}, (batch,)]}, nest),
+    "all of it": (lambda batch: {"y": batch * 2}, empty),
     "array in a tuple": (lambda batch: (batch.numpy().copy(), 1), scale_array),
 }
 
