@@ -95,6 +95,8 @@ class PredictionJob:
         self._asked_ns = time.time_ns()
         self.samples = 0
         self.steps = 0
+        self._group_asked = False
+        """Whether all ranks of the group have asked for the batch after those that are done here."""
         self._ended: str | None = None
         self._lost: set[int] = set()
         self._quarantined: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
@@ -187,6 +189,7 @@ class PredictionJob:
         """
         in_flight = self.batches_in_flight.next_delivered()
         ticket = in_flight.ticket
+        call = functools.partial(self._compute, call)
         step: Callable[[Any], Any] = functools.partial(self._runtime.compute_together, call)
         if self._dynamic is not None:
             step = self._dynamic.step(call, ticket)
@@ -227,12 +230,17 @@ class PredictionJob:
             self._end_calibration()
         return output
 
+    def _compute(self, call: Callable[[Any], Any], batch: Any) -> Any:
+        self._group_asked = True  # its ranks have compared their input, or there is only this one
+        return call(batch)
+
     def end_batch(self) -> None:
         """The loop asks for the next batch, or has ended: the one in hand is done."""
         self._asked_ns = time.time_ns()
         if not self.batches_in_flight.end_computed():
             return
         self._end_blame()
+        self._group_asked = False
         if not self._collects_late:
             self.batches_in_flight.collect()
 
@@ -355,8 +363,8 @@ class PredictionJob:
 
     def _collect_at_last(self) -> None:
         """Hand on what was done before an error. The device may have failed; then it gives nothing any more."""
-        if self._world.topology.tensor_parallel_size > 1:
-            return  # nobody knows how far the other ranks are
+        if self._world.topology.tensor_parallel_size > 1 and not self._group_asked:
+            return
         try:
             self.batches_in_flight.collect()
         except RuntimeError as error:
