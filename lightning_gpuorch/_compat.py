@@ -5,7 +5,7 @@ Each function says what it relies on and why there is no public way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.fabric.utilities.rank_zero as fabric_rank_zero
@@ -27,6 +27,7 @@ __all__ = [
     "keep_user_dataloaders",
     "own_predict_loop",
     "predict_dataloaders",
+    "refuse_stopped_by_hook",
     "reset_seed",
     "set_rank_zero",
     "takes_dataloader_iter",
@@ -47,19 +48,19 @@ class LeasedIndices(_IndexBatchSamplerWrapper):
     def __init__(self) -> None:
         self.seen_batch_indices = self  # type: ignore[assignment]
         self._recent: dict[int, list[int]] = {}
-        self._count = 0
 
-    def append(self, indices: list[int] | None) -> None:
+    def append(self, batch_idx: int, indices: list[int] | None) -> None:
         """Remember the indices of the batch that is given out next."""
-        self._recent[self._count] = indices or []
-        self._recent.pop(self._count - self.KEEP, None)
-        self._count += 1
+        self._recent.pop(batch_idx, None)  # what is remembered again counts as new
+        self._recent[batch_idx] = indices or []
+        if len(self._recent) > self.KEEP:
+            del self._recent[next(iter(self._recent))]
 
     def __getitem__(self, batch_idx: int) -> list[int]:
         return self._recent[batch_idx]
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._recent)
 
     def __iter__(self) -> Any:
         raise TypeError("the batches of a leased loader are known only as they are leased")
@@ -67,7 +68,6 @@ class LeasedIndices(_IndexBatchSamplerWrapper):
     def reset(self) -> None:
         """Start counting again."""
         self._recent.clear()
-        self._count = 0
 
 
 def keep_user_dataloaders(trainer: pl.Trainer) -> Callable[[], None]:
@@ -102,16 +102,46 @@ def transferred(trainer: pl.Trainer, batch: Any, device: Any) -> Any:
     return trainer.lightning_module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)
 
 
-def own_predict_loop(trainer: pl.Trainer) -> Callable[[], None]:
-    """Let a loader decide itself when it ends, and fetch no batch before the last one is computed.
+class _Renumbered:
+    """A combined loader's iterator that gives batches the numbers they have in the job, not their count on this rank.
+
+    Args:
+        inner: Lightning's iterator.
+        number: Gives the number of the batch that was given out last.
+    """
+
+    def __init__(self, inner: Iterator[Any], number: Callable[[], int]):
+        self._inner, self._number = inner, number
+        self.count = 0
+        """Which one of its dataloader's batches on this rank the last one was."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> tuple[Any, int, int]:
+        batch, self.count, dataloader_idx = next(self._inner)
+        return batch, self._number(), dataloader_idx
+
+
+def own_predict_loop(trainer: pl.Trainer, batch_number: Callable[[], int]) -> Callable[[], None]:
+    """Let a loader decide itself when it ends, fetch no batch before the last one is done, and number batches by the job.
 
     Lightning counts batches per rank and would stop a rank before it knows that the job is complete; and it prefetches
-    one batch from loaders without length, which would wait for work that only the batch in hand can release.
+    one batch from loaders without length, which would wait for work that only the batch in hand can release. It takes
+    ``batch_idx`` from what the combined loader yields with each batch, which nothing public decides.
+
+    Progress bars of Lightning show ``batch_idx + 1`` as the number of batches that are done; they keep getting this rank's
+    count.
+
+    Args:
+        trainer: The Trainer.
+        batch_number: Gives the number of the batch that was given out last.
 
     Returns:
         Undoes the change.
     """
-    loop = trainer.predict_loop
+    loop, bar = trainer.predict_loop, trainer.progress_bar_callback
+    batches: _Renumbered | None = None
     reset = type(loop).reset
     select = prediction_loop._select_data_fetcher
 
@@ -122,6 +152,7 @@ def own_predict_loop(trainer: pl.Trainer) -> Callable[[], None]:
         return fetcher
 
     def own_reset() -> None:
+        nonlocal batches
         limits = loop.max_batches
         loop.max_batches = [float("inf")] * len(limits)
         prediction_loop._select_data_fetcher = select_without_prefetch  # type: ignore[assignment]
@@ -131,11 +162,43 @@ def own_predict_loop(trainer: pl.Trainer) -> Callable[[], None]:
             loop.max_batches = limits
             prediction_loop._select_data_fetcher = select
         fetcher = loop._data_fetcher
+        assert fetcher is not None
+        assert fetcher.iterator is not None
+        fetcher.iterator = batches = _Renumbered(fetcher.iterator, batch_number)
         if isinstance(fetcher, _PrefetchDataFetcher):
             fetcher.length, fetcher.done = None, False  # the loader is over when it says so, not after a count
 
+    def show_count(trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, *rest: Any) -> None:
+        assert bar is not None
+        assert batches is not None
+        type(bar).on_predict_batch_end(bar, trainer, module, outputs, batch, batches.count, *rest)
+
+    def undo() -> None:
+        loop.__dict__.pop("reset", None)
+        if bar is not None:
+            bar.__dict__.pop("on_predict_batch_end", None)
+
     loop.reset = own_reset  # type: ignore[method-assign]
-    return lambda: loop.__dict__.pop("reset", None)
+    if bar is not None:
+        bar.on_predict_batch_end = show_count  # type: ignore[method-assign, assignment]
+    return undo
+
+
+def refuse_stopped_by_hook(trainer: pl.Trainer) -> None:
+    """Refuse a predict loop that a hook has ended: Lightning takes any ``StopIteration`` for the end of the data.
+
+    The loop's own counts tell; nothing public does.
+
+    Raises:
+        RuntimeError: A hook of a batch has raised ``StopIteration``.
+    """
+    progress: Any = trainer.predict_loop.batch_progress.current
+    if progress.ready != progress.started or progress.processed != progress.completed:
+        hook = "on_predict_batch_start" if progress.ready != progress.started else "on_predict_batch_end"
+        raise RuntimeError(
+            f"{hook} raised StopIteration, which Lightning takes for the end of the data; {progress.completed} batches of "
+            "this rank were done by then. Find the callback that calls next() on an iterator that is over."
+        )
 
 
 def set_rank_zero(rank: int) -> None:

@@ -198,6 +198,19 @@ def current_heartbeat() -> Heartbeat | None:
     return _current
 
 
+@contextlib.contextmanager
+def phase(during: Phase, then: Phase) -> Iterator[None]:
+    """Tell whoever judges this rank what it is doing."""
+    heartbeat = current_heartbeat()
+    if heartbeat is not None:
+        heartbeat.enter(during)
+    try:
+        yield
+    finally:
+        if heartbeat is not None:
+            heartbeat.enter(then)
+
+
 @dataclass(frozen=True)
 class Limits:
     """When a rank counts as stuck. All in seconds.

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +237,9 @@ class MultiGPUOrchestrator:
     ) -> Iterator[Any]:
         """Run a model over a dataloader; every rank of the job must call it.
 
-        Chunks of the data are leased to replicas and made durable; callbacks are driven as the Trainer drives them.
+        Chunks of the data are leased to replicas and made durable; callbacks are driven as the Trainer drives them. A
+        batch is done, and its output as it is then is kept, when the next one is asked for. A loop that is left before its
+        end keeps all but the batch it had in hand.
 
         Args:
             model: What :meth:`load_distributed_model` returned, or a bare module.
@@ -259,17 +262,20 @@ class MultiGPUOrchestrator:
         job = self.runtime.open_job([loader], Path.cwd(), [limit_batches], fingerprint)
         self._call("on_predict_start")
         try:
-            for number, batch in enumerate(job.loaders[0]):
-                ticket = job.take()
+            for batch in job.batches(0):
+                number = job.batches_in_flight.newest.number
                 if self.runtime.transfers is not None:
                     batch = self.runtime.transfers.to_device(batch)
                 batch = to_device(batch, self.runtime.device)
-                self._call("on_predict_batch_start", batch=batch, batch_idx=number)
-                output = job.run_step(functools.partial(self._compute, step=step), batch, ticket)
-                self._call("on_predict_batch_end", outputs=output, batch=batch, batch_idx=number)
+                with self._inference_mode():
+                    self._call("on_predict_batch_start", batch=batch, batch_idx=number)
+                output = job.run_step(functools.partial(self._compute, step=step), batch)
+                with self._inference_mode():  # a callback may change the output in place
+                    self._call("on_predict_batch_end", outputs=output, batch=batch, batch_idx=number)
                 yield output
             self.predictions = job.finish()
         except GeneratorExit:
+            job.leave_batch()
             raise
         except BaseException as error:
             self._call("on_exception", exception=error)
@@ -299,9 +305,7 @@ class MultiGPUOrchestrator:
             leave()
 
     def _forward(self, batch: Any, step: Callable[[Any], Any] | None) -> Any:
-        # DTensor's operators are not all decomposed under inference_mode (pytorch#142190), so they run under no_grad.
-        dtensors = self.model_setup.parallelize_fn is not None and self.runtime.world.topology.tensor_parallel_size > 1
-        with torch.no_grad() if dtensors else torch.inference_mode():
+        with self._inference_mode():
             if step is not None:
                 return step(batch)
             if self._model is None:
@@ -311,6 +315,11 @@ class MultiGPUOrchestrator:
             if isinstance(batch, (list, tuple)):
                 return self._model(*batch)
             return self._model(batch)
+
+    def _inference_mode(self) -> AbstractContextManager[Any]:
+        # DTensor's operators are not all decomposed under inference_mode (pytorch#142190), so they run under no_grad.
+        dtensors = self.model_setup.parallelize_fn is not None and self.runtime.world.topology.tensor_parallel_size > 1
+        return torch.no_grad() if dtensors else torch.inference_mode()
 
     def _call(self, hook: str, **arguments: Any) -> None:
         runner = self.fabric if self.fabric is not None else self

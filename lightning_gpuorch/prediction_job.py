@@ -6,13 +6,10 @@ durable in the background.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import gc
 import logging
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_gpuorch._version import __version__
+from lightning_gpuorch.batches_in_flight import BatchesInFlight
 from lightning_gpuorch.batching import DynamicBatcher, freeze_objects
 from lightning_gpuorch.dynamic_steps import DynamicSteps
 from lightning_gpuorch.errors import EXIT_RESUMABLE
-from lightning_gpuorch.liveness import Phase, current_heartbeat
+from lightning_gpuorch.leased_work import FOREVER_SECONDS, DrainOnSignal, ReplicaQueue, ReplicaSink, await_group
+from lightning_gpuorch.liveness import Phase, current_heartbeat, phase
 from lightning_gpuorch.memory.transfer import HostCopy
 from lightning_gpuorch.predictions.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.fragments import FragmentReader, FragmentWriter
@@ -34,7 +33,6 @@ from lightning_gpuorch.predictions.manifest import Manifest
 from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 from lightning_gpuorch.predictions.reader import read_predictions
 from lightning_gpuorch.predictions.source import Source, default_chunk_batches, describe
-from lightning_gpuorch.predictions.window import Window
 from lightning_gpuorch.predictions.windowed_loader import WindowedLoader
 from lightning_gpuorch.predictions.writer import PartWriter, size_bytes
 from lightning_gpuorch.surviving_steps import SurvivingSteps
@@ -48,10 +46,6 @@ log = logging.getLogger(__name__)
 
 StepWrapper = Callable[[Callable[[Any], Any], Any, Ticket], Any]
 """``wrapper(call, batch, ticket) -> output``: stands around a step and calls ``call`` once, or often on parts."""
-
-_FOREVER_SECONDS = 10 * 365 * 86400.0
-_MAX_UNSAID = 1000
-"""Digests that wait to be reported."""
 
 
 class PredictionJob:
@@ -89,8 +83,8 @@ class PredictionJob:
         for index, source in enumerate(sources):
             source.freeze(loader_directory(directory, index))
         asked = {"directory": str(directory), "ephemeral": ephemeral, "manifest": wanted.to_dict()}
-        with _phase(Phase.WAIT, then=Phase.STARTING):  # what is there already is checked first, however much it is
-            answer = self._call("open", **asked, timeout_seconds=_FOREVER_SECONDS).header
+        with phase(Phase.WAIT, then=Phase.STARTING):  # what is there already is checked first, however much it is
+            answer = self.call("open", **asked, timeout_seconds=FOREVER_SECONDS).header
         self.directory = Path(answer["directory"])
         self.ephemeral = ephemeral
         self.finished_before = bool(answer["finished"])
@@ -98,14 +92,15 @@ class PredictionJob:
         manifest = Manifest.from_dict(answer["manifest"])
         for index, (source, layout) in enumerate(zip(sources, manifest.loaders, strict=True)):
             source.thaw(loader_directory(self.directory, index), layout)
-        self.delivered = _Delivered()
+        keeps = self._host_copy if world.topology.is_leader else None
+        self.batches_in_flight = BatchesInFlight(keeps, self._keep)
         self._chunks_began: dict[tuple[int, int], float] = {}
         self._observed_at: float | None = None
         self._asked_ns = time.time_ns()
-        self._fetched_ns: tuple[int, int] | None = None
-        self._copies: collections.deque[tuple[Ticket, HostCopy, frozenset[int]]] = collections.deque()
         self.samples = 0
         self.steps = 0
+        self._group_asked = False
+        """Whether all ranks of the group have asked for the batch after those that are done here."""
         self._ended: str | None = None
         self._lost: set[int] = set()
         self._quarantined: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
@@ -115,12 +110,12 @@ class PredictionJob:
             ChunkCollector(functools.partial(self._commit, index), fragments) if self._writer else NoCollector()
             for index, fragments in enumerate(self._fragments)
         ]
-        self._queues = [_Queue(self, index) for index in range(len(sources))]
+        self._queues = [ReplicaQueue(self, index) for index in range(len(sources))]
         self.loaders = [
             self._make_loader(index, source, layout, batcher)
             for index, (source, layout, batcher) in enumerate(zip(sources, manifest.loaders, batchers, strict=True))
         ]
-        self._drain_signal = _DrainOnSignal(self._request_drain) if not world.supervised else None
+        self._drain_signal = DrainOnSignal(self._request_drain) if not world.supervised else None
         if world.topology.rank == 0:
             self._announce(manifest.loaders)
         if world.supervised:
@@ -130,8 +125,8 @@ class PredictionJob:
         self, index: int, source: Source, layout: LoaderLayout, batcher: DynamicBatcher | None
     ) -> LeasedLoader:
         topology = self._world.topology
-        sink = _Sink(self, index, self._collectors[index], agrees=topology.tensor_parallel_size > 1)
-        leased = (source, layout, self._queues[index], sink, self.delivered, index, self._on_ended)
+        sink = ReplicaSink(self, self._world, index, self._collectors[index])
+        leased = (source, layout, self._queues[index], sink, self.batches_in_flight, index, self._on_ended)
         if self._dynamic is None or batcher is None:
             return LeasedLoader(*leased)
         dynamic = self._dynamic
@@ -157,16 +152,19 @@ class PredictionJob:
             f"; {self.resumed_chunks} chunks are already there" if self.resumed_chunks else "",
         )
 
-    def take(self) -> Ticket:
-        """The ticket of the batch that was delivered first and is not computed yet."""
-        ticket = self.delivered.popleft()
-        there = self.delivered.at_ns.popleft()
-        self._fetched_ns = (self._asked_ns, max(self._asked_ns, there))
-        return ticket
+    def batches(self, loader: int) -> Iterator[Any]:
+        """The batches of a dataloader that this rank computes; one is done when the next is asked for.
+
+        Each has to be given to :meth:`run_step` before that.
+        """
+        for batch in self.loaders[loader]:
+            self._begin_blame(self.batches_in_flight.newest)
+            yield batch
+            self.end_batch()
 
     def progress(self) -> dict[str, Any]:
         """How far the whole job is: chunks, samples, restarts."""
-        return dict(self._call("progress").header)
+        return dict(self.call("progress").header)
 
     def lose(self, positions: Sequence[int], ticket: Ticket, reason: str) -> None:
         """Give up samples of the batch that is being computed; its output covers the others.
@@ -184,17 +182,19 @@ class PredictionJob:
             entries = self._quarantined.setdefault((ticket.loader, unit // chunk_size), [])
             entries.append((unit, unit + 1, reason))
 
-    def run_step(self, call: Callable[[Any], Any], batch: Any, ticket: Ticket) -> Any:
-        """Compute one batch and keep its output.
+    def run_step(self, call: Callable[[Any], Any], batch: Any) -> Any:
+        """Compute the batch that was given out; its output is kept when callbacks are through with it.
 
         Args:
             call: Computes a batch.
             batch: The batch, on the device.
-            ticket: Its ticket.
 
         Returns:
             The output, as ``call`` returned it.
         """
+        in_flight = self.batches_in_flight.next_delivered()
+        ticket = in_flight.ticket
+        call = functools.partial(self._compute, call)
         step: Callable[[Any], Any] = functools.partial(self._runtime.compute_together, call)
         if self._dynamic is not None:
             step = self._dynamic.step(call, ticket)
@@ -206,16 +206,13 @@ class PredictionJob:
         if self._writer is not None:
             self._chunks_began.setdefault((ticket.loader, ticket.chunk), time.monotonic())
         telemetry = self._runtime.telemetry
-        telemetry.begin_step(self.steps, ticket.chunk, self._fetched_ns)
-        heartbeat, span = current_heartbeat(), ticket.span
-        if heartbeat is not None:
-            stop = span.first_unit + span.num_units
-            heartbeat.begin_step(self.number, ticket.loader, ticket.chunk, span.first_unit, stop)
+        fetched_ns = (self._asked_ns, max(self._asked_ns, in_flight.delivered_ns))
+        telemetry.begin_step(self.steps, ticket.chunk, fetched_ns)
         try:
             output = step(batch)
         except StopIteration as error:
             # Lightning's loop would take it for the end of the data and silently drop the rest.
-            raise RuntimeError(f"the predict step raised StopIteration on batch {ticket.span.batch_index}") from error
+            raise RuntimeError(f"the predict step raised StopIteration on batch {ticket.number}") from error
         except Exception as error:
             telemetry.fail_step(error)
             if self._world.recovery is not None:
@@ -228,25 +225,75 @@ class PredictionJob:
         self.steps += 1
         self.samples += ticket.size or 0
         self._observe(ticket, output, began)
-        if self._writer is not None:
-            self._copies.append((ticket, self._host_copy(output), frozenset(self._lost)))
-        if heartbeat is not None:
-            heartbeat.end_step()  # what fails from here on is not to be blamed on the batch
-        # On CUDA this step still computes; what it gives is picked up when the next one is on its way.
-        self._collect(leave=0 if self._runtime.transfers is None else 1)
+        self.batches_in_flight.computed(in_flight, output, frozenset(self._lost))
+        if self._collects_late:
+            # The step before: on CUDA this one still computes, and in a group all ranks have asked for it by now.
+            self.batches_in_flight.collect()
         telemetry.end_step(ticket.size or 0)
         calibration = self._runtime.calibration
         if calibration is not None and calibration.count(ticket.size or 0, time.perf_counter()):
             self._end_calibration()
-        self._asked_ns = time.time_ns()
         return output
+
+    def _compute(self, call: Callable[[Any], Any], batch: Any) -> Any:
+        self._group_asked = True  # its ranks have compared their input, or there is only this one
+        return call(batch)
+
+    def end_batch(self) -> None:
+        """The loop asks for the next batch, or has ended: the one in hand is done."""
+        self._asked_ns = time.time_ns()
+        if not self.batches_in_flight.end_computed():
+            return
+        self._end_blame()
+        self._group_asked = False
+        if not self._collects_late:
+            self.batches_in_flight.collect()
+
+    @property
+    def _collects_late(self) -> bool:
+        """Whether a batch that is done is handed on when the next step is on its way."""
+        return self._runtime.transfers is not None or self._world.topology.tensor_parallel_size > 1
+
+    def collect(self) -> None:
+        """Hand on what is done, as no step follows for now; in a group, once all ranks are through with their callbacks."""
+        if self._world.topology.tensor_parallel_size > 1 and self.batches_in_flight.has_done:
+            await_group(self, self._world)
+        self.batches_in_flight.collect()
+
+    def leave_batch(self) -> None:
+        """The loop was left with a batch in hand, and in good order: the batch is not done, and nothing is its fault."""
+        self.batches_in_flight.drop_computed()
+        self._end_blame()
+
+    def _begin_blame(self, ticket: Ticket) -> None:
+        """A death is blamed on a batch from here until it is done, be it in the step or in a callback.
+
+        Both are given the same batch again: where one always dies of it, that must end in isolation, not in restarts.
+        """
+        heartbeat, span = current_heartbeat(), ticket.span
+        if heartbeat is not None:
+            stop = span.first_unit + span.num_units
+            heartbeat.begin_step(self.number, ticket.loader, ticket.chunk, span.first_unit, stop)
+
+    @staticmethod
+    def _end_blame() -> None:
+        heartbeat = current_heartbeat()
+        if heartbeat is not None:
+            heartbeat.end_step()
 
     def _host_copy(self, output: Any) -> HostCopy:
         transfers = self._runtime.transfers
         return HostCopy(to_host(output)) if transfers is None else transfers.to_host(output)
 
+    def _keep(self, ticket: Ticket, output: Any, lost: frozenset[int]) -> None:
+        self._collectors[ticket.loader].add(ticket, output, lost)
+
     def _observe(self, ticket: Ticket, output: Any, began: float) -> None:
-        """Tell what bounds windows. From step to step: on CUDA a step returns before it is computed."""
+        """Tell what bounds windows.
+
+        From step to step: on CUDA a step returns before it is computed. Before callbacks have changed the output: what they
+        do may differ between the ranks of a group, which have to form the same windows.
+        """
         loader = self.loaders[ticket.loader]
         if not isinstance(loader, WindowedLoader):
             return
@@ -255,6 +302,10 @@ class PredictionJob:
         self._observed_at = now
         num_samples, num_bytes = ticket.size or 0, size_bytes(output)
         loader.bounds.observe(num_samples=num_samples, num_bytes=num_bytes, seconds=now - since)
+
+    def begin_waiting(self) -> None:
+        """What passes until the next step is no work."""
+        self._observed_at = None
 
     def _end_calibration(self) -> None:
         """Write the baseline, and end the script in good order: the rest of its data is of no interest.
@@ -277,13 +328,14 @@ class PredictionJob:
             MissingPredictionsError: Samples are missing; they are named.
             SystemExit: The job was asked to stop; the exit code says that it can be resumed.
         """
-        with _phase(Phase.COMMIT, then=Phase.OUTSIDE):
-            self._collect()
+        with phase(Phase.COMMIT, then=Phase.OUTSIDE):
+            self.end_batch()
+            self.collect()
             self.close()
         if self._ended in ("drain", "fenced"):
             log.info("stopped on request; the same command goes on from here")
             raise SystemExit(EXIT_RESUMABLE)
-        answer = self._call("close").header
+        answer = self.call("close").header
         if self._runtime.calibration is not None:  # the data ended before the time
             self._end_calibration()
         if self._world.topology.rank == 0:
@@ -291,21 +343,15 @@ class PredictionJob:
         return read_predictions(self.directory)
 
     def flush(self) -> None:
-        """Wait until everything computed so far is durable.
+        """Wait until the chunks of all batches that are done are durable, as far as they are whole.
 
         Raises:
             PredictionStorageError: Something could not be written.
         """
-        self._collect()
+        self.collect()
         if self._writer is not None:
-            with _phase(Phase.COMMIT, then=Phase.RUN):
+            with phase(Phase.COMMIT, then=Phase.RUN):
                 self._writer.flush()
-
-    def _collect(self, leave: int = 0) -> None:
-        """Hand on outputs that have reached the host, all but the last ``leave`` steps'."""
-        while len(self._copies) > leave:
-            ticket, copy, lost = self._copies.popleft()
-            self._collectors[ticket.loader].add(ticket, copy.result(), lost)
 
     def close(self) -> None:
         """Stop the writer after it has written what it has; safe to call again."""
@@ -314,10 +360,20 @@ class PredictionJob:
         if self._drain_signal is not None:
             self._drain_signal.restore()
         if self._writer is not None:
+            self._collect_at_last()
             writer, self._writer = self._writer, None
             writer.close()
             for collector in self._collectors:
                 collector.keep()
+
+    def _collect_at_last(self) -> None:
+        """Hand on what was done before an error. The device may have failed; then it gives nothing any more."""
+        if self._world.topology.tensor_parallel_size > 1 and not self._group_asked:
+            return
+        try:
+            self.batches_in_flight.collect()
+        except RuntimeError as error:
+            log.warning("the output of the last batch cannot be read from the device; it is computed again: %s", error)
 
     def _summarise(self, answer: dict[str, Any]) -> None:
         if self.finished_before:
@@ -341,7 +397,7 @@ class PredictionJob:
         if self._dynamic is None or not self._world.topology.is_leader:
             return None
         on_kept = functools.partial(self._on_kept, loader)
-        around_write = functools.partial(_phase, Phase.COMMIT, then=Phase.RUN)
+        around_write = functools.partial(phase, Phase.COMMIT, then=Phase.RUN)
         writer = FragmentWriter(self.directory, loader, layout.samples_per_chunk, on_kept, around_write)
         return writer, FragmentReader(self.directory, loader)
 
@@ -354,7 +410,7 @@ class PredictionJob:
         if self._writer is None:
             return  # it leaves already
         assert self._dynamic is not None
-        self._dynamic.asked_to_leave |= bool(self._call("kept", loader=loader, samples=samples).header["leave"])
+        self._dynamic.asked_to_leave |= bool(self.call("kept", loader=loader, samples=samples).header["leave"])
 
     def _commit(self, loader: int, chunk: int, batches: list[StoredBatch]) -> None:
         assert self._writer is not None
@@ -363,7 +419,7 @@ class PredictionJob:
         read = self._queues[loader].digests.pop(chunk, None)
         if read is not None:
             metadata["read"] = read
-        with _phase(Phase.COMMIT, then=Phase.RUN):  # it waits where the disk is slower than the model
+        with phase(Phase.COMMIT, then=Phase.RUN):  # it waits where the disk is slower than the model
             self._writer.put(loader, chunk, batches, metadata)
 
     def _on_committed(self, loader: int, chunk: int, won: bool, samples: int) -> None:
@@ -374,7 +430,7 @@ class PredictionJob:
         if fragments is not None:
             fragments[0].on_durable(chunk)
         quarantined = self._quarantined.pop((loader, chunk), [])
-        self._call("done", loader=loader, chunk=chunk, won=won, samples=samples, quarantined=quarantined)
+        self.call("done", loader=loader, chunk=chunk, won=won, samples=samples, quarantined=quarantined)
 
     def _on_ended(self, answer: str) -> None:
         self._ended = answer
@@ -383,144 +439,13 @@ class PredictionJob:
             self.finish()
 
     def _request_drain(self) -> None:
-        self._call("drain")
+        self.call("drain")
 
-    def _call(self, op: str, *, timeout_seconds: float | None = None, **fields: Any) -> Any:
+    def call(self, op: str, *, timeout_seconds: float | None = None, **fields: Any) -> Any:
+        """Ask the job's head something in the name of this rank."""
         header = {"op": op, "job": self.number, **self._world.owner, **fields}
         timeout = self._runtime.config.timeout_sec if timeout_seconds is None else timeout_seconds
         return self._world.channel.call(header, timeout_seconds=timeout)
-
-
-class _Delivered(collections.deque[Ticket]):
-    """Tickets of batches that are not computed yet, and the Unix time in nanoseconds at which each batch was there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.at_ns: collections.deque[int] = collections.deque()
-
-    def append(self, ticket: Ticket) -> None:
-        """Take the ticket of a batch that has just been fetched."""
-        super().append(ticket)
-        self.at_ns.append(time.time_ns())
-
-
-class _Sink:
-    """A collector that gets a chunk's last output before it is told that the chunk is over.
-
-    Args:
-        job: Its job.
-        loader: Index of the dataloader.
-        collector: The collector.
-        agrees: What is taken over is decided by the leader of a group, and told to the other ranks.
-    """
-
-    def __init__(self, job: PredictionJob, loader: int, collector: ChunkCollector | NoCollector, agrees: bool):
-        self._job, self._loader, self._collector = job, loader, collector
-        self._agrees, self._num_windows = agrees, 0
-
-    def begin(self, chunk: int, num_batches: int | None) -> None:
-        self._collector.begin(chunk, num_batches)
-
-    def end(self, chunk: int) -> None:
-        self._job._collect()
-        self._collector.end(chunk)
-
-    def take_over(self, window: Window) -> set[int]:
-        sizes = self._collector.take_over(window)
-        if not self._agrees:
-            return sizes
-        job, owner = self._job, self._job._world.owner
-        place = (job.number, self._loader, owner["replica"], owner["generation"], self._num_windows)
-        key, self._num_windows = "taken-over/" + "/".join(map(str, place)), self._num_windows + 1
-        if job._world.topology.is_leader:
-            job._call("publish", key=key, value=[sorted(sizes), sorted(window.taken_over)])
-            return sizes
-        with _phase(Phase.WAIT, then=Phase.RUN):  # the supervisor judges whether the leader is stuck
-            told = job._call("lookup", key=key, timeout_seconds=_FOREVER_SECONDS).header["value"]
-        sizes, positions = told
-        if positions:
-            window.take_over(positions, None)
-        return set(sizes)
-
-
-class _Queue:
-    """A rank's view of its replica's leases."""
-
-    def __init__(self, job: PredictionJob, loader: int):
-        self._job, self._loader, self._sequence = job, loader, 0
-        self._unsaid: list[tuple[int, str]] = []
-        self.digests: dict[int, str] = {}
-        """Of what was read of the chunks that this rank holds."""
-        self._leased: set[int] = set()
-
-    def next(self, block: bool, seconds_per_sample: float = 0.0) -> dict[str, Any]:
-        if block:
-            # Own chunks first: others may wait for them as well, and a writer that has failed must say so now.
-            self._job.flush()
-        self._say()
-        # Waiting for others to finish has no limit of its own: the supervisor judges who is stuck.
-        timeout = _FOREVER_SECONDS if block else None
-        with _phase(Phase.WAIT, then=Phase.RUN) if block else contextlib.nullcontext():
-            answer = self._job._call(
-                "next", loader=self._loader, sequence=self._sequence, block=block,
-                seconds_per_sample=seconds_per_sample, timeout_seconds=timeout,
-            ).header  # fmt: skip
-        self._sequence += 1
-        if answer["do"] == "chunk":
-            self._leased.add(int(answer["chunk"]))
-        if block:
-            self._job._observed_at = None  # that wait was no work
-        return dict(answer)
-
-    def saw(self, chunk: int, digest: str) -> None:
-        """Report what was read of a stream; the first batch at once, chunks with the next request."""
-        self._unsaid.append((chunk, digest))
-        if chunk in self._leased:
-            self._leased.discard(chunk)
-            self.digests[chunk] = digest
-        if chunk < 0 or len(self._unsaid) >= _MAX_UNSAID:
-            self._say()
-
-    def _say(self) -> None:
-        if self._unsaid:
-            read, self._unsaid = self._unsaid, []
-            self._job._call("read", loader=self._loader, read=read)
-
-    def end_of_stream(self, units: int) -> None:
-        self._say()
-        self._job._call("end_of_stream", loader=self._loader, units=units)
-
-
-@contextlib.contextmanager
-def _phase(phase: Phase, then: Phase) -> Iterator[None]:
-    """Tell whoever judges this rank what it is doing."""
-    heartbeat = current_heartbeat()
-    if heartbeat is not None:
-        heartbeat.enter(phase)
-    try:
-        yield
-    finally:
-        if heartbeat is not None:
-            heartbeat.enter(then)
-
-
-class _DrainOnSignal:
-    """SIGTERM and SIGINT ask the job to drain, where no supervisor does it."""
-
-    def __init__(self, drain: Callable[[], None]):
-        self._drain = drain
-        self._previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_signal)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        # Not in the handler: it may have interrupted a request on the same connection.
-        threading.Thread(target=self._drain, name="gpuorch-drain", daemon=True).start()
-
-    def restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
 
 
 def _wrapped(wrapper: StepWrapper, call: Callable[[Any], Any], ticket: Ticket, batch: Any) -> Any:

@@ -26,7 +26,6 @@ from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.launcher import Launcher
 from lightning_gpuorch.model_setup import ParallelizeFn, first_batch, has_meta, refuse_meta
 from lightning_gpuorch.prediction_job import PredictionJob
-from lightning_gpuorch.predictions.loader import LeasedLoader
 from lightning_gpuorch.predictions.source import describe
 from lightning_gpuorch.tensor_parallel import applied_plan, empty_parameters
 
@@ -118,7 +117,7 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
         if not training:
             self._undo.append(_compat.keep_user_dataloaders(trainer))
         if trainer.state.fn == TrainerFn.PREDICTING:
-            self._undo.append(_compat.own_predict_loop(trainer))
+            self._undo.append(_compat.own_predict_loop(trainer, self._batch_number))
             self._pending, self._results, self.runtime.job = [], None, None
 
     @property
@@ -228,6 +227,9 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
         assert self.runtime.job is not None
         return self.runtime.job
 
+    def _batch_number(self) -> int:
+        return self._open_job().batches_in_flight.newest.number
+
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Move a batch while the step before it computes, on CUDA; a ``transfer_batch_to_device`` of the user's decides."""
         transfers = self.runtime.transfers
@@ -270,25 +272,22 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
         job = self._open_job()
         if _compat.takes_dataloader_iter(args[0]):
             return self._predict_step_on_iterator(job, *args)
-        ticket = job.take()
-        rest = list(args[1:])
-        # A dynamic batch is none of the loader's; it keeps the number Lightning gave it.
-        if ticket.window is None and (len(args) == 3 or (len(args) == 2 and len(self._pending) == 1)):
-            rest[0] = ticket.span.batch_index  # as a single device would count
         step = super().predict_step
-        return job.run_step(lambda batch: step(batch, *rest, **kwargs), args[0], ticket)
+        return job.run_step(lambda batch: step(batch, *args[1:], **kwargs), args[0])
 
     def _predict_step_on_iterator(self, job: PredictionJob, *args: Any) -> Any:
         output = super().predict_step(*args)
-        if len(job.delivered) != 1:
+        taken = job.batches_in_flight.num_delivered
+        if taken != 1:
             raise ConfigurationError(
-                f"predict_step(dataloader_iter) took {len(job.delivered)} batches in one call; it must take exactly one, "
+                f"predict_step(dataloader_iter) took {taken} batches in one call; it must take exactly one, "
                 "so that its output can be matched to samples."
             )
-        return job.run_step(lambda batch: output, _compat.consumed_batch(self._trainer), job.take())
+        return job.run_step(lambda batch: output, _compat.consumed_batch(self._trainer))
 
     def on_predict_end(self) -> None:
         """Make everything durable and wait until the job is complete."""
+        _compat.refuse_stopped_by_hook(self._trainer)
         self._results = self._open_job().finish()
 
     def results(self) -> Any:
@@ -371,10 +370,10 @@ class _PendingLoader:
 
     def __iter__(self) -> Iterator[Any]:
         job = self.strategy._open_job()
-        leased: LeasedLoader = job.loaders[self.strategy._pending.index(self)]
         self.batch_sampler.reset()
-        for batch in leased:
-            self.batch_sampler.append(job.delivered[-1].indices)
+        for batch in job.batches(self.strategy._pending.index(self)):
+            ticket = job.batches_in_flight.newest
+            self.batch_sampler.append(ticket.number, ticket.indices)
             yield batch
 
 

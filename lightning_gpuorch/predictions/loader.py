@@ -1,8 +1,8 @@
 """Iterables that hand a replica its part of a dataloader: chunks leased one after another, or a fixed share.
 
 The consumer takes batches with ``next`` and finds the ticket of each in the loader's queue of tickets, in the same
-order. It must have handed over a batch's output before it asks for the batch after; when no work is left for the
-moment, the loader waits inside ``next`` for what other replicas may still give back.
+order. A batch is done when the batch after is asked for; when no work is left for the moment, the loader waits inside
+``next`` for what other replicas may still give back.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.predictions.batch_numbers import number_of_span
 from lightning_gpuorch.predictions.layout import LoaderLayout
 from lightning_gpuorch.predictions.source import BatchSource, MapSource, Source, Span, StreamSource
 from lightning_gpuorch.predictions.window import Window
@@ -35,6 +36,14 @@ class WorkQueue(Protocol):
 
     def saw(self, chunk: int, digest: str) -> None:
         """Report what was read of a stream, to be compared with what others read."""
+        ...
+
+
+class TicketQueue(Protocol):
+    """Where a loader puts the tickets of the batches it gives out."""
+
+    def append(self, ticket: Ticket) -> None:
+        """Take the ticket of the batch that is given out next."""
         ...
 
 
@@ -62,6 +71,7 @@ class Ticket:
         loader: Index of the dataloader.
         chunk: Chunk it belongs to.
         span: Units, batch number and dataset indices.
+        number: What ``batch_idx`` is; see :mod:`lightning_gpuorch.predictions.batch_numbers`.
         collate: Builds a batch of given dataset indices anew; None in streams.
         window: The window its samples come from, with dynamic batching.
         positions: Their positions in the window, ascending.
@@ -72,6 +82,7 @@ class Ticket:
     loader: int
     chunk: int
     span: Span
+    number: int
     collate: Callable[[list[int]], Any] | None
     window: Window | None = None
     positions: Sequence[int] = ()
@@ -118,7 +129,7 @@ class LeasedLoader:
         layout: LoaderLayout,
         queue: WorkQueue,
         sink: ChunkSink,
-        delivered: collections.deque[Ticket],
+        delivered: TicketQueue,
         index: int = 0,
         on_ended: Callable[[str], None] = lambda answer: None,
     ):
@@ -162,7 +173,8 @@ class LeasedLoader:
             while self._answer in ("", "pause"):
                 for batch in read_alone(loader.__iter__, in_this_process=not loader.num_workers):
                     asked = self._next_requested()
-                    self._delivered.append(Ticket(self.index, asked.chunk, asked.span, source.collate))
+                    number = number_of_span(asked.span, self.layout)
+                    self._delivered.append(Ticket(self.index, asked.chunk, asked.span, number, source.collate))
                     yield batch
                 self._block = True
         finally:
@@ -209,7 +221,7 @@ class LeasedLoader:
                 self._sink.begin(chunk, None)
             if number in skip:  # read, since the stream cannot be entered elsewhere, and not computed
                 continue
-            self._delivered.append(Ticket(self.index, chunk, Span(number, 1, number, None), None))
+            self._delivered.append(Ticket(self.index, chunk, Span(number, 1, number, None), number, None))
             yield batch
         self._sink.end(chunk)
 

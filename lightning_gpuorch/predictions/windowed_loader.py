@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from lightning_gpuorch.predictions.batch_numbers import number_of_dynamic_batch
 from lightning_gpuorch.predictions.loader import END, LeasedBatches, LeasedLoader, Stream, Ticket
 from lightning_gpuorch.predictions.source import BatchSource, Span, StreamSource
 from lightning_gpuorch.predictions.window import Batcher, Window
@@ -110,9 +111,10 @@ class WindowedLoader(LeasedLoader):
             for position in positions:
                 window.samples[position] = None
             chunk, span = window.ticket_span(positions)
+            number = number_of_dynamic_batch(window.numbers(positions))
             shape = self._batcher.formed(batch, longest) or (len(positions), longest)
             sized = self._batcher.learns_memory
-            self._delivered.append(Ticket(self.index, chunk, span, collate, window, positions, shape, sized))
+            self._delivered.append(Ticket(self.index, chunk, span, number, collate, window, positions, shape, sized))
             self._delivered_size = len(positions)
             yield batch
         self.bounds.end_window()
