@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lightning_gpuorch.distributed import Message, answered
+from lightning_gpuorch.distributed.wire import Message, answered
 from lightning_gpuorch.errors import ConfigurationError
 
 if TYPE_CHECKING:

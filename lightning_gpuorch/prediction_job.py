@@ -28,10 +28,11 @@ from lightning_gpuorch.liveness import Phase, current_heartbeat
 from lightning_gpuorch.memory.transfer import HostCopy
 from lightning_gpuorch.predictions.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.fragments import FragmentReader, FragmentWriter
+from lightning_gpuorch.predictions.journal import loader_directory
 from lightning_gpuorch.predictions.layout import LoaderLayout, StoredBatch
 from lightning_gpuorch.predictions.loader import LeasedLoader, Ticket
 from lightning_gpuorch.predictions.manifest import Manifest
-from lightning_gpuorch.predictions.parts import PartStore, loader_directory
+from lightning_gpuorch.predictions.parts import PartStore
 from lightning_gpuorch.predictions.reader import read_predictions
 from lightning_gpuorch.predictions.source import Source, default_chunk_batches, describe
 from lightning_gpuorch.predictions.window import Window
