@@ -7,6 +7,7 @@ import stat
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 
 from lightning_gpuorch import GPUOrchStrategy as FabricStrategy
@@ -54,6 +55,13 @@ def test_unknown_option():
         GPUOrchStrategy(chunksize=3)
     with pytest.raises(ConfigurationError, match="unknown configuration field"):
         FabricStrategy(nonsense=1)
+
+
+def test_a_strategy_of_the_wrong_kind_is_refused_with_the_right_import():
+    with pytest.raises(ValueError, match=r"for Trainer, import lightning_gpuorch\.pytorch\.GPUOrchStrategy"):
+        pl.Trainer(strategy=FabricStrategy(), accelerator="cpu", devices=1)
+    with pytest.raises(ValueError, match=r"for Fabric, import lightning_gpuorch\.GPUOrchStrategy"):
+        Fabric(strategy=GPUOrchStrategy(), accelerator="cpu", devices=1)
 
 
 def test_loaders_whose_samples_cannot_be_batched_anew_are_refused(tmp_path):
