@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -38,17 +38,12 @@ from lightning_gpuorch.predictions.source import Source, default_chunk_batches, 
 from lightning_gpuorch.predictions.window import Window
 from lightning_gpuorch.predictions.windowed_loader import WindowedLoader
 from lightning_gpuorch.predictions.writer import PartWriter, size_bytes
+from lightning_gpuorch.step_context import StepContext, StepWrapper
 from lightning_gpuorch.surviving_steps import SurvivingSteps
 from lightning_gpuorch.telemetry.current import emit
 from lightning_gpuorch.tensors import to_host
 
-if TYPE_CHECKING:
-    from lightning_gpuorch.runtime import Runtime
-
 log = logging.getLogger(__name__)
-
-StepWrapper = Callable[[Callable[[Any], Any], Any, Ticket], Any]
-"""``wrapper(call, batch, ticket) -> output``: stands around a step and calls ``call`` once, or often on parts."""
 
 _FOREVER_SECONDS = 10 * 365 * 86400.0
 
@@ -58,7 +53,7 @@ class PredictionJob:
 
     def __init__(
         self,
-        runtime: Runtime,
+        runtime: StepContext,
         loaders: Sequence[Any],
         default_root: Path,
         limits: Sequence[int | None],
