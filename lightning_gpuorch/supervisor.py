@@ -48,7 +48,6 @@ from lightning_gpuorch.predictions.journal import PartJournal, loader_directory
 from lightning_gpuorch.rank_watch import RankWatch
 from lightning_gpuorch.recovery import Action, Decision, FailureKind, FailureRecoveryManager
 from lightning_gpuorch.run_records import describe_failure, failure_record
-from lightning_gpuorch.spawn import Spawner
 from lightning_gpuorch.telemetry.events import EventLog
 from lightning_gpuorch.telemetry.run_directory import (
     create_run_directory,
@@ -57,7 +56,7 @@ from lightning_gpuorch.telemetry.run_directory import (
     records_target,
     report_run,
 )
-from lightning_gpuorch.workers import Worker, Workers, describe_exit
+from lightning_gpuorch.workers import Spawner, Worker, Workers, describe_exit
 
 log = logging.getLogger(__name__)
 
