@@ -1,6 +1,6 @@
-"""Every private part of Lightning the plugin touches, in one place, with a contract test (``tests/test_compat.py``).
+"""What the plugin does by way of private parts of Lightning. Each function says why there is no public way.
 
-Each function says what it relies on and why there is no public way.
+A contract test, ``tests/test_compat.py``, has a table of every private name of Lightning and torch that any module uses.
 """
 
 from __future__ import annotations

@@ -105,6 +105,8 @@ class MappedCheckpointIO(TorchCheckpointIO):
 class StrategyShell:
     """Mixed into both strategies, before Lightning's ``DDPStrategy``."""
 
+    taken_by: str
+    """Who takes this strategy, and which class the other one takes."""
     runtime: Runtime
     model_setup: ModelSetup
     parallel_devices: list[torch.device] | None
@@ -130,6 +132,10 @@ class StrategyShell:
         self.runtime.length_fn = length_fn
         self.model_setup = ModelSetup(self.runtime, parallelize_fn, tensor_parallel_plan, example_input)
         self._worker = WorkerEnvironment.read()
+
+    def __repr__(self) -> str:
+        """Lightning shows it when it refuses a strategy of the wrong kind, which it takes for a wrong name."""
+        return f"<{type(self).__module__}.{type(self).__qualname__} {self.taken_by}>"
 
     @property
     def config(self) -> OrchestratorConfig:

@@ -73,7 +73,8 @@ class OrchestratorConfig:
     enable_oom_halving: bool = True
     """Compute a batch that does not fit into memory in parts; a sample that does not fit alone is given up and named."""
     batch_size: int = 32
-    """Samples per batch where the plugin itself builds the batches."""
+    """Samples per batch of a map-style dataset that :meth:`~lightning_gpuorch.MultiGPUOrchestrator.predict` gets without a
+    DataLoader."""
     enable_dynamic_batching: bool = False
     """Form batches of similar length by a token budget and by what memory allows, instead of a fixed count."""
     max_batch_tokens: int | Literal["auto"] = "auto"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from lightning_gpuorch.batching import BatchSizer, DynamicBatcher, is_out_of_memory, length_of
 from lightning_gpuorch.batching.dynamic import (
@@ -17,9 +17,7 @@ from lightning_gpuorch.batching.dynamic import (
 from lightning_gpuorch.memory.peaks import PeakMeter, peak_meter
 from lightning_gpuorch.predictions.loader import Ticket
 from lightning_gpuorch.predictions.source import MapSource, Source, check_rebatchable
-
-if TYPE_CHECKING:
-    from lightning_gpuorch.runtime import Runtime
+from lightning_gpuorch.step_context import StepContext, StepNote
 
 GROUP_BUDGET = 2**40
 """In a group memory is counted in parts of each rank's own budget, so that all can learn from the one with least room."""
@@ -29,18 +27,6 @@ UNMEASURED_TOKENS = 16384
 does not recover in place."""
 
 Call = Callable[[Any], Any]
-
-
-class StepNote(NamedTuple):
-    """What a rank of a tensor-parallel group tells the others with a batch, in integers.
-
-    Attributes:
-        peak: Memory that the batch before took, of :data:`GROUP_BUDGET`.
-        leaves: Whether it has been asked to leave.
-    """
-
-    peak: int = 0
-    leaves: int = 0
 
 
 @dataclass
@@ -59,16 +45,16 @@ class DynamicSteps:
     largest peak of any rank, which they tell each other with the batch after it.
 
     Args:
-        runtime: Whose steps.
+        context: The rank whose steps they are.
     """
 
-    def __init__(self, runtime: Runtime):
-        self._runtime = runtime
-        self._is_group = runtime.world.topology.tensor_parallel_size > 1
-        learns = not self._is_group or runtime.world.recovery is not None
+    def __init__(self, context: StepContext):
+        self._context = context
+        self._is_group = context.world.topology.tensor_parallel_size > 1
+        learns = not self._is_group or context.world.recovery is not None
         self._meter: PeakMeter | None = None
         if learns:
-            self._meter = peak_meter(runtime.device, runtime.allocator.budget_bytes)
+            self._meter = peak_meter(context.device, context.allocator.budget_bytes)
         self._budget_bytes = 0.0 if self._meter is None else self._meter.budget_bytes
         self._batchers: list[DynamicBatcher] = []
         self._untold: _Untold | None = None
@@ -91,11 +77,11 @@ class DynamicSteps:
             ConfigurationError: Its samples cannot be put into other batches, or their length is not known.
         """
         check_rebatchable(source)
-        runtime, sizer = self._runtime, self._sizer()
-        on_cpu = runtime.device.type == "cpu"
+        context, sizer = self._context, self._sizer()
+        on_cpu = context.device.type == "cpu"
         max_tokens: int | None
-        if runtime.config.max_batch_tokens != "auto":
-            max_tokens = runtime.config.max_batch_tokens
+        if context.config.max_batch_tokens != "auto":
+            max_tokens = context.config.max_batch_tokens
         elif sizer is None:
             max_tokens = CPU_TOKENS if on_cpu else UNMEASURED_TOKENS
         else:
@@ -103,7 +89,7 @@ class DynamicSteps:
         batcher = DynamicBatcher(
             max_tokens,
             overhead_tokens=CPU_OVERHEAD_TOKENS if on_cpu else ACCELERATOR_OVERHEAD_TOKENS,
-            length_fn=runtime.length_fn or length_of,
+            length_fn=context.length_fn or length_of,
             sizer=sizer,
         )
         if isinstance(source, MapSource):
@@ -135,7 +121,7 @@ class DynamicSteps:
                 meter.begin()
             peak = 0 if self._untold is None else self._untold.peak
             try:
-                output, self._heard = self._runtime.compute_and_tell(
+                output, self._heard = self._context.compute_and_tell(
                     call, batch, StepNote(peak, int(self.asked_to_leave))
                 )
             except Exception as error:

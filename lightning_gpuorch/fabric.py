@@ -51,6 +51,8 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):  # type: ignore[misc]
         ConfigurationError: An unknown option or a bad value.
     """
 
+    taken_by = "for Fabric; for Trainer, import lightning_gpuorch.pytorch.GPUOrchStrategy"
+
     def __init__(
         self,
         config: OrchestratorConfig | None = None,

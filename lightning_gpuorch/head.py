@@ -14,7 +14,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from lightning_gpuorch.distributed import CollectiveLedger, Message, RecoveryLedger, answered, refused
+from lightning_gpuorch.distributed.collectives import CollectiveLedger
+from lightning_gpuorch.distributed.recovery_ledger import RecoveryLedger
+from lightning_gpuorch.distributed.wire import Message, answered, refused
 from lightning_gpuorch.errors import (
     ConfigurationError,
     ControlPlaneError,
@@ -26,8 +28,8 @@ from lightning_gpuorch.errors import (
 from lightning_gpuorch.jobs import Job, verify_complete
 from lightning_gpuorch.nodes import NodeDesk
 from lightning_gpuorch.predictions.dispatcher import FENCED, LeaseQueue, Owner
-from lightning_gpuorch.predictions.fragments import remove_fragments
 from lightning_gpuorch.predictions.input_ledger import REMEDY, InputLedger
+from lightning_gpuorch.predictions.journal import PartJournal, loader_directory, remove_fragments
 from lightning_gpuorch.predictions.manifest import (
     Life,
     Manifest,
@@ -37,7 +39,6 @@ from lightning_gpuorch.predictions.manifest import (
     record_quarantine,
     set_num_units,
 )
-from lightning_gpuorch.predictions.parts import PartStore, loader_directory
 
 log = logging.getLogger(__name__)
 
@@ -356,7 +357,7 @@ class Head:
 
     def _create_job(self, number: int, directory: Path, wanted: Manifest, ephemeral: bool) -> Job:
         manifest = open_or_create(directory, wanted)
-        stores = [PartStore(loader_directory(directory, index)) for index in range(len(manifest.loaders))]
+        stores = [PartJournal(loader_directory(directory, index)) for index in range(len(manifest.loaders))]
         for layout, store in zip(manifest.loaders, stores, strict=True):
             store.sweep_temporaries()
             for damage in store.set_damaged_aside():
@@ -537,7 +538,7 @@ def _refuse_other_input(job: Job, wanted: Manifest, header: Mapping[str, Any]) -
         )
 
 
-def _digest_of_part(store: PartStore) -> Callable[[int], str | None]:
+def _digest_of_part(store: PartJournal) -> Callable[[int], str | None]:
     def read(chunk: int) -> str | None:
         if not store.is_durable(chunk):
             return None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_gpuorch.distributed import Channel
+from lightning_gpuorch.distributed.wire import Channel
 from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError
 
 log = logging.getLogger(__name__)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning_gpuorch.errors import InputMismatchError, MissingPredictionsError, format_indices
 from lightning_gpuorch.predictions.dispatcher import LeaseQueue, Owner
 from lightning_gpuorch.predictions.input_ledger import InputLedger
+from lightning_gpuorch.predictions.journal import PartJournal, loader_directory
 from lightning_gpuorch.predictions.layout import LoaderLayout
 from lightning_gpuorch.predictions.manifest import Manifest
-from lightning_gpuorch.predictions.parts import PartStore, loader_directory
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -73,7 +78,7 @@ def verify_complete(number: int, job: Job) -> None:
             )
         if layout.num_units is None:
             raise MissingPredictionsError(f"{where} ended before the end of its stream was seen.")
-        missing = missing_units(layout, PartStore(loader_directory(job.directory, loader)).done())
+        missing = missing_units(layout, PartJournal(loader_directory(job.directory, loader)).done())
         if missing:
             raise MissingPredictionsError(
                 f"{where} ended with {len(missing)} units missing: {format_indices(missing)}. What was computed is kept "
@@ -85,3 +90,27 @@ def verify_complete(number: int, job: Job) -> None:
 def missing_units(layout: LoaderLayout, done: set[int]) -> list[int]:
     """Units whose chunk is not durable, ascending."""
     return [unit for chunk in range(layout.num_chunks) if chunk not in done for unit in layout.chunk_range(chunk)]
+
+
+def remove_ephemeral(jobs: Mapping[int, Job]) -> None:
+    """Remove result directories nobody asked to keep, if their job is complete."""
+    for job in jobs.values():
+        if not job.ephemeral:
+            continue
+        if job.finished and not any(queue.quarantined for queue in job.queues):
+            shutil.rmtree(job.directory, ignore_errors=True)
+            for parent in list(job.directory.parents)[:2]:  # the run's folder, and "gpuorch" around it
+                _remove_if_empty(parent)
+        elif job.directory.exists():
+            log.warning(
+                "incomplete predictions are kept in %s; pass output_dir=%r to go on from there",
+                job.directory,
+                str(job.directory),
+            )
+
+
+def _remove_if_empty(directory: Path) -> None:
+    try:
+        directory.rmdir()
+    except OSError as error:  # another run is using it, or it is gone: both are fine
+        log.debug("%s stays: %s", directory, error)

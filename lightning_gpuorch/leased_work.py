@@ -6,14 +6,13 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning_gpuorch.liveness import Phase, current_heartbeat, phase
 from lightning_gpuorch.predictions.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.window import Window
 
 if TYPE_CHECKING:
-    from lightning_gpuorch.prediction_job import PredictionJob
     from lightning_gpuorch.world import World
 
 FOREVER_SECONDS = 10 * 365 * 86400.0
@@ -21,10 +20,33 @@ _MAX_UNREPORTED = 1000
 """Digests of what was read that wait to be reported."""
 
 
+class Job(Protocol):
+    """What is needed of a predict call."""
+
+    number: int
+    steps: int
+
+    def call(self, op: str, *, timeout_seconds: float | None = None, **fields: Any) -> Any:
+        """Ask the head."""
+        ...
+
+    def flush(self) -> None:
+        """Wait until everything computed so far is durable."""
+        ...
+
+    def collect(self) -> None:
+        """Hand on what is done."""
+        ...
+
+    def begin_waiting(self) -> None:
+        """A wait for work has ended, which was no work."""
+        ...
+
+
 class ReplicaQueue:
     """A rank's view of its replica's leases."""
 
-    def __init__(self, job: PredictionJob, loader: int):
+    def __init__(self, job: Job, loader: int):
         self._job, self._loader, self._sequence = job, loader, 0
         self._unreported: list[tuple[int, str]] = []
         self._leased: set[int] = set()
@@ -81,7 +103,7 @@ class ReplicaSink:
         collector: The collector.
     """
 
-    def __init__(self, job: PredictionJob, world: World, loader: int, collector: ChunkCollector | NoCollector):
+    def __init__(self, job: Job, world: World, loader: int, collector: ChunkCollector | NoCollector):
         self._job, self._world, self._loader, self._collector = job, world, loader, collector
         self._num_windows = 0
 
@@ -113,7 +135,7 @@ class ReplicaSink:
         return set(sizes)
 
 
-def await_group(job: PredictionJob, world: World) -> None:
+def await_group(job: Job, world: World) -> None:
     """Wait on the leader of a tensor-parallel group until the other ranks are done with the batches it is done with.
 
     Otherwise it might make the output of a batch durable while a callback of another rank still works on it, and dies.

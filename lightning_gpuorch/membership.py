@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.distributed import Channel, ControlServer, LocalChannel, RemoteChannel
+from lightning_gpuorch.distributed.wire import Channel, ControlServer, LocalChannel, RemoteChannel
 from lightning_gpuorch.errors import ControlPlaneError, ControlPlaneTimeoutError
 from lightning_gpuorch.head import Head
 from lightning_gpuorch.head_link import HeadLink, JobState, NodePlace, StateWatch

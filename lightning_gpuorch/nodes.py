@@ -12,16 +12,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from lightning_gpuorch.distributed import Message, answered
+from lightning_gpuorch.distributed.collectives import CollectiveLedger
+from lightning_gpuorch.distributed.wire import Message, answered
 from lightning_gpuorch.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from lightning_gpuorch.head import Head
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +32,75 @@ class _Node:
     expired: bool = False
     lost: bool = False
     codes: dict[int, int] | None = None
+
+
+class JobHead(Protocol):
+    """What supervisors ask about, or have done to, the job: :class:`~lightning_gpuorch.head.Head` does it."""
+
+    world_size: int
+    tensor_parallel_size: int | None
+    gang: bool
+    ledger: CollectiveLedger
+    chunks_by_replica: dict[int, int]
+
+    @property
+    def jobs(self) -> Mapping[int, object]:
+        """The predict calls that were opened."""
+        ...
+
+    @property
+    def needs_every_replica(self) -> bool:
+        """Whether the share of a rank cannot be taken over."""
+        ...
+
+    @property
+    def draining(self) -> bool:
+        """Whether no more work is handed out."""
+        ...
+
+    @property
+    def finished(self) -> bool:
+        """Whether every opened predict call is complete."""
+        ...
+
+    @property
+    def kept_directory(self) -> Path | None:
+        """Where results are that somebody wants to keep."""
+        ...
+
+    def set_world_size(self, world_size: int) -> None:
+        """All nodes have joined."""
+        ...
+
+    def expire_leases(self, replica: int) -> int:
+        """Take back the leases of a silent replica; returns how many chunks went back."""
+        ...
+
+    def let_go(self, replica: int, generation: int) -> None:
+        """Hand a replica no more work."""
+        ...
+
+    def deaths_in(self, chunks: dict[tuple[int, int], int], positions: dict[tuple[int, int], tuple[int, int]]) -> int:
+        """Deaths so far in units of chunks."""
+        ...
+
+    def open_ranks(self, ranks: Iterable[int]) -> dict[int, bool]:
+        """Ranks that have opened a predict call and not closed it."""
+        ...
+
+    def end_generation(
+        self,
+        replica: int,
+        generation: int,
+        blamed: dict[tuple[int, int], int] | None = None,
+        positions: dict[tuple[int, int], tuple[int, int]] | None = None,
+    ) -> int:
+        """Take back the leases of a generation that is over."""
+        ...
+
+    def retire(self, replica: int) -> None:
+        """Give a replica up."""
+        ...
 
 
 class NodeDesk:
@@ -48,7 +116,7 @@ class NodeDesk:
 
     def __init__(
         self,
-        head: Head,
+        head: JobHead,
         num_nodes: int = 1,
         lease_term_seconds: float = 30.0,
         node_timeout_seconds: float = 300.0,

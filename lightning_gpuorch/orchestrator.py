@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError
@@ -243,7 +244,8 @@ class MultiGPUOrchestrator:
 
         Args:
             model: What :meth:`load_distributed_model` returned, or a bare module.
-            dataloader: A ``DataLoader`` or any iterable that can be iterated again; set up by Fabric or not.
+            dataloader: A ``DataLoader`` or any iterable that can be iterated again; set up by Fabric or not. A map-style
+                ``Dataset`` is put into batches of :attr:`~lightning_gpuorch.OrchestratorConfig.batch_size`.
             step: Computes a batch; default calls the model with it.
             limit_batches: Batches of the job to compute at most.
 
@@ -253,7 +255,7 @@ class MultiGPUOrchestrator:
         Raises:
             MissingPredictionsError: Samples are missing at the end; they are named.
         """
-        loader = _unwrap(dataloader)
+        loader = _unwrap(dataloader, self.config.batch_size)
         inner = getattr(model, "_original_module", model)  # under Fabric's wrapper
         if not self.model_setup.is_ready(inner):
             model = inner = self.model_setup.prepare(inner, lambda: first_batch(loader)).eval().to(self.runtime.device)
@@ -331,7 +333,9 @@ class MultiGPUOrchestrator:
                 method(trainer=runner, pl_module=self._model, **arguments)
 
 
-def _unwrap(dataloader: Any) -> Any:
-    """The user's own loader, under Fabric's wrapper and under the share it would get in a plain loop."""
+def _unwrap(dataloader: Any, batch_size: int) -> Any:
+    """The user's own loader, under Fabric's wrapper and under the share it would get in a plain loop; one of a dataset."""
     inner = getattr(dataloader, "_dataloader", dataloader)
+    if isinstance(inner, Dataset) and not isinstance(inner, IterableDataset):
+        return DataLoader(inner, batch_size=batch_size)
     return inner.source.loader if isinstance(inner, SharedLoader) else inner

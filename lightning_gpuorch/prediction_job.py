@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -27,25 +27,21 @@ from lightning_gpuorch.liveness import Phase, current_heartbeat, phase
 from lightning_gpuorch.memory.transfer import HostCopy
 from lightning_gpuorch.predictions.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.fragments import FragmentReader, FragmentWriter
+from lightning_gpuorch.predictions.journal import loader_directory
 from lightning_gpuorch.predictions.layout import LoaderLayout, StoredBatch
 from lightning_gpuorch.predictions.loader import LeasedLoader, Ticket
 from lightning_gpuorch.predictions.manifest import Manifest
-from lightning_gpuorch.predictions.parts import PartStore, loader_directory
+from lightning_gpuorch.predictions.parts import PartStore
 from lightning_gpuorch.predictions.reader import read_predictions
 from lightning_gpuorch.predictions.source import Source, default_chunk_batches, describe
 from lightning_gpuorch.predictions.windowed_loader import WindowedLoader
 from lightning_gpuorch.predictions.writer import PartWriter, size_bytes
+from lightning_gpuorch.step_context import StepContext, StepWrapper
 from lightning_gpuorch.surviving_steps import SurvivingSteps
 from lightning_gpuorch.telemetry.current import emit
 from lightning_gpuorch.tensors import to_host
 
-if TYPE_CHECKING:
-    from lightning_gpuorch.runtime import Runtime
-
 log = logging.getLogger(__name__)
-
-StepWrapper = Callable[[Callable[[Any], Any], Any, Ticket], Any]
-"""``wrapper(call, batch, ticket) -> output``: stands around a step and calls ``call`` once, or often on parts."""
 
 
 class PredictionJob:
@@ -53,7 +49,7 @@ class PredictionJob:
 
     def __init__(
         self,
-        runtime: Runtime,
+        runtime: StepContext,
         loaders: Sequence[Any],
         default_root: Path,
         limits: Sequence[int | None],

@@ -57,6 +57,7 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
     """
 
     strategy_name = "gpuorch"
+    taken_by = "for Trainer; for Fabric, import lightning_gpuorch.GPUOrchStrategy"
 
     def __init__(
         self,

@@ -18,15 +18,15 @@ from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.distributed import Topology
 from lightning_gpuorch.distributed.agreement import Verdict
 from lightning_gpuorch.distributed.recoverable_group import RecoverableProcessGroup, collective_hooks
-from lightning_gpuorch.dynamic_steps import StepNote
 from lightning_gpuorch.errors import GPUOrchError, InputMismatchError
 from lightning_gpuorch.group_recovery import GroupRecovery, Recovery
 from lightning_gpuorch.memory import ResourceAllocator, keep_freed_memory
 from lightning_gpuorch.memory.transfer import Transfers
-from lightning_gpuorch.prediction_job import PredictionJob, StepWrapper
+from lightning_gpuorch.prediction_job import PredictionJob
 from lightning_gpuorch.predictions.loader import SharedLoader
 from lightning_gpuorch.predictions.source import describe
 from lightning_gpuorch.predictions.world_of_one import undo_split
+from lightning_gpuorch.step_context import StepNote, StepWrapper
 from lightning_gpuorch.telemetry.current import observe_collective, observe_retry
 from lightning_gpuorch.telemetry.efficiency import Calibration
 from lightning_gpuorch.telemetry.rank import RankTelemetry

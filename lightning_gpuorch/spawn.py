@@ -8,37 +8,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from lightning_gpuorch._bootstrap import PARENT, announce, die_with_parent, inject, report_failure, winding_up
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.workers import Process, Spawner
 from lightning_gpuorch.zygote import ZygoteSpawner
-
-
-class Process(Protocol):
-    """A started worker."""
-
-    pid: int
-
-    def poll(self) -> int | None:
-        """Exit code, negative for a signal; None while it runs."""
-        ...
-
-
-class Spawner(Protocol):
-    """Starts workers."""
-
-    def prepare(self) -> None:
-        """Begin with what can be done before it is known what to start."""
-        ...
-
-    def spawn(self, environment: Mapping[str, str]) -> Process:
-        """Start one worker in a session of its own, with these variables added to the environment."""
-        ...
-
-    def close(self) -> None:
-        """Release what helps to start workers; those that run are left alone or end with it."""
-        ...
 
 
 def script_spawner(command: Sequence[str], warm_start: bool) -> Spawner:

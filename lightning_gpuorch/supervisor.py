@@ -41,22 +41,22 @@ from lightning_gpuorch.errors import (
 )
 from lightning_gpuorch.head import Head
 from lightning_gpuorch.head_link import JobState, NodePlace
+from lightning_gpuorch.jobs import remove_ephemeral
 from lightning_gpuorch.liveness import waits_for_others
 from lightning_gpuorch.membership import Membership
-from lightning_gpuorch.predictions.parts import PartStore, loader_directory
+from lightning_gpuorch.predictions.journal import PartJournal, loader_directory
 from lightning_gpuorch.rank_watch import RankWatch
 from lightning_gpuorch.recovery import Action, Decision, FailureKind, FailureRecoveryManager
 from lightning_gpuorch.run_records import describe_failure, failure_record
-from lightning_gpuorch.spawn import Spawner
 from lightning_gpuorch.telemetry.events import EventLog
 from lightning_gpuorch.telemetry.run_directory import (
     create_run_directory,
     keep_records,
+    new_run_id,
     records_target,
     report_run,
 )
-from lightning_gpuorch.workers import Worker, Workers, describe_exit
-from lightning_gpuorch.world import new_run_id, remove_ephemeral
+from lightning_gpuorch.workers import Spawner, Worker, Workers, describe_exit
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class Supervisor:
         """Remove what :attr:`keep_results` has left: logs now, results when this process ends."""
         shutil.rmtree(self.run_directory, ignore_errors=True)
         if self.head is not None:
-            atexit.register(remove_ephemeral, self.head)
+            atexit.register(remove_ephemeral, self.head.jobs)
 
     def run(self) -> int:
         """Run this node's part of the job to its end.
@@ -564,7 +564,7 @@ class Supervisor:
         if head is not None:
             for job in head.jobs.values():
                 for loader in range(len(job.queues)):  # every writer is gone: what it left half-written can go
-                    PartStore(loader_directory(job.directory, loader)).sweep_temporaries(0.0)
+                    PartJournal(loader_directory(job.directory, loader)).sweep_temporaries(0.0)
             jobs = [(job.directory, job.ephemeral) for job in head.jobs.values()]
             target = records_target(self.run_id, jobs, self.run_directory)
             if target is not None:
@@ -574,5 +574,5 @@ class Supervisor:
         if self.keep_results:
             return
         if head is not None:
-            remove_ephemeral(head)
+            remove_ephemeral(head.jobs)
         shutil.rmtree(self.run_directory, ignore_errors=True)

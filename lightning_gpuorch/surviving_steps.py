@@ -4,62 +4,60 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_gpuorch.batching import BatchHalver, OOMEvent
 from lightning_gpuorch.memory import memory_summary
 from lightning_gpuorch.predictions.loader import Ticket
+from lightning_gpuorch.step_context import StepContext
 from lightning_gpuorch.telemetry.current import observe_oom
-
-if TYPE_CHECKING:
-    from lightning_gpuorch.runtime import Runtime
 
 
 class SurvivingSteps:
-    """A step wrapper for the predict calls of one runtime; the ranks of a tensor-parallel group cut alike.
+    """A step wrapper for the predict calls of one rank; the ranks of a tensor-parallel group cut alike.
 
     Args:
-        runtime: Whose steps.
+        context: The rank whose steps they are.
         on_oom: Called with each :class:`~lightning_gpuorch.batching.OOMEvent`, on the rank that ran out of memory.
     """
 
-    def __init__(self, runtime: Runtime, on_oom: Callable[[OOMEvent], Any] | None = None):
-        self._runtime, self._on_oom = runtime, on_oom
+    def __init__(self, context: StepContext, on_oom: Callable[[OOMEvent], Any] | None = None):
+        self._context, self._on_oom = context, on_oom
         self.halvers: dict[int, BatchHalver] = {}
         """One per dataloader: their steps may lay out outputs in different ways."""
 
     @staticmethod
-    def possible(runtime: Runtime) -> bool:
+    def possible(context: StepContext) -> bool:
         """Whether the ranks of a tensor-parallel group can halve together; a rank alone always can."""
-        return runtime.world.topology.tensor_parallel_size == 1 or runtime.world.recovery is not None
+        return context.world.topology.tensor_parallel_size == 1 or context.world.recovery is not None
 
     def __call__(self, call: Callable[[Any], Any], batch: Any, ticket: Ticket) -> Any:
         """Compute a batch, at once or in parts."""
-        runtime, halver = self._runtime, self._halver(ticket)
+        context, halver = self._context, self._halver(ticket)
         recollate = None
         rebuild = ticket.recollate
         if rebuild is not None:
-            recollate = lambda start, stop: runtime.transfer(rebuild(start, stop), ticket.loader)  # noqa: E731
+            recollate = lambda start, stop: context.transfer(rebuild(start, stop), ticket.loader)  # noqa: E731
         if ticket.size is None:  # a stream: nobody could compute a lost sample later
             return halver.run(call, batch, recollate=recollate)
         halved = halver.run_surviving(call, batch, size=ticket.size, recollate=recollate)
         if halved.lost:
-            assert runtime.job is not None
-            runtime.job.lose(halved.lost, ticket, "out of memory with this sample alone")
+            assert context.job is not None
+            context.job.lose(halved.lost, ticket, "out of memory with this sample alone")
         return halved.output
 
     def _halver(self, ticket: Ticket) -> BatchHalver:
         if ticket.loader not in self.halvers:
             self.halvers[ticket.loader] = BatchHalver(
                 self._take_oom,
-                functools.partial(memory_summary, self._runtime.device),
-                outputs_to_host=self._runtime.world.topology.tensor_parallel_size > 1,
+                functools.partial(memory_summary, self._context.device),
+                outputs_to_host=self._context.world.topology.tensor_parallel_size > 1,
                 remember=not ticket.sized,
             )
         return self.halvers[ticket.loader]
 
     def _take_oom(self, event: OOMEvent) -> None:
-        recovery = self._runtime.world.recovery
+        recovery = self._context.world.recovery
         if recovery is not None and recovery.last is not None and not recovery.last.own:
             return  # the rank of the group that ran out of memory tells it
         fields: dict[str, Any] = {} if event.next_size else {"lost_samples": event.size}

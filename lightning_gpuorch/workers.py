@@ -10,13 +10,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from lightning_gpuorch._bootstrap import DUMP_FILE, DUMP_SIGNAL, ERROR_FILE
 from lightning_gpuorch.liveness import main_thread_of_dump
-
-if TYPE_CHECKING:
-    from lightning_gpuorch.spawn import Process, Spawner
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +22,32 @@ DUMP_SECONDS = 1.0
 _KILL_SECONDS = 10.0
 _CULPRIT_SECONDS = 2.0
 """How long the end of a rank waits for the end of the one that it says was the cause."""
+
+
+class Process(Protocol):
+    """A started worker."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Exit code, negative for a signal; None while it runs."""
+        ...
+
+
+class Spawner(Protocol):
+    """Starts workers."""
+
+    def prepare(self) -> None:
+        """Begin with what can be done before it is known what to start."""
+        ...
+
+    def spawn(self, environment: Mapping[str, str]) -> Process:
+        """Start one worker in a session of its own, with these variables added to the environment."""
+        ...
+
+    def close(self) -> None:
+        """Release what helps to start workers; those that run are left alone or end with it."""
+        ...
 
 
 @dataclass

@@ -13,9 +13,7 @@ import itertools
 import logging
 import os
 import secrets
-import shutil
 import socket
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +33,9 @@ from lightning_gpuorch.environment import WorkerEnvironment
 from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, MissingPredictionsError, format_indices
 from lightning_gpuorch.group_recovery import GroupRecovery
 from lightning_gpuorch.head import Head
-from lightning_gpuorch.jobs import Job, verify_complete
+from lightning_gpuorch.jobs import Job, remove_ephemeral, verify_complete
 from lightning_gpuorch.presence import Presence
-from lightning_gpuorch.telemetry.run_directory import RunRecords
+from lightning_gpuorch.telemetry.run_directory import RunRecords, new_run_id
 
 if TYPE_CHECKING:
     import torch
@@ -344,7 +342,7 @@ def _alone(config: OrchestratorConfig, topology: Topology, groups: ProcessGroupM
         run_directory=records.directory,
         records=records,
     )
-    atexit.register(remove_ephemeral, head)
+    atexit.register(remove_ephemeral, head.jobs)
     atexit.register(stop_recording, world)  # runs first
     return world
 
@@ -413,35 +411,6 @@ def _join_external(
     return world
 
 
-def new_run_id() -> str:
-    """A name for a launch: when it began, and something that makes it unique."""
-    return f"run-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-
-
-def remove_ephemeral(head: Head) -> None:
-    """Remove result directories nobody asked to keep, if their job is complete."""
-    for job in head.jobs.values():
-        if not job.ephemeral:
-            continue
-        if job.finished and not any(queue.quarantined for queue in job.queues):
-            shutil.rmtree(job.directory, ignore_errors=True)
-            for parent in list(job.directory.parents)[:2]:  # the run's folder, and "gpuorch" around it
-                _remove_if_empty(parent)
-        elif job.directory.exists():
-            log.warning(
-                "incomplete predictions are kept in %s; pass output_dir=%r to go on from there",
-                job.directory,
-                str(job.directory),
-            )
-
-
-def _remove_if_empty(directory: Path) -> None:
-    try:
-        directory.rmdir()
-    except OSError as error:  # another run is using it, or it is gone: both are fine
-        log.debug("%s stays: %s", directory, error)
-
-
 def _outlive_the_others(world: World, presence: Presence, timeout_seconds: float) -> None:
     """Rank 0 serves the head until all ranks are done with it."""
     head = world.head
@@ -450,7 +419,7 @@ def _outlive_the_others(world: World, presence: Presence, timeout_seconds: float
     if left:
         log.warning("rank 0 leaves although ranks %s have not", left)
     stop_recording(world)
-    remove_ephemeral(head)
+    remove_ephemeral(head.jobs)
 
 
 def _say_goodbye(channel: Channel, rank: int) -> None:

@@ -30,7 +30,7 @@ START_SECONDS = 300.0
 
 
 class ZygoteSpawner:
-    """Starts workers by asking a zygote to fork; see :class:`~lightning_gpuorch.spawn.Spawner`.
+    """Starts workers by asking a zygote to fork; see :class:`~lightning_gpuorch.workers.Spawner`.
 
     Args:
         command: ``("script", PATH, *ARGS)`` or ``("module", NAME, *ARGS)``.
@@ -45,12 +45,12 @@ class ZygoteSpawner:
         self._exit_codes: dict[int, int] = {}
 
     def prepare(self) -> None:
-        """See :meth:`~lightning_gpuorch.spawn.Spawner.prepare`: the imports begin now."""
+        """See :meth:`~lightning_gpuorch.workers.Spawner.prepare`: the imports begin now."""
         if self._zygote is None or self._zygote.poll() is not None:
             self._start()
 
     def spawn(self, environment: Mapping[str, str]) -> _ForkedWorker:
-        """See :meth:`~lightning_gpuorch.spawn.Spawner.spawn`.
+        """See :meth:`~lightning_gpuorch.workers.Spawner.spawn`.
 
         Raises:
             OSError: The zygote cannot be started.

@@ -7,7 +7,8 @@ import stat
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from lightning.fabric import Fabric
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_gpuorch import GPUOrchStrategy as FabricStrategy
 from lightning_gpuorch import MultiGPUOrchestrator, OrchestratorConfig, read_predictions, world
@@ -54,6 +55,13 @@ def test_unknown_option():
         GPUOrchStrategy(chunksize=3)
     with pytest.raises(ConfigurationError, match="unknown configuration field"):
         FabricStrategy(nonsense=1)
+
+
+def test_a_strategy_of_the_wrong_kind_is_refused_with_the_right_import():
+    with pytest.raises(ValueError, match=r"for Trainer, import lightning_gpuorch\.pytorch\.GPUOrchStrategy"):
+        pl.Trainer(strategy=FabricStrategy(), accelerator="cpu", devices=1)
+    with pytest.raises(ValueError, match=r"for Fabric, import lightning_gpuorch\.GPUOrchStrategy"):
+        Fabric(strategy=GPUOrchStrategy(), accelerator="cpu", devices=1)
 
 
 def test_loaders_whose_samples_cannot_be_batched_anew_are_refused(tmp_path):
@@ -196,6 +204,22 @@ def test_orchestrator_needs_our_strategy():
         MultiGPUOrchestrator(fabric=Fabric(strategy="auto", devices=1, accelerator="cpu"))
     with pytest.raises(ConfigurationError, match="give the settings to its strategy"):
         MultiGPUOrchestrator(OrchestratorConfig(), fabric=Fabric(strategy="gpuorch", devices=1, accelerator="cpu"))
+
+
+def test_a_dataset_is_put_into_batches_of_the_configured_size(tmp_path):
+    class Rows(Dataset):
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, index):
+            return torch.tensor([float(index), 1.0])
+
+    world.leave()
+    orchestrator = MultiGPUOrchestrator(batch_size=6, output_dir=tmp_path / "out")
+    orchestrator.initialize(device="cpu")
+    sizes = [len(output) for output in orchestrator.predict(torch.nn.Identity(), Rows(), step=lambda batch: 2 * batch)]
+    assert sizes == [6, 6, 6, 2]
+    assert torch.cat(list(orchestrator.predictions))[:, 0].tolist() == [2.0 * i for i in range(20)]
 
 
 def test_training_under_fabric_is_refused():

@@ -183,3 +183,22 @@ def test_calibrate_measures_one_device_and_a_job_shows_its_efficiency(runner: Ru
         return None
 
     assert 50 < eventually(efficiency) < 200, "one device, as it was measured; the machine may be busy"
+
+
+def test_run_takes_the_options_of_fabric_run() -> None:
+    # They are restated, not imported: importing Fabric's would cost the supervisor torch.
+    from lightning.fabric.cli import _run as fabric_run
+
+    ours = {option.name: option for option in gpuorch.commands["run"].params}
+    assert list(ours) == [option.name for option in fabric_run.params]
+    for option in fabric_run.params:
+        mine = ours[option.name]
+        assert set(option.opts) <= set(mine.opts)
+        assert mine.nargs == option.nargs
+        if option.name != "strategy":
+            assert mine.default == option.default
+    assert list(ours["precision"].type.choices) == list(
+        next(option for option in fabric_run.params if option.name == "precision").type.choices
+    )
+    accelerators = next(option for option in fabric_run.params if option.name == "accelerator").type.choices
+    assert set(ours["accelerator"].type.choices) - {"auto"} == set(accelerators) - {"auto", "mps", "tpu"}

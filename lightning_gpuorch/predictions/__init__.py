@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lightning_gpuorch.predictions.reader import Predictions, read_predictions
     from lightning_gpuorch.predictions.writer import PartWriter
 
-# Imported when first used: the supervisor needs the manifest and the leases, and must not import torch.
+# Imported when first used: the supervisor needs the manifest, the journal and the leases, and must not import torch.
 _HOMES = {
     "LoaderLayout": "layout",
     "Manifest": "manifest",

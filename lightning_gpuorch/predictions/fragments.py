@@ -24,8 +24,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from lightning_gpuorch.errors import CorruptPartError, MissingPredictionsError, PredictionStorageError
+from lightning_gpuorch.predictions.journal import FRAGMENTS_PREFIX, BatchEntry, PartJournal
 from lightning_gpuorch.predictions.layout import StoredBatch
-from lightning_gpuorch.predictions.parts import BatchEntry, Part, PartStore
+from lightning_gpuorch.predictions.parts import Part, PartStore
 
 log = logging.getLogger(__name__)
 
@@ -181,17 +182,17 @@ class FragmentReader:
 
     def _look(self) -> None:
         self._looked = True
-        found = {(store.directory, number) for store in self._stores() for number in store.done()}
+        found = {(journal.directory, number) for journal in self._journals() for number in journal.done()}
         self._numbers_in = {place: numbers for place, numbers in self._numbers_in.items() if place in found}
         for directory, number in sorted(found - self._numbers_in.keys()):
             try:
-                entries = PartStore(directory).header(number).entries
+                entries = PartJournal(directory).header(number).entries
                 self._numbers_in[directory, number] = frozenset(n for entry in entries for n in numbers_of(entry))
             except (CorruptPartError, MissingPredictionsError) as error:
                 self._pass_over(directory, number, error)
 
-    def _stores(self) -> Iterator[PartStore]:
-        return (PartStore(directory) for directory in sorted(self._directory.glob(self._pattern)))
+    def _journals(self) -> Iterator[PartJournal]:
+        return (PartJournal(directory) for directory in sorted(self._directory.glob(self._pattern)))
 
     def _pass_over(self, directory: Path, number: int, error: Exception) -> None:
         # It is gone where its writer lives and has finished, which is no news.
@@ -205,11 +206,5 @@ def numbers_of(batch: StoredBatch | BatchEntry) -> Iterable[int]:
     return batch.units if batch.units is not None else range(batch.first_unit, batch.first_unit + (batch.size or 0))
 
 
-def remove_fragments(directory: Path) -> None:
-    """Remove the fragments of a job that is complete."""
-    for path in directory.glob("unfinished-*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _prefix(loader: int) -> str:
-    return f"unfinished-{loader}-"
+    return f"{FRAGMENTS_PREFIX}{loader}-"

@@ -17,8 +17,8 @@ from typing import Any, Protocol, overload
 import numpy as np
 
 from lightning_gpuorch.errors import CorruptPartError, format_indices
+from lightning_gpuorch.predictions.journal import BatchEntry, PartHeader, PartJournal
 from lightning_gpuorch.predictions.layout import LoaderLayout
-from lightning_gpuorch.predictions.parts import BatchEntry, PartHeader, PartStore
 
 ReadHeader = Callable[[int], PartHeader]
 
@@ -127,34 +127,34 @@ class Locator(Protocol):
         ...
 
 
-def locate(store: PartStore, layout: LoaderLayout) -> Locator:
+def locate(journal: PartJournal, layout: LoaderLayout) -> Locator:
     """Look through the parts of a loader.
 
     Args:
-        store: The parts.
+        journal: The parts.
         layout: The layout in force.
 
     Raises:
         CorruptPartError: A header is damaged, or a part holds what does not belong in it.
     """
-    return ScatteredLocator(store, layout) if layout.unit == "scattered" else ChunkLocator(store, layout)
+    return ScatteredLocator(journal, layout) if layout.unit == "scattered" else ChunkLocator(journal, layout)
 
 
 class ChunkLocator:
     """The locator of loaders that were cut into chunks by sample or by batch."""
 
-    def __init__(self, store: PartStore, layout: LoaderLayout):
-        parts = sorted(store.done())
+    def __init__(self, journal: PartJournal, layout: LoaderLayout):
+        parts = sorted(journal.done())
         if layout.num_units is None:
             # A stream that was not read to its end: as far as there are predictions.
             stop = max(
-                (_covered(entry, layout).stop for chunk in parts for entry in store.header(chunk).entries), default=0
+                (_covered(entry, layout).stop for chunk in parts for entry in journal.header(chunk).entries), default=0
             )
             layout = layout.with_num_units(stop)
         self._layout = layout
         self._chunks = frozenset(chunk for chunk in parts if chunk < layout.num_chunks)
         self.num_batches = layout.num_batches
-        self.missing = UnitRanges(self._gaps(store))
+        self.missing = UnitRanges(self._gaps(journal))
 
     def segments(self, batch: int, read_header: ReadHeader) -> list[Segment]:
         """See :class:`Locator`."""
@@ -182,7 +182,7 @@ class ChunkLocator:
             if start < stop:
                 yield Segment(chunk, position, start, stop, entry)
 
-    def _gaps(self, store: PartStore) -> Iterator[range]:
+    def _gaps(self, journal: PartJournal) -> Iterator[range]:
         layout = self._layout
         for chunk in range(layout.num_chunks):
             units = layout.chunk_range(chunk)
@@ -190,11 +190,11 @@ class ChunkLocator:
                 yield units
                 continue
             reached = units.start
-            for entry in store.header(chunk).entries:
+            for entry in journal.header(chunk).entries:
                 for covered in _runs(entry, layout):
                     if covered.start < reached or covered.stop > units.stop:
                         raise CorruptPartError(
-                            f"{store.path(chunk)} has units {covered.start}-{covered.stop - 1} twice or out of place: "
+                            f"{journal.path(chunk)} has units {covered.start}-{covered.stop - 1} twice or out of place: "
                             f"its chunk is {units.start}-{units.stop - 1}. Delete it and run the same command again."
                         )
                     # A batch that lacks samples counts as missing, though what it has can be read.
@@ -207,16 +207,16 @@ class ChunkLocator:
 class ScatteredLocator:
     """The locator of parts that name their dataset indices; where two hold the same sample, the lower part counts."""
 
-    def __init__(self, store: PartStore, layout: LoaderLayout):
+    def __init__(self, journal: PartJournal, layout: LoaderLayout):
         assert layout.batch_size is not None
         self._batch_size = layout.batch_size
         empty: list[np.ndarray[Any, np.dtype[Any]]] = [np.empty(0, np.int64)]
         indices, places, rows = list(empty), list(empty), list(empty)
         self._places: list[tuple[int, int]] = []
-        for chunk in sorted(store.done()):
-            for position, entry in enumerate(store.header(chunk).entries):
+        for chunk in sorted(journal.done()):
+            for position, entry in enumerate(journal.header(chunk).entries):
                 if entry.indices is None:
-                    raise CorruptPartError(f"{store.path(chunk)} does not name the dataset indices of its samples.")
+                    raise CorruptPartError(f"{journal.path(chunk)} does not name the dataset indices of its samples.")
                 indices.append(np.asarray(entry.indices, np.int64))
                 places.append(np.full(len(entry.indices), len(self._places), np.int32))
                 rows.append(np.arange(len(entry.indices), dtype=np.int32))
@@ -234,7 +234,7 @@ class ScatteredLocator:
             return
         if len(self._indices) and (self._indices[0] < 0 or self._indices[-1] >= num_samples):
             raise CorruptPartError(
-                f"{store.directory} holds samples {self._indices[0]}-{self._indices[-1]}, and the dataset has "
+                f"{journal.directory} holds samples {self._indices[0]}-{self._indices[-1]}, and the dataset has "
                 f"{num_samples}."
             )
         self.num_batches = layout.num_batches

@@ -35,8 +35,8 @@ from lightning_gpuorch.predictions.files import (
     replace,
     storage_error,
 )
+from lightning_gpuorch.predictions.journal import loader_directory
 from lightning_gpuorch.predictions.layout import LoaderLayout
-from lightning_gpuorch.predictions.parts import loader_directory
 
 FORMAT_VERSION = 1
 

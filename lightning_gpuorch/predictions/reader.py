@@ -13,10 +13,11 @@ from typing import Any, Generic, TypeVar, overload
 import numpy as np
 
 from lightning_gpuorch.errors import ConfigurationError, MissingPredictionsError
+from lightning_gpuorch.predictions.journal import PartHeader, loader_directory
 from lightning_gpuorch.predictions.layout import LoaderLayout
 from lightning_gpuorch.predictions.locate import Locator, Segment, UnitRanges, locate
 from lightning_gpuorch.predictions.manifest import Quarantined, load, read_quarantine
-from lightning_gpuorch.predictions.parts import Part, PartHeader, PartStore, loader_directory
+from lightning_gpuorch.predictions.parts import Part, PartStore
 from lightning_gpuorch.structure import (
     CannotMergeError,
     CannotSplitError,

@@ -7,16 +7,32 @@ nothing is imported where nobody listens.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from lightning_gpuorch.telemetry.events import EventLog
     from lightning_gpuorch.telemetry.metrics import RankMetrics
-    from lightning_gpuorch.telemetry.rank import RankTelemetry
+
+
+class RankObserver(Protocol):
+    """What :class:`~lightning_gpuorch.telemetry.rank.RankTelemetry` is told of."""
+
+    def observe_oom(self, batch_size: int, retry_batch_size: int | None = None, **fields: Any) -> None:
+        """Record a step that ran out of memory."""
+        ...
+
+    def observe_retry(self, reason: str, attempt: int, ranks: list[int], seconds: float) -> None:
+        """Record a step that is repeated."""
+        ...
+
+    def observe_collective(self, op: str, seconds: float) -> None:
+        """Record a collective that has completed."""
+        ...
+
 
 _events: EventLog | None = None
 _metrics: RankMetrics | None = None
-_rank: RankTelemetry | None = None
+_rank: RankObserver | None = None
 
 
 def current_events() -> EventLog | None:
@@ -47,7 +63,7 @@ def emit(kind: str, /, **fields: Any) -> None:
         _events.record(kind, **fields)
 
 
-def use_rank(rank: RankTelemetry | None) -> None:
+def use_rank(rank: RankObserver | None) -> None:
     """Make a rank's telemetry that of this process; None leaves it without."""
     global _rank
     _rank = rank

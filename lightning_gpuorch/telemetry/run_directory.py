@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shlex
 import shutil
 import sys
@@ -62,6 +63,11 @@ class Run:
         """
         events, _ = read_events(self.directory / "events")
         return [Path(event["directory"]) for event in events if event["kind"] == "job" and "directory" in event]
+
+
+def new_run_id() -> str:
+    """A name for a launch: when it began, and something that makes it unique."""
+    return f"run-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
 
 
 def runs_directory() -> Path:

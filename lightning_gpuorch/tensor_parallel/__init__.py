@@ -2,7 +2,8 @@
 
 from lightning_gpuorch.tensor_parallel.anatomy import ModelCall
 from lightning_gpuorch.tensor_parallel.apply import applied_plan, apply_plan
-from lightning_gpuorch.tensor_parallel.checkpoint import Checkpoint, open_checkpoint
+from lightning_gpuorch.tensor_parallel.checkpoint import open_checkpoint
+from lightning_gpuorch.tensor_parallel.checkpoint_base import Checkpoint
 from lightning_gpuorch.tensor_parallel.communicator import Communicator
 from lightning_gpuorch.tensor_parallel.example_input import cut_small, find_example_input
 from lightning_gpuorch.tensor_parallel.generation import (

@@ -9,19 +9,19 @@
 
 from __future__ import annotations
 
-import abc
 import json
 import os
 import pickle
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_gpuorch.errors import TensorParallelError
-from lightning_gpuorch.tensor_parallel.intervals import Intervals, length, take
+from lightning_gpuorch.tensor_parallel.checkpoint_base import Checkpoint
+from lightning_gpuorch.tensor_parallel.intervals import Intervals, take
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -40,32 +40,6 @@ _SAFETENSORS_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-
-
-class Checkpoint(abc.ABC):
-    """Tensors by key. Reading is safe from several threads.
-
-    Attributes:
-        location: Where it lies, for messages.
-    """
-
-    location: str
-
-    @abc.abstractmethod
-    def keys(self) -> list[str]:
-        """List the keys of all tensors."""
-
-    @abc.abstractmethod
-    def shape(self, key: str) -> tuple[int, ...] | None:
-        """Give a tensor's shape without reading it; None if that is not possible."""
-
-    @abc.abstractmethod
-    def read(self, key: str, dim: int | None = None, intervals: Intervals = ()) -> tuple[torch.Tensor, int]:
-        """Read a tensor, or intervals of one of its dimensions.
-
-        Returns:
-            The tensor and the bytes that were asked from the source.
-        """
 
 
 def open_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -> Checkpoint:
@@ -248,11 +222,3 @@ def _load_mapped(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise TensorParallelError(f"{path} holds a {type(content).__name__}, not a state dict.")
     return content
-
-
-def pieces(intervals: Intervals) -> Iterator[tuple[int, int, int]]:
-    """Yield ``(start, stop, position in the joined piece)`` of each interval."""
-    position = 0
-    for interval in intervals:
-        yield (*interval, position)
-        position += length((interval,))

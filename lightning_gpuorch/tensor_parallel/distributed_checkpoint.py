@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from lightning_gpuorch.errors import TensorParallelError
-from lightning_gpuorch.tensor_parallel.checkpoint import Checkpoint, pieces
-from lightning_gpuorch.tensor_parallel.intervals import Intervals, length
+from lightning_gpuorch.tensor_parallel.checkpoint_base import Checkpoint
+from lightning_gpuorch.tensor_parallel.intervals import Intervals, length, pieces
 
 
 class DistributedCheckpoint(Checkpoint):

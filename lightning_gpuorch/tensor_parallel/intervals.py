@@ -6,7 +6,7 @@ to "this rank keeps these intervals of that dimension": nothing else here knows 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -108,3 +108,11 @@ def take(source: Any, dim: int, intervals: Intervals) -> torch.Tensor:
     if not parts:
         raise ValueError("There is nothing to take.")
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def pieces(intervals: Intervals) -> Iterator[tuple[int, int, int]]:
+    """Yield ``(start, stop, position in the joined piece)`` of each interval."""
+    position = 0
+    for interval in intervals:
+        yield (*interval, position)
+        position += length((interval,))

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from lightning_gpuorch.errors import TensorParallelError
-from lightning_gpuorch.tensor_parallel.checkpoint import Checkpoint, open_checkpoint
+from lightning_gpuorch.tensor_parallel.checkpoint import open_checkpoint
+from lightning_gpuorch.tensor_parallel.checkpoint_base import Checkpoint
 from lightning_gpuorch.tensor_parallel.plan import ParameterPlan, TensorParallelPlan, dtype_name, format_bytes
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_gpuorch.tensor_parallel.checkpoint import Checkpoint
+from lightning_gpuorch.tensor_parallel.checkpoint_base import Checkpoint
 from lightning_gpuorch.tensor_parallel.intervals import Intervals, take
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lightning_gpuorch.predictions import StoredBatch, fragments
-from lightning_gpuorch.predictions.fragments import FragmentReader, FragmentWriter, remove_fragments
+from lightning_gpuorch.predictions.fragments import FragmentReader, FragmentWriter
+from lightning_gpuorch.predictions.journal import remove_fragments
 
 READ = fragments.PartStore.read
 

@@ -14,6 +14,7 @@ import pytest
 
 from lightning_gpuorch.errors import CorruptPartError, JobMismatchError, PredictionStorageError
 from lightning_gpuorch.predictions import LoaderLayout, Manifest, PartStore
+from lightning_gpuorch.predictions.journal import loader_directory
 from lightning_gpuorch.predictions.manifest import (
     Quarantined,
     load,
@@ -22,7 +23,6 @@ from lightning_gpuorch.predictions.manifest import (
     record_quarantine,
     set_num_units,
 )
-from lightning_gpuorch.predictions.parts import loader_directory
 
 FORK = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

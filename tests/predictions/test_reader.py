@@ -29,8 +29,8 @@ from lightning_gpuorch.predictions import (
     StoredBatch,
     read_predictions,
 )
+from lightning_gpuorch.predictions.journal import loader_directory
 from lightning_gpuorch.predictions.manifest import open_or_create, record_quarantine, set_num_units
-from lightning_gpuorch.predictions.parts import loader_directory
 from lightning_gpuorch.structure import CannotMergeError, CannotSplitError
 
 

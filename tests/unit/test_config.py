@@ -1,5 +1,10 @@
+import ast
+import dataclasses
+from pathlib import Path
+
 import pytest
 
+import lightning_gpuorch
 from lightning_gpuorch import OrchestratorConfig
 from lightning_gpuorch.errors import ConfigurationError
 
@@ -64,3 +69,12 @@ def test_it_is_frozen_and_keyword_only():
         OrchestratorConfig().batch_size = 3
     with pytest.raises(TypeError):
         OrchestratorConfig("auto")
+
+
+def test_every_field_is_read_somewhere():
+    package = Path(lightning_gpuorch.__file__).parent
+    trees = [ast.parse(path.read_text()) for path in package.rglob("*.py") if path.name != "config.py"]
+    attributes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    configurations = ("config", "_config", "resolved")  # what variables that hold one are called
+    read = {node.attr for node in attributes if ast.unparse(node.value).split(".")[-1] in configurations}
+    assert {field.name for field in dataclasses.fields(OrchestratorConfig)} - read == set()

@@ -7,7 +7,8 @@ import psutil
 import pytest
 import torch
 
-from lightning_gpuorch.preflight import Preflight, check_arithmetic
+from lightning_gpuorch.device_check import check_arithmetic
+from lightning_gpuorch.preflight import Preflight
 
 
 def _find(code, timeout_seconds=30.0):
