@@ -20,7 +20,7 @@ import transformers
 from lightning.fabric import Fabric
 
 from lightning_gpuorch import GPUOrchStrategy, MultiGPUOrchestrator
-from lightning_gpuorch.tensor_parallel import applied_plan, generate
+from lightning_gpuorch.parallel.tensor_parallel import applied_plan, generate
 
 RANDOM_CONFIG = {
     "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,

@@ -6,32 +6,32 @@ first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lightning_gpuorch import _register
+from lightning_gpuorch._lazy import lazy_exports
 from lightning_gpuorch._version import __version__
+from lightning_gpuorch.strategies import registry
 
 if TYPE_CHECKING:
     from lightning_gpuorch.config import OrchestratorConfig
-    from lightning_gpuorch.distributed import ProcessGroupManager
+    from lightning_gpuorch.devices.memory import ResourceAllocator
     from lightning_gpuorch.fabric import GPUOrchStrategy
-    from lightning_gpuorch.memory import ResourceAllocator
-    from lightning_gpuorch.orchestrator import MultiGPUOrchestrator
+    from lightning_gpuorch.parallel.groups.process_group import ProcessGroupManager
+    from lightning_gpuorch.parallel.tensor_parallel import TensorParallelPlan, plan_tensor_parallel
     from lightning_gpuorch.predictions import read_predictions
-    from lightning_gpuorch.recovery import FailureRecoveryManager
-    from lightning_gpuorch.tensor_parallel import TensorParallelPlan, plan_tensor_parallel
+    from lightning_gpuorch.supervisor.restart_policy import FailureRecoveryManager
+    from lightning_gpuorch.worker.orchestrator import MultiGPUOrchestrator
 
 _HOMES = {
-    "FailureRecoveryManager": "lightning_gpuorch.recovery",
-    "GPUOrchStrategy": "lightning_gpuorch.fabric",
-    "MultiGPUOrchestrator": "lightning_gpuorch.orchestrator",
-    "OrchestratorConfig": "lightning_gpuorch.config",
-    "ProcessGroupManager": "lightning_gpuorch.distributed",
-    "ResourceAllocator": "lightning_gpuorch.memory",
-    "TensorParallelPlan": "lightning_gpuorch.tensor_parallel",
-    "plan_tensor_parallel": "lightning_gpuorch.tensor_parallel",
-    "read_predictions": "lightning_gpuorch.predictions",
+    "FailureRecoveryManager": "supervisor.restart_policy",
+    "GPUOrchStrategy": "fabric",
+    "MultiGPUOrchestrator": "worker.orchestrator",
+    "OrchestratorConfig": "config",
+    "ProcessGroupManager": "parallel.groups.process_group",
+    "ResourceAllocator": "devices.memory",
+    "TensorParallelPlan": "parallel.tensor_parallel",
+    "plan_tensor_parallel": "parallel.tensor_parallel",
+    "read_predictions": "predictions",
 }
 
 __all__ = [
@@ -48,14 +48,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazy_exports(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
 
 
-_register.register()
+registry.register()

@@ -139,9 +139,9 @@ def _leave_nothing_behind() -> Iterator[None]:
     """A test must not leak environment variables or threads of ours."""
     environment, threads = dict(os.environ), set(threading.enumerate())
     yield
-    from lightning_gpuorch import world
+    from lightning_gpuorch.worker import session
 
-    world.leave()
+    session.leave()
     leaked = {k for k in os.environ if k not in environment and not k.startswith("PYTEST")} - {
         "KMP_INIT_AT_FORK",
         "KMP_DUPLICATE_LIB_OK",

@@ -11,7 +11,7 @@ from lightning.fabric import Fabric
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_gpuorch import GPUOrchStrategy as FabricStrategy
-from lightning_gpuorch import MultiGPUOrchestrator, OrchestratorConfig, read_predictions, world
+from lightning_gpuorch import MultiGPUOrchestrator, OrchestratorConfig, read_predictions
 from lightning_gpuorch.errors import (
     ConfigurationError,
     JobMismatchError,
@@ -20,6 +20,7 @@ from lightning_gpuorch.errors import (
     UnsupportedPredictionError,
 )
 from lightning_gpuorch.pytorch import GPUOrchStrategy
+from lightning_gpuorch.worker import session
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -38,7 +39,7 @@ class Model(pl.LightningModule):
 
 
 def predict(model, loader, **options):
-    world.leave()  # as in a new process: a second predict of the same one would get a folder of its own
+    session.leave()  # as in a new process: a second predict of the same one would get a folder of its own
     trainer = pl.Trainer(
         strategy=GPUOrchStrategy(**options), devices=1, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
@@ -214,7 +215,7 @@ def test_a_dataset_is_put_into_batches_of_the_configured_size(tmp_path):
         def __getitem__(self, index):
             return torch.tensor([float(index), 1.0])
 
-    world.leave()
+    session.leave()
     orchestrator = MultiGPUOrchestrator(batch_size=6, output_dir=tmp_path / "out")
     orchestrator.initialize(device="cpu")
     sizes = [len(output) for output in orchestrator.predict(torch.nn.Identity(), Rows(), step=lambda batch: 2 * batch)]
@@ -235,7 +236,7 @@ def test_training_under_fabric_is_refused():
 def test_a_plain_fabric_loop_with_dynamic_batching_is_told_that_it_has_none(caplog):
     from lightning.fabric import Fabric
 
-    world.leave()
+    session.leave()
     fabric = Fabric(strategy=FabricStrategy(enable_dynamic_batching=True), devices=1, accelerator="cpu")
     fabric.launch()
     with caplog.at_level(logging.WARNING, "lightning_gpuorch"):

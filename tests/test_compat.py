@@ -69,6 +69,14 @@ def module(name: str) -> Callable[[], Any]:
     return lambda: importlib.import_module(name)
 
 
+def hugging_face_stream() -> Any:
+    datasets = pytest.importorskip("datasets")
+    from datasets.distributed import split_dataset_by_node
+
+    stream = datasets.IterableDataset.from_generator(lambda shards: iter(shards), gen_kwargs={"shards": [{"x": 1}]})
+    return split_dataset_by_node(stream, rank=1, world_size=2)
+
+
 FETCHERS = "lightning.pytorch.loops.fetchers"
 PREDICTION_LOOP = "lightning.pytorch.loops.prediction_loop"
 DATA_CONNECTOR = "lightning.pytorch.trainer.connectors.data_connector"
@@ -115,7 +123,10 @@ RELIED_ON: list[tuple[str, Callable[[], Any], Callable[[Any], bool]]] = [
     ("_trainer", pl.LightningModule, lambda trainer: trainer is None),
     ("_original_module", lambda: _FabricModule(nn.Linear(1, 1), FabricDDPStrategy()), is_a(nn.Linear)),
     ("_dataloader", lambda: _FabricDataLoader(DataLoader([0])), is_a(DataLoader)),
+    # datasets
+    ("_distributed", lambda: hugging_face_stream(), lambda split: (split.rank, split.world_size) == (1, 2)),
     # torch.distributed
+    ("_world", module("torch.distributed.distributed_c10d"), lambda world: world.default_pg is None),
     ("_plugins", lambda: torch.distributed.Backend, is_a(dict)),
     ("_set_default_backend", lambda: ProcessGroup, callable),
     ("_register_backend", lambda: ProcessGroup, callable),

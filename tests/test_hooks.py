@@ -14,9 +14,10 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, TQDMProgressBar
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_gpuorch import MultiGPUOrchestrator, read_predictions, world
+from lightning_gpuorch import MultiGPUOrchestrator, read_predictions
 from lightning_gpuorch.predictions import PartStore
 from lightning_gpuorch.pytorch import GPUOrchStrategy
+from lightning_gpuorch.worker import session
 from tests.batching.kinds import LimitedStep
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore:.*LeafSpec.*")]
@@ -46,7 +47,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
 
 
 def ours(directory: Path, **options: Any) -> GPUOrchStrategy:
-    world.leave()
+    session.leave()
     return GPUOrchStrategy(output_dir=directory, log_level="WARNING", **{"chunk_size": 2, **options})
 
 
@@ -427,13 +428,13 @@ class Notes:
 @pytest.fixture
 def orchestrate(tmp_path: Path) -> Iterator[Callable[..., MultiGPUOrchestrator]]:
     def make(*callbacks: Any) -> MultiGPUOrchestrator:
-        world.leave()
+        session.leave()
         orchestrator = MultiGPUOrchestrator(output_dir=tmp_path, log_level="WARNING", chunk_size=1, callbacks=callbacks)
         orchestrator.initialize(0, 1)
         return orchestrator
 
     yield make
-    world.leave()
+    session.leave()
 
 
 class Doubling(torch.nn.Module):

@@ -35,7 +35,7 @@ def test_the_supervisor_of_a_running_job_has_not_loaded_torch(runner: Runner) ->
 @pytest.mark.parametrize(
     "statement",
     [
-        "import lightning_gpuorch.supervisor",
+        "import lightning_gpuorch.supervisor.supervisor",
         "import lightning_gpuorch.testing.chaos",
         "from lightning_gpuorch.cli import gpuorch; gpuorch(['run', '--help'], standalone_mode=False)",
     ],

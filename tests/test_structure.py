@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gpuorch.structure import (
+from lightning_gpuorch.predictions.samples import (
     AmbiguousStructureError,
     CannotMergeError,
     CannotSplitError,

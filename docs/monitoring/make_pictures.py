@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from rich.console import Console  # noqa: E402
 
 from lightning_gpuorch.telemetry import read_events, write_report  # noqa: E402
-from lightning_gpuorch.telemetry.live import snapshot  # noqa: E402
+from lightning_gpuorch.telemetry.report.live import snapshot  # noqa: E402
 from lightning_gpuorch.testing.nvml import FakeNVML  # noqa: E402
 from tests.telemetry.synthetic_run import BEGIN, write_run  # noqa: E402
 

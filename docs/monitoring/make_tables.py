@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_gpuorch.health.verdict import CLOCK_EVENTS, RECOVERY_ACTIONS, XIDS
-from lightning_gpuorch.telemetry.event_schema import EVENT_SCHEMA
-from lightning_gpuorch.telemetry.event_schema import __doc__ as schema_text
+from lightning_gpuorch.devices.verdict import CLOCK_EVENTS, RECOVERY_ACTIONS, XIDS
+from lightning_gpuorch.telemetry.events.schema import EVENT_SCHEMA
+from lightning_gpuorch.telemetry.events.schema import __doc__ as schema_text
 
 READING_RULES = [
     ("the driver has lost the GPU, or asks for a reset; a row could not be remapped", "failed"),

@@ -14,14 +14,14 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from lightning_gpuorch._version import __version__
 from lightning_gpuorch.errors import ConfigurationError, MissingPredictionsError, format_indices
-from lightning_gpuorch.predictions.journal import loader_directory
-from lightning_gpuorch.predictions.layout import LoaderLayout, StoredBatch
-from lightning_gpuorch.predictions.manifest import Manifest, open_or_create
-from lightning_gpuorch.predictions.parts import PartStore
-from lightning_gpuorch.predictions.reader import read_predictions
-from lightning_gpuorch.predictions.source import MapSource, describe
-from lightning_gpuorch.predictions.writer import PartWriter
-from lightning_gpuorch.tensors import to_host
+from lightning_gpuorch.predictions.loading.source import MapSource, describe
+from lightning_gpuorch.predictions.reading.reader import read_predictions
+from lightning_gpuorch.predictions.samples.tensors import to_host
+from lightning_gpuorch.predictions.storage.journal import loader_directory
+from lightning_gpuorch.predictions.storage.layout import LoaderLayout, StoredBatch
+from lightning_gpuorch.predictions.storage.manifest import Manifest, open_or_create
+from lightning_gpuorch.predictions.storage.parts import PartStore
+from lightning_gpuorch.predictions.storage.writer import PartWriter
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_gpuorch.callbacks._rank import RankInfo
+from lightning_gpuorch.devices.monitor import HealthMonitor, HealthReport
+from lightning_gpuorch.devices.nvml import DeviceIdentity
+from lightning_gpuorch.devices.probe import ProbeResult, probe_all_reduce
+from lightning_gpuorch.devices.verdict import Verdict
 from lightning_gpuorch.errors import ConfigurationError
-from lightning_gpuorch.health.devices import DeviceIdentity
-from lightning_gpuorch.health.monitor import HealthMonitor, HealthReport
-from lightning_gpuorch.health.probe import ProbeResult, probe_all_reduce
-from lightning_gpuorch.health.verdict import Verdict
 from lightning_gpuorch.telemetry.current import current_metrics, emit
 
 
@@ -33,7 +33,7 @@ class GPUHealthMonitor(Callback):
         stale_after_seconds: Without a reading for so long, the verdict is UNKNOWN.
         max_process_faults: XID errors that hit a process but may leave the GPU intact; more of them are a failure.
         devices: NVML UUIDs to watch, by global rank, instead of each rank's own device.
-        on_verdict: Called with a :class:`~lightning_gpuorch.health.HealthReport` whenever the verdict changes, on a
+        on_verdict: Called with a :class:`~lightning_gpuorch.devices.monitor.HealthReport` whenever the verdict changes, on a
             thread of its own.
 
     Raises:

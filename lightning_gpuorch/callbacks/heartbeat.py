@@ -12,10 +12,10 @@ from typing import IO, Any
 
 from lightning.pytorch.callbacks import Callback
 
-from lightning_gpuorch._bootstrap import DUMP_SIGNAL
-from lightning_gpuorch.environment import WorkerEnvironment
-from lightning_gpuorch.liveness import Heartbeat, HeartbeatTable, Limits, Phase
-from lightning_gpuorch.watchdog import start_watchdog
+from lightning_gpuorch.control.bootstrap import DUMP_SIGNAL
+from lightning_gpuorch.control.environment import WorkerEnvironment
+from lightning_gpuorch.control.heartbeat import Heartbeat, HeartbeatTable, Limits, Phase
+from lightning_gpuorch.worker.watchdog import start_watchdog
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.utils._pytree import tree_leaves
 
-from lightning_gpuorch.batching import BatchHalver, OOMEvent, SingleSampleOOMError
-from lightning_gpuorch.memory import memory_summary
-from lightning_gpuorch.surviving_steps import SurvivingSteps
+from lightning_gpuorch.devices.memory import memory_summary
 from lightning_gpuorch.telemetry.current import observe_oom
+from lightning_gpuorch.worker.oom.halving import BatchHalver, OOMEvent, SingleSampleOOMError
+from lightning_gpuorch.worker.surviving_steps import SurvivingSteps
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +30,12 @@ class OOMBatchHalving(Callback):
     under the Trainer and under Fabric, a sample that does not fit alone is given up and
     named, and the others go on; the ranks of a tensor-parallel group cut alike, whichever of them ran out of memory.
     With other strategies ``predict_step`` of the module is wrapped while ``predict`` runs, and such a sample ends the
-    run with :class:`~lightning_gpuorch.batching.SingleSampleOOMError`. Other strategies that communicate inside of a
-    step (FSDP, DeepSpeed, ModelParallel) are left alone, since a rank that halves by itself would leave its peers
-    waiting.
+    run with :class:`~lightning_gpuorch.worker.oom.halving.SingleSampleOOMError`. Other strategies that communicate
+    inside of a step (FSDP, DeepSpeed, ModelParallel) are left alone, since a rank that halves by itself would leave its
+    peers waiting.
 
     Args:
-        on_oom: Called with each :class:`~lightning_gpuorch.batching.OOMEvent`, on the rank that ran out of memory.
+        on_oom: Called with each :class:`~lightning_gpuorch.worker.oom.halving.OOMEvent`, on the rank that ran out of memory.
 
     Attributes:
         num_ooms: Errors caught, over all predict calls.
@@ -64,7 +64,7 @@ class OOMBatchHalving(Callback):
             log.warning("OOMBatchHalving: inactive, %s communicates inside of a step", type(strategy).__name__)
         elif step is None or not _is_trainer(trainer):
             log.warning(
-                "OOMBatchHalving: inactive, this is a loop of its own; use lightning_gpuorch.batching.BatchHalver"
+                "OOMBatchHalving: inactive, this is a loop of its own; use lightning_gpuorch.worker.oom.halving.BatchHalver"
             )
         else:
             self._wrap_module(trainer, pl_module, step)

@@ -15,11 +15,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning_gpuorch.callbacks._rank import RankInfo, batch_length
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.telemetry.current import current_metrics, use_metrics
-from lightning_gpuorch.telemetry.efficiency import Baseline, ScalingEfficiency
-from lightning_gpuorch.telemetry.exporter import MetricsExporter
-from lightning_gpuorch.telemetry.exposition import snapshot_name
 from lightning_gpuorch.telemetry.failures import observer_failures
-from lightning_gpuorch.telemetry.metrics import RankMetrics
+from lightning_gpuorch.telemetry.metrics.efficiency import Baseline, ScalingEfficiency
+from lightning_gpuorch.telemetry.metrics.exporter import MetricsExporter
+from lightning_gpuorch.telemetry.metrics.exposition import snapshot_name
+from lightning_gpuorch.telemetry.metrics.rank_metrics import RankMetrics
 
 log = logging.getLogger(__name__)
 

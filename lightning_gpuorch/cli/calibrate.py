@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from lightning_gpuorch.environment import CALIBRATION
+from lightning_gpuorch.telemetry.metrics.efficiency import CALIBRATION
 
 
 @click.command(name="calibrate", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -51,7 +51,7 @@ def doctor(output_dir: str, spec: str | None, tensor_parallel_size: int | None, 
 
     What is wrong is said with what to do about it. The exit code is 0 if a job can run here, and 78 if not.
     """
-    from lightning_gpuorch.health.doctor import describe, examine, exit_code
+    from lightning_gpuorch.devices.doctor import describe, examine, exit_code
 
     if spec is None and (tensor_parallel_size is not None or memory_budget is not None):
         raise click.UsageError("--tensor-parallel-size and --memory-budget are about a model: name it with --model.")
@@ -59,7 +59,7 @@ def doctor(output_dir: str, spec: str | None, tensor_parallel_size: int | None, 
     click.echo(describe(checks))
     code = exit_code(checks)
     if spec is not None:
-        from lightning_gpuorch.tensor_parallel.model_report import model_report
+        from lightning_gpuorch.parallel.tensor_parallel.model_report import model_report
 
         click.echo()
         sys.path.insert(0, "")  # a factory in the user's own module, as `python -m` would find it

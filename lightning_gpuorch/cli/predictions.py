@@ -64,7 +64,7 @@ def show(directory: str, count: int) -> None:
 )
 def export(directory: str, target: str, kind: str | None) -> None:
     """Write all samples to TARGET, one row each."""
-    from lightning_gpuorch.predictions.export import export_predictions
+    from lightning_gpuorch.predictions.reading.export import export_predictions
 
     try:
         export_predictions(directory, target, kind or ("parquet" if target.endswith(".parquet") else "jsonl"))

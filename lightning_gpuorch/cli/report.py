@@ -17,7 +17,7 @@ def report(directory: Path, output: Path | None) -> None:
 
     DIRECTORY is a run's folder, or a job's output directory: then its latest run is taken.
     """
-    from lightning_gpuorch.telemetry.report import write_report
+    from lightning_gpuorch.telemetry.report.report import write_report
 
     run = directory
     if not (directory / "events").is_dir():

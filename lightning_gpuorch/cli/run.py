@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.devices import choose_devices, device_pool
+from lightning_gpuorch.devices.discovery import choose_devices, device_pool
 from lightning_gpuorch.errors import GPUOrchError
 
 _PRECISIONS = (
@@ -49,9 +49,9 @@ def _run(script: str, script_args: list[str], **options: Any) -> int:
     if options["strategy"] != "gpuorch":
         return _fabric_run(script, script_args, options)
     # The supervisor is light: neither torch nor Lightning is imported in this process.
-    from lightning_gpuorch.head_link import NodePlace
-    from lightning_gpuorch.spawn import script_spawner
-    from lightning_gpuorch.supervisor import Supervisor
+    from lightning_gpuorch.control.client import NodePlace
+    from lightning_gpuorch.supervisor.spawn import script_spawner
+    from lightning_gpuorch.supervisor.supervisor import Supervisor
     from lightning_gpuorch.telemetry.logs import configure_logging
 
     config = OrchestratorConfig.resolve()

@@ -24,7 +24,7 @@ def top(target: str | None, refresh: float, once: bool) -> None:
     Without TARGET the newest running job of yours on this node is shown. TARGET is a job's output directory, a run id, or
     a folder with a run's records; a run that is over is shown as it ended.
     """
-    from lightning_gpuorch.telemetry.live import EventTail, LiveView, watch
+    from lightning_gpuorch.telemetry.report.live import EventTail, LiveView, watch
     from lightning_gpuorch.telemetry.run_directory import find_runs
 
     runs = find_runs()

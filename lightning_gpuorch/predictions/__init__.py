@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_gpuorch._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from lightning_gpuorch.predictions.codec import check_storable
-    from lightning_gpuorch.predictions.export import export_predictions
-    from lightning_gpuorch.predictions.files import check_writable
-    from lightning_gpuorch.predictions.layout import LoaderLayout, StoredBatch
-    from lightning_gpuorch.predictions.manifest import Manifest
-    from lightning_gpuorch.predictions.parts import Part, PartStore
-    from lightning_gpuorch.predictions.reader import Predictions, read_predictions
-    from lightning_gpuorch.predictions.writer import PartWriter
+    from lightning_gpuorch.predictions.reading.export import export_predictions
+    from lightning_gpuorch.predictions.reading.reader import Predictions, read_predictions
+    from lightning_gpuorch.predictions.storage.encode import check_storable
+    from lightning_gpuorch.predictions.storage.files import check_writable
+    from lightning_gpuorch.predictions.storage.layout import LoaderLayout, StoredBatch
+    from lightning_gpuorch.predictions.storage.manifest import Manifest
+    from lightning_gpuorch.predictions.storage.parts import Part, PartStore
+    from lightning_gpuorch.predictions.storage.writer import PartWriter
 
 # Imported when first used: the supervisor needs the manifest, the journal and the leases, and must not import torch.
 _HOMES = {
-    "LoaderLayout": "layout",
-    "Manifest": "manifest",
-    "Part": "parts",
-    "PartStore": "parts",
-    "PartWriter": "writer",
-    "Predictions": "reader",
-    "StoredBatch": "layout",
-    "check_storable": "codec",
-    "check_writable": "files",
-    "export_predictions": "export",
-    "read_predictions": "reader",
+    "LoaderLayout": "storage.layout",
+    "Manifest": "storage.manifest",
+    "Part": "storage.parts",
+    "PartStore": "storage.parts",
+    "PartWriter": "storage.writer",
+    "Predictions": "reading.reader",
+    "StoredBatch": "storage.layout",
+    "check_storable": "storage.encode",
+    "check_writable": "storage.files",
+    "export_predictions": "reading.export",
+    "read_predictions": "reading.reader",
 }
 
 __all__ = [
@@ -45,7 +46,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_exports(__name__, _HOMES)

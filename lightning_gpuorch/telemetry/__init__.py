@@ -2,44 +2,45 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_gpuorch._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from lightning_gpuorch.telemetry.current import current_events, current_metrics, emit, use_events, use_metrics
-    from lightning_gpuorch.telemetry.event_schema import EVENT_SCHEMA, check_event
-    from lightning_gpuorch.telemetry.events import EventLog, read_events
-    from lightning_gpuorch.telemetry.exporter import MetricsExporter, read_endpoint
+    from lightning_gpuorch.telemetry.events.log import EventLog, read_events
+    from lightning_gpuorch.telemetry.events.schema import EVENT_SCHEMA, check_event
     from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
     from lightning_gpuorch.telemetry.logs import CONTEXT, configure_logging
-    from lightning_gpuorch.telemetry.metrics import RankMetrics
+    from lightning_gpuorch.telemetry.metrics.exporter import MetricsExporter, read_endpoint
+    from lightning_gpuorch.telemetry.metrics.rank_metrics import RankMetrics
     from lightning_gpuorch.telemetry.rank import RankTelemetry
-    from lightning_gpuorch.telemetry.report import write_report
-    from lightning_gpuorch.telemetry.run_summary import RunSummary, summarize
+    from lightning_gpuorch.telemetry.report.report import write_report
+    from lightning_gpuorch.telemetry.report.run_summary import RunSummary, summarize
     from lightning_gpuorch.telemetry.steps import StepRecorder
 
 _HOMES = {
     "CONTEXT": "logs",
-    "EVENT_SCHEMA": "event_schema",
-    "EventLog": "events",
+    "EVENT_SCHEMA": "events.schema",
+    "EventLog": "events.log",
     "FailureTally": "failures",
-    "MetricsExporter": "exporter",
-    "RankMetrics": "metrics",
+    "MetricsExporter": "metrics.exporter",
+    "RankMetrics": "metrics.rank_metrics",
     "RankTelemetry": "rank",
-    "RunSummary": "run_summary",
+    "RunSummary": "report.run_summary",
     "StepRecorder": "steps",
-    "check_event": "event_schema",
+    "check_event": "events.schema",
     "configure_logging": "logs",
     "current_events": "current",
     "current_metrics": "current",
     "emit": "current",
     "observer_failures": "failures",
-    "read_endpoint": "exporter",
-    "read_events": "events",
-    "summarize": "run_summary",
+    "read_endpoint": "metrics.exporter",
+    "read_events": "events.log",
+    "summarize": "report.run_summary",
     "use_events": "current",
     "use_metrics": "current",
-    "write_report": "report",
+    "write_report": "report.report",
 }
 
 __all__ = [
@@ -67,7 +68,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_exports(__name__, _HOMES)

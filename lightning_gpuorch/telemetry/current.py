@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from lightning_gpuorch.telemetry.events import EventLog
-    from lightning_gpuorch.telemetry.metrics import RankMetrics
+    from lightning_gpuorch.telemetry.events.log import EventLog
+    from lightning_gpuorch.telemetry.metrics.rank_metrics import RankMetrics
 
 
 class RankObserver(Protocol):

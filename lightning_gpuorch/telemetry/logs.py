@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.telemetry.events.json_lines import encode_line
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
-from lightning_gpuorch.telemetry.jsonlines import encode_line
 
 if TYPE_CHECKING:
     _StreamHandler = logging.StreamHandler[TextIO]

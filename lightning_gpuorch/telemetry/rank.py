@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from lightning_gpuorch.telemetry.current import current_events, current_metrics, use_events, use_rank
-from lightning_gpuorch.telemetry.events import EventLog
+from lightning_gpuorch.telemetry.events.log import EventLog
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
 from lightning_gpuorch.telemetry.logs import CONTEXT, close_log_files, configure_logging
 from lightning_gpuorch.telemetry.profiling import BoundedProfiler

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import psutil
 
-from lightning_gpuorch.telemetry.events import EventLog, read_events
+from lightning_gpuorch.telemetry.events.log import EventLog, read_events
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
-from lightning_gpuorch.telemetry.report import write_report
+from lightning_gpuorch.telemetry.report.report import write_report
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from lightning_gpuorch.telemetry.events import EventLog
+from lightning_gpuorch.telemetry.events.log import EventLog
 
 
 class StepRecorder:

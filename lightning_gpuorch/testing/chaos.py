@@ -21,7 +21,7 @@ from pathlib import Path
 
 import click
 
-from lightning_gpuorch._bootstrap import INJECT
+from lightning_gpuorch.control.bootstrap import INJECT
 from lightning_gpuorch.errors import EXIT_RESUMABLE, ConfigurationError
 from lightning_gpuorch.testing import checks
 from lightning_gpuorch.testing.faults import SUPERVISOR_KINDS, Fault, FaultKind, FaultPlan

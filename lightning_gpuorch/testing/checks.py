@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_gpuorch.errors import GPUOrchError, format_indices
-from lightning_gpuorch.predictions.files import TEMPORARY_PREFIX
+from lightning_gpuorch.predictions.storage.files import TEMPORARY_PREFIX
 
 _MOST_DIFFERENCES = 5
 
@@ -29,7 +29,7 @@ def compare_outputs(calm: Path, harmed: Path) -> list[str]:
     Returns:
         One line per difference, none if they are identical; only the first few differences of a job are spelled out.
     """
-    from lightning_gpuorch.predictions.reader import read_predictions
+    from lightning_gpuorch.predictions.reading.reader import read_predictions
 
     jobs, found = job_directories(calm), job_directories(harmed)
     if jobs != found:
@@ -50,7 +50,7 @@ def compare_outputs(calm: Path, harmed: Path) -> list[str]:
 
 def missing_samples(output: Path) -> dict[str, Sequence[int]]:
     """Samples without a prediction, per job directory and dataloader."""
-    from lightning_gpuorch.predictions.reader import read_predictions
+    from lightning_gpuorch.predictions.reading.reader import read_predictions
 
     missing: dict[str, Sequence[int]] = {}
     for job in job_directories(output):
@@ -122,7 +122,7 @@ def _differences(where: str, expected: Any, got: Any) -> Iterator[str]:
 
 def _bits(output: Any) -> bytes:
     """An output in its durable form, which is the same for the same types, shapes and bits."""
-    from lightning_gpuorch.predictions.envelope import encode_envelope
+    from lightning_gpuorch.predictions.storage.part_file import encode_envelope
 
     return b"".join(bytes(buffer) for buffer in encode_envelope({}, [output]).buffers)
 

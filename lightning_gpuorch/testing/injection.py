@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning_gpuorch.environment import WorkerEnvironment
+from lightning_gpuorch.control.environment import WorkerEnvironment
 from lightning_gpuorch.testing.faults import Fault, FaultKind, FaultPlan, When
 
 CHAOS_DIRECTORY = "_GPUORCH_CHAOS"
@@ -62,10 +62,10 @@ class _Injector:
 
     def wrap(self) -> None:
         """Wrap the places in which faults happen."""
-        from lightning_gpuorch.prediction_job import PredictionJob
-        from lightning_gpuorch.predictions import files
-        from lightning_gpuorch.predictions.parts import PartStore
-        from lightning_gpuorch.runtime import Runtime
+        from lightning_gpuorch.predictions.storage import files
+        from lightning_gpuorch.predictions.storage.parts import PartStore
+        from lightning_gpuorch.worker.predict import PredictionJob
+        from lightning_gpuorch.worker.runtime import Runtime
 
         _replace(PredictionJob, "run_step", self._run_step)
         _replace(PredictionJob, "finish", self._finish)

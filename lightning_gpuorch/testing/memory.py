@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_gpuorch.memory.peaks import PeakMeter, use_stand_in
+from lightning_gpuorch.devices.memory.peaks import PeakMeter, use_stand_in
 
 ROUNDING_BYTES = 512
 """The CUDA caching allocator hands out multiples of this."""

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gpuorch.batching import BatchSizer, DynamicBatcher
-from lightning_gpuorch.batching.dynamic import padded_shape
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.worker.batching.dynamic import DynamicBatcher, padded_shape
+from lightning_gpuorch.worker.batching.memory_model import BatchSizer
 
 
 def cut(batcher: DynamicBatcher, lengths: Any) -> list[list[int]]:

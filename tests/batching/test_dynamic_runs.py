@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_gpuorch import MultiGPUOrchestrator, world
+from lightning_gpuorch import MultiGPUOrchestrator
 from lightning_gpuorch.callbacks import OOMBatchHalving
-from lightning_gpuorch.predictions import PartStore, window_bounds
+from lightning_gpuorch.predictions import PartStore
+from lightning_gpuorch.predictions.loading import window_bounds
+from lightning_gpuorch.predictions.samples import CannotMergeError
 from lightning_gpuorch.pytorch import GPUOrchStrategy
-from lightning_gpuorch.structure import CannotMergeError
 from lightning_gpuorch.testing.memory import CPUMemoryBudget
+from lightning_gpuorch.worker import session
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -63,7 +65,7 @@ def trainer(strategy: Any, **options: Any) -> pl.Trainer:
 
 
 def dynamic(directory: Path, **options: Any) -> GPUOrchStrategy:
-    world.leave()
+    session.leave()
     settings = {"chunk_size": 2, "max_batch_tokens": 200, "enable_dynamic_batching": True, **options}
     return GPUOrchStrategy(output_dir=directory, log_level="WARNING", **settings)
 
@@ -127,7 +129,7 @@ def test_the_orchestrator_takes_a_length_fn(tmp_path: Path) -> None:
         collate_fn=lambda samples: collate([sample.text for sample in samples]),
     )
     expected = trainer("auto").predict(Model(), loader)
-    world.leave()
+    session.leave()
     orchestrator = MultiGPUOrchestrator(
         output_dir=tmp_path,
         enable_dynamic_batching=True,

@@ -15,18 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gpuorch.batching import (
-    BatchHalver,
-    OOMEvent,
-    SingleSampleOOMError,
-    SizeLimits,
-    is_out_of_memory,
-    release,
-    shape_bucket,
-)
 from lightning_gpuorch.errors import MemoryBudgetError
-from lightning_gpuorch.structure import CannotMergeError, CannotSplitError
+from lightning_gpuorch.predictions.samples import CannotMergeError, CannotSplitError
 from lightning_gpuorch.testing.memory import CPUMemoryBudget
+from lightning_gpuorch.worker.oom.detection import is_out_of_memory, release
+from lightning_gpuorch.worker.oom.halving import BatchHalver, OOMEvent, SingleSampleOOMError
+from lightning_gpuorch.worker.oom.limits import SizeLimits, shape_bucket
 from tests.batching.kinds import COLLATE, OUTPUT, LimitedStep, equal
 
 

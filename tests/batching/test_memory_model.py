@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gpuorch.batching import BatchSizer, MemoryModel
+from lightning_gpuorch.worker.batching.memory_model import BatchSizer, MemoryModel
 
 Law = Callable[[int, int], float]
 

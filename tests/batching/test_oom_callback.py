@@ -13,11 +13,11 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 import lightning_gpuorch  # noqa: F401 - registers strategy="gpuorch"
-from lightning_gpuorch.batching import OOMEvent, SingleSampleOOMError
 from lightning_gpuorch.callbacks.oom_batch_halving import OOMBatchHalving
 from lightning_gpuorch.errors import MissingPredictionsError
 from lightning_gpuorch.pytorch import GPUOrchStrategy
 from lightning_gpuorch.testing.memory import CPUMemoryBudget
+from lightning_gpuorch.worker.oom.halving import OOMEvent, SingleSampleOOMError
 from tests.batching.kinds import COLLATE, LimitedStep, equal
 
 pytestmark = [
@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    names = ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning_gpuorch.batching.halving")
+    names = ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning_gpuorch.worker.oom.halving")
     before = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -281,4 +281,4 @@ def test_a_fabric_loop_with_another_strategy_is_left_alone(caplog: pytest.LogCap
         output = model.predict_step(COLLATE["tensor"]([1, 2]), 0)
         fabric.call("on_predict_end", trainer=fabric, pl_module=model)
     assert output[:, 0].tolist() == [2.0, 4.0]
-    assert "use lightning_gpuorch.batching.BatchHalver" in caplog.text
+    assert "use lightning_gpuorch.worker.oom.halving.BatchHalver" in caplog.text

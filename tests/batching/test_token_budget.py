@@ -10,15 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gpuorch.batching import (
-    BatchSizer,
+from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.worker.batching.memory_model import BatchSizer
+from lightning_gpuorch.worker.batching.token_budget import (
     TokenBudgetBatcher,
     batch_stream,
     length_of,
     length_sorted_order,
     measure_lengths,
 )
-from lightning_gpuorch.errors import ConfigurationError
 
 some_lengths = st.lists(st.integers(0, 700), max_size=200)
 

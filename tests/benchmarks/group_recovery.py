@@ -30,14 +30,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_gpuorch.batching import BatchHalver, freeze_objects
-from lightning_gpuorch.distributed import ControlServer, ProcessGroupManager, RemoteChannel
-from lightning_gpuorch.distributed import recoverable_group as groups
-from lightning_gpuorch.group_recovery import GroupRecovery, Recovery
-from lightning_gpuorch.head import Head
-from lightning_gpuorch.tensor_parallel import Communicator
-from lightning_gpuorch.tensors import digest, whole
+from lightning_gpuorch.control.coordinator import Head
+from lightning_gpuorch.control.transport import ControlServer, RemoteChannel
+from lightning_gpuorch.parallel.groups import recoverable_group as groups
+from lightning_gpuorch.parallel.groups.process_group import ProcessGroupManager
+from lightning_gpuorch.parallel.tensor_parallel import Communicator
+from lightning_gpuorch.predictions.samples.tensors import digest, whole
 from lightning_gpuorch.testing.shared_gpu import share_gpu
+from lightning_gpuorch.worker.group_recovery.recovery import GroupRecovery, Recovery
+from lightning_gpuorch.worker.oom.detection import freeze_objects
+from lightning_gpuorch.worker.oom.halving import BatchHalver
 
 WIDTH, HIDDEN, LAYERS, BATCH = 64, 96, 4, 24
 STEPS_IN_A_ROW = 10

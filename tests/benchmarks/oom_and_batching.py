@@ -12,7 +12,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from lightning_gpuorch.batching import BatchHalver, BatchSizer, TokenBudgetBatcher
+from lightning_gpuorch.worker.batching.memory_model import BatchSizer
+from lightning_gpuorch.worker.batching.token_budget import TokenBudgetBatcher
+from lightning_gpuorch.worker.oom.halving import BatchHalver
 from tests.batching.test_memory_model import LAWS, simulate
 
 

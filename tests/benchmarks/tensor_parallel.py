@@ -30,7 +30,7 @@ import transformers
 
 import lightning_gpuorch
 from lightning_gpuorch.errors import ModelDoesNotFitError
-from lightning_gpuorch.tensor_parallel import (
+from lightning_gpuorch.parallel.tensor_parallel import (
     apply_plan,
     empty_parameters,
     plan_on_first_rank,
@@ -214,7 +214,7 @@ def loading_rank(options: argparse.Namespace) -> None:
     report = orchestrator.model_setup.load_report
     with torch.inference_mode():
         logits = model(**TOKENS).logits
-    plan = lightning_gpuorch.tensor_parallel.applied_plan(model)[0]
+    plan = lightning_gpuorch.parallel.tensor_parallel.applied_plan(model)[0]
     result = {
         "way": options.way,
         "rank": rank,

@@ -29,8 +29,8 @@ from test_verify import MODELS, mutate
 from tp_models import build
 from tp_ranks import relative_error
 
-from lightning_gpuorch.tensor_parallel import Communicator, apply_plan, plan_tensor_parallel, verify_plan
-from lightning_gpuorch.tensor_parallel.values import tensors_within
+from lightning_gpuorch.parallel.tensor_parallel import Communicator, apply_plan, plan_tensor_parallel, verify_plan
+from lightning_gpuorch.parallel.tensor_parallel.values import tensors_within
 
 PATIENCE = datetime.timedelta(seconds=10)
 

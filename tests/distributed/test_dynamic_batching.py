@@ -17,7 +17,7 @@ import pytest
 from lightning_gpuorch import read_predictions
 from lightning_gpuorch.errors import EXIT_DATA_MISSING, EXIT_RESUMABLE, MissingPredictionsError
 from lightning_gpuorch.predictions import PartStore
-from lightning_gpuorch.predictions.fragments import numbers_of
+from lightning_gpuorch.predictions.storage.fragments import numbers_of
 from tests.conftest import Runner, gpuorch_run
 
 SCRIPT = "dynamic.py"

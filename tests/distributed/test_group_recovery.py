@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning_gpuorch import read_predictions
 from lightning_gpuorch.errors import EXIT_DATA_MISSING, GroupOutOfMemoryError
 from lightning_gpuorch.telemetry import read_events
-from lightning_gpuorch.telemetry.event_schema import check_event
+from lightning_gpuorch.telemetry.events.schema import check_event
 from tests.benchmarks.group_recovery import KINDS, Rank, campaigns, on_ranks
 from tests.conftest import Runner
 

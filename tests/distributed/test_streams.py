@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_gpuorch.errors import EXIT_CONFIGURATION, InputMismatchError
-from lightning_gpuorch.predictions.reader import read_predictions
+from lightning_gpuorch.predictions.reading.reader import read_predictions
 from tests.conftest import SCRIPTS, gpuorch_run
 
 LENGTH = 61

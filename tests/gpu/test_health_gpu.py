@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_gpuorch.callbacks import GPUHealthMonitor
-from lightning_gpuorch.health import HealthReport, Verdict
-from lightning_gpuorch.health.devices import DeviceIdentity, NVMLReader, nvml_session
-from lightning_gpuorch.health.verdict import judge_reading
+from lightning_gpuorch.devices.monitor import HealthReport
+from lightning_gpuorch.devices.nvml import DeviceIdentity, NVMLReader, nvml_session
+from lightning_gpuorch.devices.verdict import Verdict, judge_reading
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lightning_gpuorch.batching import BatchHalver, is_out_of_memory
+from lightning_gpuorch.devices.memory import ResourceAllocator, memory_summary, total_memory_bytes
 from lightning_gpuorch.errors import MemoryBudgetError
-from lightning_gpuorch.memory import ResourceAllocator, memory_summary, total_memory_bytes
+from lightning_gpuorch.worker.oom.detection import is_out_of_memory
+from lightning_gpuorch.worker.oom.halving import BatchHalver
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_gpuorch import world
 from lightning_gpuorch.callbacks import OOMBatchHalving
+from lightning_gpuorch.devices.memory import BufferPool, ResourceAllocator
+from lightning_gpuorch.devices.memory.transfer import Transfers
 from lightning_gpuorch.errors import MissingPredictionsError
-from lightning_gpuorch.memory import BufferPool, ResourceAllocator
-from lightning_gpuorch.memory.transfer import Transfers
 from lightning_gpuorch.pytorch import GPUOrchStrategy
+from lightning_gpuorch.worker import session
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,7 +37,7 @@ MIB = 2**20
 @pytest.fixture(autouse=True)
 def whole_device() -> Iterator[None]:
     yield
-    world.leave()
+    session.leave()
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)

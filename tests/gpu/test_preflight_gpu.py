@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from lightning_gpuorch.preflight import Preflight
+from lightning_gpuorch.devices.preflight import Preflight
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lightning_gpuorch
-from lightning_gpuorch.tensor_parallel import empty_parameters
+from lightning_gpuorch.parallel.tensor_parallel import empty_parameters
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gpuorch.callbacks.gpu_health import GPUHealthMonitor
 from lightning_gpuorch.callbacks.prometheus_metrics import PrometheusMetrics
+from lightning_gpuorch.devices.monitor import HealthReport
+from lightning_gpuorch.devices.verdict import Verdict
 from lightning_gpuorch.errors import ConfigurationError
-from lightning_gpuorch.health import HealthReport, Verdict
 from lightning_gpuorch.telemetry import (
     EventLog,
     check_event,
@@ -27,7 +28,7 @@ from lightning_gpuorch.telemetry import (
     read_events,
     use_events,
 )
-from lightning_gpuorch.telemetry.efficiency import Baseline
+from lightning_gpuorch.telemetry.metrics.efficiency import Baseline
 from lightning_gpuorch.testing.nvml import FakeNVML
 from tests.health.conftest import eventually
 from tests.telemetry.test_metrics import Series, parse, value

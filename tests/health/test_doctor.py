@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lightning_gpuorch.health import doctor
-from lightning_gpuorch.health.doctor import Check, Outcome, describe, examine, exit_code
+from lightning_gpuorch.devices import doctor
+from lightning_gpuorch.devices.doctor import Check, Outcome, describe, examine, exit_code
 from lightning_gpuorch.testing.nvml import FakeNVML
 
 

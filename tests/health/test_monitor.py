@@ -11,17 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_gpuorch.devices.monitor import HealthMonitor, HealthReport
+from lightning_gpuorch.devices.nvml import DeviceIdentity, DeviceNotFoundError, find_handle, nvml_session
+from lightning_gpuorch.devices.probe import probe_all_reduce
+from lightning_gpuorch.devices.trend import MemoryTrend
+from lightning_gpuorch.devices.verdict import Verdict
 from lightning_gpuorch.errors import ConfigurationError
-from lightning_gpuorch.health import (
-    DeviceIdentity,
-    DeviceNotFoundError,
-    HealthMonitor,
-    HealthReport,
-    MemoryTrend,
-    Verdict,
-    probe_all_reduce,
-)
-from lightning_gpuorch.health.devices import find_handle, nvml_session
 from lightning_gpuorch.telemetry import FailureTally
 from lightning_gpuorch.testing.nvml import FakeNVML
 from tests.health.conftest import eventually

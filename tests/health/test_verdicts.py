@@ -10,16 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gpuorch.health import (
-    DeviceIdentity,
-    DeviceReading,
-    HealthMonitor,
+from lightning_gpuorch.devices.monitor import HealthMonitor
+from lightning_gpuorch.devices.nvml import DeviceIdentity, NVMLReader, nvml_session
+from lightning_gpuorch.devices.reading import DeviceReading
+from lightning_gpuorch.devices.verdict import (
+    CLOCK_EVENTS,
+    RECOVERY_ACTIONS,
+    RULES,
+    XIDS,
     Verdict,
     judge_reading,
     judge_xids,
 )
-from lightning_gpuorch.health.devices import NVMLReader, nvml_session
-from lightning_gpuorch.health.verdict import CLOCK_EVENTS, RECOVERY_ACTIONS, RULES, XIDS
 from lightning_gpuorch.telemetry import FailureTally
 from lightning_gpuorch.testing.nvml import FakeNVML
 from tests.health.conftest import eventually

@@ -11,8 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from lightning_gpuorch.devices.memory import BufferPool, ResourceAllocator, total_memory_bytes
 from lightning_gpuorch.errors import ConfigurationError, MemoryBudgetError
-from lightning_gpuorch.memory import BufferPool, ResourceAllocator, total_memory_bytes
 
 KEYS = {
     "allocated_mb",

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gpuorch.errors import ConfigurationError, ModelDoesNotFitError
-from lightning_gpuorch.memory import (
+from lightning_gpuorch.devices.memory import (
     check_model_fits,
     memory_budget_bytes,
     memory_summary,
     model_bytes,
     total_memory_bytes,
 )
-from lightning_gpuorch.memory.budget import _cgroup_limits, format_bytes
+from lightning_gpuorch.devices.memory.budget import _cgroup_limits, format_bytes
+from lightning_gpuorch.errors import ConfigurationError, ModelDoesNotFitError
 
 
 class Tied(nn.Module):

@@ -12,7 +12,7 @@ import pytest
 SCRIPT = """
 import resource, sys
 import numpy as np
-from lightning_gpuorch.memory import keep_freed_memory
+from lightning_gpuorch.devices.memory import keep_freed_memory
 
 print(keep_freed_memory() if sys.argv[1] == "keep" else None)
 

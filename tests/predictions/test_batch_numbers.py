@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from lightning_gpuorch.predictions.batch_numbers import DIGEST_RANGE, number_of_dynamic_batch, number_of_span
-from lightning_gpuorch.predictions.layout import LoaderLayout
-from lightning_gpuorch.predictions.source import MapSource, Span
+from lightning_gpuorch.predictions.loading.batch_numbers import DIGEST_RANGE, number_of_dynamic_batch, number_of_span
+from lightning_gpuorch.predictions.loading.source import MapSource, Span
+from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 
 
 class Samples:

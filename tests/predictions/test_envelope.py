@@ -28,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lightning_gpuorch.errors import CorruptPartError, PredictionStorageError, UnsupportedPredictionError
 from lightning_gpuorch.predictions import check_storable
-from lightning_gpuorch.predictions.envelope import Envelope, encode_envelope
+from lightning_gpuorch.predictions.storage.part_file import Envelope, encode_envelope
 
 
 def to_bytes(*predictions: Any, **fields: Any) -> bytearray:
@@ -262,7 +262,7 @@ def test_classes_of_another_process_are_neither_imported_nor_guessed(tmp_path: A
         textwrap.dedent("""
         import collections, dataclasses, sys
         from pathlib import Path
-        from lightning_gpuorch.predictions.envelope import encode_envelope
+        from lightning_gpuorch.predictions.storage.part_file import encode_envelope
         @dataclasses.dataclass
         class Box:
             size: int

@@ -23,8 +23,8 @@ from lightning_gpuorch.errors import (
     UnsupportedPredictionError,
 )
 from lightning_gpuorch.predictions import LoaderLayout, Manifest, PartStore, StoredBatch, export_predictions
-from lightning_gpuorch.predictions.journal import loader_directory
-from lightning_gpuorch.predictions.manifest import open_or_create
+from lightning_gpuorch.predictions.storage.journal import loader_directory
+from lightning_gpuorch.predictions.storage.manifest import open_or_create
 
 
 class Pair(NamedTuple):

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_gpuorch.predictions import StoredBatch, fragments
-from lightning_gpuorch.predictions.fragments import FragmentReader, FragmentWriter
-from lightning_gpuorch.predictions.journal import remove_fragments
+from lightning_gpuorch.predictions import StoredBatch
+from lightning_gpuorch.predictions.storage import fragments
+from lightning_gpuorch.predictions.storage.fragments import FragmentReader, FragmentWriter
+from lightning_gpuorch.predictions.storage.journal import remove_fragments
 
 READ = fragments.PartStore.read
 

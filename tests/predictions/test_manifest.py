@@ -14,8 +14,8 @@ import pytest
 
 from lightning_gpuorch.errors import CorruptPartError, JobMismatchError, PredictionStorageError
 from lightning_gpuorch.predictions import LoaderLayout, Manifest, PartStore
-from lightning_gpuorch.predictions.journal import loader_directory
-from lightning_gpuorch.predictions.manifest import (
+from lightning_gpuorch.predictions.storage.journal import loader_directory
+from lightning_gpuorch.predictions.storage.manifest import (
     Quarantined,
     load,
     open_or_create,
@@ -134,7 +134,7 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
 
 def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_gpuorch.predictions.manifest.FORMAT_VERSION", 99)
+        patch.setattr("lightning_gpuorch.predictions.storage.manifest.FORMAT_VERSION", 99)
         open_or_create(tmp_path, MANIFEST)
     with pytest.raises(JobMismatchError, match="format 99"):
         open_or_create(tmp_path, MANIFEST)

@@ -20,8 +20,8 @@ import torch
 
 from lightning_gpuorch.errors import PredictionStorageError, StorageFullError, UnsupportedPredictionError
 from lightning_gpuorch.predictions import PartStore, PartWriter, StoredBatch
-from lightning_gpuorch.predictions.fragments import FragmentWriter
-from lightning_gpuorch.predictions.writer import size_bytes
+from lightning_gpuorch.predictions.storage.fragments import FragmentWriter
+from lightning_gpuorch.predictions.storage.writer import size_bytes
 
 
 def one(chunk: int, output: Any = None) -> list[StoredBatch]:

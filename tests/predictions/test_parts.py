@@ -22,7 +22,7 @@ import torch
 
 from lightning_gpuorch.errors import CorruptPartError, MissingPredictionsError, PredictionStorageError, StorageFullError
 from lightning_gpuorch.predictions import PartStore, StoredBatch, check_writable
-from lightning_gpuorch.predictions.files import content_path, create_once, replace, sweep_temporaries
+from lightning_gpuorch.predictions.storage.files import content_path, create_once, replace, sweep_temporaries
 
 FORK = multiprocessing.get_context("fork")
 # Children of a fork begin at once; they run no threads of the parent, and numpy and small tensors start none.
@@ -135,7 +135,7 @@ def test_a_part_in_the_place_of_another_is_set_aside(store: PartStore) -> None:
 
 
 def test_a_part_of_a_newer_version_is_not_taken_for_damaged(store: PartStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_gpuorch.predictions.envelope.FORMAT_VERSION", 2)
+    monkeypatch.setattr("lightning_gpuorch.predictions.storage.part_file.FORMAT_VERSION", 2)
     store.commit(0, [batch(0)], {})
     with pytest.raises(CorruptPartError, match="a newer version has written it"):
         store.set_damaged_aside()
@@ -422,7 +422,8 @@ def truncate(path: Path, length: int) -> None:
 
 def test_the_journal_is_kept_without_torch() -> None:
     code = (
-        "import sys; from lightning_gpuorch.predictions.journal import PartJournal; PartJournal('.').set_damaged_aside(); "
+        "import sys; from lightning_gpuorch.predictions.storage.journal import PartJournal; "
+        "PartJournal('.').set_damaged_aside(); "
         "assert 'torch' not in sys.modules, 'torch'; assert 'lightning' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

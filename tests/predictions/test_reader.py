@@ -29,9 +29,9 @@ from lightning_gpuorch.predictions import (
     StoredBatch,
     read_predictions,
 )
-from lightning_gpuorch.predictions.journal import loader_directory
-from lightning_gpuorch.predictions.manifest import open_or_create, record_quarantine, set_num_units
-from lightning_gpuorch.structure import CannotMergeError, CannotSplitError
+from lightning_gpuorch.predictions.samples import CannotMergeError, CannotSplitError
+from lightning_gpuorch.predictions.storage.journal import loader_directory
+from lightning_gpuorch.predictions.storage.manifest import open_or_create, record_quarantine, set_num_units
 
 
 def output_of(indices: Iterable[int]) -> dict[str, Any]:

@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from lightning_gpuorch.control.input_ledger import InputLedger
 from lightning_gpuorch.errors import InputMismatchError
 from lightning_gpuorch.predictions import LoaderLayout, Manifest
-from lightning_gpuorch.predictions.input_ledger import InputLedger
-from lightning_gpuorch.predictions.loader import END, SharedLoader, Stream
-from lightning_gpuorch.predictions.manifest import compare, load, open_or_create, record_mismatch
-from lightning_gpuorch.predictions.source import describe
-from lightning_gpuorch.predictions.world_of_one import job_is_hidden, read_alone, world_of_one
-from lightning_gpuorch.tensors import digest
+from lightning_gpuorch.predictions.loading.loader import END, SharedLoader, Stream
+from lightning_gpuorch.predictions.loading.source import describe
+from lightning_gpuorch.predictions.loading.world_of_one import job_is_hidden, read_alone, world_of_one
+from lightning_gpuorch.predictions.samples.tensors import digest
+from lightning_gpuorch.predictions.storage.manifest import compare, load, open_or_create, record_mismatch
 
 PAIRS = [
     (torch.arange(4), torch.arange(1, 5)),

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_gpuorch.batching import DynamicBatcher
-from lightning_gpuorch.predictions.collector import ChunkCollector
-from lightning_gpuorch.predictions.fragments import FragmentReader, FragmentWriter
-from lightning_gpuorch.predictions.layout import LoaderLayout, StoredBatch
-from lightning_gpuorch.predictions.source import describe
-from lightning_gpuorch.predictions.window_bounds import WindowBounds
-from lightning_gpuorch.predictions.windowed_loader import WindowedLoader
-from lightning_gpuorch.structure import CannotMergeError
+from lightning_gpuorch.predictions.loading.collector import ChunkCollector
+from lightning_gpuorch.predictions.loading.source import describe
+from lightning_gpuorch.predictions.loading.window_bounds import WindowBounds
+from lightning_gpuorch.predictions.loading.windowed_loader import WindowedLoader
+from lightning_gpuorch.predictions.samples import CannotMergeError
+from lightning_gpuorch.predictions.storage.fragments import FragmentReader, FragmentWriter
+from lightning_gpuorch.predictions.storage.layout import LoaderLayout, StoredBatch
+from lightning_gpuorch.worker.batching.dynamic import DynamicBatcher
 
 
 class Queue:

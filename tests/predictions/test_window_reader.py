@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from lightning_gpuorch.predictions import window_bounds, window_reader
-from lightning_gpuorch.predictions.source import Span
-from lightning_gpuorch.predictions.window import Window
-from lightning_gpuorch.predictions.window_bounds import WindowBounds
-from lightning_gpuorch.predictions.window_reader import BackgroundWindowReader, Requested, WindowReader
+from lightning_gpuorch.predictions.loading import window_bounds, window_reader
+from lightning_gpuorch.predictions.loading.source import Span
+from lightning_gpuorch.predictions.loading.window import Window
+from lightning_gpuorch.predictions.loading.window_bounds import WindowBounds
+from lightning_gpuorch.predictions.loading.window_reader import BackgroundWindowReader, Requested, WindowReader
 
 SECONDS = 30
 

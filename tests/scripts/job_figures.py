@@ -8,7 +8,7 @@ from common import Rows, parser, quiet_trainer, write_result
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
-from lightning_gpuorch.telemetry.aggregates import JobThroughput, StepLatency
+from lightning_gpuorch.telemetry.metrics.aggregates import JobThroughput, StepLatency
 
 
 class Measured(pl.LightningModule):

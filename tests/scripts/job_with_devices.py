@@ -6,11 +6,11 @@
 import sys
 from pathlib import Path
 
-from lightning_gpuorch import preflight
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.device_pool import DevicePool
-from lightning_gpuorch.spawn import script_spawner
-from lightning_gpuorch.supervisor import Supervisor
+from lightning_gpuorch.devices import preflight
+from lightning_gpuorch.devices.pool import DevicePool
+from lightning_gpuorch.supervisor.spawn import script_spawner
+from lightning_gpuorch.supervisor.supervisor import Supervisor
 from lightning_gpuorch.telemetry.logs import configure_logging
 
 CHECK = """

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader
 
 from lightning_gpuorch.callbacks import OOMBatchHalving
-from lightning_gpuorch.distributed.recoverable_group import live_groups
+from lightning_gpuorch.parallel.groups.recoverable_group import live_groups
 from lightning_gpuorch.pytorch import GPUOrchStrategy
 from lightning_gpuorch.testing.memory import CPUMemoryBudget
 

@@ -9,8 +9,8 @@ import transformers
 from common import parser, quiet_trainer, write_result
 from torch.utils.data import DataLoader
 
+from lightning_gpuorch.parallel.tensor_parallel import applied_plan, empty_parameters
 from lightning_gpuorch.pytorch import GPUOrchStrategy
-from lightning_gpuorch.tensor_parallel import applied_plan, empty_parameters
 
 CONFIG = transformers.GPT2Config(
     vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2, pad_token_id=0

@@ -8,7 +8,7 @@ from common import parser, quiet_trainer, write_result
 from torch.utils.data import DataLoader
 from tp_strategies import CPU, Model
 
-from lightning_gpuorch.memory import model_bytes, total_memory_bytes
+from lightning_gpuorch.devices.memory import model_bytes, total_memory_bytes
 from lightning_gpuorch.pytorch import GPUOrchStrategy
 
 

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 from tp_auto import Block
 
 import lightning_gpuorch
-from lightning_gpuorch.memory import model_bytes, total_memory_bytes
+from lightning_gpuorch.devices.memory import model_bytes, total_memory_bytes
+from lightning_gpuorch.parallel.tensor_parallel import applied_plan, empty_parameters
 from lightning_gpuorch.pytorch import GPUOrchStrategy
-from lightning_gpuorch.tensor_parallel import applied_plan, empty_parameters
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from lightning_gpuorch.telemetry.exporter import MetricsExporter
-from lightning_gpuorch.telemetry.metrics import RankMetrics
+from lightning_gpuorch.telemetry.metrics.exporter import MetricsExporter
+from lightning_gpuorch.telemetry.metrics.rank_metrics import RankMetrics
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gpuorch.errors import ConfigurationError
-from lightning_gpuorch.telemetry.aggregates import JobThroughput, StepLatency
+from lightning_gpuorch.telemetry.metrics.aggregates import JobThroughput, StepLatency
 from tests.conftest import Runner
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gpuorch.errors import ConfigurationError
-from lightning_gpuorch.telemetry.efficiency import Baseline, Calibration, ScalingEfficiency
+from lightning_gpuorch.telemetry.metrics.efficiency import Baseline, Calibration, ScalingEfficiency
 
 FINGERPRINT = {"model": "ab12", "dtype": "torch.float32", "device": "cpu", "batch_size": 32}
 

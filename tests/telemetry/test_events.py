@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gpuorch.telemetry import EVENT_SCHEMA, EventLog, FailureTally, check_event, emit, read_events, use_events
-from lightning_gpuorch.telemetry.jsonlines import encode_line, read_lines
+from lightning_gpuorch.telemetry.events.json_lines import encode_line, read_lines
 
 
 def test_events_of_all_sources_are_merged_by_time(tmp_path: Path) -> None:

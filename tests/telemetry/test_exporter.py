@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from lightning_gpuorch.telemetry import FailureTally, MetricsExporter, RankMetrics, read_endpoint
-from lightning_gpuorch.telemetry.exposition import snapshot_name
+from lightning_gpuorch.telemetry.metrics.exposition import snapshot_name
 from tests.conftest import free_port
 from tests.telemetry.test_metrics import Series, parse, value
 

@@ -26,11 +26,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gpuorch import world
 from lightning_gpuorch.callbacks import GPUHealthMonitor, PrometheusMetrics
 from lightning_gpuorch.pytorch import GPUOrchStrategy
 from lightning_gpuorch.telemetry.failures import observer_failures
 from lightning_gpuorch.testing.nvml import FakeNVML, build_library, find_compiler
+from lightning_gpuorch.worker import session
 
 OBSERVERS = (
     os.sep + os.path.join("lightning_gpuorch", "telemetry"),
@@ -142,7 +142,7 @@ def test_whichever_call_of_an_observer_fails_the_predictions_are_complete_and_th
             else:
                 system.begin(1, survived.keys())
             values = predict(tmp_path / f"out-{number}", 0)
-            world.leave()
+            session.leave()
             assert values == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0], (number, system.failed)
             if system.failed is None:
                 misses += 1

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lightning_gpuorch.telemetry import EventLog, read_events
-from lightning_gpuorch.telemetry.jsonlines import encode_line
-from lightning_gpuorch.telemetry.live import EventTail, LiveView, snapshot, watch
+from lightning_gpuorch.telemetry.events.json_lines import encode_line
+from lightning_gpuorch.telemetry.report.live import EventTail, LiveView, snapshot, watch
 from tests.telemetry.synthetic_run import BEGIN, write_run
 
 

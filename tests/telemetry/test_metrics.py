@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from lightning_gpuorch.telemetry import FailureTally, RankMetrics
-from lightning_gpuorch.telemetry.exposition import merge_directory, snapshot_name, write_text
+from lightning_gpuorch.telemetry.metrics.exposition import merge_directory, snapshot_name, write_text
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from lightning_gpuorch.telemetry import FailureTally, RankMetrics, read_endpoint
-from lightning_gpuorch.telemetry.exposition import merge_directory, snapshot_name, write_text
+from lightning_gpuorch.telemetry.metrics.exposition import merge_directory, snapshot_name, write_text
 from tests.telemetry.test_exporter import Ranks, eventually, free_port, ranks
 from tests.telemetry.test_metrics import parse
 

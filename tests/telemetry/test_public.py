@@ -3,9 +3,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import lightning_gpuorch.health as health
 import pytest
 
-import lightning_gpuorch.health as health
 import lightning_gpuorch.telemetry as telemetry
 
 

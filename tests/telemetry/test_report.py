@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_gpuorch.telemetry import EventLog, StepRecorder, check_event, read_events, summarize, write_report
-from lightning_gpuorch.telemetry.charts import duration, nice_ticks, thin
-from lightning_gpuorch.telemetry.report import render
-from lightning_gpuorch.telemetry.run_summary import total_samples
+from lightning_gpuorch.telemetry.report.charts import duration, nice_ticks, thin
+from lightning_gpuorch.telemetry.report.report import render
+from lightning_gpuorch.telemetry.report.run_summary import total_samples
 from tests.telemetry.synthetic_run import write_run
 
 VOID = {"meta"}

@@ -12,7 +12,7 @@ import pytest
 
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.telemetry import FailureTally
-from lightning_gpuorch.telemetry.jsonlines import read_lines
+from lightning_gpuorch.telemetry.events.json_lines import read_lines
 from lightning_gpuorch.telemetry.tracing import Fault, Phase, StepTracer, make_tracer_provider
 
 BEGIN = 1_790_000_000_000_000_000

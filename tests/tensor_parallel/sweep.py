@@ -36,8 +36,8 @@ from tp_models import randomized
 from tp_ranks import relative_error, sharded_outputs
 
 from lightning_gpuorch.errors import TensorParallelError
-from lightning_gpuorch.tensor_parallel import LayerKind, TensorParallelPlan, plan_tensor_parallel
-from lightning_gpuorch.tensor_parallel.values import plain_outputs
+from lightning_gpuorch.parallel.tensor_parallel import LayerKind, TensorParallelPlan, plan_tensor_parallel
+from lightning_gpuorch.parallel.tensor_parallel.values import plain_outputs
 
 SIZES = (2, 3, 4)
 TOLERANCE = 1e-5

@@ -16,7 +16,7 @@ from tp_models import EXAMPLES, build, randomized
 from tp_ranks import on_threads, relative_error
 
 from lightning_gpuorch.errors import ModelDoesNotFitError, TensorParallelError
-from lightning_gpuorch.tensor_parallel import (
+from lightning_gpuorch.parallel.tensor_parallel import (
     Communicator,
     LoadReport,
     TensorParallelPlan,

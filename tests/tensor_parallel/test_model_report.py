@@ -11,7 +11,7 @@ from torch import nn
 from tp_models import build
 
 from lightning_gpuorch.errors import ConfigurationError, ModelDoesNotFitError, TensorParallelError
-from lightning_gpuorch.tensor_parallel import model_report
+from lightning_gpuorch.parallel.tensor_parallel import model_report
 
 
 def grouped() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:

@@ -15,11 +15,11 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_gpuorch
+from lightning_gpuorch.devices.memory import total_memory_bytes
 from lightning_gpuorch.errors import ConfigurationError, ModelDoesNotFitError, TensorParallelError
-from lightning_gpuorch.memory import total_memory_bytes
-from lightning_gpuorch.model_setup import first_batch, plan_cache_directory
-from lightning_gpuorch.tensor_parallel import empty_parameters, find_example_input, plan_tensor_parallel
-from lightning_gpuorch.tensors import fingerprint_files, fingerprint_tensors, fingerprint_weights
+from lightning_gpuorch.parallel.tensor_parallel import empty_parameters, find_example_input, plan_tensor_parallel
+from lightning_gpuorch.predictions.samples.tensors import fingerprint_files, fingerprint_tensors, fingerprint_weights
+from lightning_gpuorch.worker.model_setup import first_batch, plan_cache_directory
 
 
 def network(width: int = 8) -> nn.Module:

@@ -11,8 +11,8 @@ from torch import nn
 from tp_models import EXAMPLES, Network, build, hidden, randomized, with_random_names
 from tp_ranks import relative_error, sharded_outputs
 
-from lightning_gpuorch.tensor_parallel import LayerKind, plan_tensor_parallel, verify_plan
-from lightning_gpuorch.tensor_parallel.values import tensors_within
+from lightning_gpuorch.parallel.tensor_parallel import LayerKind, plan_tensor_parallel, verify_plan
+from lightning_gpuorch.parallel.tensor_parallel.values import tensors_within
 
 CASES = [(name, num_ranks) for name in EXAMPLES for num_ranks in (2, 3)]
 CASES += [(name, 4) for name in ("separate", "grouped", "packed_grouped", "multi_query", "nn_transformer")]

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from tp_models import EXAMPLES, Language, Network, Separate, build, hidden, randomized, tokens
 from tp_ranks import relative_error, sharded_outputs
 
-import lightning_gpuorch.tensor_parallel as room
+import lightning_gpuorch.parallel.tensor_parallel as room
 from lightning_gpuorch.errors import TensorParallelError
-from lightning_gpuorch.tensor_parallel import (
+from lightning_gpuorch.parallel.tensor_parallel import (
     LayerKind,
     LayerPlan,
     ParameterPlan,
@@ -28,7 +28,7 @@ from lightning_gpuorch.tensor_parallel import (
     find_example_input,
     plan_tensor_parallel,
 )
-from lightning_gpuorch.tensor_parallel.intervals import (
+from lightning_gpuorch.parallel.tensor_parallel.intervals import (
     covers,
     from_indices,
     from_mask,
@@ -41,9 +41,9 @@ from lightning_gpuorch.tensor_parallel.intervals import (
     tiles,
     union,
 )
-from lightning_gpuorch.tensor_parallel.loading import common_renaming
-from lightning_gpuorch.tensor_parallel.plan import format_bytes, generic_name, local_parameter
-from lightning_gpuorch.tensor_parallel.values import PseudoRandom, difference
+from lightning_gpuorch.parallel.tensor_parallel.loading import common_renaming
+from lightning_gpuorch.parallel.tensor_parallel.plan import format_bytes, generic_name, local_parameter
+from lightning_gpuorch.parallel.tensor_parallel.values import PseudoRandom, difference
 
 index_sets = st.sets(st.integers(0, 200), min_size=1)
 
@@ -309,7 +309,7 @@ def test_differences_are_named() -> None:
 def test_public_names_exist_and_the_package_stays_light() -> None:
     assert sorted(room.__all__) == sorted(set(room.__all__))
     assert all(hasattr(room, name) for name in room.__all__)
-    code = "import sys, lightning_gpuorch.tensor_parallel; print([n for n in ('lightning', 'transformers', "
+    code = "import sys, lightning_gpuorch.parallel.tensor_parallel; print([n for n in ('lightning', 'transformers', "
     code += "'safetensors', 'torch.distributed.checkpoint') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"

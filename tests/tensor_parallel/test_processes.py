@@ -13,9 +13,14 @@ from tp_models import build, hidden
 from tp_ranks import ProcessRanks, relative_error
 
 from lightning_gpuorch.errors import TensorParallelError
-from lightning_gpuorch.tensor_parallel import Communicator, TensorParallelPlan, apply_plan, plan_tensor_parallel
-from lightning_gpuorch.tensor_parallel.generation import group_of
-from lightning_gpuorch.tensor_parallel.values import tensors_within
+from lightning_gpuorch.parallel.tensor_parallel import (
+    Communicator,
+    TensorParallelPlan,
+    apply_plan,
+    plan_tensor_parallel,
+)
+from lightning_gpuorch.parallel.tensor_parallel.generation import group_of
+from lightning_gpuorch.parallel.tensor_parallel.values import tensors_within
 
 SAMPLE = ["separate", "packed_thirds", "hard_coded", "multi_query", "einsum", "talking_heads", "state_space"]
 SAMPLE += ["listed_experts", "interleaved_experts", "language", "nn_transformer", "attention_map", "vision"]

@@ -16,7 +16,7 @@ from tp_models import EXAMPLES, Network, Separate, build, hidden, randomized
 from tp_ranks import ProcessRanks, on_threads, relative_error
 
 from lightning_gpuorch.errors import TensorParallelError
-from lightning_gpuorch.tensor_parallel import (
+from lightning_gpuorch.parallel.tensor_parallel import (
     Communicator,
     PlanCache,
     apply_plan,
@@ -24,7 +24,7 @@ from lightning_gpuorch.tensor_parallel import (
     plan_on_first_rank,
     plan_tensor_parallel,
 )
-from lightning_gpuorch.tensor_parallel import plan_cache as plan_cache_module
+from lightning_gpuorch.parallel.tensor_parallel import plan_cache as plan_cache_module
 
 
 def check_on_threads(name: str, size: int, damage: Any = None, **cast: Any) -> list[tuple[str, float | None]]:

@@ -14,7 +14,7 @@ from tp_models import randomized
 from tp_ranks import ProcessRanks, relative_error, sharded_outputs
 
 from lightning_gpuorch.errors import TensorParallelError
-from lightning_gpuorch.tensor_parallel import (
+from lightning_gpuorch.parallel.tensor_parallel import (
     LayerKind,
     ModelCall,
     apply_plan,

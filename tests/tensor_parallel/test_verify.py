@@ -15,7 +15,7 @@ from tp_models import HEADS, WIDTH, Network, PackedThirds, Separate, StateSpace,
 from tp_ranks import relative_error, sharded_outputs
 
 from lightning_gpuorch.errors import TensorParallelError
-from lightning_gpuorch.tensor_parallel import (
+from lightning_gpuorch.parallel.tensor_parallel import (
     LayerKind,
     LayerPlan,
     ParameterPlan,
@@ -23,9 +23,9 @@ from lightning_gpuorch.tensor_parallel import (
     plan_tensor_parallel,
     verify_plan,
 )
-from lightning_gpuorch.tensor_parallel.anatomy import layer_parameters
-from lightning_gpuorch.tensor_parallel.intervals import from_indices, indices_of, split_evenly
-from lightning_gpuorch.tensor_parallel.values import tensors_within
+from lightning_gpuorch.parallel.tensor_parallel.anatomy import layer_parameters
+from lightning_gpuorch.parallel.tensor_parallel.intervals import from_indices, indices_of, split_evenly
+from lightning_gpuorch.parallel.tensor_parallel.values import tensors_within
 
 MODELS = ["separate", "packed_thirds", "packed_stacked", "packed_per_head", "hard_coded", "grouped", "packed_grouped"]
 MODELS += ["multi_query", "einsum", "relative_table", "slopes", "configured", "linear_attention", "talking_heads"]

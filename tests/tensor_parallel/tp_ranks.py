@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_gpuorch.tensor_parallel import Communicator, TensorParallelPlan, apply_plan
+from lightning_gpuorch.parallel.tensor_parallel import Communicator, TensorParallelPlan, apply_plan
 
 TIMEOUT_SECONDS = 60.0
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gpuorch.distributed.agreement import Cause, Verdict, Vote, decide
+from lightning_gpuorch.worker.group_recovery.agreement import Cause, Verdict, Vote, decide
 
 MAX_TRIES = 2
 

@@ -4,9 +4,9 @@ import collections
 
 import pytest
 
-from lightning_gpuorch.batches_in_flight import BatchesInFlight
-from lightning_gpuorch.predictions.loader import Ticket
-from lightning_gpuorch.predictions.source import Span
+from lightning_gpuorch.predictions.loading.loader import Ticket
+from lightning_gpuorch.predictions.loading.source import Span
+from lightning_gpuorch.worker.batches_in_flight import BatchesInFlight
 
 
 class Copies:

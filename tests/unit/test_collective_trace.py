@@ -8,9 +8,9 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gpuorch.distributed import collective_trace
-from lightning_gpuorch.distributed.collective_trace import StepTraces, _extrapolate
-from lightning_gpuorch.distributed.recoverable_group import live_groups, register_backends
+from lightning_gpuorch.parallel.groups import collective_trace
+from lightning_gpuorch.parallel.groups.collective_trace import StepTraces, _extrapolate
+from lightning_gpuorch.parallel.groups.recoverable_group import live_groups, register_backends
 
 WIDTH = 6
 

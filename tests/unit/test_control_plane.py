@@ -6,14 +6,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from lightning_gpuorch.distributed import ControlCollectives, ControlServer, LocalChannel, Message, RemoteChannel
+from lightning_gpuorch.control.collectives import ControlCollectives
+from lightning_gpuorch.control.coordinator import Head
+from lightning_gpuorch.control.transport import ControlServer, LocalChannel, Message, RemoteChannel
 from lightning_gpuorch.errors import (
     CollectiveMismatchError,
     ConfigurationError,
     ControlPlaneError,
     ControlPlaneTimeoutError,
 )
-from lightning_gpuorch.head import Head
 
 
 class Echo:

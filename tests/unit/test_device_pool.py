@@ -1,6 +1,6 @@
 import pytest
 
-from lightning_gpuorch.device_pool import DevicePool
+from lightning_gpuorch.devices.pool import DevicePool
 from lightning_gpuorch.errors import ConfigurationError
 
 

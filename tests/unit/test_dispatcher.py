@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lightning_gpuorch.predictions.dispatcher import LeaseQueue
+from lightning_gpuorch.control.leases import LeaseQueue
 
 CHUNKS, SIZE = 12, 4
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lightning_gpuorch.liveness import HeartbeatTable, Judge, Limits, Phase, waits_for_others
+from lightning_gpuorch.control.heartbeat import HeartbeatTable, Judge, Limits, Phase, waits_for_others
 
 LIMITS = Limits(alive=2.0, start=100.0, step=4.0, commit=30.0, exit=10.0)
 PID = 4242

@@ -7,8 +7,8 @@ import psutil
 import pytest
 import torch
 
-from lightning_gpuorch.device_check import check_arithmetic
-from lightning_gpuorch.preflight import Preflight
+from lightning_gpuorch.devices.device_check import check_arithmetic
+from lightning_gpuorch.devices.preflight import Preflight
 
 
 def _find(code, timeout_seconds=30.0):

@@ -4,15 +4,15 @@ import time
 
 import pytest
 
-from lightning_gpuorch import presence
-from lightning_gpuorch.distributed import ControlServer, RemoteChannel
-from lightning_gpuorch.head import Head
-from lightning_gpuorch.presence import Presence
+from lightning_gpuorch.control import disconnects
+from lightning_gpuorch.control.coordinator import Head
+from lightning_gpuorch.control.disconnects import Presence
+from lightning_gpuorch.control.transport import ControlServer, RemoteChannel
 
 
 @pytest.fixture
 def job(monkeypatch):
-    monkeypatch.setattr(presence, "GONE_SECONDS", 0.5)
+    monkeypatch.setattr(disconnects, "GONE_SECONDS", 0.5)
     head = Head(3)
     server = ControlServer(head, token="secret")
     channels = {rank: RemoteChannel(server.address, "secret") for rank in (1, 2)}

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from lightning_gpuorch.distributed import Message, RecoveryLedger
-from lightning_gpuorch.distributed.recovery_ledger import _EXCHANGES_KEPT
-from lightning_gpuorch.distributed.wire import LocalChannel
+from lightning_gpuorch.control.transport import LocalChannel, Message
+from lightning_gpuorch.control.votes import _EXCHANGES_KEPT, RecoveryLedger
 from lightning_gpuorch.errors import ControlPlaneTimeoutError, GroupRecoveryError
 
 

@@ -1,5 +1,5 @@
 from lightning_gpuorch import FailureRecoveryManager
-from lightning_gpuorch.recovery import RULES, Action, FailureKind
+from lightning_gpuorch.supervisor.restart_policy import RULES, Action, FailureKind
 
 
 def test_every_kind_of_failure_has_a_rule():

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_gpuorch import workers as module
-from lightning_gpuorch._bootstrap import ERROR_FILE
-from lightning_gpuorch.workers import Workers
+from lightning_gpuorch.control.bootstrap import ERROR_FILE
+from lightning_gpuorch.supervisor import workers as module
+from lightning_gpuorch.supervisor.workers import Workers
 
 SCRIPT = """
 import os, sys, pathlib

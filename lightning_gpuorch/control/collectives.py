@@ -1,0 +1,205 @@
+"""Collectives that span all replicas: numbered, decided once, and replayed to whoever comes back.
+
+Each rank numbers its collectives. The head keeps every decided result, so a restarted rank that runs the user's script
+from the top gets the results its predecessor got and catches up without the others noticing. A replica that is
+retired is no longer waited for. Payloads are small objects: they go through the head and stay there.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_gpuorch.control.transport import Channel, Message, answered, refused
+from lightning_gpuorch.errors import CollectiveMismatchError, ControlPlaneTimeoutError
+
+
+@dataclass
+class _Operation:
+    kind: str
+    first_rank: int
+    contributions: dict[int, bytes] = field(default_factory=dict)
+    waiting: list[Future[Message]] = field(default_factory=list)
+    result: Message | None = None
+
+
+class CollectiveLedger:
+    """The head's side: collects contributions and decides each operation once.
+
+    Args:
+        ranks: Global ranks that take part.
+    """
+
+    def __init__(self, ranks: Iterable[int]):
+        self._members = set(ranks)
+        self._left: dict[int, str] = {}
+        self._operations: dict[int, _Operation] = {}
+        self._lock = threading.Lock()
+
+    def contribute(self, number: int, kind: str, rank: int, payload: bytes) -> Future[Message]:
+        """Take a rank's contribution to operation ``number``.
+
+        Args:
+            number: Position of the operation in the rank's sequence of collectives.
+            kind: What the rank calls; all ranks must call the same.
+            rank: Global rank.
+            payload: The rank's contribution.
+
+        Returns:
+            Resolved with all contributions, in rank order, when every member has arrived.
+        """
+        with self._lock:
+            operation = self._operations.setdefault(number, _Operation(kind, rank))
+            if operation.kind != kind:
+                return refused(
+                    CollectiveMismatchError(
+                        f"collective #{number}: rank {rank} calls {kind}, rank {operation.first_rank} calls "
+                        f"{operation.kind}; every rank must make the same calls in the same order."
+                    )
+                )
+            if operation.result is not None:
+                return answered(operation.result.header, operation.result.payload)
+            operation.contributions[rank] = payload
+            waiter: Future[Message] = Future()
+            operation.waiting.append(waiter)
+            self._decide(number, operation)
+            return waiter
+
+    def missing(self, number: int) -> list[int]:
+        """Members that have not yet arrived at operation ``number``."""
+        with self._lock:
+            operation = self._operations.get(number)
+            return sorted(self._members - set(operation.contributions if operation else ()))
+
+    def retire(self, ranks: Iterable[int]) -> None:
+        """Stop waiting for ranks that will not come back."""
+        with self._lock:
+            self._members -= set(ranks)
+            self._decide_all()
+
+    def leave(self, rank: int, why: str) -> None:
+        """Record that a rank has ended in good order; operations that still need it fail."""
+        with self._lock:
+            self._left[rank] = why
+            self._decide_all()
+
+    def _decide_all(self) -> None:
+        for number, operation in self._operations.items():
+            self._decide(number, operation)
+
+    def _decide(self, number: int, operation: _Operation) -> None:
+        if operation.result is not None or not operation.waiting:
+            return
+        missing = self._members - set(operation.contributions)
+        gone = sorted(missing & set(self._left))
+        if gone:
+            failure = refused(
+                CollectiveMismatchError(
+                    f"collective #{number} ({operation.kind}) needs rank {gone[0]}, which {self._left[gone[0]]}; "
+                    "every rank must make the same calls in the same order."
+                )
+            ).result()
+            self._resolve(operation, failure)
+        elif not missing:
+            ranks = sorted(self._members & set(operation.contributions))
+            parts = [operation.contributions[rank] for rank in ranks]
+            header = {"ranks": ranks, "sizes": [len(part) for part in parts]}
+            operation.result = Message(header, b"".join(parts))
+            operation.contributions = dict.fromkeys(operation.contributions, b"")
+            self._resolve(operation, operation.result)
+
+    @staticmethod
+    def _resolve(operation: _Operation, answer: Message) -> None:
+        waiting, operation.waiting = operation.waiting, []
+        for waiter in waiting:
+            if not waiter.done():
+                waiter.set_result(answer)
+
+
+class ControlCollectives:
+    """A rank's side: barrier, broadcast and gather of small objects over all ranks of the job.
+
+    Args:
+        channel: Connection to the head.
+        rank: This process's global rank.
+        timeout_seconds: Longest wait for all ranks to arrive.
+    """
+
+    def __init__(self, channel: Channel, rank: int, timeout_seconds: float):
+        self._channel, self._rank, self._timeout_seconds = channel, rank, timeout_seconds
+        self._number = 0
+
+    def gather(self, kind: str, payload: bytes) -> dict[int, bytes]:
+        """Exchange bytes.
+
+        Args:
+            kind: Name of the operation, the same on every rank.
+            payload: This rank's contribution.
+
+        Returns:
+            Contribution by global rank, in rank order; retired ranks are absent.
+
+        Raises:
+            CollectiveMismatchError: The ranks called different operations, or one has already left.
+            ControlPlaneTimeoutError: Some ranks did not arrive in time; they are named.
+        """
+        number = self._number
+        self._number += 1
+        header = {"op": "gather", "number": number, "kind": kind, "rank": self._rank}
+        try:
+            answer = self._channel.call(header, payload, timeout_seconds=self._timeout_seconds)
+        except ControlPlaneTimeoutError:
+            query = {"op": "gather_missing", "number": number}
+            missing = self._channel.call(query, timeout_seconds=10.0).header["missing"]
+            raise ControlPlaneTimeoutError(
+                f"rank {self._rank} waited {self._timeout_seconds:g} s in collective #{number} ({kind}) for ranks "
+                f"{missing}; raise collective_timeout_sec if they legitimately need longer."
+            ) from None
+        gathered, offset = {}, 0
+        for rank, size in zip(answer.header["ranks"], answer.header["sizes"], strict=True):
+            gathered[rank] = answer.payload[offset : offset + size]
+            offset += size
+        return gathered
+
+    def barrier(self, name: str = "") -> None:
+        """Wait until every rank has arrived."""
+        self.gather(f"barrier({name})" if name else "barrier", b"")
+
+    def broadcast_object(self, obj: Any, src_rank: int = 0) -> Any:
+        """Return the object of ``src_rank`` on every rank.
+
+        Raises:
+            CollectiveMismatchError: ``src_rank`` is not part of the job.
+        """
+        payload = pickle.dumps(obj) if self._rank == src_rank else b""
+        gathered = self.gather(f"broadcast(src={src_rank})", payload)
+        if src_rank not in gathered:
+            raise CollectiveMismatchError(
+                f"broadcast from rank {src_rank}: the job has ranks {sorted(gathered)}; it was retired or never existed."
+            )
+        return obj if self._rank == src_rank else pickle.loads(gathered[src_rank])
+
+    def all_gather_object(self, obj: Any) -> list[Any]:
+        """Collect one object per rank, in rank order."""
+        return [pickle.loads(part) for part in self.gather("all_gather", pickle.dumps(obj)).values()]
+
+    def gather_by_rank(self, obj: Any) -> dict[int, Any]:
+        """Collect one object per rank, keyed by global rank."""
+        return {rank: pickle.loads(part) for rank, part in self.gather("all_gather", pickle.dumps(obj)).items()}
+
+
+def one_per_replica(values: dict[int, Any], tensor_parallel_size: int) -> Sequence[Any]:
+    """Keep the value of each replica's first rank: the ranks of a TP group hold the same data.
+
+    Args:
+        values: Value by global rank.
+        tensor_parallel_size: Ranks per replica.
+
+    Returns:
+        One value per replica, in replica order.
+    """
+    return [value for rank, value in sorted(values.items()) if rank % tensor_parallel_size == 0]

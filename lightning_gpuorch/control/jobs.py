@@ -1,0 +1,116 @@
+"""A predict call as the head sees it: where its results are, who computes what, and whether anything is missing."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lightning_gpuorch.control.input_ledger import InputLedger
+from lightning_gpuorch.control.leases import LeaseQueue, Owner
+from lightning_gpuorch.errors import InputMismatchError, MissingPredictionsError, format_indices
+from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_directory
+from lightning_gpuorch.predictions.storage.layout import LoaderLayout
+from lightning_gpuorch.predictions.storage.manifest import Manifest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """One predict call: its directory and one queue per dataloader."""
+
+    directory: Path
+    manifest: Manifest
+    queues: list[LeaseQueue]
+    ephemeral: bool
+    inputs: list[InputLedger]
+    mismatch: InputMismatchError | None = None
+    """Replicas have read different input: no prediction of this job can be trusted."""
+    opened_by: set[int] = field(default_factory=set)
+    closed_by: set[int] = field(default_factory=set)
+    samples_done: int = 0
+    samples_kept: Counter[tuple[int, Owner]] = field(default_factory=Counter)
+    """Computed in chunks that are not whole yet, by loader and owner."""
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every chunk of every loader is durable or given up."""
+        return all(queue.finished for queue in self.queues)
+
+    @property
+    def chunks_computed(self) -> int:
+        """Chunks that are durable, and as many as what is computed of others would make."""
+        layouts = self.manifest.loaders
+        begun = sum(count / layouts[loader].samples_per_chunk for (loader, _), count in self.samples_kept.items())
+        return sum(queue.num_done for queue in self.queues) + int(begun)
+
+    @property
+    def resumed_chunks(self) -> int:
+        """Chunks that were durable before this run."""
+        return sum(len(queue.resumed) for queue in self.queues)
+
+
+def verify_complete(number: int, job: Job) -> None:
+    """Check one job against its part files.
+
+    Raises:
+        InputMismatchError: Replicas have read different input.
+        MissingPredictionsError: Units are missing or were given up; they are named.
+    """
+    if job.mismatch is not None:
+        raise job.mismatch
+    for loader, (layout, queue) in enumerate(zip(job.manifest.loaders, job.queues, strict=True)):
+        where = f"job {number}, dataloader {loader}" if len(job.queues) > 1 or number else "the job"
+        if queue.quarantined:
+            units = sorted({u for entry in queue.quarantined for u in range(entry.start, entry.stop)})
+            reasons = "; ".join(sorted({entry.reason for entry in queue.quarantined}))
+            noun = "samples" if layout.unit == "sample" else "batches"
+            raise MissingPredictionsError(
+                f"{where} has no prediction for {len(units)} {noun}: {format_indices(units)} ({reasons}). All others "
+                f"are durable in {job.directory}.",
+                units,
+            )
+        if layout.num_units is None:
+            raise MissingPredictionsError(f"{where} ended before the end of its stream was seen.")
+        missing = missing_units(layout, PartJournal(loader_directory(job.directory, loader)).done())
+        if missing:
+            raise MissingPredictionsError(
+                f"{where} ended with {len(missing)} units missing: {format_indices(missing)}. What was computed is kept "
+                f"in {job.directory}; the same command goes on from there.",
+                missing,
+            )
+
+
+def missing_units(layout: LoaderLayout, done: set[int]) -> list[int]:
+    """Units whose chunk is not durable, ascending."""
+    return [unit for chunk in range(layout.num_chunks) if chunk not in done for unit in layout.chunk_range(chunk)]
+
+
+def remove_ephemeral(jobs: Mapping[int, Job]) -> None:
+    """Remove result directories nobody asked to keep, if their job is complete."""
+    for job in jobs.values():
+        if not job.ephemeral:
+            continue
+        if job.finished and not any(queue.quarantined for queue in job.queues):
+            shutil.rmtree(job.directory, ignore_errors=True)
+            for parent in list(job.directory.parents)[:2]:  # the run's folder, and "gpuorch" around it
+                _remove_if_empty(parent)
+        elif job.directory.exists():
+            log.warning(
+                "incomplete predictions are kept in %s; pass output_dir=%r to go on from there",
+                job.directory,
+                str(job.directory),
+            )
+
+
+def _remove_if_empty(directory: Path) -> None:
+    try:
+        directory.rmdir()
+    except OSError as error:  # another run is using it, or it is gone: both are fine
+        log.debug("%s stays: %s", directory, error)

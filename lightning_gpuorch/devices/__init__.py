@@ -1,0 +1,1 @@
+"""GPUs and their memory: which there are, whether they are healthy, and how much they may give."""

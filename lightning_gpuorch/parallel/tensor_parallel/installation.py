@@ -1,0 +1,283 @@
+"""How are stubs put into a model, and everything put back? Forwards, tensors and classes are exchanged for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import enum
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_gpuorch.parallel.tensor_parallel.anatomy import Anatomy, evaluation_mode, layer_parameters
+from lightning_gpuorch.parallel.tensor_parallel.hidden_weight import HiddenWeight
+from lightning_gpuorch.parallel.tensor_parallel.intervals import take
+from lightning_gpuorch.parallel.tensor_parallel.layers import features, library_class, runs_inside
+from lightning_gpuorch.parallel.tensor_parallel.plan import ParameterPlan, generic_name
+from lightning_gpuorch.parallel.tensor_parallel.records import REPLICATED, LocalPlan
+from lightning_gpuorch.parallel.tensor_parallel.swap import subclass_of
+from lightning_gpuorch.parallel.tensor_parallel.values import pseudo_random
+
+MAX_DISTINCT_ELEMENTS = 1 << 24
+"""Parameters that are not cut and larger than this repeat one row of random numbers, to bound memory."""
+
+
+class StubInstaller:
+    """Puts stubs into a model for the time of a run.
+
+    Args:
+        anatomy: The model's parts.
+        seed: Seed of the stubs' numbers.
+    """
+
+    def __init__(self, anatomy: Anatomy, seed: int) -> None:
+        self.anatomy = anatomy
+        self.model = anatomy.model
+        self.numbers = pseudo_random(seed)
+        self.seed = seed
+        self.stubbed: dict[nn.Module, str] = {module: anatomy.names[module] for module in anatomy.leaves}
+        self.attributes_read: dict[nn.Module, set[str]] = defaultdict(set)
+        self.fields_read: dict[int, set[str]] = {}
+        self._experts = set(anatomy.experts)
+        kinds: dict[tuple[Any, ...], nn.Module] = {}
+        for name, module in anatomy.modules.items():
+            shapes = tuple((key, tuple(value.shape)) for key, value in module.named_parameters())
+            kinds.setdefault((generic_name(name), type(module), shapes), module)
+        self._first_of_kind = set(kinds.values())
+
+    def whole_output(self, module: nn.Module, index: int, value: torch.Tensor) -> torch.Tensor:
+        """Give what a Linear, Conv1D or Embedding returns in the whole model at its ``index``-th call, read-only."""
+        leading = value.shape if isinstance(module, nn.Embedding) else value.shape[:-1]
+        return self.numbers.view((self.stubbed[module], index), (*leading, features(module)[1]))
+
+    def _has_fixed_role(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.MultiheadAttention) or module in self._experts
+
+    def _fixed_output(self, module: nn.Module, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        name = self.stubbed[module]
+        if not isinstance(module, nn.MultiheadAttention):
+            hidden = next(
+                value
+                for value in (*args, *kwargs.values())
+                if isinstance(value, torch.Tensor) and value.is_floating_point()
+            )
+            return self.numbers.tensor((name, index), hidden.shape)
+        query = args[0] if args else kwargs["query"]
+        key = args[1] if len(args) > 1 else kwargs["key"]
+        output = self.numbers.tensor((name, index), (*query.shape[:-1], module.embed_dim))
+        if not kwargs.get("need_weights", True):
+            return output, None
+        length_dim = 0 if query.dim() == 2 or not module.batch_first else 1
+        shape: tuple[int, ...] = (query.shape[length_dim], key.shape[length_dim])
+        if not kwargs.get("average_attn_weights", True):
+            shape = (module.num_heads, *shape)
+        if query.dim() == 3:
+            shape = (query.shape[1 - length_dim], *shape)
+        return output, self.numbers.tensor((name, index, "weights"), shape).softmax(-1)
+
+    @contextlib.contextmanager
+    def installed(
+        self,
+        on_call: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any],
+        tensors: dict[str, torch.Tensor],
+        plan: LocalPlan | None = None,
+        rank: int = 0,
+        trace: bool = False,
+    ) -> Iterator[None]:
+        """Put the stubs in place, and everything back afterwards.
+
+        Args:
+            on_call: Called in place of a layer's forward.
+            tensors: Filled with the graph leaves that stand for parameters and buffers outside the layers; pass one to
+                be differentiated.
+            plan: Cuts for a local run.
+            rank: The rank of a local run.
+            trace: Record which plain attributes the model's code reads.
+        """
+        with contextlib.ExitStack() as stack:
+            for module in self.anatomy.names:
+                # Forwards may keep things on their module (masks, rotary tables, counters): none of a run stays.
+                stack.callback(_restore_state, module, dict(module.__dict__), _tensor_dicts(module))
+                for name, value in module.__dict__.items():
+                    if type(value) in (list, dict, set) and not name.startswith("_"):
+                        stack.callback(_refill, value, copy.copy(value))
+            stack.enter_context(evaluation_mode(self.model))
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            fast_path = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+            stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+            self._replace_tensors(stack, tensors, plan or LocalPlan(), rank, differentiable=trace)
+            for module in self.stubbed:
+                self._replace_forward(stack, module, on_call)
+            if trace:
+                for module in self._glue():
+                    for value in list(module.__dict__.values()):
+                        self._trace_fields(stack, value)
+                    stack.callback(setattr, module, "__class__", type(module))
+                    module.__class__ = _traced(type(module), self.attributes_read)
+            yield
+
+    def _trace_fields(self, stack: contextlib.ExitStack, value: Any) -> None:
+        """Record which fields of a configuration-like object are read."""
+        own_class = type(value)
+        original: Any = own_class.__getattribute__
+        plain = isinstance(value, (nn.Module, torch.Tensor, dict, list, tuple, set, enum.Enum)) or callable(value)
+        if plain or not hasattr(value, "__dict__") or id(value) in self.fields_read:
+            return
+        reads: set[str] = set()
+
+        def read(self: Any, name: str) -> Any:
+            reads.add(name)
+            return original(self, name)
+
+        try:
+            value.__class__ = type(own_class.__name__, (own_class,), {"__getattribute__": read})
+        except TypeError:  # a class that cannot be subclassed or exchanged: all its fields remain candidates
+            return
+        self.fields_read[id(value)] = reads
+        stack.callback(setattr, value, "__class__", own_class)
+
+    def _glue(self) -> list[nn.Module]:
+        plain = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.LayerNorm, nn.Dropout)
+        return [module for module in self.anatomy.names if module not in self.stubbed and type(module) not in plain]
+
+    def _replace_forward(
+        self,
+        stack: contextlib.ExitStack,
+        module: nn.Module,
+        on_call: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any],
+    ) -> None:
+        def stub(*args: Any, **kwargs: Any) -> Any:
+            return on_call(module, args, kwargs)
+
+        if self._has_fixed_role(module) or not runs_inside(type(module)):
+            module.__dict__["forward"] = stub
+            return
+        # The class's own forward runs, the library layer's inside it is the stub.
+        stack.callback(setattr, module, "__class__", type(module))
+        module.__dict__["_gpuorch_stub"] = stub
+        module.__class__ = subclass_of(type(module), _inner_stub(library_class(type(module))), True)
+
+    def _replace_tensors(
+        self,
+        stack: contextlib.ExitStack,
+        tensors: dict[str, torch.Tensor],
+        plan: LocalPlan,
+        rank: int,
+        differentiable: bool,
+    ) -> None:
+        hidden: dict[int, tuple[str, dict[str, ParameterPlan]]] = {}
+        for module, name in self.stubbed.items():
+            cuts = {} if self._has_fixed_role(module) else layer_parameters(module, plan.layers.get(module, REPLICATED))
+            for key, parameter in module.named_parameters():
+                hidden.setdefault(id(parameter), (name, {"": cuts[key]} if key in cuts else {}))
+        replaced: dict[int, torch.Tensor] = {}
+        for prefix, module in self.anatomy.modules.items():
+            if module in self._experts and module in self.stubbed:
+                continue
+            for own in (module._parameters, module._buffers):
+                for key, value in list(own.items()):
+                    if value is None:
+                        continue
+                    name = f"{prefix}.{key}" if prefix else key
+                    if id(value) not in replaced:
+                        stack.callback(_hold, value)  # ids stay unique while the original is held
+                        if id(value) in hidden:
+                            layer, cuts = hidden[id(value)]
+                            shape = cuts[""].local_shape(rank) if cuts else tuple(value.shape)
+                            dtype = torch.float32 if value.is_floating_point() else value.dtype
+                            substitute: torch.Tensor = HiddenWeight.make(layer, shape, dtype)
+                        else:
+                            # Running statistics take no gradient.
+                            wanted = differentiable and not isinstance(module, nn.modules.batchnorm._NormBase)
+                            wanted = wanted and module in self._first_of_kind
+                            substitute = self._substitute(name, value, own is module._parameters, wanted)
+                            if substitute.requires_grad:
+                                tensors[name] = substitute
+                            if name in plan.tensors:
+                                cut = plan.tensors[name]
+                                assert cut.dim is not None
+                                substitute = take(substitute.detach(), cut.dim, cut.intervals[rank])
+                                if own is module._parameters:
+                                    substitute = nn.Parameter(substitute, requires_grad=False)
+                        replaced[id(value)] = substitute
+                    own[key] = replaced[id(value)]  # type: ignore[assignment]
+
+    def _substitute(self, name: str, value: torch.Tensor, is_parameter: bool, differentiable: bool) -> torch.Tensor:
+        """Give what stands for a parameter or buffer outside the layers."""
+        if not value.is_floating_point():
+            if not value.is_meta:
+                return value.detach().to("cpu", copy=True)
+            return torch.zeros(value.shape, dtype=value.dtype)
+        if not is_parameter and not value.is_meta:
+            real = value.detach().to("cpu", torch.float32, copy=True)
+            return real.requires_grad_(differentiable)
+        # Scaled by the fan-in, so that values stay finite through many layers.
+        scale = 1.0 / math.sqrt(max(value.shape[1:].numel(), 1)) if value.dim() > 1 else 1.0
+        large = value.numel() > MAX_DISTINCT_ELEMENTS
+        shape = value.shape[-1:] if large else value.shape
+        numbers = (self.numbers.tensor(("tensor", name), shape) * scale).expand(value.shape)
+        if is_parameter:
+            return nn.Parameter(numbers, requires_grad=differentiable and not large)
+        return numbers.requires_grad_(differentiable and not large)
+
+
+def _tensor_dicts(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    return dict(module._parameters), dict(module._buffers)
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Undo what was added to a list, dict or set, or taken from it; what it holds is not looked into."""
+    if isinstance(container, list):
+        container[:] = content
+    else:
+        container.clear()
+        container.update(content)
+
+
+def _restore_state(
+    module: nn.Module, attributes: dict[str, Any], tensors: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
+    module.__dict__.clear()
+    module.__dict__.update(attributes)
+    parameters, buffers = tensors
+    module._parameters.clear()
+    module._parameters.update(parameters)
+    module._buffers.clear()
+    module._buffers.update(buffers)
+
+
+def _hold(value: torch.Tensor) -> None:
+    """Keep a reference until the stack unwinds."""
+
+
+_inner_stubs: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _inner_stub(base: type[nn.Module]) -> type[nn.Module]:
+    if base not in _inner_stubs:
+
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self.__dict__["_gpuorch_stub"](*args, **kwargs)
+
+        _inner_stubs[base] = type(f"Stub{base.__name__}", (base,), {"forward": forward})
+    return _inner_stubs[base]
+
+
+def _traced(original: type[nn.Module], reads: dict[nn.Module, set[str]]) -> type[nn.Module]:
+    """Make a subclass that records which attributes of an instance's own ``__dict__`` are read."""
+
+    def read(self: nn.Module, name: str) -> Any:
+        value = original.__getattribute__(self, name)
+        if not name.startswith("_") and name in object.__getattribute__(self, "__dict__"):
+            reads[self].add(name)
+        return value
+
+    return type(original.__name__, (original,), {"__getattribute__": read, "__module__": original.__module__})

@@ -1,0 +1,100 @@
+"""What do runs with stubs record, compare and report?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_gpuorch.errors import TensorParallelError
+from lightning_gpuorch.parallel.tensor_parallel.plan import (
+    AttributePatch,
+    LayerKind,
+    LayerPlan,
+    ParameterPlan,
+    ShapeRule,
+)
+
+REPLICATED = LayerPlan(LayerKind.REPLICATED)
+
+
+class Deviation(TensorParallelError):  # noqa: N818 - an event of the search, not an error of the user
+    """A rank's forward went another way than the whole model's.
+
+    Attributes:
+        layer: Name of the layer where it showed; empty if it showed at the model's output or as an exception.
+    """
+
+    def __init__(self, layer: str, message: str) -> None:
+        super().__init__(f"{layer}: {message}" if layer else message)
+        self.layer = layer
+
+
+@dataclasses.dataclass
+class LayerCall:
+    """One call of a stubbed layer in the reference run.
+
+    Attributes:
+        module: The layer.
+        index: How many times it was called before.
+        inputs: The tensors it received; the first is its input, for the first call of a kind of layer with the autograd
+            graph that led to it.
+        output: The graph leaf behind its output; None for layers with fixed roles and later calls of a kind.
+    """
+
+    module: nn.Module
+    index: int
+    inputs: tuple[torch.Tensor, ...]
+    output: torch.Tensor | None
+
+
+@dataclasses.dataclass
+class Reference:
+    """What the reference run recorded.
+
+    Attributes:
+        calls: Layer calls in order.
+        inputs: Inputs of every layer call, without graph.
+        versions: Version counters of those inputs at the time of the call.
+        output_tensors: The model's output tensors with graph.
+        outputs: The tensors a caller sees, by path, without graph.
+        hidden_outputs: Tensors inside opaque output objects (caches), without graph.
+        scope_calls: Arguments of the first call of a module, for modules that are the first of their kind.
+        tensors: Parameters and buffers that are not a layer's, by graph leaf.
+        layer_arguments: Arguments of the first call of attention and expert modules.
+    """
+
+    calls: list[LayerCall] = dataclasses.field(default_factory=list)
+    inputs: dict[tuple[nn.Module, int], tuple[torch.Tensor, ...]] = dataclasses.field(default_factory=dict)
+    versions: dict[tuple[nn.Module, int], tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    output_tensors: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    outputs: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
+    hidden_outputs: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    scope_calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    layer_arguments: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def called(self) -> set[nn.Module]:
+        """Layers that were called."""
+        return {module for module, _ in self.inputs}
+
+
+@dataclasses.dataclass
+class LocalPlan:
+    """What a local run needs of a plan, for any subset of the layers.
+
+    Attributes:
+        layers: Roles by layer; layers that are not listed are replicated.
+        tensors: Cuts of parameters and buffers that are not a layer's, by name.
+        attributes: Attribute patches.
+        shape_rules: Rules by scope.
+    """
+
+    layers: dict[nn.Module, LayerPlan] = dataclasses.field(default_factory=dict)
+    tensors: dict[str, ParameterPlan] = dataclasses.field(default_factory=dict)
+    attributes: Sequence[AttributePatch] = ()
+    shape_rules: Mapping[str, tuple[ShapeRule, ...]] = dataclasses.field(default_factory=dict)

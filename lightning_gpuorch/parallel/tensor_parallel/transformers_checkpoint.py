@@ -1,0 +1,107 @@
+"""How does transformers name the tensors in its checkpoints? Through its own conversion mapping, tensor by tensor.
+
+Most keys differ from module names by a renaming only and stay lazy slices. Where transformers merges tensors on loading
+(the experts of a mixture, say), the merged tensor is built for one parameter at a time, then cut.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_gpuorch.parallel.tensor_parallel.checkpoint_base import Checkpoint
+from lightning_gpuorch.parallel.tensor_parallel.intervals import Intervals, take
+
+
+def converted_checkpoint(checkpoint: Checkpoint, model: Any) -> Checkpoint:
+    """See a checkpoint under a transformers model's names; unchanged if this transformers has no conversion mapping."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
+    except ImportError:
+        return checkpoint
+    transforms = get_model_conversion_mapping(model)
+    converters = [item for item in transforms if isinstance(item, WeightConverter)]
+    renamings: list[Any] = [item for item in transforms if not isinstance(item, WeightConverter)]
+    by_pattern = {pattern: item for item in converters for pattern in item.source_patterns}
+    known: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    known.update(model.named_buffers(remove_duplicate=False))
+    view = ConvertedCheckpoint(checkpoint, model)
+    for key in sorted(checkpoint.keys(), key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        if name not in known and key in known:
+            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, known)
+        if pattern is None:
+            view.rename(name, key)
+        else:
+            view.merge(name, key, pattern, by_pattern[pattern], known)
+    return view
+
+
+class ConvertedCheckpoint(Checkpoint):
+    """A checkpoint under other names, some of its tensors made of several.
+
+    Args:
+        inner: The checkpoint as it lies.
+        model: The transformers model.
+    """
+
+    def __init__(self, inner: Checkpoint, model: nn.Module) -> None:
+        self.location = inner.location
+        self._inner, self._model = inner, model
+        self._key_of: dict[str, str] = {}
+        self._converters: dict[str, Any] = {}
+        self._sources: dict[str, list[tuple[str, str]]] = {}
+        self._made_by: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._waiting: dict[str, torch.Tensor] = {}
+
+    def rename(self, name: str, key: str) -> None:
+        """Note that a tensor has another name in the model."""
+        self._key_of[name] = key
+
+    def merge(self, name: str, key: str, pattern: str, converter: Any, known: dict[str, torch.Tensor]) -> None:
+        """Note that a tensor is one of those a converter makes ``name`` of."""
+        self._converters.setdefault(name, converter)
+        self._sources.setdefault(name, []).append((key, pattern))
+        for target in converter.target_patterns:
+            for other in converter.target_patterns:
+                made = name.replace(other, target) if other in name else name
+                if made in known:
+                    self._made_by.setdefault(made, name)
+
+    def keys(self) -> list[str]:
+        """List the model's names."""
+        return [*self._key_of, *self._made_by]
+
+    def shape(self, key: str) -> tuple[int, ...] | None:
+        """Give a tensor's shape; of a merged one it is not known before it is made."""
+        return self._inner.shape(self._key_of[key]) if key in self._key_of else None
+
+    def read(self, key: str, dim: int | None = None, intervals: Intervals = ()) -> tuple[torch.Tensor, int]:
+        """Read a tensor or a slice of it."""
+        if key in self._key_of:
+            return self._inner.read(self._key_of[key], dim, intervals)
+        with self._lock:
+            value, num_bytes = self._make(key)
+        return (value if dim is None else take(value, dim, intervals).clone()), num_bytes
+
+    def _make(self, key: str) -> tuple[torch.Tensor, int]:
+        if key in self._waiting:  # made together with another tensor, whose bytes were counted there
+            return self._waiting.pop(key), 0
+        first = self._made_by[key]
+        converter = copy.deepcopy(self._converters[first])
+        num_bytes = 0
+        for source, pattern in self._sources[first]:
+            value, read = self._inner.read(source)
+            num_bytes += read
+            converter.add_tensor(first, source, pattern, value)
+        made = converter.convert(first, model=self._model, config=self._model.config)
+        values = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        own: torch.Tensor = values.pop(key)
+        self._waiting.update(values)
+        return own, num_bytes

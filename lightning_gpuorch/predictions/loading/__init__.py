@@ -1,0 +1,1 @@
+"""From a dataloader to leased batches."""

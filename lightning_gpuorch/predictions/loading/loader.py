@@ -1,0 +1,374 @@
+"""Iterables that hand a replica its part of a dataloader: chunks leased one after another, or a fixed share.
+
+The consumer takes batches with ``next`` and finds the ticket of each in the loader's queue of tickets, in the same
+order. A batch is done when the batch after is asked for; when no work is left for the moment, the loader waits inside
+``next`` for what other replicas may still give back.
+"""
+
+from __future__ import annotations
+
+import collections
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.predictions.loading.batch_numbers import number_of_span
+from lightning_gpuorch.predictions.loading.source import BatchSource, MapSource, Source, Span, StreamSource
+from lightning_gpuorch.predictions.loading.window import Window
+from lightning_gpuorch.predictions.loading.window_reader import Requested
+from lightning_gpuorch.predictions.loading.world_of_one import read_alone, world_of_one
+from lightning_gpuorch.predictions.samples.tensors import digest
+from lightning_gpuorch.predictions.storage.layout import LoaderLayout
+
+
+class WorkQueue(Protocol):
+    """Where a replica gets its chunks from; see :class:`~lightning_gpuorch.control.leases.LeaseQueue`."""
+
+    def next(self, block: bool, seconds_per_sample: float = 0.0) -> dict[str, Any]:
+        """Ask for work; the second argument says how fast it goes here, if that is known."""
+        ...
+
+    def end_of_stream(self, units: int) -> None:
+        """Report where a stream ended."""
+        ...
+
+    def saw(self, chunk: int, digest: str) -> None:
+        """Report what was read of a stream, to be compared with what others read."""
+        ...
+
+
+class TicketQueue(Protocol):
+    """Where a loader puts the tickets of the batches it gives out."""
+
+    def append(self, ticket: Ticket) -> None:
+        """Take the ticket of the batch that is given out next."""
+        ...
+
+
+class ChunkSink(Protocol):
+    """Where the outputs of a chunk are collected."""
+
+    def begin(self, chunk: int, num_batches: int | None) -> None:
+        """A chunk starts; ``num_batches`` outputs will follow, or as many as come before :meth:`end`."""
+        ...
+
+    def end(self, chunk: int) -> None:
+        """A chunk of unknown length is over."""
+        ...
+
+    def take_over(self, window: Window) -> set[int]:
+        """Take what is known of a window's samples already; returns the sizes of the batches it came in."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """One batch on its way from the loader to its output.
+
+    Attributes:
+        loader: Index of the dataloader.
+        chunk: Chunk it belongs to.
+        span: Units, batch number and dataset indices.
+        number: What ``batch_idx`` is; see :mod:`lightning_gpuorch.predictions.loading.batch_numbers`.
+        collate: Builds a batch of given dataset indices anew; None in streams.
+        window: The window its samples come from, with dynamic batching.
+        positions: Their positions in the window, ascending.
+        shape: Samples in the batch and what each is padded to, where the batch shows it.
+        sized: What memory allows decides its size, and that it did not fit decides the size of the next ones.
+    """
+
+    loader: int
+    chunk: int
+    span: Span
+    number: int
+    collate: Callable[[list[int]], Any] | None
+    window: Window | None = None
+    positions: Sequence[int] = ()
+    shape: tuple[int, int] | None = None
+    sized: bool = False
+
+    @property
+    def size(self) -> int | None:
+        """Samples in the batch, if known."""
+        if self.window is not None:
+            return len(self.positions)
+        return None if self.span.indices is None else len(self.span.indices)
+
+    @property
+    def indices(self) -> list[int] | None:
+        """Dataset indices of the samples, in order."""
+        return self.span.indices
+
+    @property
+    def recollate(self) -> Callable[[int, int], Any] | None:
+        """Builds the batch of samples ``start`` to ``stop`` of this batch anew."""
+        collate, indices = self.collate, self.span.indices
+        if collate is None or indices is None:
+            return None
+        return lambda start, stop: collate(indices[start:stop])
+
+
+class LeasedLoader:
+    """Batches of the chunks a replica is given, until all work of the job is done.
+
+    Args:
+        source: The user's loader, described.
+        layout: The layout in force.
+        queue: Hands out chunks.
+        sink: Told where chunks begin and end.
+        delivered: Gets the ticket of each batch that is given out.
+        index: Index of the dataloader in the job.
+        on_ended: Called with the last answer (stop, drain or fenced) when the loader ends.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        layout: LoaderLayout,
+        queue: WorkQueue,
+        sink: ChunkSink,
+        delivered: TicketQueue,
+        index: int = 0,
+        on_ended: Callable[[str], None] = lambda answer: None,
+    ):
+        self.source, self.layout, self.index = source, layout, index
+        self.batch_sampler: Any = None
+        """Set by whoever has to satisfy a framework that looks for indices here."""
+        self._queue, self._sink, self._delivered, self._on_ended = queue, sink, delivered, on_ended
+        self._requested: collections.deque[Requested] = collections.deque()
+        self._answer = ""
+        self._block = False
+
+    @property
+    def dataset(self) -> Any:
+        """The user's dataset, if the loader has one."""
+        return getattr(self.source.loader, "dataset", None)
+
+    @property
+    def _seconds_per_sample(self) -> float:
+        """How fast this replica is, if it knows."""
+        return 0.0
+
+    def __len__(self) -> int:
+        """Batches of the whole job, as a single device would compute: the most this replica can get."""
+        if self.source.num_batches is None:
+            raise TypeError("the length of this stream is not known")
+        return self.source.num_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        self._requested.clear()
+        self._answer, self._block = "", False
+        yield from self._batches()
+        self._on_ended(self._answer)
+
+    def _batches(self) -> Iterator[Any]:
+        """The loader's own batches."""
+        return self._stream(self.source) if isinstance(self.source, StreamSource) else self._indexed(self.source)
+
+    def _indexed(self, source: MapSource | BatchSource) -> Iterator[Any]:
+        loader = source.reordered(LeasedBatches(self))
+        try:
+            while self._answer in ("", "pause"):
+                for batch in read_alone(loader.__iter__, in_this_process=not loader.num_workers):
+                    asked = self._next_requested()
+                    number = number_of_span(asked.span, self.layout)
+                    self._delivered.append(Ticket(self.index, asked.chunk, asked.span, number, source.collate))
+                    yield batch
+                self._block = True
+        finally:
+            loader._iterator = None  # ends the workers, which outlive one iteration
+
+    def _next_requested(self) -> Requested:
+        if not self._requested:
+            raise ConfigurationError(
+                f"{type(self.source.loader).__name__} gave a batch that its sampler was not asked for, so it cannot be told "
+                "which samples are in it. A loader that iterates in its own way needs its own __iter__."
+            )
+        return self._requested.popleft()
+
+    def _stream(self, source: StreamSource) -> Iterator[Any]:
+        stream = Stream(source.iterate, "batches", self.layout.chunk_size, self._queue.saw)
+        while True:
+            answer = self._next_answer()
+            if answer["do"] == "pause":
+                self._block = True
+            elif answer["do"] != "chunk":
+                return
+            elif self._reach(stream, int(answer["chunk"])):
+                yield from self._stream_chunk(stream, int(answer["chunk"]), frozenset(answer.get("skip", ())))
+
+    def _reach(self, stream: Stream, chunk: int) -> bool:
+        """Go to the beginning of a chunk; False if the stream ends before."""
+        start = chunk * self.layout.chunk_size
+        stream.seek(start)
+        if stream.position < start:
+            self._queue.end_of_stream(stream.position)
+        return stream.position == start
+
+    def _stream_chunk(self, stream: Stream, chunk: int, skip: frozenset[int]) -> Iterator[Any]:
+        """The batches of a chunk as they come."""
+        start = stream.position
+        for number in range(start, start + self.layout.chunk_size):
+            batch = stream.read()
+            if batch is END:
+                self._queue.end_of_stream(number)
+                if number == start:
+                    return  # there is no such chunk
+                break
+            if number == start:
+                self._sink.begin(chunk, None)
+            if number in skip:  # read, since the stream cannot be entered elsewhere, and not computed
+                continue
+            self._delivered.append(Ticket(self.index, chunk, Span(number, 1, number, None), number, None))
+            yield batch
+        self._sink.end(chunk)
+
+    def _next_answer(self) -> dict[str, Any]:
+        with world_of_one(hide=False):  # asked from within the loader's sampler
+            answer = self._queue.next(self._block, self._seconds_per_sample)
+        self._block = False
+        self._answer = answer["do"]
+        return answer
+
+    def _leased_batches(self) -> Iterator[list[Any]]:
+        """Dataset indices of one batch after another, until there is no work for the moment."""
+        assert not isinstance(self.source, StreamSource)
+        while True:
+            answer = self._next_answer()
+            if answer["do"] != "chunk":
+                return
+            chunk = int(answer["chunk"])
+            isolate = range(*answer.get("isolate", (0, 0)))
+            skip = frozenset(answer.get("skip", ()))
+            spans = list(self.source.spans(self.layout, chunk, isolate, skip))
+            self._sink.begin(chunk, len(spans))
+            for span in spans:
+                assert span.indices is not None
+                alone = span.num_units == 1 and span.first_unit in isolate
+                self._requested.append(Requested(chunk, span, answer, alone, is_last=span is spans[-1]))
+                yield span.indices
+
+
+class LeasedBatches:
+    """The batch sampler of a leased loader's inner ``DataLoader``; iterated again after each pause."""
+
+    def __init__(self, owner: LeasedLoader):
+        self._owner = owner
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return self._owner._leased_batches()
+
+
+class SharedLoader:
+    """Every n-th batch of a loader: a fixed share, for evaluation and for loops that keep their results themselves.
+
+    Batches are the loader's own, so metrics per batch are those of a single device; none is repeated or dropped.
+
+    Args:
+        source: The user's loader, described.
+        share: Gives which share this is and how many there are; asked when the loader is used, because a model that is
+            set up later may decide it.
+        agree: Compares a value with that of the other ranks, under a name.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        share: Callable[[], tuple[int, int]],
+        agree: Callable[[str, str], None] = lambda k, v: None,
+    ):
+        self.source, self._share, self._agree = source, share, agree
+        self.batch_sampler: Any = None
+
+    @property
+    def dataset(self) -> Any:
+        """The user's dataset, if the loader has one."""
+        return getattr(self.source.loader, "dataset", None)
+
+    def __len__(self) -> int:
+        """Batches of the largest share."""
+        if self.source.num_batches is None:
+            raise TypeError("the length of this stream is not known")
+        return -(-self.source.num_batches // self._share()[1])
+
+    def __iter__(self) -> Iterator[Any]:
+        replica, num_replicas = self._share()
+        source = self.source
+        if isinstance(source, StreamSource):
+            for number, batch in enumerate(source.iterate()):
+                if number == 0:
+                    self._agree("the first batch", str(digest(batch)))
+                if number % num_replicas == replica:
+                    yield batch
+            return
+        if source.order is not None:
+            self._agree(f"the order of {type(source.sampler).__name__}", source.order.digest)
+        loader = source.reordered(_SharedBatches(source, replica, num_replicas))
+        yield from read_alone(loader.__iter__, in_this_process=not loader.num_workers)
+
+
+class _SharedBatches:
+    def __init__(self, source: MapSource | BatchSource, replica: int, num_replicas: int):
+        self._source, self._replica, self._num_replicas = source, replica, num_replicas
+        self._layout = source.geometry(chunk_batches=1)
+
+    def __len__(self) -> int:
+        return len(range(self._replica, self._source.num_batches, self._num_replicas))
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for chunk in range(self._replica, self._source.num_batches, self._num_replicas):
+            for span in self._source.spans(self._layout, chunk, range(0), frozenset()):
+                assert span.indices is not None
+                yield span.indices
+
+
+class Stream:
+    """A stream and where it stands.
+
+    Args:
+        begin: Starts it from its beginning.
+        items: What it gives, for those who compare digests: only of equal things.
+        chunk_size: Items of a chunk.
+        saw: Gets a digest of the first item, as that of chunk -1, and then of each chunk that was read whole.
+    """
+
+    def __init__(
+        self, begin: Callable[[], Iterator[Any]], items: str, chunk_size: int, saw: Callable[[int, str], None]
+    ):
+        self._begin, self._iterator = begin, begin()
+        self._items, self._chunk_size, self._saw = items, chunk_size, saw
+        self._digests: list[int] = []
+        self.position = 0
+        """Number of the next item."""
+
+    def seek(self, position: int) -> None:
+        """Go to a position, or to the end if that comes first; from the beginning if it lies behind."""
+        if position < self.position:
+            self.position, self._iterator, self._digests = 0, self._begin(), []
+        while self.position < position and self.read() is not END:
+            pass
+
+    def read(self) -> Any:
+        """The next item, or ``END``."""
+        item = next(self._iterator, END)
+        if item is END:
+            self._tell()
+            return END
+        self._digests.append(digest(item))
+        if self.position == 0:
+            self._saw(-1, f"{self._items}:{self._digests[0]}")
+        self.position += 1
+        if self.position % self._chunk_size == 0:
+            self._tell()
+        return item
+
+    def _tell(self) -> None:
+        digests, self._digests = self._digests, []
+        if digests:
+            chunk = (self.position - 1) // self._chunk_size
+            self._saw(chunk, f"{self._items}:{len(digests)}:{zlib.crc32(repr(digests).encode())}")
+
+
+END = object()

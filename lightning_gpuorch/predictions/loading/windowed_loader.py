@@ -1,0 +1,145 @@
+"""Batches of samples of similar length, out of the chunks a replica leases: dynamic batching."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from lightning_gpuorch.predictions.loading.batch_numbers import number_of_dynamic_batch
+from lightning_gpuorch.predictions.loading.loader import END, LeasedBatches, LeasedLoader, Stream, Ticket
+from lightning_gpuorch.predictions.loading.source import BatchSource, Span, StreamSource
+from lightning_gpuorch.predictions.loading.window import Batcher, Window
+from lightning_gpuorch.predictions.loading.window_bounds import WindowBounds
+from lightning_gpuorch.predictions.loading.window_reader import BackgroundWindowReader, Requested, WindowReader
+from lightning_gpuorch.predictions.loading.world_of_one import read_alone
+from lightning_gpuorch.predictions.storage.writer import size_bytes
+
+
+class WindowedLoader(LeasedLoader):
+    """Batches of the chunks a replica is given, formed out of windows of samples.
+
+    Args:
+        *leased: Arguments of :class:`~lightning_gpuorch.predictions.loading.loader.LeasedLoader`.
+        batcher: Forms the batches.
+        num_replicas: Replicas that share the chunks.
+        should_leave: Whether to end, as on drain, before a window is whole: what is computed of it is kept.
+        overlaps: The device computes while the host goes on, so the next window is read meanwhile. So it is where the loader
+            has workers.
+        single_rank: No other rank has to form the same batches.
+    """
+
+    def __init__(
+        self,
+        *leased: Any,
+        batcher: Batcher,
+        num_replicas: int = 1,
+        should_leave: Callable[[], bool] = lambda: False,
+        overlaps: bool = False,
+        single_rank: bool = False,
+    ):
+        super().__init__(*leased)
+        self._batcher, self._should_leave = batcher, should_leave
+        num_workers = int(getattr(self.source.loader, "num_workers", 0))
+        self._reads_ahead = overlaps or num_workers > 0
+        # Where windows are cut in the background depends on time, so ranks of a group would not agree.
+        self._reader = BackgroundWindowReader if num_workers > 0 and single_rank else WindowReader
+        self.bounds = WindowBounds(self.layout.samples_per_chunk, num_replicas)
+        self._delivered_size = 0
+        """Samples of the last batch."""
+        self._sizes: set[int] = set()
+        self._held: dict[str, Any] | None = None
+
+    @property
+    def _seconds_per_sample(self) -> float:
+        return self.bounds.seconds_per_sample
+
+    def _batches(self) -> Iterator[Any]:
+        """Batches by length out of windows of one or several chunks."""
+        source = self.source
+        assert not isinstance(source, BatchSource)
+        loader: DataLoader[Any] | None = None
+        if isinstance(source, StreamSource):
+            stream = Stream(source.iterate_uncollated, "samples", self.layout.chunk_size, self._queue.saw)
+            begin: Callable[[], Iterator[Any]] = functools.partial(self._leased_stream, stream)
+        else:
+            loader = source.uncollated(LeasedBatches(self))
+            begin = functools.partial(read_alone, loader.__iter__, in_this_process=not loader.num_workers)
+        self._held = None
+        left_early = False
+        try:
+            while self._answer in ("", "pause") and not left_early:
+                if self._block:  # waited for here, not where windows are read
+                    self._held = self._next_answer()
+                    if self._answer != "chunk":
+                        break
+                windows = self._reader(begin(), self._requested, self.bounds, self.layout.samples_per_unit)
+                try:
+                    left_early = yield from self._batches_of_all(windows)
+                finally:
+                    windows.close()
+                self._block = True
+        finally:
+            if loader is not None:
+                loader._iterator = None  # ends the workers, which outlive one iteration
+        if left_early:
+            self._answer = "drain"
+
+    def _batches_of_all(self, windows: WindowReader) -> Generator[Any, None, bool]:
+        """The batches of one window after another; returns whether a window was left before its end."""
+        while (window := windows.next()) is not None and self._answer not in ("drain", "fenced"):
+            self._sizes |= self._sink.take_over(window)
+            for batch in self._batches_of(window):
+                yield batch
+                if self._should_leave():  # what is computed of it is kept
+                    return True
+                if self._reads_ahead:
+                    windows.read_ahead(self._delivered_size)
+        return False
+
+    def _batches_of(self, window: Window) -> Iterator[Any]:
+        assert isinstance(self.source.loader, DataLoader)
+        if not window.samples:
+            return
+        self.bounds.observe(num_bytes=size_bytes(window.samples), num_samples=len(window.samples))
+        collate = None if isinstance(self.source, StreamSource) else self.source.collate
+        for positions, longest in window.batches(self._batcher, self._sizes):
+            batch = self.source.loader.collate_fn([window.samples[position] for position in positions])
+            for position in positions:
+                window.samples[position] = None
+            chunk, span = window.ticket_span(positions)
+            number = number_of_dynamic_batch(window.numbers(positions))
+            shape = self._batcher.formed(batch, longest) or (len(positions), longest)
+            sized = self._batcher.learns_memory
+            self._delivered.append(Ticket(self.index, chunk, span, number, collate, window, positions, shape, sized))
+            self._delivered_size = len(positions)
+            yield batch
+        self.bounds.end_window()
+
+    def _leased_stream(self, stream: Stream) -> Iterator[list[Any]]:
+        """The samples of one batch of the stream after another, until there is no work for the moment."""
+        while (answer := self._next_answer())["do"] == "chunk":
+            chunk, start = int(answer["chunk"]), int(answer["chunk"]) * self.layout.chunk_size
+            if not self._reach(stream, chunk):
+                continue
+            read = list(itertools.islice(iter(stream.read, END), self.layout.chunk_size))
+            if len(read) < self.layout.chunk_size:
+                self._queue.end_of_stream(stream.position)
+            if not read:
+                continue  # there is no such chunk
+            isolate, skip = range(*answer.get("isolate", (0, 0))), frozenset(answer.get("skip", ()))
+            batches = [(number, samples) for number, samples in enumerate(read, start) if number not in skip]
+            self._sink.begin(chunk, len(batches))
+            for number, samples in batches:
+                span, is_last = Span(number, 1, number, None), number == batches[-1][0]
+                self._requested.append(Requested(chunk, span, answer, number in isolate, is_last))
+                yield samples
+
+    def _next_answer(self) -> dict[str, Any]:
+        if self._held is None:
+            return super()._next_answer()
+        answer, self._held = self._held, None
+        return answer

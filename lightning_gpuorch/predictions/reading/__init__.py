@@ -1,0 +1,1 @@
+"""Finished predictions, read in dataset order and exported."""

@@ -1,0 +1,290 @@
+"""Where among the committed parts is each batch of a loader, and which units are in none?
+
+The answer is a list of *segments*: rows of stored batches that, put together, are the loader's batch. Parts are asked,
+not the journal of the run: the headers of all parts are read once (about 0.1 ms each), so that a sample that was left
+out of a part is known to be missing before the first prediction is used. What is kept is one number per gap and per
+part; for scattered parts 16 bytes per sample.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, overload
+
+import numpy as np
+
+from lightning_gpuorch.errors import CorruptPartError, format_indices
+from lightning_gpuorch.predictions.storage.journal import BatchEntry, PartHeader, PartJournal
+from lightning_gpuorch.predictions.storage.layout import LoaderLayout
+
+ReadHeader = Callable[[int], PartHeader]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive samples of one stored batch.
+
+    Attributes:
+        chunk: The part.
+        position: Position of the stored batch in the part.
+        start: First sample of the stored batch.
+        stop: One past the last; None stands for the whole of a batch of unknown size.
+        entry: What the part's header tells of the stored batch.
+    """
+
+    chunk: int
+    position: int
+    start: int
+    stop: int | None
+    entry: BatchEntry
+
+    @property
+    def size(self) -> int | None:
+        """Samples; None where unknown."""
+        return self.entry.size if self.is_whole or self.stop is None else self.stop - self.start
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of the stored batch."""
+        return self.start == 0 and (self.stop is None or self.stop == self.entry.size)
+
+    @property
+    def indices(self) -> Sequence[int] | None:
+        """Dataset indices of its samples, in order; None where unknown."""
+        return None if self.entry.indices is None else self.entry.indices[self.start : self.stop]
+
+
+class UnitRanges(Sequence[int]):
+    """Ascending units, held as ranges.
+
+    Args:
+        ranges: Ascending and disjoint.
+    """
+
+    def __init__(self, ranges: Iterable[range] = ()):
+        merged: list[range] = []
+        for units in ranges:
+            if merged and merged[-1].stop == units.start:
+                merged[-1] = range(merged[-1].start, units.stop)
+            elif units:
+                merged.append(units)
+        self.ranges = tuple(merged)
+        self._ends = list(itertools.accumulate(map(len, merged)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        position = range(len(self))[index]
+        which = bisect.bisect_right(self._ends, position)
+        return self.ranges[which].start + position - (self._ends[which - 1] if which else 0)
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.chain.from_iterable(self.ranges)
+
+    def __contains__(self, unit: object) -> bool:
+        return any(unit in units for units in self.ranges)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, UnitRanges):
+            return self.ranges == other.ranges
+        return list(self) == list(other) if isinstance(other, (list, tuple, range)) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"UnitRanges({self})"
+
+    def __str__(self) -> str:
+        # format_indices joins neighbours, so a range need not be walked to be written: its ends do.
+        shown = list(itertools.islice(self.ranges, 20))
+        text = ", ".join(
+            format_indices([units[0]]) if len(units) == 1 else f"{units[0]}-{units[-1]}" for units in shown
+        )
+        hidden = len(self) - sum(map(len, shown))
+        return f"{text} and {hidden} more" if hidden else text
+
+
+class Locator(Protocol):
+    """Finds the segments of a loader's batches. Plain data: it can be pickled, and holds no file."""
+
+    num_batches: int
+    missing: UnitRanges
+
+    def segments(self, batch: int, read_header: ReadHeader) -> list[Segment]:
+        """Return the segments of the loader's batch ``batch``, in order; none if it has no prediction."""
+        ...
+
+
+def locate(journal: PartJournal, layout: LoaderLayout) -> Locator:
+    """Look through the parts of a loader.
+
+    Args:
+        journal: The parts.
+        layout: The layout in force.
+
+    Raises:
+        CorruptPartError: A header is damaged, or a part holds what does not belong in it.
+    """
+    return ScatteredLocator(journal, layout) if layout.unit == "scattered" else ChunkLocator(journal, layout)
+
+
+class ChunkLocator:
+    """The locator of loaders that were cut into chunks by sample or by batch."""
+
+    def __init__(self, journal: PartJournal, layout: LoaderLayout):
+        parts = sorted(journal.done())
+        if layout.num_units is None:
+            # A stream that was not read to its end: as far as there are predictions.
+            stop = max(
+                (_covered(entry, layout).stop for chunk in parts for entry in journal.header(chunk).entries), default=0
+            )
+            layout = layout.with_num_units(stop)
+        self._layout = layout
+        self._chunks = frozenset(chunk for chunk in parts if chunk < layout.num_chunks)
+        self.num_batches = layout.num_batches
+        self.missing = UnitRanges(self._gaps(journal))
+
+    def segments(self, batch: int, read_header: ReadHeader) -> list[Segment]:
+        """See :class:`Locator`."""
+        wanted = self._layout.batch_range(batch)
+        size = self._layout.chunk_size
+        found: list[Segment] = []
+        for chunk in range(wanted.start // size, (wanted.stop - 1) // size + 1):
+            if chunk in self._chunks:
+                found.extend(self._segments_in(chunk, read_header(chunk).entries, wanted))
+        return found
+
+    def _segments_in(self, chunk: int, entries: Sequence[BatchEntry], wanted: range) -> Iterator[Segment]:
+        # The last entry that begins at or before the first wanted unit may reach into it.
+        first = bisect.bisect_right(entries, wanted.start, key=lambda entry: entry.first_unit) - 1
+        for position in range(max(first, 0), len(entries)):
+            entry = entries[position]
+            if entry.first_unit >= wanted.stop:
+                return
+            if self._layout.unit == "batch":
+                if entry.first_unit == wanted.start:
+                    yield Segment(chunk, position, 0, None, entry)
+                continue
+            units = entry.units if entry.units is not None else _covered(entry, self._layout)
+            start, stop = bisect.bisect_left(units, wanted.start), bisect.bisect_left(units, wanted.stop)
+            if start < stop:
+                yield Segment(chunk, position, start, stop, entry)
+
+    def _gaps(self, journal: PartJournal) -> Iterator[range]:
+        layout = self._layout
+        for chunk in range(layout.num_chunks):
+            units = layout.chunk_range(chunk)
+            if chunk not in self._chunks:
+                yield units
+                continue
+            reached = units.start
+            for entry in journal.header(chunk).entries:
+                for covered in _runs(entry, layout):
+                    if covered.start < reached or covered.stop > units.stop:
+                        raise CorruptPartError(
+                            f"{journal.path(chunk)} has units {covered.start}-{covered.stop - 1} twice or out of place: "
+                            f"its chunk is {units.start}-{units.stop - 1}. Delete it and run the same command again."
+                        )
+                    # A batch that lacks samples counts as missing, though what it has can be read.
+                    lacking = layout.unit == "batch" and entry.num_lost > 0
+                    yield range(reached, covered.stop if lacking else covered.start)
+                    reached = covered.stop
+            yield range(reached, units.stop)
+
+
+class ScatteredLocator:
+    """The locator of parts that name their dataset indices; where two hold the same sample, the lower part counts."""
+
+    def __init__(self, journal: PartJournal, layout: LoaderLayout):
+        assert layout.batch_size is not None
+        self._batch_size = layout.batch_size
+        empty: list[np.ndarray[Any, np.dtype[Any]]] = [np.empty(0, np.int64)]
+        indices, places, rows = list(empty), list(empty), list(empty)
+        self._places: list[tuple[int, int]] = []
+        for chunk in sorted(journal.done()):
+            for position, entry in enumerate(journal.header(chunk).entries):
+                if entry.indices is None:
+                    raise CorruptPartError(f"{journal.path(chunk)} does not name the dataset indices of its samples.")
+                indices.append(np.asarray(entry.indices, np.int64))
+                places.append(np.full(len(entry.indices), len(self._places), np.int32))
+                rows.append(np.arange(len(entry.indices), dtype=np.int32))
+                self._places.append((chunk, position))
+        # The first of equal indices is the one of the lowest part: samplers that pad repeat a sample.
+        self._indices, first = np.unique(np.concatenate(indices), return_index=True)
+        self._place = np.concatenate(places)[first].astype(np.int32)
+        self._row = np.concatenate(rows)[first].astype(np.int32)
+        num_samples = layout.num_units
+        if num_samples is None:
+            # Nobody told how many there should be: what there is, batch by batch.
+            self._starts = None
+            self.num_batches = -(-len(self._indices) // self._batch_size)
+            self.missing = UnitRanges()
+            return
+        if len(self._indices) and (self._indices[0] < 0 or self._indices[-1] >= num_samples):
+            raise CorruptPartError(
+                f"{journal.directory} holds samples {self._indices[0]}-{self._indices[-1]}, and the dataset has "
+                f"{num_samples}."
+            )
+        self.num_batches = layout.num_batches
+        borders = np.arange(self.num_batches + 1) * self._batch_size
+        self._starts = np.searchsorted(self._indices, borders)
+        self.missing = UnitRanges(_holes(self._indices, num_samples))
+
+    def segments(self, batch: int, read_header: ReadHeader) -> list[Segment]:
+        """See :class:`Locator`."""
+        if self._starts is None:
+            start, stop = batch * self._batch_size, (batch + 1) * self._batch_size
+        else:
+            start, stop = int(self._starts[batch]), int(self._starts[batch + 1])
+        found: list[Segment] = []
+        for place, row in zip(self._place[start:stop].tolist(), self._row[start:stop].tolist(), strict=True):
+            chunk, position = self._places[place]
+            last = found[-1] if found else None
+            if last is not None and (last.chunk, last.position, last.stop) == (chunk, position, row):
+                found[-1] = Segment(chunk, position, last.start, row + 1, last.entry)
+            else:
+                found.append(Segment(chunk, position, row, row + 1, read_header(chunk).entries[position]))
+        return found
+
+
+def _covered(entry: BatchEntry, layout: LoaderLayout) -> range:
+    """Units from the first to the last of a stored batch."""
+    if layout.unit == "batch":
+        return range(entry.first_unit, entry.first_unit + 1)
+    if entry.units is not None:
+        return (
+            range(entry.units[0], entry.units[-1] + 1)
+            if len(entry.units)
+            else range(entry.first_unit, entry.first_unit)
+        )
+    if entry.size is None:
+        raise CorruptPartError(f"a stored batch at sample {entry.first_unit} does not tell how many samples it has.")
+    return range(entry.first_unit, entry.first_unit + entry.size)
+
+
+def _runs(entry: BatchEntry, layout: LoaderLayout) -> Iterator[range]:
+    """Units of a stored batch, as ranges."""
+    if layout.unit == "batch" or entry.units is None or isinstance(entry.units, range):
+        yield _covered(entry, layout)
+    else:
+        for unit in entry.units:
+            yield range(unit, unit + 1)
+
+
+def _holes(present: np.ndarray[Any, np.dtype[Any]], count: int) -> Iterator[range]:
+    """What is missing in ``range(count)`` from ascending numbers."""
+    edges = np.concatenate(([-1], present, [count]))
+    for gap in np.flatnonzero(np.diff(edges) > 1):
+        yield range(int(edges[gap]) + 1, int(edges[gap + 1]))

@@ -1,0 +1,326 @@
+"""How are a job's predictions read back: lazily, in dataset order, as a single device would have returned them?"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar, overload
+
+import numpy as np
+
+from lightning_gpuorch.errors import ConfigurationError, MissingPredictionsError
+from lightning_gpuorch.predictions.reading.part_index import Locator, Segment, UnitRanges, locate
+from lightning_gpuorch.predictions.samples import (
+    CannotMergeError,
+    CannotSplitError,
+    iter_samples,
+    merge_samples,
+    slice_samples,
+)
+from lightning_gpuorch.predictions.storage.journal import PartHeader, loader_directory
+from lightning_gpuorch.predictions.storage.layout import LoaderLayout
+from lightning_gpuorch.predictions.storage.manifest import Quarantined, load, read_quarantine
+from lightning_gpuorch.predictions.storage.parts import Part, PartStore
+
+_PARTS_IN_MEMORY = 2
+_HEADERS_IN_MEMORY = 64
+
+
+def read_predictions(directory: str | os.PathLike[str], *, allow_missing: bool = False) -> Any:
+    """Open the predictions of a job.
+
+    Args:
+        directory: The job's output directory.
+        allow_missing: Open an incomplete job as well. A batch of which nothing is there is None then, and a batch that
+            lacks some samples holds the others; :attr:`Predictions.missing` names what is not there.
+
+    Returns:
+        What a single-device ``Trainer.predict`` returns, read from disk as it is used: a :class:`Predictions` for one
+        dataloader, a list of them for several.
+
+    Raises:
+        ConfigurationError: There are no predictions in this directory.
+        MissingPredictionsError: Predictions are missing, and ``allow_missing`` is False; they are named.
+        CorruptPartError: The manifest or the header of a part is damaged. All of a part is checked when it is read.
+    """
+    root = Path(directory).absolute()
+    manifest = load(root)
+    if manifest is None:
+        raise ConfigurationError(f"{root} holds no predictions: there is no manifest.json in it.")
+    found = [
+        Predictions(root, loader, layout, locate(PartStore(loader_directory(root, loader)), layout))
+        for loader, layout in enumerate(manifest.loaders)
+    ]
+    if not allow_missing:
+        _refuse_gaps(root, found, read_quarantine(root))
+    return found[0] if len(found) == 1 else found
+
+
+class Predictions(Sequence[Any]):
+    """The predictions of one dataloader: a sequence of the loader's batches, in dataset order.
+
+    Whatever cut the work took (another batch size before a resume, halved batches, shares of other ranks), an item is
+    the output of the loader's own batch. Items are read when they are used; two parts are kept in memory, so that
+    reading in order reads each part once and memory does not grow. Each access returns a new object that the caller
+    owns. A slice is as lazy as the whole, and both can be pickled (they keep the directory's path) and read by several
+    threads.
+
+    Made by :func:`read_predictions`.
+    """
+
+    def __init__(
+        self, directory: Path, loader: int, layout: LoaderLayout, locator: Locator, batches: range | None = None
+    ):
+        self._directory, self._loader, self._layout, self._locator = directory, loader, layout, locator
+        self._batches = range(locator.num_batches) if batches is None else batches
+        self._store = PartStore(loader_directory(directory, loader))
+        self._parts: _Recent[Part] = _Recent(_PARTS_IN_MEMORY)
+        self._headers: _Recent[PartHeader] = _Recent(_HEADERS_IN_MEMORY)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Predictions: ...
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return Predictions(self._directory, self._loader, self._layout, self._locator, self._batches[index])
+        return self._batch(self._batches[index])
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._batch, self._batches)
+
+    def __repr__(self) -> str:
+        missing = f", {len(self.missing)} missing" if self.missing else ""
+        return f"<Predictions: {len(self)} batches of dataloader {self._loader} in {self._directory}{missing}>"
+
+    def __reduce__(self) -> Any:
+        return Predictions, (self._directory, self._loader, self._layout, self._locator, self._batches)
+
+    @property
+    def missing(self) -> UnitRanges:
+        """What has no prediction in the whole job, ascending.
+
+        Samples by their position in the sampler's order, which is the dataset index unless a custom sampler is used;
+        batches by their number where the loader's work is counted so (streams, custom batch samplers).
+        """
+        return self._locator.missing
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """Dataset index of each sample, in the order of :meth:`samples`; read when it is used.
+
+        Raises:
+            ConfigurationError: On use: the samples of a stream have no dataset indices.
+        """
+        return _SampleIndices(self)
+
+    def samples(self) -> Iterator[Any]:
+        """Walk the predictions sample by sample, in dataset order, without the sample dimension.
+
+        Raises:
+            CannotSplitError: An output cannot be cut by sample.
+        """
+        return (sample for _, sample in self.indexed_samples())
+
+    def indexed_samples(self) -> Iterator[tuple[int | None, Any]]:
+        """Walk as :meth:`samples` does, with the dataset index of each sample; None for those of a stream.
+
+        Raises:
+            CannotSplitError: An output cannot be cut by sample.
+        """
+        for batch in self._batches:
+            outputs: dict[tuple[int, int], Any] = {}
+            for segment in self._segments(batch):
+                indices = itertools.repeat(None) if segment.indices is None else iter(segment.indices)
+                try:
+                    yield from zip(indices, iter_samples(self._output(segment, outputs), segment.size), strict=False)
+                except CannotSplitError as error:
+                    raise CannotSplitError(
+                        f"batch {batch} of {self!r} cannot be read sample by sample: {error}"
+                    ) from error
+
+    def stored_batches(self) -> Iterator[tuple[Sequence[int] | None, Any]]:
+        """Walk the outputs as they were computed, with the dataset indices of each; nothing is cut or merged.
+
+        The way out where outputs cannot be put together into the loader's batches. A slice is not respected.
+        """
+        for chunk in sorted(self._store.done()):
+            part = self._part(chunk)
+            for position, entry in enumerate(part.header.entries):
+                yield entry.indices, part.output(position)
+
+    def _batch(self, batch: int) -> Any:
+        segments = self._segments(batch)
+        if not segments:
+            return None
+        outputs: dict[tuple[int, int], Any] = {}
+        try:
+            pieces = [self._output(segment, outputs) for segment in segments]
+            if len(pieces) == 1:
+                return pieces[0]
+            sizes = [segment.size for segment in segments]
+            return merge_samples(pieces, [size for size in sizes if size is not None])
+        except (CannotSplitError, CannotMergeError) as error:
+            raise type(error)(
+                f"batch {batch} of {self!r} was computed in other pieces than the loader's batches, and its outputs "
+                f"cannot be put together: {error} Read them as they were computed with stored_batches()."
+            ) from error
+
+    def _segments(self, batch: int) -> list[Segment]:
+        return self._locator.segments(batch, self._header)
+
+    def _output(self, segment: Segment, outputs: dict[tuple[int, int], Any]) -> Any:
+        """Return a segment's output; ``outputs`` keeps what is decoded while one batch is put together."""
+        place = (segment.chunk, segment.position)
+        if place not in outputs:
+            # Shares of several ranks interleave: all parts that a batch takes from must stay for the next one.
+            self._parts.keep_at_least(len({chunk for chunk, _ in outputs}) + 1)
+            outputs[place] = self._part(segment.chunk).output(segment.position)
+        if segment.is_whole:
+            return outputs[place]
+        assert segment.stop is not None
+        return slice_samples(outputs[place], segment.start, segment.stop, segment.entry.size)
+
+    def _part(self, chunk: int) -> Part:
+        part = self._parts.get(chunk)
+        if part is None:
+            self._parts.make_room_for_one()  # before reading: a part may be large
+            part = self._store.read(chunk)
+            self._parts.put(chunk, part)
+            self._headers.put(chunk, part.header)
+        return part
+
+    def _header(self, chunk: int) -> PartHeader:
+        header = self._headers.get(chunk)
+        if header is None:
+            header = self._store.header(chunk)
+            self._headers.put(chunk, header)
+        return header
+
+
+class _SampleIndices(Sequence[int]):
+    """Dataset indices of a loader's samples. Iterating keeps nothing; random access keeps 8 bytes per batch."""
+
+    def __init__(self, predictions: Predictions):
+        self._predictions = predictions
+        self._ends: np.ndarray[Any, np.dtype[np.int64]] | None = None
+
+    def __len__(self) -> int:
+        ends = self._counted()
+        return int(ends[-1]) if len(ends) else 0
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        position = range(len(self))[index]
+        ends = self._counted()
+        batch = int(np.searchsorted(ends, position, side="right"))
+        offset = position - (int(ends[batch - 1]) if batch else 0)
+        in_batch = self._of_batch(self._predictions._batches[batch])
+        return next(itertools.islice(in_batch, offset, None))
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.chain.from_iterable(map(self._of_batch, self._predictions._batches))
+
+    def __repr__(self) -> str:
+        return f"<dataset indices of {self._predictions!r}>"
+
+    def _of_batch(self, batch: int) -> Iterator[int]:
+        for segment in self._predictions._segments(batch):
+            if segment.indices is None:
+                raise ConfigurationError(
+                    f"the samples of a stream have no dataset indices; {self._predictions!r} is one."
+                )
+            yield from segment.indices
+
+    def _counted(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        if self._ends is None:
+            counts = (sum(1 for _ in self._of_batch(batch)) for batch in self._predictions._batches)
+            self._ends = np.cumsum(np.fromiter(counts, np.int64, len(self._predictions)))
+        return self._ends
+
+
+_Value = TypeVar("_Value")
+
+
+class _Recent(Generic[_Value]):
+    """The values used last; safe to use from several threads."""
+
+    def __init__(self, capacity: int):
+        self._capacity = capacity
+        self._values: collections.OrderedDict[int, _Value] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: int) -> _Value | None:
+        with self._lock:
+            value = self._values.get(key)
+            if value is not None:
+                self._values.move_to_end(key)
+            return value
+
+    def put(self, key: int, value: _Value) -> None:
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            self._shrink_to(self._capacity)
+
+    def make_room_for_one(self) -> None:
+        with self._lock:
+            self._shrink_to(self._capacity - 1)
+
+    def keep_at_least(self, capacity: int) -> None:
+        with self._lock:
+            self._capacity = max(self._capacity, capacity)
+
+    def _shrink_to(self, count: int) -> None:
+        while len(self._values) > count:
+            self._values.popitem(last=False)
+
+
+def _refuse_gaps(root: Path, found: Sequence[Predictions], quarantined: Sequence[Quarantined]) -> None:
+    """Raise if anything is missing, naming it, and why where that is known."""
+    lines, missing = [], []
+    for loader, predictions in enumerate(found):
+        layout, gaps = predictions._layout, predictions.missing
+        prefix = f"dataloader {loader}: " if len(found) > 1 else ""
+        noun = "batches" if layout.unit == "batch" else "samples"
+        if layout.num_units is None and layout.unit != "scattered":
+            lines.append(f"{prefix}the end of the stream was not reached")
+        if gaps:
+            missing.append(gaps)
+            total = "" if layout.num_units is None else f" of {layout.num_units}"
+            lines.append(f"{prefix}{len(gaps)}{total} {noun}: {gaps}")
+            lines.extend(f"  {text}" for text in _reasons(gaps, [q for q in quarantined if q.loader == loader]))
+    if lines:
+        raise MissingPredictionsError(
+            f"predictions are missing in {root}:\n  " + "\n  ".join(lines) + "\nRun the same command again to compute "
+            "them, or read what there is with allow_missing=True.",
+            itertools.chain.from_iterable(missing),
+        )
+
+
+def _reasons(gaps: UnitRanges, quarantined: Sequence[Quarantined]) -> Iterator[str]:
+    """Tell why units are missing. A note about units that a later run computed after all is passed over."""
+    by_reason: dict[str, set[int]] = {}
+    for entry in quarantined:
+        for units in gaps.ranges:
+            lost = range(max(units.start, entry.start), min(units.stop, entry.stop))
+            by_reason.setdefault(entry.reason, set()).update(lost)
+    for reason, lost_units in by_reason.items():
+        if lost_units:
+            yield f"given up: {UnitRanges(range(unit, unit + 1) for unit in sorted(lost_units))} ({reason})"

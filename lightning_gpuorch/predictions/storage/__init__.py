@@ -1,0 +1,1 @@
+"""Part files, the manifest, and the journal of both."""

@@ -1,0 +1,210 @@
+"""What of windows that are not whole yet is kept on disk, so that a death or a stop costs seconds and not a window?
+
+With dynamic batching the chunks of a window become whole, and durable, all together at its end. Until then a replica
+writes every few seconds what it has computed since the last time into a *fragment*: a file like a part, with batches as
+they were computed, of samples from many chunks. Whoever gets one of these chunks later, another replica or a later run,
+takes over what fragments hold of it.
+
+Fragments are not the journal, parts are. So nothing waits for the disk, a damaged fragment is passed over, and each is
+removed when the chunks it took samples from are durable. The directory of a rank's fragments lies beside those of the
+parts: ``unfinished-<dataloader>-<rank and process>/part-<number>.gpq``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from lightning_gpuorch.errors import CorruptPartError, MissingPredictionsError, PredictionStorageError
+from lightning_gpuorch.predictions.storage.journal import FRAGMENTS_PREFIX, BatchEntry, PartJournal
+from lightning_gpuorch.predictions.storage.layout import StoredBatch
+from lightning_gpuorch.predictions.storage.parts import Part, PartStore
+
+log = logging.getLogger(__name__)
+
+KEEP_SECONDS = 3.0
+"""Time between two fragments: about what a death can cost."""
+BYTES_IN_MEMORY = 256 * 2**20
+"""Fragments that are kept in memory between two windows: chunks that were lost together are in the same ones."""
+_TIMES_COST = 100
+"""So many times what writing a fragment took passes until the next one: slow disks cost 1% at most."""
+
+
+class FragmentWriter:
+    """Writes the fragments of one rank, on the thread that computes.
+
+    Args:
+        directory: Of the job.
+        loader: Which dataloader.
+        samples_per_chunk: As many as a full one has.
+        on_kept: Called with the number of samples after each fragment.
+        around_write: Makes a context in which each is written.
+        clock: Gives seconds.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        loader: int,
+        samples_per_chunk: int,
+        on_kept: Callable[[int], None] = lambda num_samples: None,
+        around_write: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        # Never that of another life: a restart of this rank, or a later run, must not meet files it did not write.
+        name = f"{_prefix(loader)}{os.getpid()}-{secrets.token_hex(6)}"
+        self._store = PartStore(directory / name, fsync=False)  # after a power cut the checksums tell
+        self._samples_per_chunk = samples_per_chunk
+        self._on_kept, self._around_write, self._clock = on_kept, around_write, clock
+        self._pending: list[StoredBatch] = []
+        self._chunks_of: dict[int, set[int]] = {}
+        self._count = 0
+        self._due = clock() + KEEP_SECONDS
+        self._failed = False
+        self._lock = threading.Lock()
+
+    def add(self, batch: StoredBatch) -> None:
+        """Take a batch of a window that is not whole, and write a fragment if it is time."""
+        self._pending.append(batch)
+        if self._clock() >= self._due:
+            self.write()
+
+    def write(self) -> None:
+        """Write what has come since the last fragment."""
+        batches, self._pending = self._pending, []
+        if not batches or self._failed:
+            return
+        began, number = self._clock(), self._count
+        self._count += 1
+        with self._lock:
+            self._chunks_of[number] = {n // self._samples_per_chunk for batch in batches for n in numbers_of(batch)}
+        try:
+            with self._around_write():
+                self._store.commit(number, batches, {})
+        except PredictionStorageError as error:
+            # The parts will show whether that is a reason to end.
+            if not self._failed:
+                log.warning("nothing is kept of windows that are not whole any more: %s", error)
+            self.give_up()
+            return
+        now = self._clock()
+        self._due = now + max(KEEP_SECONDS, _TIMES_COST * (now - began))
+        self._on_kept(sum(batch.size or 0 for batch in batches))
+
+    def end_window(self) -> None:
+        """The chunks of all batches so far are whole: what is not written yet need not be."""
+        self._pending.clear()
+        self._due = self._clock() + KEEP_SECONDS
+
+    def give_up(self) -> None:
+        """Make room for the parts: remove all fragments, and write none any more. From any thread."""
+        self._failed = True
+        with self._lock:
+            self._chunks_of.clear()
+        shutil.rmtree(self._store.directory, ignore_errors=True)
+
+    def on_durable(self, chunk: int) -> None:
+        """Remove the fragments all of whose chunks are durable. From any thread."""
+        with self._lock:
+            for chunks in self._chunks_of.values():
+                chunks.discard(chunk)
+            over = [number for number, chunks in self._chunks_of.items() if not chunks]
+            for number in over:
+                del self._chunks_of[number]
+        for number in over:
+            path = self._store.path(number)
+            try:
+                # Where the file system knows no links, a directory stands for the file.
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            except OSError as error:
+                log.debug("%s stays until the job is complete: %s", path, error)
+
+
+class FragmentReader:
+    """Finds predictions in the fragments of a dataloader, whoever has written them.
+
+    Args:
+        directory: Of the job.
+        loader: Which dataloader.
+    """
+
+    def __init__(self, directory: Path, loader: int):
+        self._directory, self._pattern = directory, f"{_prefix(loader)}*"
+        self._numbers_in: dict[tuple[Path, int], frozenset[int]] = {}
+        self._parts: dict[tuple[Path, int], Part] = {}
+        self._looked = False
+
+    def has_any(self, look_again: bool) -> bool:
+        """Whether there are fragments.
+
+        Args:
+            look_again: Whether some may have appeared since the last time: a replica has died.
+        """
+        if look_again or not self._looked:
+            self._look()
+        return bool(self._numbers_in)
+
+    def find(self, wanted: Mapping[int, int]) -> Iterator[StoredBatch]:
+        """Read batches that hold some of the samples, from the fragments that :meth:`has_any` has seen.
+
+        Args:
+            wanted: Positions by the numbers of samples.
+
+        Yields:
+            Batches as they were computed; they may hold other samples as well, and samples that another one held.
+        """
+        used: dict[tuple[Path, int], Part] = {}
+        for place, held in list(self._numbers_in.items()):
+            if held.isdisjoint(wanted):
+                continue
+            try:
+                part = self._parts.get(place) or PartStore(place[0]).read(place[1])
+                for position, entry in enumerate(part.header.entries):
+                    if not wanted.keys().isdisjoint(numbers_of(entry)):
+                        output = part.output(position)
+                        yield StoredBatch(
+                            entry.first_unit, entry.indices, entry.size, output, entry.units, entry.num_lost
+                        )
+            except (CorruptPartError, MissingPredictionsError) as error:
+                self._pass_over(*place, error)
+            else:
+                if sum(other.num_bytes for other in used.values()) + part.num_bytes <= BYTES_IN_MEMORY:
+                    used[place] = part
+        self._parts = used
+
+    def _look(self) -> None:
+        self._looked = True
+        found = {(journal.directory, number) for journal in self._journals() for number in journal.done()}
+        self._numbers_in = {place: numbers for place, numbers in self._numbers_in.items() if place in found}
+        for directory, number in sorted(found - self._numbers_in.keys()):
+            try:
+                entries = PartJournal(directory).header(number).entries
+                self._numbers_in[directory, number] = frozenset(n for entry in entries for n in numbers_of(entry))
+            except (CorruptPartError, MissingPredictionsError) as error:
+                self._pass_over(directory, number, error)
+
+    def _journals(self) -> Iterator[PartJournal]:
+        return (PartJournal(directory) for directory in sorted(self._directory.glob(self._pattern)))
+
+    def _pass_over(self, directory: Path, number: int, error: Exception) -> None:
+        # It is gone where its writer lives and has finished, which is no news.
+        level = logging.DEBUG if isinstance(error, MissingPredictionsError) else logging.WARNING
+        log.log(level, "a fragment is passed over, and what it held computed again: %s", error)
+        self._numbers_in[directory, number] = frozenset()
+
+
+def numbers_of(batch: StoredBatch | BatchEntry) -> Iterable[int]:
+    """The number of each sample of a batch; see :meth:`~lightning_gpuorch.predictions.loading.window.Window.numbers`."""
+    return batch.units if batch.units is not None else range(batch.first_unit, batch.first_unit + (batch.size or 0))
+
+
+def _prefix(loader: int) -> str:
+    return f"{FRAGMENTS_PREFIX}{loader}-"

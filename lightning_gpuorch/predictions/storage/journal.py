@@ -1,0 +1,242 @@
+"""Which chunks of a dataloader are durable, and is what was written of them whole?
+
+A part is one committed file per chunk. The set of committed parts *is* the journal of a job: leases and messages only
+avoid work being done twice. The journal is listed, checked and swept without decoding a prediction, so whoever only
+keeps it, the supervisor, imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_gpuorch.errors import CorruptPartError, MissingPredictionsError
+from lightning_gpuorch.predictions.storage.files import (
+    content_path,
+    remove,
+    set_aside,
+    storage_error,
+    sweep_temporaries,
+)
+from lightning_gpuorch.predictions.storage.layout import LoaderLayout
+from lightning_gpuorch.predictions.storage.part_frame import NewerFormatError, check_file, read_fields
+
+FRAGMENTS_PREFIX = "unfinished-"
+"""How the directories of fragments begin."""
+_CHECKING_THREADS = 4
+_PART_NAME = re.compile(r"part-(\d{9,})\.gpq")
+
+
+def loader_directory(directory: str | os.PathLike[str], loader: int) -> Path:
+    """Return where the parts of one dataloader of a job are."""
+    return Path(directory) / f"dataloader_{loader}"
+
+
+def remove_fragments(directory: Path) -> None:
+    """Remove the fragments of a job that is complete; see :mod:`lightning_gpuorch.predictions.storage.fragments`."""
+    for path in directory.glob(f"{FRAGMENTS_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class BatchEntry:
+    """What a part's header tells of one stored batch; the fields are those of :class:`StoredBatch`."""
+
+    first_unit: int
+    indices: Sequence[int] | None
+    size: int | None
+    units: Sequence[int] | None
+    num_lost: int = 0
+
+
+@dataclass(frozen=True)
+class PartHeader:
+    """What is known of a part without its predictions.
+
+    Attributes:
+        metadata: The fields that were committed with it.
+        entries: Its stored batches, in order.
+    """
+
+    metadata: Mapping[str, Any]
+    entries: Sequence[BatchEntry]
+
+    def covers(self, layout: LoaderLayout, chunk: int) -> bool:
+        """Whether every unit of a chunk has a prediction, as far as the layout tells what that is."""
+        if layout.unit == "scattered":
+            return True
+        if layout.unit == "batch":
+            expected = len(layout.chunk_range(chunk)) if layout.num_units is not None else 0
+            return len(self.entries) >= expected and not any(entry.num_lost for entry in self.entries)
+        return sum(entry.size or 0 for entry in self.entries) >= len(layout.chunk_range(chunk))
+
+
+class PartJournal:
+    """The parts of one dataloader: which there are, what their headers tell, and whether their bytes are intact.
+
+    Args:
+        directory: Where they are.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self.directory = Path(directory)
+
+    def path(self, chunk: int) -> Path:
+        """Return the file of a chunk."""
+        return self.directory / f"part-{chunk:09d}.gpq"
+
+    def done(self) -> set[int]:
+        """Return the chunks that are durable.
+
+        Raises:
+            PredictionStorageError: The directory exists and cannot be listed.
+        """
+        try:
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            return set()
+        except OSError as error:
+            raise storage_error(error, self.directory) from error
+        return {int(match[1]) for match in map(_PART_NAME.fullmatch, names) if match}
+
+    def is_durable(self, chunk: int) -> bool:
+        """Whether a chunk has been committed, by whomever."""
+        return self.path(chunk).exists()
+
+    def header(self, chunk: int) -> PartHeader:
+        """Read and verify what is known of a part, without its predictions.
+
+        Raises:
+            CorruptPartError: The header is damaged, the file has not its length, or it holds another chunk.
+            MissingPredictionsError: There is no such part.
+        """
+        with opened(self.path(chunk)) as (file, file_bytes, source):
+            return self.unpack_header(read_fields(file, file_bytes, source), chunk)
+
+    def set_damaged_aside(self) -> list[CorruptPartError]:
+        """Check every byte of all parts, and rename those that are damaged, so that their chunks count as missing.
+
+        Reads all parts, several at a time; needs no torch. Not while a job writes here.
+
+        Returns:
+            What is wrong, one error per damaged part; each names the file, which is kept as ``part-....gpq.damaged``.
+
+        Raises:
+            NewerFormatError: A newer version has written a part.
+            PredictionStorageError: The directory cannot be read, or a part not renamed.
+        """
+        chunks = sorted(self.done())
+        if not chunks:
+            return []
+        with ThreadPoolExecutor(min(_CHECKING_THREADS, len(chunks)), "gpuorch-check") as pool:
+            found = [(c, error) for c, error in zip(chunks, pool.map(self._check, chunks), strict=True) if error]
+        for chunk, _ in found:
+            path = self.path(chunk)
+            try:
+                set_aside(path, path.with_name(f"{path.name}.damaged"))
+            except OSError as error:
+                raise storage_error(error, self.directory) from error
+        return [error for _, error in found]
+
+    def discard_incomplete(self, layout: LoaderLayout) -> list[int]:
+        """Remove the parts in which units were given up, so that a rerun tries their chunks again.
+
+        Args:
+            layout: Of the dataloader.
+
+        Returns:
+            The chunks.
+
+        Raises:
+            PredictionStorageError: A part cannot be read, or not removed.
+        """
+        found = [chunk for chunk in sorted(self.done()) if not self.header(chunk).covers(layout, chunk)]
+        for chunk in found:
+            self.discard(chunk)
+        return found
+
+    def _check(self, chunk: int) -> CorruptPartError | None:
+        try:
+            with opened(self.path(chunk)) as (file, file_bytes, source):
+                self.unpack_header(check_file(file, file_bytes, source), chunk)
+        except NewerFormatError:
+            raise
+        except CorruptPartError as error:
+            return error
+        return None
+
+    def discard(self, chunk: int) -> None:
+        """Remove a part durably, so that a rerun computes its chunk again. Not while a job runs.
+
+        Raises:
+            PredictionStorageError: It cannot be removed.
+        """
+        try:
+            remove(self.path(chunk))
+        except OSError as error:
+            raise storage_error(error, self.directory) from error
+
+    def sweep_temporaries(self, older_than_seconds: float = 3600.0) -> int:
+        """Remove what killed writers left.
+
+        Args:
+            older_than_seconds: Younger files may belong to a living writer.
+
+        Returns:
+            How many files were removed.
+        """
+        return sweep_temporaries(self.directory, older_than_seconds)
+
+    def unpack_header(self, fields: Mapping[str, Any], chunk: int, num_predictions: int | None = None) -> PartHeader:
+        """Read the fields of a part's header, and check that they are those of this chunk.
+
+        Raises:
+            CorruptPartError: They are not.
+        """
+        path = self.path(chunk)
+        try:
+            stored, metadata = fields["chunk"], fields["metadata"]
+            entries = [_unpack_entry(entry) for entry in fields["batches"]]
+        except (KeyError, TypeError) as error:
+            raise CorruptPartError(f"{path} is an envelope, but not of a part: {error!r}.") from error
+        if stored != chunk:
+            raise CorruptPartError(f"{path} holds chunk {stored}: somebody renamed or copied it. Delete it.")
+        if num_predictions is not None and num_predictions != len(entries):
+            raise CorruptPartError(
+                f"{path} has {num_predictions} predictions, and its header describes {len(entries)}."
+            )
+        return PartHeader(metadata, entries)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[io.FileIO, int, str]]:
+    """Open a part's file; yields it with its length and its name."""
+    try:
+        with open(content_path(path), "rb", buffering=0) as file:
+            yield file, os.fstat(file.fileno()).st_size, str(path)
+    except FileNotFoundError as error:
+        raise MissingPredictionsError(f"there is no part {path}: it was removed, or never written.") from error
+    except OSError as error:
+        raise storage_error(error, path.parent) from error
+
+
+def _unpack_entry(entry: Mapping[str, Any]) -> BatchEntry:
+    return BatchEntry(
+        first_unit=entry["first_unit"],
+        indices=_unpack_integers(entry.get("indices")),
+        size=entry.get("size"),
+        units=_unpack_integers(entry.get("units")),
+        num_lost=entry.get("num_lost", 0),
+    )
+
+
+def _unpack_integers(packed: Any) -> Sequence[int] | None:
+    return range(packed["start"], packed["stop"]) if isinstance(packed, dict) else packed

@@ -1,0 +1,374 @@
+"""What is the job in this directory, so that only the same job goes on in it?
+
+::
+
+    DIR/manifest.json                     identity and geometry, written once (only batch_size may be replaced)
+    DIR/quarantine.jsonl                  units that were given up, one line each, appended
+    DIR/mismatch.json                     replicas have read different input, so that no prediction here can be trusted
+    DIR/dataloader_0/part-000000000.gpq   predictions, one file per chunk
+    DIR/dataloader_0/end.json             where a stream was found to end, written once
+    DIR/dataloader_0/order-....gpq        the order that a sampler gave when the job began, written once
+    DIR/dataloader_1/...
+
+``manifest.json`` and ``end.json`` carry a CRC-32 of themselves: a flipped digit in ``chunk_size`` would put every
+prediction in the wrong place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning_gpuorch.errors import ConfigurationError, CorruptPartError, InputMismatchError, JobMismatchError
+from lightning_gpuorch.predictions.storage.files import (
+    check_writable,
+    content_path,
+    create_once,
+    make_directory,
+    replace,
+    storage_error,
+)
+from lightning_gpuorch.predictions.storage.journal import loader_directory
+from lightning_gpuorch.predictions.storage.layout import LoaderLayout
+
+FORMAT_VERSION = 1
+
+_MANIFEST_NAME = "manifest.json"
+_END_NAME = "end.json"
+_QUARANTINE_NAME = "quarantine.jsonl"
+_MISMATCH_NAME = "mismatch.json"
+
+Life = Literal["first", "later", "resumed"]
+"""Of a rank that is compared with the job in force: its first in this launch, a later one, or the first of a later launch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Identity and geometry of a job.
+
+    Attributes:
+        loaders: One layout per dataloader.
+        model_fingerprint: Identity of the weights; None if it is not to be compared.
+        versions: Versions of the packages that began the job; for information.
+        created: Unix time in seconds at which it began.
+        extra: Further plain JSON; kept, not compared.
+    """
+
+    loaders: Sequence[LoaderLayout]
+    model_fingerprint: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    created: float = field(default_factory=time.time)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the manifest as plain JSON."""
+        return {
+            "format": FORMAT_VERSION,
+            "created": self.created,
+            "versions": dict(self.versions),
+            "model_fingerprint": self.model_fingerprint,
+            "loaders": [layout.to_dict() for layout in self.loaders],
+            "extra": dict(self.extra),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
+        """Return the manifest that :meth:`to_dict` described.
+
+        Raises:
+            ConfigurationError: A value is out of range.
+            KeyError: A field is missing.
+        """
+        return cls(
+            loaders=[LoaderLayout.from_dict(layout) for layout in data["loaders"]],
+            model_fingerprint=data["model_fingerprint"],
+            versions=data["versions"],
+            created=data["created"],
+            extra=data["extra"],
+        )
+
+
+def load(directory: str | os.PathLike[str]) -> Manifest | None:
+    """Read the manifest of a directory.
+
+    Returns:
+        The manifest, with the ends of streams as far as they are known; None if there is none.
+
+    Raises:
+        CorruptPartError: It is damaged.
+        InputMismatchError: Replicas have read different input when its parts were written.
+        JobMismatchError: It has a format this version does not know.
+        PredictionStorageError: It cannot be read.
+    """
+    root = Path(directory)
+    mismatch = _read_sealed(root / _MISMATCH_NAME)
+    if mismatch is not None:
+        raise InputMismatchError(
+            f"the predictions in {root} cannot be trusted. {mismatch['reason']} Remove the directory, or use another one."
+        )
+    data = _read_sealed(root / _MANIFEST_NAME)
+    if data is None:
+        return None
+    if data.get("format") != FORMAT_VERSION:
+        raise JobMismatchError(
+            f"{root / _MANIFEST_NAME} has format {data.get('format')!r}, and this version of lightning_gpuorch knows "
+            f"format {FORMAT_VERSION}. Use the version that began the job, or another output directory."
+        )
+    try:
+        manifest = Manifest.from_dict(data)
+    except (ConfigurationError, KeyError, TypeError) as error:
+        raise CorruptPartError(f"{root / _MANIFEST_NAME} does not describe a job: {error!r}.") from error
+    return dataclasses.replace(
+        manifest, loaders=[_with_end(root, loader, layout) for loader, layout in enumerate(manifest.loaders)]
+    )
+
+
+def open_or_create(directory: str | os.PathLike[str], wanted: Manifest) -> Manifest:
+    """Begin a job in a directory, or go on with it.
+
+    Args:
+        directory: Made if it does not exist.
+        wanted: What the job is now.
+
+    Returns:
+        The manifest in force. An existing one keeps its chunk sizes, so that its parts stay valid, and takes the batch
+        sizes of ``wanted``. Of several callers that begin at once, all get the same one.
+
+    Raises:
+        JobMismatchError: The directory holds another job; every difference is named.
+        CorruptPartError: Its manifest is damaged.
+        StorageFullError: There is no space left.
+        PredictionStorageError: The directory cannot be made or written.
+    """
+    root = Path(directory)
+    existing = load(root)
+    if existing is None and any(root.glob("dataloader_*/part-*")):
+        raise JobMismatchError(
+            f"{root} holds predictions and no {_MANIFEST_NAME}, so it cannot be told whose they are. "
+            "Restore the file, or use another output directory."
+        )
+    if existing is not None:
+        _refuse_another_job(root, existing, wanted)
+    check_writable(root)
+    try:
+        if existing is None:
+            if create_once(root / _MANIFEST_NAME, [_sealed(wanted.to_dict())]):
+                return wanted
+            existing = load(root)
+            assert existing is not None
+            _refuse_another_job(root, existing, wanted)
+        pairs = zip(existing.loaders, wanted.loaders, strict=True)
+        loaders = [dataclasses.replace(old, batch_size=new.batch_size) for old, new in pairs]
+        in_force = dataclasses.replace(existing, loaders=loaders)
+        if in_force != existing:
+            replace(root / _MANIFEST_NAME, _sealed(in_force.to_dict()))
+    except OSError as error:
+        raise storage_error(error, root) from error
+    return in_force
+
+
+def record_mismatch(directory: str | os.PathLike[str], reason: str) -> None:
+    """Note durably that replicas have read different input, so that nothing here is taken for a result.
+
+    Raises:
+        PredictionStorageError: It cannot be written.
+    """
+    root = Path(directory)
+    try:
+        create_once(root / _MISMATCH_NAME, [_sealed({"reason": reason})])
+    except OSError as error:
+        raise storage_error(error, root) from error
+
+
+def compare(
+    existing: Manifest, wanted: Manifest, there: str = "there", here: str = "here", life: Life = "resumed"
+) -> list[str]:
+    """Return what makes two jobs different, one line each.
+
+    Chunk and batch sizes, versions and ``extra`` may differ, and a fingerprint counts only where both have one. The order
+    of the same indices may differ in a later launch, and all of what a sampler gives in a later life: the order that the
+    job began with stays in force.
+
+    Args:
+        existing: The job in force.
+        wanted: What a rank has.
+        there: Whose the one is, in words.
+        here: Whose the other is.
+        life: Of the rank.
+    """
+    if len(existing.loaders) != len(wanted.loaders):
+        return [f"number of dataloaders: {len(existing.loaders)} {there}, {len(wanted.loaders)} {here}"]
+    differences = []
+    for number, (old, new) in enumerate(zip(existing.loaders, wanted.loaders, strict=True)):
+        prefix = f"dataloader {number}: " if len(wanted.loaders) > 1 else ""
+        sampled = life == "later" and "order" in old.identity and "order" in new.identity
+        if old.unit != new.unit:
+            differences.append(f"{prefix}work is counted by {old.unit} {there}, by {new.unit} {here}")
+        elif None not in (old.num_units, new.num_units) and old.num_units != new.num_units and not sampled:
+            noun = "batches" if old.unit == "batch" else "samples"
+            differences.append(f"{prefix}number of {noun}: {old.num_units} {there}, {new.num_units} {here}")
+        for key in sorted({*old.identity, *new.identity}):
+            if (key in ("order", "indices", "fingerprint") and sampled) or (key == "order" and life == "resumed"):
+                continue
+            values = [layout.identity.get(key, "absent") for layout in (old, new)]
+            if values[0] != values[1]:
+                name = {"order": f"order given by {new.identity.get('sampler')}", "indices": "indices it gives"}.get(
+                    key, key
+                )
+                differences.append(f"{prefix}{name}: {values[0]} {there}, {values[1]} {here}")
+    fingerprints = (existing.model_fingerprint, wanted.model_fingerprint)
+    if None not in fingerprints and fingerprints[0] != fingerprints[1]:
+        differences.append(
+            f"model weights: fingerprint {fingerprints[0]} {there}, {fingerprints[1]} {here} (load the same weights on "
+            "every rank, or seed them; model_fingerprint='off' skips this check)"
+        )
+    return differences
+
+
+def set_num_units(directory: str | os.PathLike[str], loader: int, num_units: int) -> Manifest:
+    """Record where a stream has ended. Safe to call from several processes, and again.
+
+    Args:
+        directory: The job's directory.
+        loader: Which dataloader.
+        num_units: Units (batches) in all.
+
+    Returns:
+        The manifest in force.
+
+    Raises:
+        JobMismatchError: Somebody has seen it end elsewhere.
+        PredictionStorageError: It cannot be written.
+    """
+    root = Path(directory)
+    path = loader_directory(root, loader) / _END_NAME
+    try:
+        make_directory(path.parent)
+        won = create_once(path, [_sealed({"num_units": num_units})])
+    except OSError as error:
+        raise storage_error(error, root) from error
+    manifest = load(root)
+    if manifest is None:
+        raise JobMismatchError(f"{root} holds no job: there is no {_MANIFEST_NAME} in it.")
+    known = manifest.loaders[loader].num_units
+    if not won and known != num_units:
+        raise JobMismatchError(
+            f"dataloader {loader} ended after {num_units} batches here and after {known} elsewhere. A stream must give "
+            "the same batches on every rank and in every run."
+        )
+    return manifest
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """Units that were given up.
+
+    Attributes:
+        loader: Index of the dataloader.
+        start: First unit.
+        stop: One past the last.
+        reason: Why.
+    """
+
+    loader: int
+    start: int
+    stop: int
+    reason: str
+
+
+def record_quarantine(directory: str | os.PathLike[str], loader: int, start: int, stop: int, reason: str) -> None:
+    """Note durably that units ``start`` to ``stop`` of a loader were given up, and why.
+
+    The note explains a gap; that there is one is seen from the parts alone.
+
+    Raises:
+        PredictionStorageError: It cannot be written.
+    """
+    line = json.dumps(dataclasses.asdict(Quarantined(loader, start, stop, reason))).encode()
+    path = Path(directory) / _QUARANTINE_NAME
+    try:
+        # One write to the end of the file; it begins a line, whatever a killed writer left before it.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            os.write(descriptor, b"\n" + line + b"\n")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise storage_error(error, path.parent, len(line)) from error
+
+
+def read_quarantine(directory: str | os.PathLike[str]) -> list[Quarantined]:
+    """Return what :func:`record_quarantine` noted.
+
+    A line that a killed writer left unfinished is passed over: that its units have no prediction is found without it.
+
+    Raises:
+        PredictionStorageError: The file cannot be read.
+    """
+    path = Path(directory) / _QUARANTINE_NAME
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise storage_error(error, path.parent) from error
+    found = []
+    for line in filter(None, lines):
+        try:
+            found.append(Quarantined(**json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+    return found
+
+
+def _refuse_another_job(root: Path, existing: Manifest, wanted: Manifest) -> None:
+    differences = compare(existing, wanted)
+    if differences:
+        raise JobMismatchError(
+            f"{root} holds the predictions of another job:\n  " + "\n  ".join(differences) + "\nUse another output "
+            "directory, or remove this one to start afresh.",
+            differences,
+        )
+
+
+def _with_end(root: Path, loader: int, layout: LoaderLayout) -> LoaderLayout:
+    if layout.num_units is not None:
+        return layout
+    end = _read_sealed(loader_directory(root, loader) / _END_NAME)
+    return layout if end is None else layout.with_num_units(end["num_units"])
+
+
+def _sealed(data: Mapping[str, Any]) -> bytes:
+    return json.dumps({**data, "crc32": _checksum(data)}, indent=1).encode()
+
+
+def _checksum(data: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(data, sort_keys=True).encode())
+
+
+def _read_sealed(path: Path) -> dict[str, Any] | None:
+    try:
+        content = content_path(path).read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise storage_error(error, path.parent) from error
+    try:
+        data: dict[str, Any] = json.loads(content)
+        checksum = data.pop("crc32")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptPartError(f"{path} is damaged: it is no JSON object with a checksum. Restore it.") from error
+    if checksum != _checksum(data):
+        raise CorruptPartError(
+            f"{path} is damaged: its checksum does not fit (it must not be edited). Restore it, or use another output "
+            "directory."
+        )
+    return data

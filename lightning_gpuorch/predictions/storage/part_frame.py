@@ -1,0 +1,125 @@
+"""The frame of a part file: its first bytes, its header, its checksums; see :mod:`.part_file`.
+
+Nothing here looks at the predictions, so nothing here imports torch: a supervisor can check files.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_gpuorch.errors import CorruptPartError
+
+FORMAT_VERSION = 1
+
+MAGIC = b"GPQ1"
+COVERED = struct.Struct("<4sHHI")
+PRELUDE_BYTES = COVERED.size + 4
+OWN_FIELDS = frozenset({"structure_bytes", "columns_bytes", "body_crc32"})
+_FIRST_READ_BYTES = 4096
+"""Enough for the header of most parts: one read instead of two."""
+_BLOCK_BYTES = 2**20
+
+
+class NewerFormatError(CorruptPartError):
+    """A newer version has written the file; it is not damaged."""
+
+
+def check_file(file: io.FileIO, file_bytes: int, source: str) -> dict[str, Any]:
+    """Check every byte of a file against its checksums, a block at a time.
+
+    Args:
+        file: The file, at its beginning.
+        file_bytes: Its length.
+        source: Its name, for error messages.
+
+    Returns:
+        The writer's fields.
+
+    Raises:
+        CorruptPartError: A checksum, a length or the magic does not fit.
+    """
+    header, raw, body_start = _read_header(file, file_bytes, source)
+    checksum = zlib.crc32(memoryview(raw)[body_start:])
+    while block := file.read(_BLOCK_BYTES):
+        checksum = zlib.crc32(block, checksum)
+    if checksum != header["body_crc32"]:
+        raise damage(source, "the checksum of its body does not fit")
+    return without_own_fields(header)
+
+
+def read_fields(file: io.FileIO, file_bytes: int, source: str) -> dict[str, Any]:
+    """Read the writer's fields only.
+
+    Args:
+        file: The file, at its beginning.
+        file_bytes: Its length.
+        source: Its name, for error messages.
+
+    Returns:
+        The fields. The header's checksum and the file's length are verified, the body's checksum is not.
+
+    Raises:
+        CorruptPartError: A checksum, a length or the magic does not fit.
+    """
+    return without_own_fields(_read_header(file, file_bytes, source)[0])
+
+
+def damage(source: str, what: str) -> CorruptPartError:
+    """Return the error to raise for a damaged file: which one, what is wrong with it, and the way out."""
+    return CorruptPartError(
+        f"{source} is damaged: {what}. Restore it from a copy; or delete it and run the same command again, which "
+        "computes only what it held."
+    )
+
+
+def _read_header(file: io.FileIO, file_bytes: int, source: str) -> tuple[dict[str, Any], bytes, int]:
+    """Read the header; returns it, what was read of the file, and where in that the body begins."""
+    raw = file.read(_FIRST_READ_BYTES)
+    header_bytes = check_prelude(memoryview(raw)[:PRELUDE_BYTES], file_bytes, source)
+    end = PRELUDE_BYTES + header_bytes
+    if len(raw) < end:
+        raw += file.read(end - len(raw))
+    return check_header(memoryview(raw), header_bytes, file_bytes, source), raw, end
+
+
+def check_prelude(prelude: memoryview, file_bytes: int, source: str) -> int:
+    """Check the first bytes as far as can be without the header; returns the header's length."""
+    if len(prelude) < PRELUDE_BYTES:
+        raise damage(source, f"it ends after {file_bytes} bytes")
+    magic, _, _, header_bytes = COVERED.unpack(prelude[: COVERED.size])
+    if magic != MAGIC:
+        raise damage(source, f"it begins with {bytes(magic)!r} in place of {MAGIC!r}")
+    if file_bytes < PRELUDE_BYTES + header_bytes:
+        raise damage(source, f"it ends after {file_bytes} bytes, within its header")
+    return int(header_bytes)
+
+
+def check_header(view: memoryview, header_bytes: int, file_bytes: int, source: str) -> dict[str, Any]:
+    """Check the header, given the file up to its end, and the file's length; returns the header."""
+    end = PRELUDE_BYTES + header_bytes
+    if len(view) < end:
+        raise damage(source, f"it ends after {len(view)} bytes, within its header")
+    (expected,) = struct.unpack("<I", view[COVERED.size : PRELUDE_BYTES])
+    if zlib.crc32(view[PRELUDE_BYTES:end], zlib.crc32(view[: COVERED.size])) != expected:
+        raise damage(source, "the checksum of its header does not fit")
+    version = COVERED.unpack(view[: COVERED.size])[1]
+    if version > FORMAT_VERSION:
+        raise NewerFormatError(
+            f"{source} has format {version}, and this version of lightning_gpuorch reads formats up to "
+            f"{FORMAT_VERSION}: a newer version has written it. Use that one."
+        )
+    header: dict[str, Any] = json.loads(bytes(view[PRELUDE_BYTES:end]))
+    expected_bytes = end + header["structure_bytes"] + header["columns_bytes"]
+    if file_bytes != expected_bytes:
+        raise damage(source, f"it has {file_bytes} bytes in place of {expected_bytes}")
+    return header
+
+
+def without_own_fields(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The writer's fields of a header."""
+    return {name: value for name, value in header.items() if name not in OWN_FIELDS}

@@ -1,0 +1,164 @@
+"""What holds the predictions of a chunk: parts are committed, read and decoded here.
+
+Whoever commits a chunk first wins; a second copy, from a replica that was thought dead, is dropped. Which parts there
+are, and whether they are intact, is told by :mod:`lightning_gpuorch.predictions.storage.journal`.
+"""
+
+from __future__ import annotations
+
+import errno
+import operator
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lightning_gpuorch.errors import CorruptPartError
+from lightning_gpuorch.predictions.storage.files import create_once, make_directory, storage_error
+from lightning_gpuorch.predictions.storage.journal import PartHeader, PartJournal, opened
+from lightning_gpuorch.predictions.storage.layout import StoredBatch
+from lightning_gpuorch.predictions.storage.part_file import Envelope, encode_envelope
+
+
+class Part:
+    """A verified part in memory; predictions are decoded when they are asked for.
+
+    Attributes:
+        header: Everything but the predictions.
+    """
+
+    def __init__(self, envelope: Envelope, header: PartHeader):
+        self._envelope = envelope
+        self.header = header
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The fields that were committed with it."""
+        return self.header.metadata
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory."""
+        return self._envelope.num_bytes
+
+    @property
+    def batches(self) -> list[StoredBatch]:
+        """All stored batches, decoded."""
+        return [
+            StoredBatch(entry.first_unit, entry.indices, entry.size, self.output(position), entry.units, entry.num_lost)
+            for position, entry in enumerate(self.header.entries)
+        ]
+
+    def output(self, position: int) -> Any:
+        """Decode one prediction; it owns its memory."""
+        return self._envelope.prediction(position)
+
+
+class PartStore(PartJournal):
+    """The parts of one dataloader, to be written and read.
+
+    Args:
+        directory: Where they are. It is made by the first commit; the directory above it must exist by then.
+        fsync: Wait until the disk has each part. Without it a power cut may lose parts that were reported durable.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], fsync: bool = True):
+        super().__init__(directory)
+        self._fsync = fsync
+        self._made = False
+
+    def commit(self, chunk: int, batches: Sequence[StoredBatch], metadata: Mapping[str, Any]) -> bool:
+        """Make a chunk's predictions durable.
+
+        Args:
+            chunk: Which chunk.
+            batches: Its predictions, in ascending order of their units.
+            metadata: Plain JSON to keep with them.
+
+        Returns:
+            True if this call made the part visible, False if somebody else's copy is there already. Either way the
+            chunk is durable, and no part of a part is ever visible.
+
+        Raises:
+            UnsupportedPredictionError: A prediction contains a type without a durable form.
+            StorageFullError: No space is left.
+            PredictionStorageError: The directory cannot be written, or has vanished.
+        """
+        fields = {"chunk": chunk, "metadata": dict(metadata), "batches": [_pack_entry(batch) for batch in batches]}
+        encoded = encode_envelope(fields, [batch.output for batch in batches])
+        try:
+            if not self._made:
+                # Once only, and not its parents: a directory removed under way is an error, not to be made again.
+                if not self.directory.parent.is_dir():
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.directory.parent))
+                make_directory(self.directory)
+                self._made = True
+            return create_once(self.path(chunk), encoded.buffers, fsync=self._fsync)
+        except OSError as error:
+            raise storage_error(error, self.directory, encoded.num_bytes) from error
+
+    def read(self, chunk: int) -> Part:
+        """Read and verify a part.
+
+        Raises:
+            CorruptPartError: It is damaged, or holds another chunk.
+            MissingPredictionsError: There is no such part.
+        """
+        with opened(self.path(chunk)) as (file, file_bytes, source):
+            raw = bytearray(file_bytes)
+            view = memoryview(raw)
+            position = 0
+            while position < file_bytes and (count := file.readinto(view[position:])):
+                position += count
+        envelope = Envelope(raw if position == file_bytes else raw[:position], source)
+        return Part(envelope, self.unpack_header(envelope.fields, chunk, envelope.num_predictions))
+
+    def verify(self, chunks: Iterable[int] | None = None) -> Iterator[tuple[int, CorruptPartError | None]]:
+        """Read parts and check every byte and that every prediction can be decoded.
+
+        Args:
+            chunks: Which; by default all there are.
+
+        Yields:
+            Each chunk, ascending, with what is wrong with it, or None.
+        """
+        for chunk in sorted(self.done() if chunks is None else chunks):
+            try:
+                part = self.read(chunk)
+                for position in range(len(part.header.entries)):
+                    part.output(position)
+            except CorruptPartError as error:
+                yield chunk, error
+            else:
+                yield chunk, None
+
+
+def _pack_entry(batch: StoredBatch) -> dict[str, Any]:
+    entry = {
+        "first_unit": batch.first_unit,
+        "size": batch.size,
+        "indices": _pack_integers(batch.indices),
+        "units": _pack_integers(batch.units),
+        "num_lost": batch.num_lost or None,
+    }
+    return {name: value for name, value in entry.items() if value is not None}
+
+
+def _pack_integers(integers: Sequence[Any] | None) -> list[Any] | dict[str, int] | None:
+    """Write consecutive integers as their borders. Indices may be keys as well: text, or tuples of both."""
+    if integers is None:
+        return None
+    listed = [_plain(integer) for integer in integers]
+    if (
+        listed
+        and all(isinstance(integer, int) for integer in listed)
+        and listed == list(range(listed[0], listed[0] + len(listed)))
+    ):
+        return {"start": listed[0], "stop": listed[0] + len(listed)}
+    return listed
+
+
+def _plain(index: Any) -> Any:
+    try:
+        return operator.index(index)
+    except TypeError:
+        return [_plain(part) for part in index] if isinstance(index, (list, tuple)) else str(index)

@@ -1,0 +1,140 @@
+"""What happens at ``trainer.predict(...)`` or ``fabric.launch()``: run here, or become the supervisor of workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_gpuorch.devices.discovery import device_pool
+from lightning_gpuorch.errors import ConfigurationError, GPUOrchError
+from lightning_gpuorch.predictions.reading.reader import read_predictions
+from lightning_gpuorch.strategies import lightning_internals
+from lightning_gpuorch.supervisor.spawn import ForkSpawner, command_of_this_process, script_spawner
+from lightning_gpuorch.supervisor.supervisor import Supervisor
+from lightning_gpuorch.telemetry.logs import configure_logging
+
+if TYPE_CHECKING:
+    from lightning_gpuorch.strategies.base import StrategyShell
+
+log = logging.getLogger(__name__)
+
+_RESULT = "_GPUORCH_RESULT"
+
+
+class Launcher:
+    """Lightning's launcher interface.
+
+    Args:
+        strategy: The strategy to launch for.
+        start_method: ``popen`` runs the script anew for each rank; ``fork`` forks this process.
+    """
+
+    def __init__(self, strategy: StrategyShell, start_method: str):
+        if start_method not in ("popen", "fork"):
+            raise ConfigurationError(f"start_method={start_method!r} is unknown; use 'popen' or 'fork'.")
+        self._strategy, self._start_method = strategy, start_method
+
+    @property
+    def is_interactive_compatible(self) -> bool:
+        """True: a notebook's cells are run by forking it."""
+        return True
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Call ``function`` in every worker; in a script, the launching process does not return.
+
+        Args:
+            function: What to run.
+            *args: Its arguments.
+            trainer: The Trainer, when it is one that launches.
+            **kwargs: More arguments.
+
+        Returns:
+            What ``function`` returned; for ``trainer.predict`` every prediction of the job.
+        """
+        strategy = self._strategy
+        if self._runs_here():
+            configure_logging(strategy.config.log_level, rank=_rank(), replica=0)
+            return self._call(function, args, kwargs, trainer)
+        config = strategy.config
+        configure_logging(config.log_level, rank=None, replica=0)
+        tensor_parallel = config.tensor_parallel_size if isinstance(config.tensor_parallel_size, int) else None
+        if strategy.num_processes % (tensor_parallel or 1):
+            raise ConfigurationError(
+                f"{strategy.num_processes} devices cannot be cut into replicas of tensor_parallel_size={tensor_parallel}; "
+                f"choose a multiple of {tensor_parallel} devices."
+            )
+        devices = [d.index for d in strategy.parallel_devices or () if d.type == "cuda" and d.index is not None]
+        fork = self._start_method == "fork" or lightning_internals.is_interactive()
+        spawner = (
+            ForkSpawner(lambda: self._call_forked(function, args, kwargs, trainer))
+            if fork
+            else script_spawner(command_of_this_process(), config.enable_warm_start)
+        )
+        supervisor = Supervisor(
+            spawner,
+            strategy.num_processes,
+            config,
+            tensor_parallel_size=tensor_parallel,
+            devices=device_pool(devices, config.spare_devices),
+        )
+        if fork:
+            return self._run_forked(supervisor, trainer)
+        code = supervisor.run()
+        # Not sys.exit: the Trainer would take SystemExit for a failure of its own, and tell every callback and logger.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        logging.shutdown()
+        os._exit(code)
+
+    def _runs_here(self) -> bool:
+        environment = self._strategy.cluster_environment
+        if environment is not None and environment.creates_processes_externally:
+            return True
+        return self._strategy.num_processes <= 1
+
+    def _call(self, function: Callable[..., Any], args: Any, kwargs: Any, trainer: Any) -> Any:
+        result = function(*args, **kwargs)
+        if _predicting(trainer):
+            return self._strategy.results()  # type: ignore[attr-defined]
+        return result
+
+    # A notebook: the workers are forks, the results come back through files
+
+    def _call_forked(self, function: Callable[..., Any], args: Any, kwargs: Any, trainer: Any) -> None:
+        strategy = self._strategy
+        strategy.become_worker()
+        result = self._call(function, args, kwargs, trainer)
+        path = os.environ.get(_RESULT)
+        if path and strategy.runtime.world.topology.rank == 0:
+            # Predictions are read from their directory; only whether they are wanted goes through the file.
+            Path(path).write_bytes(pickle.dumps(result is not None if _predicting(trainer) else result))
+
+    def _run_forked(self, supervisor: Supervisor, trainer: Any) -> Any:
+        if trainer is not None and trainer.state.fn == "fit":
+            raise ConfigurationError("fit cannot bring weights back from forked workers; use strategy='ddp_notebook'.")
+        path = supervisor.run_directory / "result"
+        supervisor.add_environment({_RESULT: str(path)})
+        supervisor.keep_results = True
+        code = supervisor.run()
+        if code != 0:
+            raise GPUOrchError(f"the workers ended with exit code {code}; their messages are above.")
+        result = pickle.loads(path.read_bytes())
+        supervisor.clean_up_at_exit()
+        if _predicting(trainer):
+            head = supervisor.head
+            assert head is not None  # a notebook is a job of one node
+            return read_predictions(head.jobs[max(head.jobs)].directory) if result else None
+        return result
+
+
+def _predicting(trainer: Any) -> bool:
+    return trainer is not None and trainer.state.fn == "predict"
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,240 @@
+"""Workers that start at once: forked from a process that has done the heavy imports already.
+
+Importing torch and Lightning takes seconds of CPU per process, and a restarted worker would pay them again while its
+replica stands still. One process per node, the zygote, imports them once; each worker is a fork of it, in which the
+user's script runs from its first line. The zygote touches no CUDA, opens no thread, and runs none of the user's code.
+
+The supervisor talks to it over a socket, one JSON object per line: it sends what to start, the zygote answers with the
+process id, and later with how that process ended.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_gpuorch.control import bootstrap
+
+PRELOADED = ("torch", "torchmetrics", "lightning.pytorch", "lightning_gpuorch.pytorch", "lightning_gpuorch.fabric")
+START_SECONDS = 300.0
+
+
+class ZygoteSpawner:
+    """Starts workers by asking a zygote to fork; see :class:`~lightning_gpuorch.supervisor.workers.Spawner`.
+
+    Args:
+        command: ``("script", PATH, *ARGS)`` or ``("module", NAME, *ARGS)``.
+    """
+
+    def __init__(self, command: Sequence[str]):
+        self._command = list(command)
+        self._zygote: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._buffer = b""
+        self._answers: list[dict[str, Any]] = []
+        self._exit_codes: dict[int, int] = {}
+
+    def prepare(self) -> None:
+        """See :meth:`~lightning_gpuorch.supervisor.workers.Spawner.prepare`: the imports begin now."""
+        if self._zygote is None or self._zygote.poll() is not None:
+            self._start()
+
+    def spawn(self, environment: Mapping[str, str]) -> _ForkedWorker:
+        """See :meth:`~lightning_gpuorch.supervisor.workers.Spawner.spawn`.
+
+        Raises:
+            OSError: The zygote cannot be started.
+        """
+        self.prepare()
+        self._send({"command": self._command, "environment": dict(environment)})
+        deadline = time.monotonic() + START_SECONDS
+        while not self._answers:
+            self._receive(max(0.0, deadline - time.monotonic()))
+            if self._socket is None or time.monotonic() > deadline:
+                raise OSError("the process that forks workers has died or does not answer; see its message above")
+        return _ForkedWorker(self, int(self._answers.pop(0)["pid"]))
+
+    def exit_code(self, pid: int) -> int | None:
+        """How a worker ended; None while it runs. If the zygote is gone, its workers are as well."""
+        self._receive(0.0)
+        if pid in self._exit_codes:
+            return self._exit_codes[pid]
+        return -signal.SIGKILL if self._socket is None else None
+
+    def close(self) -> None:
+        """End the zygote."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._zygote is not None:
+            self._zygote.kill()
+            self._zygote.wait(10)
+            self._zygote = None
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        os.set_inheritable(theirs.fileno(), True)
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        self._zygote = subprocess.Popen(
+            [sys.executable, "-u", *flags, "-m", "lightning_gpuorch.supervisor.fork_server", str(theirs.fileno())],
+            env={**os.environ, bootstrap.PARENT: str(os.getpid())},
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        theirs.close()
+        self._socket, self._buffer, self._answers = ours, b"", []
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._socket is not None
+        self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def _receive(self, timeout_seconds: float) -> None:
+        if self._socket is None:
+            return
+        try:
+            self._socket.settimeout(timeout_seconds)
+            data = self._socket.recv(2**16)
+        except (BlockingIOError, TimeoutError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._socket.close()
+            self._socket = None
+            return
+        self._buffer += data
+        *lines, self._buffer = self._buffer.split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if "exit_code" in message:
+                self._exit_codes[message["pid"]] = message["exit_code"]
+            else:
+                self._answers.append(message)
+
+
+class _ForkedWorker:
+    def __init__(self, spawner: ZygoteSpawner, pid: int):
+        self._spawner, self.pid = spawner, pid
+
+    def poll(self) -> int | None:
+        return self._spawner.exit_code(self.pid)
+
+
+def _become_worker(command: Sequence[str], environment: Mapping[str, str], parent: int) -> None:
+    """In the fork: run the script as if the process had just started."""
+    os.setsid()
+    os.environ.update(environment)
+    os.environ[bootstrap.PARENT] = str(parent)
+    _fresh_state(environment)
+    code: Any = 1
+    try:
+        code = bootstrap.main(list(command))
+    except SystemExit as leaving:
+        code = leaving.code
+    finally:
+        _leave(code)
+
+
+def _fresh_state(environment: Mapping[str, str]) -> None:
+    """Undo what differs between a fork and a process that has imported everything itself."""
+    random.seed()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()
+    torch = sys.modules.get("torch")
+    if torch is not None and environment.get("OMP_NUM_THREADS", "").isdigit():
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    for name in ("lightning_utilities.core.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        module = sys.modules.get(name)
+        if module is not None:  # both read RANK when they are imported
+            module.rank_zero_only.rank = int(environment["RANK"])
+
+
+def _leave(code: Any) -> None:
+    """End as an interpreter ends: exit handlers, flushed streams, then the exit code."""
+    import atexit
+    import threading
+
+    if code is not None and not isinstance(code, int):
+        sys.stderr.write(f"{code}\n")
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+def serve(connection: socket.socket, preload: Sequence[str] = PRELOADED) -> None:
+    """The zygote's life: import, then fork on request and report who ended, until the supervisor is gone."""
+    for name in preload:
+        importlib.import_module(name)
+    import gc
+
+    gc.collect()
+    gc.freeze()  # forks share these pages as long as nobody's collector touches them
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    os.set_blocking(woken, False)
+    signal.set_wakeup_fd(wake)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the supervisor decides
+    selector = selectors.DefaultSelector()
+    selector.register(connection, selectors.EVENT_READ)
+    selector.register(woken, selectors.EVENT_READ)
+    buffer = b""
+    zygote = os.getpid()
+    while True:
+        ready = {key.fileobj for key, _ in selector.select()}
+        if woken in ready:
+            os.read(woken, 4096)
+        _report_ended(connection)
+        if connection not in ready:
+            continue
+        data = connection.recv(2**16)
+        if not data:
+            return
+        buffer += data
+        *lines, buffer = buffer.split(b"\n")
+        for line in lines:
+            request = json.loads(line)
+            pid = os.fork()
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+                for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+                selector.close()
+                connection.close()
+                os.close(woken)
+                os.close(wake)
+                _become_worker(request["command"], request["environment"], zygote)
+            connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
+
+
+def _report_ended(connection: socket.socket) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        message = {"pid": pid, "exit_code": os.waitstatus_to_exitcode(status)}
+        connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    bootstrap.die_with_parent()
+    serve(socket.socket(fileno=int(sys.argv[1])))

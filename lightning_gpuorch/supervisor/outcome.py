@@ -1,0 +1,59 @@
+"""How did the job end? Exit code 0 if and only if every opened job is complete, by the part files themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from lightning_gpuorch.control.coordinator import Head
+from lightning_gpuorch.errors import (
+    EXIT_CONFIGURATION,
+    EXIT_DATA_MISSING,
+    EXIT_FAILURE,
+    EXIT_RESUMABLE,
+    EXIT_STORAGE,
+    MissingPredictionsError,
+)
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """The end of a job.
+
+    Attributes:
+        exit_code: Of the job.
+        missing: What has no prediction, if anything is known to be missing.
+        by_failure: Whether the first failure explains it.
+    """
+
+    exit_code: int
+    missing: MissingPredictionsError | None = None
+    by_failure: bool = False
+
+
+def conclude(head: Head, exit_codes: Collection[int], stopped: bool) -> Conclusion:
+    """Judge a job of which every rank has ended, or was given up.
+
+    Args:
+        head: Knows the opened jobs and the retired replicas.
+        exit_codes: Of all ranks; a retired rank counts as failed.
+        stopped: Whether somebody asked for the end.
+    """
+    codes = set(exit_codes)
+    try:
+        head.verify()
+    except MissingPredictionsError as error:
+        for code in (EXIT_CONFIGURATION, EXIT_STORAGE):
+            if code in codes:
+                return Conclusion(code, error, by_failure=True)
+        if stopped or EXIT_RESUMABLE in codes:
+            return Conclusion(EXIT_RESUMABLE, error)
+        code = EXIT_DATA_MISSING if codes <= {0, EXIT_DATA_MISSING} else EXIT_FAILURE
+        return Conclusion(code, error, by_failure=True)
+    whole = head.gang or head.needs_every_replica  # a stage that a retired replica leaves incomplete
+    others_finished = bool(head.jobs and head.retired) and 0 in codes and codes <= {0, EXIT_FAILURE}
+    if codes <= {0} or (others_finished and not whole):
+        return Conclusion(0)
+    if stopped:
+        return Conclusion(EXIT_RESUMABLE)
+    return Conclusion(max(codes - {0}), by_failure=True)

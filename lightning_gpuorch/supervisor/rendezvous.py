@@ -1,0 +1,156 @@
+"""This node's part in the job as a whole: host the head or reach it, take a seat, and learn how everything ended."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable
+
+from lightning_gpuorch.config import OrchestratorConfig
+from lightning_gpuorch.control.client import HeadLink, JobState, NodePlace, StateWatch
+from lightning_gpuorch.control.coordinator import Head
+from lightning_gpuorch.control.transport import Channel, ControlServer, LocalChannel, RemoteChannel
+from lightning_gpuorch.errors import ControlPlaneError, ControlPlaneTimeoutError
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.02
+_ASK_SECONDS = 5.0
+
+
+class Membership:
+    """A node's seat in a job.
+
+    Args:
+        config: Settings.
+        place: Which of the job's machines this is.
+        num_workers: Workers of this node.
+        run_id: Name of the run; node 0's counts.
+        tensor_parallel_size: Ranks per replica, if known before the script says so.
+        on_event: Told of what the head sees, as ``on_event(kind, **fields)``.
+
+    Attributes:
+        head: The head, on node 0.
+        link: Line to the head.
+        control: ``host:port`` of the head, for this node's workers.
+        token: The job's shared secret.
+        first_rank: Global rank of this node's first worker, once :meth:`join` has returned.
+        world_size: Ranks in the job.
+        run_id: Name of the run.
+    """
+
+    def __init__(
+        self,
+        config: OrchestratorConfig,
+        place: NodePlace,
+        num_workers: int,
+        run_id: str,
+        tensor_parallel_size: int | None,
+        on_event: Callable[..., None],
+    ):
+        self._config, self.place, self._num_workers = config, place, num_workers
+        self.run_id, self.first_rank, self.world_size = run_id, 0, num_workers
+        self.token = config.token or ("" if place.num_nodes > 1 else secrets.token_hex(16))
+        self.head: Head | None = None
+        self._server: ControlServer | None = None
+        if place.node_rank == 0:
+            self._channel = self._host_head(tensor_parallel_size, on_event)
+        else:
+            self.control = f"{place.main_address}:{place.main_port}"
+            # Until the head is there, and over cuts of the network, for as long as the head waits for us.
+            patience = max(config.start_timeout_sec, config.node_timeout_sec)
+            self._channel = RemoteChannel(self.control, self.token, connect_timeout_seconds=patience)
+        self.link = HeadLink(self._channel, place.node_rank, config.timeout_sec)
+        self._watch = StateWatch(self.link, 0.0 if self.head is not None else min(1.0, config.lease_term_sec / 5))
+
+    def _host_head(self, tensor_parallel_size: int | None, on_event: Callable[..., None]) -> Channel:
+        config, place = self._config, self.place
+        several = place.num_nodes > 1
+        self.head = Head(
+            self._num_workers, config.max_chunk_failures, on_event, num_nodes=place.num_nodes,
+            lease_term_seconds=config.lease_term_sec, node_timeout_seconds=config.node_timeout_sec,
+        )  # fmt: skip
+        self.head.tensor_parallel_size = tensor_parallel_size
+        if several and not self.token:
+            log.warning(
+                "no token is set: whoever reaches port %d can take part in this job; set GPUORCH_TOKEN to the same secret "
+                "on all nodes",
+                place.main_port,
+            )
+        host, port = ("0.0.0.0", place.main_port) if several else ("127.0.0.1", 0)
+        self._server = ControlServer(self.head, host, port, self.token)
+        self.control = f"127.0.0.1:{self._server.port}"
+        return LocalChannel(self.head)
+
+    def join(self) -> None:
+        """Take a seat, and wait until all nodes have theirs.
+
+        Raises:
+            ControlPlaneError: The head cannot be reached, or not every node came in time.
+            ConfigurationError: The nodes do not agree about the job.
+        """
+        place = self.place
+        if place.num_nodes > 1:
+            log.info("node %d of %d: waiting for all nodes", place.node_rank, place.num_nodes)
+        try:
+            self.first_rank, self.world_size, self.run_id = self.link.join(
+                self._num_workers, place.num_nodes, self.run_id, self._config.start_timeout_sec
+            )
+        except ControlPlaneError as error:
+            missing = self.head.nodes.missing if self.head is not None else []
+            raise ControlPlaneError(f"{error} Nodes {missing} have not joined." if missing else str(error)) from error
+        self._watch.start()
+
+    def state(self, fresh: bool = False) -> JobState:
+        """The state of the job: the last one known, or one asked for now."""
+        return self._watch.state(fresh)
+
+    def check(self) -> None:
+        """On node 0, look after silent nodes; elsewhere, see that the head is there and has not given this node up.
+
+        Raises:
+            ControlPlaneError: This node is no longer part of the job.
+        """
+        if self.head is not None:
+            self.head.nodes.check_terms()
+        elif self.link.silent_seconds > self._config.node_timeout_sec:
+            raise ControlPlaneError(f"the head at {self.control} is silent for {self.link.silent_seconds:.0f} s")
+        if self.state().lost:
+            raise ControlPlaneError("the head has given this node up, and goes on without it")
+
+    def others_present(self) -> bool:
+        """Whether other nodes may still go on; elsewhere than on node 0 there is at least node 0."""
+        return self.head is None or bool(self.head.nodes.others_present())
+
+    def wait_for_others(self, meanwhile: Callable[[], None]) -> None:
+        """On node 0: wait until all other nodes have left or were given up; ``meanwhile`` is called again and again."""
+        while self.others_present():
+            time.sleep(_POLL_SECONDS)
+            meanwhile()
+
+    def leave(self, codes: dict[int, int], meanwhile: Callable[[], None]) -> int:
+        """Elsewhere: report how this node's ranks ended.
+
+        Args:
+            codes: Exit code by rank.
+            meanwhile: Called again and again while others still work.
+
+        Returns:
+            The job's exit code.
+        """
+        while True:
+            try:
+                return self.link.leave(codes, timeout_seconds=_ASK_SECONDS)
+            except ControlPlaneTimeoutError:
+                meanwhile()
+
+    def stop_watching(self) -> None:
+        """Ask for nothing more; the head goes on serving."""
+        self._watch.close()
+        self._channel.close()
+
+    def close(self) -> None:
+        """Stop serving, too."""
+        if self._server is not None:
+            self._server.close()

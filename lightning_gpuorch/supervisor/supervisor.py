@@ -1,0 +1,578 @@
+"""Starts a job's workers on this node, watches them, and brings back what dies. Imports neither torch nor Lightning.
+
+One supervisor per node. The one on node 0 hosts the head, so leases and decided collectives outlive every worker.
+Workers are grouped into replicas; when a rank dies, its whole replica is killed and started again as the next
+*generation*, and no other replica notices. A worker that ends its script with exit code 0 while a job is open counts
+as dead. Before a generation starts, its GPUs are checked; a bad one is replaced by a spare, or its replica retired.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning_gpuorch.config import OrchestratorConfig
+from lightning_gpuorch.control.client import JobState, NodePlace
+from lightning_gpuorch.control.coordinator import Head
+from lightning_gpuorch.control.environment import WorkerEnvironment
+from lightning_gpuorch.control.heartbeat import waits_for_others
+from lightning_gpuorch.control.jobs import remove_ephemeral
+from lightning_gpuorch.devices.pool import DevicePool
+from lightning_gpuorch.errors import (
+    EXIT_CONFIGURATION,
+    EXIT_DATA_MISSING,
+    EXIT_FAILURE,
+    EXIT_RESUMABLE,
+    EXIT_STORAGE,
+    FINAL_EXIT_CODES,
+    ControlPlaneError,
+    format_indices,
+)
+from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_directory
+from lightning_gpuorch.supervisor.hang_detector import RankWatch
+from lightning_gpuorch.supervisor.outcome import Conclusion, conclude
+from lightning_gpuorch.supervisor.pending_starts import Beginnings
+from lightning_gpuorch.supervisor.rendezvous import Membership
+from lightning_gpuorch.supervisor.restart_policy import Action, Decision, FailureKind, FailureRecoveryManager
+from lightning_gpuorch.supervisor.run_records import describe_failure, failure_record
+from lightning_gpuorch.supervisor.workers import Spawner, Worker, Workers, describe_exit
+from lightning_gpuorch.telemetry.events.log import EventLog
+from lightning_gpuorch.telemetry.run_directory import (
+    create_run_directory,
+    keep_records,
+    new_run_id,
+    records_target,
+    report_run,
+)
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.02
+_FINAL_KINDS = {
+    EXIT_CONFIGURATION: FailureKind.CONFIGURATION,
+    EXIT_STORAGE: FailureKind.STORAGE,
+    EXIT_DATA_MISSING: FailureKind.MISSING_DATA,
+    EXIT_RESUMABLE: FailureKind.STOP_REQUESTED,
+}
+
+
+@dataclass
+class _Leaving:
+    """A replica that is to finish what it holds, because a device of it is about to fail."""
+
+    reason: str
+    deadline: float
+
+
+class Supervisor:
+    """Runs the workers of a job that are on this node, and on node 0 the head of the job.
+
+    Args:
+        spawner: Starts workers.
+        num_workers: Workers on this node.
+        config: Settings.
+        tensor_parallel_size: Ranks per replica, if known before the script says so.
+        devices: Devices of the node's ranks, and spares; None where there are none to choose from.
+        environment: More variables for the workers.
+        place: Which of the job's machines this is.
+
+    Raises:
+        ControlPlaneError: The head cannot be reached, or not all nodes came in time.
+        ConfigurationError: The nodes do not agree about the job.
+    """
+
+    def __init__(
+        self,
+        spawner: Spawner,
+        num_workers: int,
+        config: OrchestratorConfig,
+        *,
+        tensor_parallel_size: int | None = None,
+        devices: DevicePool | None = None,
+        environment: dict[str, str] | None = None,
+        place: NodePlace | None = None,
+    ):
+        self.place = place = place or NodePlace()
+        self.config, self.num_workers = config, num_workers
+        self.run_id = new_run_id()
+        self.run_directory = create_run_directory(self.run_id)
+        source = "supervisor" if place.node_rank == 0 else f"supervisor-{place.node_rank}"
+        self._events = EventLog(self.run_directory / "events", source)
+        self.keep_results = False
+        """Leave results nobody asked to keep for :meth:`clean_up_at_exit`: the caller is this process."""
+        self._job = Membership(config, place, num_workers, self.run_id, tensor_parallel_size, self._record)
+        self._link = self._job.link
+        self.recovery = FailureRecoveryManager(config.max_restart_attempts, config.enable_auto_restart)
+        self._devices = devices or DevicePool.of_indices([None] * num_workers)
+        self._environment = dict(environment or {})
+        self._spawner = spawner
+        self._workers = Workers(spawner, self.run_directory / "errors")
+        name = f"gpuorch-{self.run_id}-{place.node_rank}"
+        self._watch = RankWatch(config, name, self.run_directory, num_workers, self._local)
+        self._generation: dict[int, int] = {}
+        self._gang_generation = 0
+        self._ended: dict[int, int] = {}
+        self._shrunk: dict[int, tuple[int, int]] = {}
+        self._beginnings = Beginnings(
+            self._devices, self._local, config.preflight_timeout_sec if config.enable_preflight else None
+        )
+        self._leaving: dict[int, _Leaving] = {}
+        self._seen_verdicts: set[tuple[int, int, str]] = set()
+        self._first_failure: dict[str, Any] | None = None
+        self._stop_signals: list[int] = []
+        self._drain_deadline: float | None = None
+        self._progress: dict[int, int] = {}
+        self._restarts = 0
+        self._missing: dict[str, Any] = {}
+
+    @property
+    def head(self) -> Head | None:
+        """The head of the job, on node 0."""
+        return self._job.head
+
+    def add_environment(self, variables: dict[str, str]) -> None:
+        """Give more variables to workers that are started from now on."""
+        self._environment.update(variables)
+
+    def clean_up_at_exit(self) -> None:
+        """Remove what :attr:`keep_results` has left: logs now, results when this process ends."""
+        shutil.rmtree(self.run_directory, ignore_errors=True)
+        if self.head is not None:
+            atexit.register(remove_ephemeral, self.head.jobs)
+
+    def run(self) -> int:
+        """Run this node's part of the job to its end.
+
+        Returns:
+            The exit code of the job: 0 if and only if every opened job is complete.
+        """
+        previous = self._install_signal_handlers()
+        code = EXIT_FAILURE
+        try:
+            self._job.join()
+            self.run_id = self._job.run_id
+            self._record(
+                "run", world_size=self._job.world_size, tensor_parallel_size=self._state.tensor_parallel_size or 1,
+                command=shlex.join(sys.argv), run_id=self.run_id, host=socket.gethostname(),
+            )  # fmt: skip
+            ranks = list(range(self._job.first_rank, self._job.first_rank + self.num_workers))
+            self._generation = dict.fromkeys(ranks, 0)
+            self._begin(ranks)
+            while self._workers or self._beginnings:
+                time.sleep(POLL_SECONDS)
+                self._look_around()
+            code = self._finish()
+        except ControlPlaneError as error:
+            log.error("%s; this node stops, what it has computed is durable", error)
+        finally:
+            self._workers.kill(list(self._workers))
+            self._beginnings.cancel()
+            done = {} if self.head is None else {"samples": sum(job.samples_done for job in self.head.jobs.values())}
+            self._record("end", exit_code=code, **done, **self._missing)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self._workers.close()
+            self._job.stop_watching()
+            self._clean_up()
+        return code
+
+    @property
+    def _state(self) -> JobState:
+        return self._job.state()
+
+    def _look_around(self) -> None:
+        """One round of watching."""
+        self._heed()
+        self._check_beginnings()
+        self._check_verdicts()
+        for worker, code in self._workers.ended():
+            self._on_exit(worker, code)
+        self._check_liveness()
+
+    def _heed(self) -> None:
+        """Do what somebody asks for, here or elsewhere."""
+        self._check_signals()
+        self._check_job()
+
+    def _check_job(self) -> None:
+        """Follow what the head and other nodes have decided."""
+        self._job.check()
+        state = self._state
+        if state.abort_code is not None:
+            self._end_all(state.abort_code)
+        elif state.gang_generation > self._gang_generation:
+            self._restart_gang(state.gang_generation)
+        if state.draining:
+            self._drain_deadline = self._drain_deadline or time.monotonic() + self.config.exit_timeout_sec
+            if not state.has_jobs:  # nobody has begun to work: nothing to finish
+                self._end_all(EXIT_RESUMABLE)
+        for replica, chunks in state.chunks_by_replica.items():
+            if chunks != self._progress.get(replica):
+                self._progress[replica] = chunks
+                self.recovery.record_progress(replica)
+
+    # Beginning a generation
+
+    def _begin(self, ranks: Sequence[int]) -> None:
+        """Start ranks, as soon as their devices have been checked."""
+        self._spawner.prepare()
+        self._beginnings.begin(ranks)
+
+    def _check_beginnings(self) -> None:
+        for beginning in self._beginnings.ready():
+            size = self._state.tensor_parallel_size or 1
+            doomed = {rank // size: why for rank, why in beginning.faults.items()}
+            for rank in beginning.ranks:
+                if rank // size not in doomed:
+                    self._start(rank)
+            for replica, why in doomed.items():
+                self._retire(replica, [r for r in beginning.ranks if r // size == replica], why)
+
+    def _start(self, rank: int) -> None:
+        local = self._local(rank)
+        device = self._devices.holders.get(local)
+        worker = WorkerEnvironment(
+            rank=rank,
+            world_size=self._job.world_size,
+            local_rank=local,
+            node_rank=self.place.node_rank,
+            control=self._job.control,
+            token=self._job.token,
+            generation=self._generation[rank],
+            device_index=device.index if device is not None else None,
+            run_id=self.run_id,
+            host=self.place.main_address if self.place.num_nodes > 1 and not self.place.node_rank else "127.0.0.1",
+            heartbeat=self._watch.path,
+            run_directory=str(self.run_directory),
+            local_world_size=self.num_workers,
+            shrunk=self._shrunk.get(rank),
+        )
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.num_workers)))
+        self._watch.forget(rank)
+        self._workers.start(
+            rank, worker.generation, {**self._environment, **worker.variables(), "OMP_NUM_THREADS": threads}
+        )
+
+    def _local(self, rank: int) -> int:
+        return rank - self._job.first_rank
+
+    # Watching
+
+    def _on_exit(self, worker: Worker, code: int) -> None:
+        rank = worker.rank
+        state = self._job.state(fresh=True)  # what it has closed just now counts
+        if code == 0 and rank not in state.open_ranks:
+            self._ended[rank] = 0
+            self._link.rank_left(rank, "has ended")
+            return
+        if code in FINAL_EXIT_CODES:
+            self._on_final_exit(worker, code)
+            return
+        kind = FailureKind.EARLY_EXIT if code == 0 else FailureKind.RANK_DEATH
+        self._on_failure(worker, kind, describe_exit(code))
+
+    def _on_final_exit(self, worker: Worker, code: int) -> None:
+        """An end that a restart would only repeat."""
+        rank = worker.rank
+        replica = rank // (self._state.tensor_parallel_size or 1)
+        if code == EXIT_RESUMABLE and replica in self._leaving:
+            self._on_left(replica, rank)
+            return
+        self._ended[rank] = code
+        self._link.rank_left(rank, f"ended with exit code {code}")
+        if code == EXIT_RESUMABLE:
+            return
+        self._remember_failure(worker, _FINAL_KINDS[code].value)
+        if code == EXIT_CONFIGURATION:
+            self._link.abort(code)
+        elif code == EXIT_STORAGE:
+            self._begin_drain(FailureKind.STORAGE.value)
+
+    def _on_failure(self, worker: Worker, kind: FailureKind, evidence: str, in_step: bool = True) -> None:
+        rank, state = worker.rank, self._job.state(fresh=True)
+        size = state.tensor_parallel_size
+        group = self._group_of(rank, state)
+        generation = self._generation[rank]
+        self.recovery.tensor_parallel_size = size or 1
+        by_device = kind in (FailureKind.GPU_FAILED, FailureKind.GPU_DRAIN)
+        blamed, positions = self._watch.in_work(rank, group) if in_step and not by_device else ({}, {})
+        works = self._watch.have_worked(group)
+        complete = state.open_ranks.get(rank, False)
+        self._workers.kill(group)
+        if works and self._link.deaths_before(blamed, positions):
+            # The replica can compute, and this is not the first death in the same samples: it is their fault.
+            kind = FailureKind.POISON
+        decision = self.recovery.decide(kind, rank, evidence)
+        if decision.action is Action.RETIRE_REPLICA:
+            blamed = {}  # it is the replica's fault, not that of what it happened to compute
+        for member in {r // (size or 1) for r in group}:
+            # Its device is condemned already: the next generation gets another one, or none.
+            self._leaving.pop(member, None)
+            self._link.end_generation(member, generation, blamed, positions)
+        self._remember_failure(worker, evidence)
+        if self._drain_deadline is not None:
+            self._ended.update(dict.fromkeys(group, EXIT_RESUMABLE))
+            return
+        if any(self._ended.get(peer) == 0 for peer in self._group_of(rank, state, with_ended=True)):
+            # Its peers have left in good order, so they cannot form a group with it again, nor did they need it.
+            self._ended[rank] = 0 if complete else EXIT_FAILURE
+            log.warning("%s; the others of its replica are done, so it is ended, not restarted", decision.reason)
+            return
+        moved = decision.action is Action.REPLACE_DEVICE and self._beginnings.replace_device(rank, evidence)
+        if decision.action is Action.RESTART_REPLICA and state.gang:
+            self._tell_restart(decision, group)
+            self._restart_gang(self._link.restart_gang(self._gang_generation))
+        elif decision.action is Action.RESTART_REPLICA or moved:
+            self._tell_restart(decision, group)
+            self._next_generation(group, generation + 1)
+        else:
+            self._retire(decision.replica, group, decision.reason)
+
+    def _tell_restart(self, decision: Decision, group: Sequence[int]) -> None:
+        self._restarts += 1
+        most = self.recovery.max_restart_attempts
+        self._record(
+            "restart", replica=decision.replica, reason=decision.reason, attempt=decision.attempt, max_attempts=most,
+            ranks=list(group),
+        )  # fmt: skip
+        log.warning(
+            "%s; restarting replica %d (attempt %d of %d)", decision.reason, decision.replica, decision.attempt, most
+        )
+
+    def _next_generation(self, group: Sequence[int], generation: int) -> None:
+        for rank in group:
+            self._generation[rank] = generation
+        self._begin(group)
+
+    def _restart_gang(self, generation: int) -> None:
+        """All ranks of the job start again, wherever one has failed: they share one torch.distributed world."""
+        self._workers.kill(list(self._workers))
+        self._gang_generation = generation
+        self._next_generation([rank for rank in self._generation if rank not in self._ended], generation)
+
+    def _retire(self, replica: int, group: Sequence[int], reason: str) -> None:
+        self._workers.kill(group)
+        if self._shrink(replica, group, reason):
+            return
+        self._record("retire", replica=replica, reason=reason, ranks=list(group))
+        self._ended.update(dict.fromkeys(group, EXIT_FAILURE))
+        self._link.retire(replica)
+        freed = self._devices.release(map(self._local, group))
+        if freed:
+            log.info("%s can serve other replicas now", ", ".join(map(str, freed)))
+        state = self._job.state(fresh=True)
+        left = len(self._workers) + len(self._beginnings.ranks)
+        whole = state.gang or state.needs_every_replica
+        if (left or self._job.others_present()) and not whole:
+            log.error("%s; replica %d is retired, %d workers go on", reason, replica, left)
+            return
+        # The others may have done their own part already, and left: that is not what went wrong.
+        log.error("%s; %s", reason, "nobody else can do its part" if whole else "no replica is left to go on")
+        self._link.abort(EXIT_FAILURE)
+
+    def _shrink(self, replica: int, group: Sequence[int], reason: str) -> bool:
+        """Let a replica that would be retired go on with the devices it has left; only the last one, and if allowed."""
+        state = self._job.state(fresh=True)
+        size, others = state.tensor_parallel_size or 1, self._workers or self._beginnings or self._job.others_present()
+        healthy = [rank for rank in group if self._local(rank) in self._devices.holders]
+        if not self.config.allow_tensor_parallel_shrink or others or state.gang or len(healthy) == len(group):
+            return False
+        left = max((n for n in range(1, len(healthy) + 1) if size % n == 0), default=0)
+        if not left:
+            return False
+        self._devices.release(map(self._local, group))
+        first = replica * size
+        stay, go = list(range(first, first + left)), [rank for rank in group if rank >= first + left]
+        for rank in stay:
+            self._devices.replace(self._local(rank))
+        self._shrunk = dict.fromkeys(stay, (left, size))
+        for rank in go:
+            del self._generation[rank]
+        self._link.drop_ranks(go)
+        self._restarts += 1
+        reason = f"{reason}; going on with {left} of {size} ranks"
+        self._record("restart", replica=replica, reason=reason, ranks=stay)
+        log.warning("%s", reason)
+        self._next_generation(stay, max(self._generation[rank] for rank in stay) + 1)
+        return True
+
+    def _check_liveness(self) -> None:
+        """Find who is stuck; show where it stands, and treat it as dead."""
+        found = self._watch.find_stuck(self._workers)
+        if found is None:
+            return
+        rank, verdict = found
+        group = self._group_of(rank, self._state)
+        stacks = self._workers.dump_stacks(group)
+        reason = verdict.reason
+        if not verdict.sure and waits_for_others(stacks[rank]):
+            # It waits in a collective: the culprit is who has not come, if anybody stands elsewhere.
+            absent = next((r for r, frames in stacks.items() if frames and not waits_for_others(frames)), rank)
+            if absent != rank:
+                rank, reason = absent, f"rank {rank} waits for it in a collective: {reason}"
+        where = stacks[rank]
+        self._record("hang", rank=rank, reason=reason, phase=verdict.row.phase.name, stacks=where)
+        log.error("rank %d is stuck: %s%s", rank, reason, f"; it stands at\n{where}" if where else "")
+        self._on_failure(self._workers[rank], FailureKind.STUCK, reason, in_step=verdict.in_step)
+
+    def _group_of(self, rank: int, state: JobState, with_ended: bool = False) -> list[int]:
+        """Ranks of this node that share a fate: a replica; all of them while it is not known, or when training."""
+        size = state.tensor_parallel_size
+        if size is None or state.gang:
+            group = list(self._generation)
+        else:
+            group = [r for r in range(rank // size * size, rank // size * size + size) if r in self._generation]
+        return [r for r in group if with_ended or r not in self._ended or r == rank]
+
+    # Devices that are about to fail, or have
+
+    def _check_verdicts(self) -> None:
+        for rank, said in self._state.verdicts.items():
+            key = (rank, int(said["generation"]), str(said["verdict"]))
+            if key in self._seen_verdicts or rank not in self._workers or said["generation"] != self._generation[rank]:
+                continue
+            self._seen_verdicts.add(key)
+            evidence = "; ".join(said["evidence"])
+            if said["verdict"] == "failed":
+                self._on_failure(self._workers[rank], FailureKind.GPU_FAILED, evidence)
+            else:
+                self._let_go(rank, evidence)
+        for replica, leaving in list(self._leaving.items()):
+            if time.monotonic() > leaving.deadline:
+                del self._leaving[replica]
+                size = self._state.tensor_parallel_size or 1
+                late = next((self._workers[r] for r in self._workers if r // size == replica), None)
+                if late is not None:  # else it has ended in another way
+                    self._on_failure(late, FailureKind.GPU_FAILED, f"{leaving.reason}; it did not leave in time")
+
+    def _let_go(self, rank: int, evidence: str) -> None:
+        """Have a replica hand back what it has not begun, and leave before its device fails."""
+        replica = rank // (self._state.tensor_parallel_size or 1)
+        decision = self.recovery.decide(FailureKind.GPU_DRAIN, rank, evidence)
+        log.warning("%s; replica %d finishes what it holds", decision.reason, replica)
+        self._record("drain", reason=decision.reason)
+        self._devices.condemn(self._local(rank), evidence)
+        self._leaving[replica] = _Leaving(decision.reason, time.monotonic() + self.config.exit_timeout_sec)
+        self._link.let_go(replica, self._generation[rank])
+
+    def _on_left(self, replica: int, rank: int) -> None:
+        """A rank of a replica that was asked to leave has done so; the last one decides what follows."""
+        state = self._state
+        if any(peer in self._workers for peer in self._group_of(rank, state)):
+            return
+        leaving, group = self._leaving.pop(replica), self._group_of(rank, state)
+        self._link.end_generation(replica, self._generation[rank], {}, {})
+        homeless = [r for r in group if self._local(r) not in self._devices.holders]
+        if all(self._devices.replace(self._local(r)) is not None for r in homeless):
+            self._restarts += 1
+            self._record("restart", replica=replica, reason=f"{leaving.reason}; moved to a spare device", ranks=group)
+            log.warning("%s; replica %d goes on, on a spare device", leaving.reason, replica)
+            self._next_generation(group, self._generation[rank] + 1)
+        else:
+            self._retire(replica, group, leaving.reason)
+
+    # Stopping on request
+
+    def _install_signal_handlers(self) -> dict[int, Any]:
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+
+        def remember(number: int, frame: FrameType | None) -> None:
+            self._stop_signals.append(number)
+
+        return {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _check_signals(self) -> None:
+        if self._stop_signals and self._drain_deadline is None:
+            name = signal.Signals(self._stop_signals[0]).name
+            log.info("%s: finishing the chunks in hand", name)
+            self._begin_drain(name)
+        if len(self._stop_signals) > 1 or (self._drain_deadline or float("inf")) < time.monotonic():
+            self._end_all(EXIT_RESUMABLE)
+
+    def _begin_drain(self, reason: str) -> None:
+        self._drain_deadline = self._drain_deadline or time.monotonic() + self.config.exit_timeout_sec
+        self._link.drain()
+        self._record("drain", reason=reason)
+        self._check_job()
+
+    def _end_all(self, code: int) -> None:
+        self._ended.update(dict.fromkeys([*self._beginnings.ranks, *self._workers], code))
+        self._beginnings.cancel()
+        self._workers.kill(list(self._workers))
+
+    # The end
+
+    def _finish(self) -> int:
+        """This node's ranks have ended: wait for the others, and learn or decide how the job has ended."""
+        head = self.head
+        if head is None:
+            records = self._state.records
+            if records is not None:
+                keep_records(self.run_directory, Path(records) / "runs" / self.run_id)
+            return self._job.leave(self._ended, meanwhile=self._pass_on_stop)
+        self._job.wait_for_others(meanwhile=self._heed)
+        codes = {*self._ended.values(), *head.nodes.codes().values()}
+        end = conclude(head, codes | {EXIT_FAILURE} if head.nodes.lost_ranks() else codes, bool(self._stop_signals))
+        self._tell_conclusion(end)
+        head.nodes.conclude(end.exit_code)
+        return end.exit_code
+
+    def _pass_on_stop(self) -> None:
+        if self._stop_signals and not self._state.draining:
+            self._link.drain()
+
+    def _tell_conclusion(self, end: Conclusion) -> None:
+        missing, code = end.missing, end.exit_code
+        if missing is not None:
+            self._missing = {"missing_samples": format_indices(missing.indices), "num_missing": len(missing.indices)}
+        if end.by_failure and self._first_failure is not None:
+            log.error("%s", describe_failure(self._first_failure))
+        if code == EXIT_RESUMABLE and missing is not None:
+            log.info("stopped on request; the same command goes on from here")
+        elif missing is not None and code in (EXIT_DATA_MISSING, EXIT_FAILURE):
+            log.error("%s", missing)
+        retired = len(self.head.retired) if self.head is not None else 0
+        if code == 0 and (self._restarts or retired):
+            log.info("complete after %d restarts; %d replicas retired", self._restarts, retired)
+
+    def _remember_failure(self, worker: Worker, reason: str) -> None:
+        record = failure_record(worker, reason)
+        self._record("failure", **record)
+        self._first_failure = self._first_failure or record
+
+    def _record(self, kind: str, **fields: Any) -> None:
+        self._events.record(kind, **fields)
+
+    def _clean_up(self) -> None:
+        self._watch.close()
+        self._events.close()
+        head = self.head
+        if head is not None:
+            for job in head.jobs.values():
+                for loader in range(len(job.queues)):  # every writer is gone: what it left half-written can go
+                    PartJournal(loader_directory(job.directory, loader)).sweep_temporaries(0.0)
+            jobs = [(job.directory, job.ephemeral) for job in head.jobs.values()]
+            target = records_target(self.run_id, jobs, self.run_directory)
+            if target is not None:
+                keep_records(self.run_directory, target)
+                report_run(target)
+        self._job.close()
+        if self.keep_results:
+            return
+        if head is not None:
+            remove_ephemeral(head.jobs)
+        shutil.rmtree(self.run_directory, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""What happened, one JSON line each."""

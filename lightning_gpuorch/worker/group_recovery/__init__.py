@@ -1,0 +1,1 @@
+"""Faults inside of a tensor-parallel group are repaired in place."""

@@ -1,0 +1,170 @@
+"""How a predict call on one rank talks of its work: it asks for chunks, tells where they end, and asks to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lightning_gpuorch.control.heartbeat import Phase, current_heartbeat, phase
+from lightning_gpuorch.predictions.loading.collector import ChunkCollector, NoCollector
+from lightning_gpuorch.predictions.loading.window import Window
+
+if TYPE_CHECKING:
+    from lightning_gpuorch.worker.session import World
+
+FOREVER_SECONDS = 10 * 365 * 86400.0
+_MAX_UNREPORTED = 1000
+"""Digests of what was read that wait to be reported."""
+
+
+class Job(Protocol):
+    """What is needed of a predict call."""
+
+    number: int
+    steps: int
+
+    def call(self, op: str, *, timeout_seconds: float | None = None, **fields: Any) -> Any:
+        """Ask the head."""
+        ...
+
+    def flush(self) -> None:
+        """Wait until everything computed so far is durable."""
+        ...
+
+    def collect(self) -> None:
+        """Hand on what is done."""
+        ...
+
+    def begin_waiting(self) -> None:
+        """A wait for work has ended, which was no work."""
+        ...
+
+
+class ReplicaQueue:
+    """A rank's view of its replica's leases."""
+
+    def __init__(self, job: Job, loader: int):
+        self._job, self._loader, self._sequence = job, loader, 0
+        self._unreported: list[tuple[int, str]] = []
+        self._leased: set[int] = set()
+        self.digests: dict[int, str] = {}
+        """Of what was read of a stream, by chunks that this rank computes."""
+
+    def next(self, block: bool, seconds_per_sample: float = 0.0) -> dict[str, Any]:
+        """Ask for work; with ``block``, wait until there is some or none will come."""
+        if block:
+            # Own chunks first: others may wait for them as well, and a writer that has failed must say so now.
+            self._job.flush()
+        self._report()
+        # Waiting for others to finish has no limit of its own: the supervisor judges who is stuck.
+        timeout = FOREVER_SECONDS if block else None
+        with phase(Phase.WAIT, then=Phase.RUN) if block else contextlib.nullcontext():
+            answer = self._job.call(
+                "next", loader=self._loader, sequence=self._sequence, block=block,
+                seconds_per_sample=seconds_per_sample, timeout_seconds=timeout,
+            ).header  # fmt: skip
+        self._sequence += 1
+        if answer["do"] == "chunk":
+            self._leased.add(int(answer["chunk"]))
+        if block:
+            self._job.begin_waiting()
+        return dict(answer)
+
+    def end_of_stream(self, units: int) -> None:
+        """Report where a stream ended."""
+        self._report()
+        self._job.call("end_of_stream", loader=self._loader, units=units)
+
+    def saw(self, chunk: int, digest: str) -> None:
+        """Report what was read of a stream: the first batch at once, chunks with the next request."""
+        self._unreported.append((chunk, digest))
+        if chunk in self._leased:
+            self._leased.discard(chunk)
+            self.digests[chunk] = digest
+        if chunk < 0 or len(self._unreported) >= _MAX_UNREPORTED:
+            self._report()
+
+    def _report(self) -> None:
+        if self._unreported:
+            read, self._unreported = self._unreported, []
+            self._job.call("read", loader=self._loader, read=read)
+
+
+class ReplicaSink:
+    """A collector that gets a chunk's last output before it is told that the chunk is over.
+
+    Args:
+        job: Its job.
+        world: The job's world. In a tensor-parallel group the leader decides what is taken over, and tells the others.
+        loader: Index of the dataloader.
+        collector: The collector.
+    """
+
+    def __init__(self, job: Job, world: World, loader: int, collector: ChunkCollector | NoCollector):
+        self._job, self._world, self._loader, self._collector = job, world, loader, collector
+        self._num_windows = 0
+
+    def begin(self, chunk: int, num_batches: int | None) -> None:
+        """A chunk starts."""
+        self._collector.begin(chunk, num_batches)
+
+    def end(self, chunk: int) -> None:
+        """A chunk of unknown length is over: what is done of it is handed on first."""
+        self._job.collect()
+        self._collector.end(chunk)
+
+    def take_over(self, window: Window) -> set[int]:
+        """Take what is known of a window's samples already."""
+        sizes = self._collector.take_over(window)
+        if self._world.topology.tensor_parallel_size == 1:
+            return sizes
+        job, owner = self._job, self._world.owner
+        place = (job.number, self._loader, owner["replica"], owner["generation"], self._num_windows)
+        key, self._num_windows = "taken-over/" + "/".join(map(str, place)), self._num_windows + 1
+        if self._world.topology.is_leader:
+            job.call("publish", key=key, value=[sorted(sizes), sorted(window.taken_over)])
+            return sizes
+        with phase(Phase.WAIT, then=Phase.RUN):  # the supervisor judges whether the leader is stuck
+            told = job.call("lookup", key=key, timeout_seconds=FOREVER_SECONDS).header["value"]
+        sizes, positions = told
+        if positions:
+            window.take_over(positions, None)
+        return set(sizes)
+
+
+def await_group(job: Job, world: World) -> None:
+    """Wait on the leader of a tensor-parallel group until the other ranks are done with the batches it is done with.
+
+    Otherwise it might make the output of a batch durable while a callback of another rank still works on it, and dies.
+    """
+    topology, owner, heartbeat = world.topology, world.owner, current_heartbeat()
+    place = "/".join(map(str, (job.number, owner["replica"], owner["generation"], job.steps)))
+    if not topology.is_leader:
+        job.call("publish", key=f"done/{place}/{topology.tensor_parallel_rank}", value=True)
+        return
+    with contextlib.nullcontext() if heartbeat is None else heartbeat.waiting():
+        for rank in range(1, topology.tensor_parallel_size):
+            job.call("lookup", key=f"done/{place}/{rank}", timeout_seconds=FOREVER_SECONDS)
+
+
+class DrainOnSignal:
+    """SIGTERM and SIGINT ask the job to drain, where no supervisor does it."""
+
+    def __init__(self, drain: Callable[[], None]):
+        self._drain = drain
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        # Not in the handler: it may have interrupted a request on the same connection.
+        threading.Thread(target=self._drain, name="gpuorch-drain", daemon=True).start()
+
+    def restore(self) -> None:
+        """Put the former handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()

@@ -1,0 +1,424 @@
+"""This process's place among the others: its rank, its line to the head, and how it got both.
+
+There is one per process, as there is one torch.distributed world. It comes about in one of three ways: the supervisor
+started this process and says so in the environment; another launcher did (torchrun, SLURM), then rank 0 hosts the
+head; or the process is alone and hosts the head for itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import itertools
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_gpuorch.config import OrchestratorConfig
+from lightning_gpuorch.control.collectives import ControlCollectives
+from lightning_gpuorch.control.coordinator import Head
+from lightning_gpuorch.control.disconnects import Presence
+from lightning_gpuorch.control.environment import WorkerEnvironment
+from lightning_gpuorch.control.jobs import Job, remove_ephemeral, verify_complete
+from lightning_gpuorch.control.transport import Channel, ControlServer, LocalChannel, RemoteChannel
+from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, MissingPredictionsError, format_indices
+from lightning_gpuorch.parallel.groups.process_group import ProcessGroupManager
+from lightning_gpuorch.parallel.groups.topology import Topology
+from lightning_gpuorch.telemetry.run_directory import RunRecords, new_run_id
+from lightning_gpuorch.worker.group_recovery.recovery import GroupRecovery
+
+if TYPE_CHECKING:
+    import torch
+
+    from lightning_gpuorch.telemetry.rank import RankTelemetry
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class World:
+    """A process's connection to its job.
+
+    Attributes:
+        topology: Ranks and replicas.
+        channel: Line to the head.
+        collectives: Collectives over all ranks, through the head.
+        groups: torch.distributed of this replica.
+        generation: How often this replica was started before.
+        run_id: Identifies the launch.
+        head: The head, if this process hosts it.
+        supervised: Whether a supervisor restarts ranks.
+        run_directory: Where logs, events and metrics of the run go.
+        spans_job: Whether torch.distributed's world is the whole job rather than one replica.
+        telemetry: What this rank records.
+        records: What this process records of the run as a whole, if it hosts the head.
+        settled: Whether the tensor-parallel size is decided. Until then every rank counts as a replica of its own, and
+            the head has not been told.
+        candidate_sizes: Tensor-parallel sizes that are possible with these ranks, ascending.
+        recovery: Mends faults inside of this rank's tensor-parallel group, if it is in one that can be mended.
+    """
+
+    topology: Topology
+    channel: Channel
+    collectives: ControlCollectives
+    groups: ProcessGroupManager
+    generation: int
+    run_id: str
+    head: Head | None
+    supervised: bool
+    run_directory: Path | None = None
+    spans_job: bool = False
+    recovery: GroupRecovery | None = None
+    telemetry: RankTelemetry | None = None
+    records: RunRecords | None = None
+    settled: bool = True
+    candidate_sizes: tuple[int, ...] = (1,)
+    _jobs: Iterator[int] = field(default_factory=itertools.count)
+    _directory_uses: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def owner(self) -> dict[str, int]:
+        """Fields that tell the head on whose behalf a request is made."""
+        return {"replica": self.topology.replica, "generation": self.generation, "rank": self.topology.rank}
+
+    def next_job(self) -> int:
+        """Number of the next predict call; the same on every rank, since all run the same script."""
+        return next(self._jobs)
+
+    def job_directory(self, wanted: str | os.PathLike[str] | None, default_root: Path) -> tuple[Path, bool]:
+        """Where a predict call keeps its results.
+
+        Args:
+            wanted: The user's ``output_dir``; a second predict call with the same one gets a folder inside.
+            default_root: Where results go that the user did not ask for.
+
+        Returns:
+            The directory, and whether it is to be removed at the end.
+        """
+        base = Path(wanted) if wanted is not None else default_root / "gpuorch" / self.run_id
+        use = self._directory_uses.get(str(base), 0)
+        self._directory_uses[str(base)] = use + 1
+        directory = base / f"predict-{use}" if use or wanted is None else base
+        return directory.absolute(), wanted is None
+
+    def form_world(self, topology: Topology, *, whole_job: bool) -> None:
+        """Form torch.distributed's world: this replica's ranks, or all ranks of the job.
+
+        Args:
+            topology: The topology in force.
+            whole_job: Form one world over all ranks, as training needs it.
+        """
+        rank, size = (
+            (topology.rank, topology.world_size)
+            if whole_job
+            else (topology.tensor_parallel_rank, topology.tensor_parallel_size)
+        )
+        if size == 1 or self.groups.initialized:
+            return
+        scope = "world" if whole_job else f"replica-{topology.replica}"
+        key = f"store/{scope}/{self.generation}"
+        timeout = self.collectives_timeout
+        if rank == 0:
+            host = (WorkerEnvironment.read() or _NO_WORKER).host
+            store: Any = self.groups.create_store(host, 0, True, size)
+            self.channel.call({"op": "publish", "key": key, "value": [host, store.port]}, timeout_seconds=timeout)
+        else:
+            answer = self.channel.call({"op": "lookup", "key": key}, timeout_seconds=timeout)
+            host, port = answer.header["value"]
+            store = self.groups.create_store(host, port, False, size)
+        self.groups.initialize(rank, size, store=store, is_replica=not whole_job)
+        self.spans_job = whole_job
+
+    collectives_timeout: float = 1800.0
+
+    def settle(self, tensor_parallel_size: int) -> None:
+        """Decide how many ranks share a model, once, and tell the head; all ranks must agree.
+
+        Raises:
+            ConfigurationError: It is decided otherwise already, or other ranks decided otherwise.
+        """
+        if self.settled and (self.topology.shrunk or tensor_parallel_size == self.topology.tensor_parallel_size):
+            return  # what is asked for is what this replica began with, whatever is left of it
+        if self.settled:
+            raise ConfigurationError(
+                f"tensor_parallel_size={tensor_parallel_size} is asked for, but this job runs with "
+                f"{self.topology.tensor_parallel_size}: a script cannot change it between two uses of gpuorch."
+            )
+        if not self.topology.shrunk:
+            self.topology = dataclasses.replace(
+                self.topology, tensor_parallel_size=tensor_parallel_size, ranks_per_replica=tensor_parallel_size
+            )
+        self.settled = True
+        header = {"op": "hello", "tensor_parallel_size": self.topology.ranks_per_replica, **self.owner}
+        self.channel.call(header, timeout_seconds=30)
+
+
+_NO_WORKER = WorkerEnvironment(0, 1, 0, 0, "", "", 0, None, "", "127.0.0.1", None, None)
+_world: World | None = None
+
+
+def current_world() -> World | None:
+    """This process's world, if it has joined one."""
+    return _world
+
+
+def join(config: OrchestratorConfig, device: torch.device, external: ExternalRanks | None = None) -> World:
+    """Join the job this process belongs to. A second call returns the same world.
+
+    Args:
+        config: Settings.
+        device: Device this rank computes on.
+        external: Ranks given by another launcher, if one made the processes.
+
+    Raises:
+        ConfigurationError: The ranks cannot be cut into replicas.
+        ControlPlaneError: The head cannot be reached.
+    """
+    global _world
+    worker = WorkerEnvironment.read()
+    if worker is not None:
+        external = None
+        ranks = (worker.rank, worker.world_size, worker.local_rank)
+    elif external is not None and external.world_size > 1:
+        ranks = (external.rank, external.world_size, external.local_rank)
+    else:
+        external, ranks = None, (0, 1, 0)
+    size = _tensor_parallel_size(config, ranks[1])
+    left, size = worker.shrunk if worker is not None and worker.shrunk is not None else (size or 1, size)
+    topology = Topology(*ranks, tensor_parallel_size=left, ranks_per_replica=size or 1)
+    if _world is not None:
+        if size is None:
+            topology = dataclasses.replace(
+                topology,
+                tensor_parallel_size=_world.topology.tensor_parallel_size,
+                ranks_per_replica=_world.topology.ranks_per_replica,
+            )
+        elif not _world.settled:
+            _world.settle(size)
+        if _world.topology != topology:
+            raise ConfigurationError(
+                f"this process is already {_world.topology}; a script cannot change the number of ranks or the "
+                f"tensor-parallel size between two uses of gpuorch (asked for {topology})."
+            )
+        return _world
+    groups = ProcessGroupManager(config.backend, config.timeout_sec, device, config.enable_group_recovery)
+    if worker is not None:
+        _world = _join_supervised(config, topology, groups, worker)
+    elif external is not None:
+        _world = _join_external(config, topology, groups, external)
+    else:
+        _world = _alone(config, topology, groups)
+    _world.candidate_sizes = _candidate_sizes(ranks[1], worker)
+    _world.settled = False
+    if size is not None:
+        _world.settle(size)
+    return _world
+
+
+def leave() -> None:
+    """Leave the job and forget the world; the next :func:`join` starts afresh."""
+    global _world
+    if _world is None:
+        return
+    world, _world = _world, None
+    if world.recovery is not None:
+        world.recovery.close()
+    world.groups.finalize()
+    world.channel.close()
+    stop_recording(world)
+
+
+def stop_recording(world: World) -> None:
+    """Write the end of what this process records, and keep it if predictions are kept; safe to call again."""
+    if world.telemetry is not None:
+        world.telemetry.close()
+    if world.records is not None and world.head is not None:
+        jobs = {number: job for number, job in world.head.jobs.items() if job.directory.is_dir()}
+        world.records.close([(job.directory, job.ephemeral) for job in jobs.values()], **_how_complete(jobs))
+
+
+def _how_complete(jobs: dict[int, Job]) -> dict[str, Any]:
+    """Fields of the ``end`` event about predict calls whose results are still there."""
+    missing = []
+    for number, job in sorted(jobs.items()):
+        try:
+            verify_complete(number, job)
+        except MissingPredictionsError as error:
+            missing.append(format_indices(error.indices) or str(error))
+        except OSError as error:
+            log.debug("predict call %d cannot be checked: %s", number, error)
+            return {}
+    if not jobs:
+        return {}
+    done = {"complete": not missing, "samples": sum(job.samples_done for job in jobs.values())}
+    return {**done, "missing_samples": "; ".join(missing)} if missing else done
+
+
+@dataclass(frozen=True)
+class ExternalRanks:
+    """Ranks as another launcher assigned them.
+
+    Attributes:
+        rank: Global rank.
+        world_size: Ranks in the job.
+        local_rank: Rank within the node.
+        main_address: Host of rank 0.
+        main_port: Port at which rank 0, or the launcher, offers a store.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    main_address: str
+    main_port: int
+
+
+def _candidate_sizes(world_size: int, worker: WorkerEnvironment | None) -> tuple[int, ...]:
+    """Sizes that cut the job into equal replicas, each within one node."""
+    local = worker.local_world_size if worker is not None else int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return tuple(size for size in range(1, local + 1) if world_size % size == 0 and local % size == 0)
+
+
+def _tensor_parallel_size(config: OrchestratorConfig, world_size: int) -> int | None:
+    """The size asked for; None if the model is to decide."""
+    tensor, data = config.tensor_parallel_size, config.data_parallel_size
+    if tensor == "auto" and data == "auto":
+        return 1 if world_size == 1 else None
+    if tensor == "auto":
+        size = world_size // int(data)
+    else:
+        size = tensor
+    if data != "auto" and size * data != world_size:
+        raise ConfigurationError(
+            f"tensor_parallel_size={tensor!r} x data_parallel_size={data} does not make up {world_size} devices."
+        )
+    return size
+
+
+def _join_supervised(
+    config: OrchestratorConfig, topology: Topology, groups: ProcessGroupManager, worker: WorkerEnvironment
+) -> World:
+    # On the head's own node an unreachable head is gone; on another one it may be the network.
+    patience = config.timeout_sec if worker.node_rank == 0 else config.node_timeout_sec
+    channel = RemoteChannel(worker.control, worker.token, connect_timeout_seconds=patience)
+    return World(
+        topology=topology,
+        channel=channel,
+        collectives=ControlCollectives(channel, topology.rank, config.collective_timeout_sec),
+        groups=groups,
+        generation=worker.generation,
+        run_id=worker.run_id,
+        head=None,
+        supervised=True,
+        run_directory=Path(worker.run_directory) if worker.run_directory else None,
+        collectives_timeout=config.collective_timeout_sec,
+    )
+
+
+def _alone(config: OrchestratorConfig, topology: Topology, groups: ProcessGroupManager) -> World:
+    run_id = new_run_id()
+    records = _records(run_id, topology)
+    head = Head(1, config.max_chunk_failures, records.record)
+    channel = LocalChannel(head)
+    world = World(
+        topology=topology,
+        channel=channel,
+        collectives=ControlCollectives(channel, 0, config.collective_timeout_sec),
+        groups=groups,
+        generation=0,
+        run_id=run_id,
+        head=head,
+        supervised=False,
+        run_directory=records.directory,
+        records=records,
+    )
+    atexit.register(remove_ephemeral, head.jobs)
+    atexit.register(stop_recording, world)  # runs first
+    return world
+
+
+def _records(run_id: str, topology: Topology) -> RunRecords:
+    return RunRecords(
+        run_id, world_size=topology.world_size, tensor_parallel_size=topology.tensor_parallel_size,
+        host=socket.gethostname(),
+    )  # fmt: skip
+
+
+def _join_external(
+    config: OrchestratorConfig, topology: Topology, groups: ProcessGroupManager, external: ExternalRanks
+) -> World:
+    import torch.distributed as dist
+
+    # 1. One store for this attempt: torch's launcher reuses its store over restarts, with the dead ranks' keys in it
+    #    (pytorch#135712), so every attempt gets a prefix of its own.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") or os.environ.get("SLURM_RESTART_COUNT") or "0"
+    hosted_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    raw = groups.create_store(
+        external.main_address, external.main_port, topology.rank == 0 and not hosted_by_launcher, topology.world_size
+    )
+    store = dist.PrefixStore(f"gpuorch/attempt-{attempt}", raw)
+    # 2. Rank 0 hosts the head and says where.
+    head: Head | None = None
+    records: RunRecords | None = None
+    if topology.rank == 0:
+        run_id = new_run_id()
+        records = _records(run_id, topology)
+        run_directory = records.directory
+        head = Head(topology.world_size, config.max_chunk_failures, records.record)
+        local_only = external.main_address in ("127.0.0.1", "localhost")
+        token = secrets.token_hex(16)
+        server = ControlServer(head, "127.0.0.1" if local_only else "0.0.0.0", token=token)
+        address = f"{'127.0.0.1' if local_only else external.main_address}:{server.port}"
+        store.set("head", f"{address} {token} {run_id} {socket.gethostname()}:{run_directory or ''}")
+        channel: Channel = LocalChannel(head)
+    else:
+        address, token, run_id, place = store.get("head").decode().split(" ", 3)
+        host, _, shared = place.partition(":")
+        run_directory = Path(shared) if shared and host == socket.gethostname() and Path(shared).is_dir() else None
+        channel = RemoteChannel(address, token, connect_timeout_seconds=config.timeout_sec)
+        atexit.register(_say_goodbye, channel, topology.rank)
+    # 3. One torch.distributed world over all ranks, as that launcher's users expect.
+    groups.initialize(topology.rank, topology.world_size, store=dist.PrefixStore("world", store))
+    world = World(
+        topology=topology,
+        channel=channel,
+        collectives=ControlCollectives(channel, topology.rank, config.collective_timeout_sec),
+        groups=groups,
+        generation=0,
+        run_id=run_id,
+        head=head,
+        supervised=False,
+        run_directory=run_directory,
+        records=records,
+        spans_job=True,
+        collectives_timeout=config.collective_timeout_sec,
+    )
+    if head is not None:
+        presence = Presence(head, server.connected_ranks, config.lease_term_sec)
+        atexit.register(_outlive_the_others, world, presence, config.collective_timeout_sec)
+    else:
+        atexit.register(stop_recording, world)  # runs before the goodbye
+    return world
+
+
+def _outlive_the_others(world: World, presence: Presence, timeout_seconds: float) -> None:
+    """Rank 0 serves the head until all ranks are done with it."""
+    head = world.head
+    assert head is not None
+    left = presence.outlive_the_others(timeout_seconds)
+    if left:
+        log.warning("rank 0 leaves although ranks %s have not", left)
+    stop_recording(world)
+    remove_ephemeral(head.jobs)
+
+
+def _say_goodbye(channel: Channel, rank: int) -> None:
+    try:
+        channel.call({"op": "goodbye", "rank": rank}, timeout_seconds=5)
+    except ControlPlaneError as error:  # the head is gone already, nobody is waiting
+        log.debug("rank %d could not say goodbye: %s", rank, error)
