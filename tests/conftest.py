@@ -31,7 +31,7 @@ else:
     settings.register_profile("random", **_any_speed)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
-SCRIPTS = Path(__file__).parent / "scripts"
+SCRIPTS = Path(__file__).parent / "jobs" / "scripts"
 
 
 def gpuorch_run(devices: int = 2) -> tuple[str, ...]:
@@ -51,7 +51,7 @@ class Finished:
 
 
 class Runner:
-    """Runs scripts of ``tests/scripts``; each gets ``--result FILE`` to write JSON to."""
+    """Runs scripts of ``tests/jobs/scripts``; each gets ``--result FILE`` to write JSON to."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -125,6 +125,13 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole jobs are marked, so that ``-m "not job"`` leaves what takes a minute."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent / "jobs") or "runner" in getattr(item, "fixturenames", ()):
+            item.add_marker("job")
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from rich.console import Console  # noqa: E402
 
 from lightning_gpuorch.telemetry import read_events, write_report  # noqa: E402
 from lightning_gpuorch.telemetry.report.live import snapshot  # noqa: E402
-from lightning_gpuorch.testing.nvml import FakeNVML  # noqa: E402
+from tests.support.nvml import FakeNVML  # noqa: E402
 from tests.telemetry.synthetic_run import BEGIN, write_run  # noqa: E402
 
 
@@ -32,7 +32,7 @@ def run_job(scratch: Path) -> Path:
     gpus = FakeNVML(scratch, num_gpus=4)
     output = scratch / "predictions"
     for name in ("common.py", "observed.py"):  # so that the command line in the pictures is short
-        shutil.copy(ROOT / "tests" / "scripts" / name, scratch)
+        shutil.copy(ROOT / "tests" / "jobs" / "scripts" / name, scratch)
     command = [
         sys.executable, "observed.py", "--devices", "4", "--samples", "6000", "--step", "0.05", "--oom-every", "1900",
         "--output", output.name, "--nvml", str(gpus.library.relative_to(scratch)), gpus.state_file.name,

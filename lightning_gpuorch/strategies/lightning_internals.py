@@ -1,6 +1,8 @@
 """What the plugin does by way of private parts of Lightning. Each function says why there is no public way.
 
-A contract test, ``tests/test_compat.py``, has a table of every private name of Lightning and torch that any module uses.
+A contract test,
+``tests/strategies/test_lightning_internals.py``, has a table of every private name of Lightning and torch that any module
+uses.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from pathlib import Path
 from lightning_gpuorch.testing.chaos import Chaos, Outcome
 from lightning_gpuorch.testing.faults import LAST_PERCENT, Fault, FaultKind, FaultPlan, Moment, When
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "chaos_predict.py"
+SCRIPT = Path(__file__).parents[1] / "jobs" / "scripts" / "chaos_predict.py"
 SETUPS = {
     "2x1": (2, 1),
     "2x2": (2, 2),

@@ -15,7 +15,7 @@ import torch
 from lightning_gpuorch.worker.batching.memory_model import BatchSizer
 from lightning_gpuorch.worker.batching.token_budget import TokenBudgetBatcher
 from lightning_gpuorch.worker.oom.halving import BatchHalver
-from tests.batching.test_memory_model import LAWS, simulate
+from tests.worker.batching.test_memory_model import LAWS, simulate
 
 
 def microseconds(call: Callable[[], object], number: int = 20_000) -> float:

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "slow_predict.py"
+SCRIPT = Path(__file__).parents[1] / "jobs" / "scripts" / "slow_predict.py"
 STEP_SECONDS = 0.02
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3")
 PEERS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {

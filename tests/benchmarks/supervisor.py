@@ -25,7 +25,7 @@ def run_job(tree: Path, timeout_seconds: float = 240) -> tuple[float, float, flo
     """CPU seconds and peak MB of the supervisor, and seconds until the job says where its results go."""
     command = [
         str(Path(sys.executable).with_name("gpuorch")), "run", "--devices", "2", "--accelerator", "cpu",
-        str(tree / "tests/scripts/slow_predict.py"), "--samples", "80", "--output", "out",
+        str(tree / "tests/jobs/scripts/slow_predict.py"), "--samples", "80", "--output", "out",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as directory, open(Path(directory) / "log", "wb") as log:

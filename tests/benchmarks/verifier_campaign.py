@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tensor_parallel"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "parallel" / "tensor_parallel"))
 
 from test_verify import MODELS, mutate
 from tp_models import build

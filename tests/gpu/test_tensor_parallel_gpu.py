@@ -17,7 +17,7 @@ from lightning_gpuorch.parallel.tensor_parallel import empty_parameters
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[1] / "jobs" / "scripts"
 
 
 def test_a_model_on_meta_is_read_to_the_device(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_gpuorch.callbacks import GPUHealthMonitor, PrometheusMetrics
 from lightning_gpuorch.pytorch import GPUOrchStrategy
 from lightning_gpuorch.telemetry.failures import observer_failures
-from lightning_gpuorch.testing.nvml import FakeNVML, build_library, find_compiler
 from lightning_gpuorch.worker import session
+from tests.support.nvml import FakeNVML, build_library, find_compiler
 
 OBSERVERS = (
     os.sep + os.path.join("lightning_gpuorch", "telemetry"),

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 
 from lightning_gpuorch.cli import gpuorch
 from lightning_gpuorch.telemetry import read_endpoint
-from lightning_gpuorch.testing.nvml import FakeNVML, build_library, find_compiler
 from tests.conftest import Runner
+from tests.support.nvml import FakeNVML, build_library, find_compiler
 from tests.telemetry.test_exporter import eventually, free_port
 from tests.telemetry.test_monitoring_files import DIRECTORY, Server
 
