@@ -1,3 +1,3 @@
 """Fixtures of GPUs behind the real pynvml."""
 
-from tests.support.gpus import _clean_process, fake_library, gpus, tally  # noqa: F401
+from tests.support.gpus import fake_library, gpus, tally  # noqa: F401

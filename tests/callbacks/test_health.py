@@ -29,7 +29,7 @@ from lightning_gpuorch.telemetry import (
     use_events,
 )
 from lightning_gpuorch.telemetry.metrics.efficiency import Baseline
-from tests.support.gpus import eventually
+from tests.support.gpus import _clean_process, eventually  # noqa: F401
 from tests.support.nvml import FakeNVML
 from tests.telemetry.test_metrics import Series, parse, value
 

@@ -166,7 +166,6 @@ RELIED_ON: list[tuple[str, Callable[[], Any], Callable[[Any], bool]]] = [
     ("_shutdown", module("threading"), takes()),
     ("_run_exitfuncs", module("atexit"), callable),
     ("_exit", module("os"), callable),
-    ("_nvmlGetFunctionPointer_cache", module("pynvml"), is_a(dict)),
 ]
 
 NOT_REQUIRED = {
