@@ -495,6 +495,7 @@ class Head:
         return {
             "known": True,
             "chunks_done": sum(queue.num_done for queue in job.queues),
+            "done": [queue.num_done for queue in job.queues],
             "chunks_computed": job.chunks_computed,
             "chunks": sum(queue.num_chunks or 0 for queue in job.queues),
             "samples_done": job.samples_done,

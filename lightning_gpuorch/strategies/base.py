@@ -27,7 +27,7 @@ from lightning_gpuorch.strategies.exit_codes import exit_with_codes
 from lightning_gpuorch.strategies.lightning_internals import set_rank_zero
 from lightning_gpuorch.worker.model_setup import ModelSetup, ParallelizeFn
 from lightning_gpuorch.worker.runtime import Runtime
-from lightning_gpuorch.worker.session import ExternalRanks
+from lightning_gpuorch.worker.session import ExternalRanks, forget
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,11 @@ class SupervisedEnvironment(ClusterEnvironment):
         """Which node."""
         return self._worker.node_rank
 
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the job."""
+        return self._worker.world_size // self._worker.local_world_size
+
 
 class MappedCheckpointIO(TorchCheckpointIO):
     """Maps local checkpoints into memory instead of reading them, so that only what is kept is read."""
@@ -110,6 +115,7 @@ class StrategyShell:
     runtime: Runtime
     model_setup: ModelSetup
     parallel_devices: list[torch.device] | None
+    num_nodes: int
     cluster_environment: ClusterEnvironment | None
 
     def _init_shell(
@@ -195,6 +201,7 @@ class StrategyShell:
 
     def become_worker(self) -> None:
         """Take up the place a supervisor has given this process after the strategy was made: a forked worker."""
+        forget()  # what the forked process has joined
         self._worker = WorkerEnvironment.read()
         self.cluster_environment = self.supervised_environment
         assert self._worker is not None

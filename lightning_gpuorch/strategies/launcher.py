@@ -57,6 +57,7 @@ class Launcher:
             What ``function`` returned; for ``trainer.predict`` every prediction of the job.
         """
         strategy = self._strategy
+        self._check_size()
         if self._runs_here():
             configure_logging(strategy.config.log_level, rank=_rank(), replica=0)
             return self._call(function, args, kwargs, trainer)
@@ -69,7 +70,12 @@ class Launcher:
                 f"choose a multiple of {tensor_parallel} devices."
             )
         devices = [d.index for d in strategy.parallel_devices or () if d.type == "cuda" and d.index is not None]
-        fork = self._start_method == "fork" or lightning_internals.is_interactive()
+        fork = self._start_method == "fork" or lightning_internals.is_interactive() or _in_test_runner()
+        if fork and lightning_internals.launches_nothing(function):
+            raise ConfigurationError(
+                f"fabric.launch() cannot start {strategy.num_processes} ranks from a notebook or a test runner: its process "
+                "cannot be run again; pass it a function: fabric.launch(function)."
+            )
         spawner = (
             ForkSpawner(lambda: self._call_forked(function, args, kwargs, trainer))
             if fork
@@ -92,10 +98,43 @@ class Launcher:
         os._exit(code)
 
     def _runs_here(self) -> bool:
+        return self._made_by_another or self._strategy.num_processes <= 1
+
+    @property
+    def _made_by_another(self) -> bool:
         environment = self._strategy.cluster_environment
-        if environment is not None and environment.creates_processes_externally:
-            return True
-        return self._strategy.num_processes <= 1
+        return environment is not None and environment.creates_processes_externally
+
+    def _check_size(self) -> None:
+        """Refuse to run on fewer nodes or devices than asked for.
+
+        Raises:
+            ConfigurationError: The processes that there are do not make up what was asked for.
+        """
+        strategy = self._strategy
+        if strategy.runtime.calibration is not None:
+            return
+        nodes, devices = strategy.num_nodes, strategy.num_processes
+        if strategy.supervised_environment is not None:
+            present = strategy.supervised_environment.num_nodes
+            if nodes not in (1, present):
+                raise ConfigurationError(
+                    f"num_nodes={nodes} is asked for, and this job was launched on {present} nodes. Use gpuorch run "
+                    f"--num-nodes {nodes}, or leave out num_nodes."
+                )
+        elif self._made_by_another:
+            made = lightning_internals.external_world_size(strategy.cluster_environment)
+            if made is not None and made < nodes * devices:
+                raise ConfigurationError(
+                    f"num_nodes={nodes} x devices={devices} are asked for, and {type(strategy.cluster_environment).__name__} "
+                    f"has {made} processes. Start one process per device (srun --ntasks-per-node={devices}), or one per "
+                    f"node that starts them: gpuorch run SCRIPT --devices {devices}."
+                )
+        elif nodes > 1:
+            raise ConfigurationError(
+                f"num_nodes={nodes} is asked for, and this process was started alone. Run on each node: gpuorch run "
+                f"SCRIPT --num-nodes {nodes} --node-rank RANK --main-address HOST."
+            )
 
     def _call(self, function: Callable[..., Any], args: Any, kwargs: Any, trainer: Any) -> Any:
         result = function(*args, **kwargs)
@@ -130,6 +169,14 @@ class Launcher:
             assert head is not None  # a notebook is a job of one node
             return read_predictions(head.jobs[max(head.jobs)].directory) if result else None
         return result
+
+
+def _in_test_runner() -> bool:
+    """Whether this process runs tests: to run it again for each rank would run all tests again."""
+    main = sys.modules.get("__main__")
+    spec = getattr(main, "__spec__", None)
+    name = spec.name if spec is not None else Path(getattr(main, "__file__", None) or "").stem
+    return "PYTEST_CURRENT_TEST" in os.environ or name.split(".")[0] in ("pytest", "py", "unittest", "nose2")
 
 
 def _predicting(trainer: Any) -> bool:

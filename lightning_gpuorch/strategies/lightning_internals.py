@@ -13,6 +13,8 @@ from typing import Any
 import lightning.fabric.utilities.rank_zero as fabric_rank_zero
 import lightning.pytorch as pl
 import lightning.pytorch.utilities.rank_zero as pytorch_rank_zero
+from lightning.fabric.fabric import _do_nothing
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.loops import prediction_loop
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
@@ -25,8 +27,11 @@ __all__ = [
     "LeasedIndices",
     "add_worker_seeding",
     "consumed_batch",
+    "external_world_size",
+    "fill_progress_bar",
     "is_interactive",
     "keep_user_dataloaders",
+    "launches_nothing",
     "own_predict_loop",
     "predict_dataloaders",
     "refuse_stopped_by_hook",
@@ -125,19 +130,21 @@ class _Renumbered:
         return batch, self._number(), dataloader_idx
 
 
-def own_predict_loop(trainer: pl.Trainer, batch_number: Callable[[], int]) -> Callable[[], None]:
+def own_predict_loop(
+    trainer: pl.Trainer, batch_number: Callable[[], int], batches_done: Callable[[], int | None]
+) -> Callable[[], None]:
     """Let a loader decide itself when it ends, fetch no batch before the last one is done, and number batches by the job.
 
     Lightning counts batches per rank and would stop a rank before it knows that the job is complete; and it prefetches
     one batch from loaders without length, which would wait for work that only the batch in hand can release. It takes
     ``batch_idx`` from what the combined loader yields with each batch, which nothing public decides.
 
-    Progress bars of Lightning show ``batch_idx + 1`` as the number of batches that are done; they keep getting this rank's
-    count.
+    Progress bars of Lightning show ``batch_idx + 1`` as the number of batches that are done; they get the job's.
 
     Args:
         trainer: The Trainer.
         batch_number: Gives the number of the batch that was given out last.
+        batches_done: Gives the batches of the current dataloader that the job has done; None where that is not known.
 
     Returns:
         Undoes the change.
@@ -173,7 +180,9 @@ def own_predict_loop(trainer: pl.Trainer, batch_number: Callable[[], int]) -> Ca
     def show_count(trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, *rest: Any) -> None:
         assert bar is not None
         assert batches is not None
-        type(bar).on_predict_batch_end(bar, trainer, module, outputs, batch, batches.count, *rest)
+        done = batches_done()
+        shown = batches.count + 1 if done is None else done
+        type(bar).on_predict_batch_end(bar, trainer, module, outputs, batch, shown - 1, *rest)
 
     def undo() -> None:
         loop.__dict__.pop("reset", None)
@@ -184,6 +193,14 @@ def own_predict_loop(trainer: pl.Trainer, batch_number: Callable[[], int]) -> Ca
     if bar is not None:
         bar.on_predict_batch_end = show_count  # type: ignore[method-assign, assignment]
     return undo
+
+
+def fill_progress_bar(trainer: pl.Trainer, num_batches: int, dataloader_idx: int) -> None:
+    """Let Lightning's progress bar show that all batches of a dataloader are done, whichever rank computed them."""
+    bar = trainer.progress_bar_callback
+    if bar is not None and num_batches:
+        arguments: Any = (bar, trainer, trainer.lightning_module, None, None, num_batches - 1, dataloader_idx)
+        type(bar).on_predict_batch_end(*arguments)
 
 
 def refuse_stopped_by_hook(trainer: pl.Trainer) -> None:
@@ -222,6 +239,16 @@ def consumed_batch(trainer: pl.Trainer) -> Any:
 def add_worker_seeding(dataloader: object, rank: int) -> None:
     """Seed dataloader workers as Lightning does after ``seed_everything(workers=True)``."""
     _auto_add_worker_init_fn(dataloader, rank)
+
+
+def external_world_size(environment: Any) -> int | None:
+    """How many processes another launcher has made; None where Lightning itself only learns it from the strategy."""
+    return None if isinstance(environment, LightningEnvironment) else int(environment.world_size())
+
+
+def launches_nothing(function: Callable[..., Any]) -> bool:
+    """Whether ``fabric.launch()`` was called without a function; Lightning passes one of its own then."""
+    return function is _do_nothing
 
 
 def is_interactive() -> bool:

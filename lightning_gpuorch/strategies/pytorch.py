@@ -118,7 +118,7 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
         if not training:
             self._undo.append(lightning_internals.keep_user_dataloaders(trainer))
         if trainer.state.fn == TrainerFn.PREDICTING:
-            self._undo.append(lightning_internals.own_predict_loop(trainer, self._batch_number))
+            self._undo.append(lightning_internals.own_predict_loop(trainer, self._batch_number, self._batches_done))
             self._pending, self._results, self.runtime.job = [], None, None
 
     @property
@@ -133,9 +133,16 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
 
     # Model
 
+    def configure_ddp(self) -> None:
+        """Wrap the model, unless it is trained on one device: then there is nobody to share gradients with."""
+        if self.world_size > 1:
+            super().configure_ddp()
+
     def setup(self, trainer: pl.Trainer) -> None:
         """Put the model on its device, sharded if asked for; nothing is broadcast outside training."""
         if trainer.state.fn == TrainerFn.FITTING:
+            if self.world_size == 1:
+                self._layer_sync = None
             super().setup(trainer)
             return
         assert self.accelerator is not None
@@ -233,6 +240,11 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
 
     def _batch_number(self) -> int:
         return self._open_job().batches_in_flight.newest.number
+
+    def _batches_done(self) -> int | None:
+        if not self.is_global_zero or self._trainer.progress_bar_callback is None:
+            return None
+        return self._open_job().batches_done()
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Move a batch while the step before it computes, on CUDA; a ``transfer_batch_to_device`` of the user's decides."""
@@ -358,27 +370,32 @@ class _PendingLoader:
     def __init__(self, strategy: GPUOrchStrategy, dataloader: Any, limit: int | None):
         self.strategy, self.dataloader, self.limit = strategy, dataloader, limit
         self.batch_sampler = lightning_internals.LeasedIndices()
-        describe(dataloader, limit)  # bad loaders are refused here, before anything starts
+        self.source = describe(dataloader)  # bad loaders are refused here, before anything starts
 
-    @property
-    def dataset(self) -> Any:
-        """The user's dataset, if the loader has one."""
-        return getattr(self.dataloader, "dataset", None)
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else is asked of it, as ``trainer.predict_dataloaders`` is: what the user's loader has."""
+        if name == "dataloader":  # asked for before it is set, by copy and pickle
+            raise AttributeError(name)
+        return getattr(self.dataloader, name)
 
     def __len__(self) -> int:
         """Batches of the uncut loader; Lightning applies its limit to it."""
-        count = describe(self.dataloader).num_batches
+        count = self.source.num_batches
         if count is None:
             raise TypeError("the length of this stream is not known")
         return count
 
     def __iter__(self) -> Iterator[Any]:
         job = self.strategy._open_job()
+        index = self.strategy._pending.index(self)
         self.batch_sampler.reset()
-        for batch in job.batches(self.strategy._pending.index(self)):
+        for batch in job.batches(index):
             ticket = job.batches_in_flight.newest
             self.batch_sampler.append(ticket.number, ticket.indices)
             yield batch
+        if self.strategy.is_global_zero:  # nobody has work of this loader left
+            num_batches = job.num_batches(index)
+            lightning_internals.fill_progress_bar(self.strategy._trainer, num_batches, index)
 
 
 def _limit(limit: int | float, dataloader: Any) -> int | None:

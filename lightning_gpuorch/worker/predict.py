@@ -45,6 +45,9 @@ from lightning_gpuorch.worker.surviving_steps import SurvivingSteps
 log = logging.getLogger(__name__)
 
 
+_LOOK_SECONDS = 0.5
+
+
 class PredictionJob:
     """One predict call on one rank."""
 
@@ -93,6 +96,7 @@ class PredictionJob:
         self.batches_in_flight = BatchesInFlight(keeps, self._keep)
         self._chunks_began: dict[tuple[int, int], float] = {}
         self._observed_at: float | None = None
+        self._looked_at, self._chunks_done = 0.0, [0] * len(sources)
         self._asked_ns = time.time_ns()
         self.samples = 0
         self.steps = 0
@@ -162,6 +166,21 @@ class PredictionJob:
     def progress(self) -> dict[str, Any]:
         """How far the whole job is: chunks, samples, restarts."""
         return dict(self.call("progress").header)
+
+    def num_batches(self, loader: int) -> int:
+        """Batches of a dataloader, as a single device would count; 0 of a stream whose end is not known."""
+        return self.loaders[loader].layout.num_batches
+
+    def batches_done(self) -> int | None:
+        """Batches of the current dataloader that the job has done, looked up twice a second; None if that is not known."""
+        loader, now = self.batches_in_flight.newest.loader, time.monotonic()
+        layout = self.loaders[loader].layout
+        if not layout.num_chunks:
+            return None
+        if now - self._looked_at > _LOOK_SECONDS:
+            self._looked_at, self._chunks_done = now, self.progress()["done"]
+        share = self._chunks_done[loader] / layout.num_chunks
+        return max(1, int(layout.num_batches * share))
 
     def lose(self, positions: Sequence[int], ticket: Ticket, reason: str) -> None:
         """Give up samples of the batch that is being computed; its output covers the others.

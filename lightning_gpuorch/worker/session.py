@@ -220,6 +220,12 @@ def join(config: OrchestratorConfig, device: torch.device, external: ExternalRan
     return _world
 
 
+def forget() -> None:
+    """Forget the world that a fork has inherited, without leaving it: it is the parent's."""
+    global _world
+    _world = None
+
+
 def leave() -> None:
     """Leave the job and forget the world; the next :func:`join` starts afresh."""
     global _world

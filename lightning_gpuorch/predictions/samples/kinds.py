@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_gpuorch.errors import GPUOrchError
+from lightning_gpuorch.errors import EXIT_CONFIGURATION, GPUOrchError
 
 
 class CannotSplitError(GPUOrchError):
@@ -28,6 +28,8 @@ class CannotSplitError(GPUOrchError):
 
 class CannotMergeError(GPUOrchError):
     """The outputs of the parts of a batch do not add up to the output of the whole."""
+
+    exit_code = EXIT_CONFIGURATION
 
 
 class AmbiguousStructureError(CannotSplitError, CannotMergeError):
