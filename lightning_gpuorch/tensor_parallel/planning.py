@@ -1,8 +1,8 @@
-"""Where does a plan come from? From the sources in their order, each verified, until one is right."""
+"""A plan comes from the sources in their order, each verified, until one is right."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from lightning_gpuorch.tensor_parallel.plan import LayerKind, TensorParallelPlan
 from lightning_gpuorch.tensor_parallel.planner import decide_experts, decide_whole_layers, probe
 from lightning_gpuorch.tensor_parallel.published import published_decisions
 from lightning_gpuorch.tensor_parallel.stubs import StubbedModel
+from lightning_gpuorch.tensor_parallel.variations import recorded_calls
 from lightning_gpuorch.tensor_parallel.verify import VerificationFailure, verify_recorded
 
 MAX_HEALING_STEPS = 32
@@ -25,7 +26,7 @@ def plan_tensor_parallel(
     tensor_parallel_size: int,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    method: str = "forward",
+    method: str | Callable[..., Any] = "forward",
     also: Sequence[ModelCall] = (),
     seed: int = 0,
 ) -> TensorParallelPlan:
@@ -43,7 +44,7 @@ def plan_tensor_parallel(
             Small shapes are best, some 2 x 16 tokens; it decides which code path is checked.
         tensor_parallel_size: Number of ranks.
         example_kwargs: Keyword arguments of the call, besides ``example_input``.
-        method: Name of the method that will be called.
+        method: Name of the method that will be called, or a function that calls the model.
         also: Further calls the plan must be right for, because their code path differs: a step with a key/value cache,
             ``ModelCall(kwargs={"input_ids": ids, "max_new_tokens": 3}, method="generate")``, say.
         seed: Seed of the probe's numbers.
@@ -60,11 +61,8 @@ def plan_tensor_parallel(
         whole = Decisions(roles={module: replicated("one rank") for module in (*anatomy.linears, *anatomy.embeddings)})
         whole.roles.update({module: replicated("one rank") for module in anatomy.attentions})
         return assemble(anatomy, whole, 1)
-    stubbed = StubbedModel(anatomy, ModelCall.of(example_input, example_kwargs, method), seed)
-    stubbed.run_reference()
-    others = [StubbedModel(anatomy, call, seed) for call in also]
-    for other in others:
-        other.run_reference()
+    calls = (ModelCall.of(example_input, example_kwargs, method), *also)
+    stubbed, *others = recorded_calls(anatomy, calls, tensor_parallel_size, seed, analyze=True)
     published = _from_publication(stubbed, others, tensor_parallel_size)
     return published or _from_probe(stubbed, others, tensor_parallel_size)
 
