@@ -14,6 +14,7 @@ from lightning_gpuorch.errors import TensorParallelError
 from lightning_gpuorch.tensor_parallel.experts import looks_fused
 from lightning_gpuorch.tensor_parallel.layers import features, has_own_forward, is_conv1d, weight_dims
 from lightning_gpuorch.tensor_parallel.plan import LayerKind, LayerPlan, ParameterPlan, dtype_name, generic_name
+from lightning_gpuorch.tensor_parallel.state import ModelState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Anatomy:
         embeddings: Embedding layers.
         attentions: ``nn.MultiheadAttention`` modules; their own projections are not listed.
         experts: Modules that could hold fused experts.
+        state: What the modules hold besides parameters, which runs must not change.
         keeps_shape: Those of them that were asked whether they map hidden states to hidden states.
     """
 
@@ -88,6 +90,7 @@ class Anatomy:
             module for module in self.names if isinstance(module, nn.Embedding) and _plain_weight(module)
         ]
         self.experts = [module for module in self.names if looks_fused(module) and "forward" not in module.__dict__]
+        self.state = ModelState(self.names)
         self.keeps_shape: dict[nn.Module, bool] = {}
         self._signatures: dict[nn.Module, tuple[Any, ...]] = {}
         self.ties = _ties(model)

@@ -1,4 +1,4 @@
-"""How are slices read from a torch distributed checkpoint? As chunks of our own choosing, without a process group."""
+"""Slices are read from a torch distributed checkpoint as chunks of our own choosing, without a process group."""
 
 from __future__ import annotations
 
@@ -46,6 +46,10 @@ class DistributedCheckpoint(Checkpoint):
     def shape(self, key: str) -> tuple[int, ...]:
         """Give a tensor's shape without reading it."""
         return tuple(self._tensors[key].size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Give the dtype a tensor is stored in."""
+        return self._tensors[key].properties.dtype
 
     def read(self, key: str, dim: int | None = None, intervals: Intervals = ()) -> tuple[torch.Tensor, int]:
         """Read a tensor or a slice of it; every stored chunk that overlaps it is read whole."""

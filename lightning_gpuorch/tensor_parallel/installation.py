@@ -20,11 +20,16 @@ from lightning_gpuorch.tensor_parallel.layer_calls import LayerCalls
 from lightning_gpuorch.tensor_parallel.layers import features, has_own_forward
 from lightning_gpuorch.tensor_parallel.plan import ParameterPlan, generic_name
 from lightning_gpuorch.tensor_parallel.records import REPLICATED, LocalPlan
-from lightning_gpuorch.tensor_parallel.state import ModelState, random_state_kept
+from lightning_gpuorch.tensor_parallel.state import random_state_kept
 from lightning_gpuorch.tensor_parallel.values import pseudo_random
 
 MAX_DISTINCT_ELEMENTS = 1 << 24
 """Parameters that are not cut and larger than this repeat one row of random numbers, to bound memory."""
+
+LARGEST_SCALE = 1024.0
+"""Largest factor of stubs' numbers, and the inverse of the smallest: thresholds beyond it are not reached."""
+MIXED = float("nan")
+"""In place of a scale: every row has its own."""
 
 
 class StubInstaller:
@@ -33,7 +38,7 @@ class StubInstaller:
     Args:
         anatomy: The model's parts.
         seed: Seed of the stubs' numbers.
-        scale: Factor of the stubs' numbers, whose standard deviation is 1 otherwise.
+        scale: Factor of the stubs' numbers, whose standard deviation is 1 otherwise; MIXED gives every row its own.
     """
 
     def __init__(self, anatomy: Anatomy, seed: int, scale: float = 1.0) -> None:
@@ -41,7 +46,6 @@ class StubInstaller:
         self.model = anatomy.model
         self.numbers = pseudo_random(seed)
         self.seed, self.scale = seed, scale
-        self._state = ModelState(anatomy.names)
         self.stubbed: dict[nn.Module, str] = {module: anatomy.names[module] for module in anatomy.leaves}
         self.attributes_read: dict[nn.Module, set[str]] = defaultdict(set)
         self.fields_read: dict[int, set[str]] = {}
@@ -55,8 +59,17 @@ class StubInstaller:
     def whole_output(self, module: nn.Module, index: int, value: torch.Tensor) -> torch.Tensor:
         """Give what a Linear, Conv1D or Embedding returns in the whole model at its ``index``-th call, read-only."""
         leading = value.shape if isinstance(module, nn.Embedding) else value.shape[:-1]
-        numbers = self.numbers.view((self.stubbed[module], index), (*leading, features(module)[1]))
-        return numbers if self.scale == 1.0 else numbers * self.scale
+        return self._numbers((self.stubbed[module], index), (*leading, features(module)[1]))
+
+    def _numbers(self, key: tuple[Any, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        """Give the numbers of a stub, scaled."""
+        numbers = self.numbers.view(key, shape)
+        if self.scale is not MIXED:
+            return numbers if self.scale == 1.0 else numbers * self.scale
+        # All powers in between, dealt out to the rows at random: a threshold lies between two of them.
+        order = self.numbers.view((*key, "scale"), shape[:-1]).flatten().argsort()
+        powers = torch.linspace(-1.0, 1.0, max(len(order), 1))[order].view(*shape[:-1], 1)
+        return numbers * LARGEST_SCALE**powers
 
     def _has_fixed_role(self, module: nn.Module) -> bool:
         return isinstance(module, nn.MultiheadAttention) or module in self._experts
@@ -69,10 +82,10 @@ class StubInstaller:
                 for value in (*args, *kwargs.values())
                 if isinstance(value, torch.Tensor) and value.is_floating_point()
             )
-            return self.numbers.tensor((name, index), hidden.shape) * self.scale
+            return self._numbers((name, index), tuple(hidden.shape)).clone()
         query = args[0] if args else kwargs["query"]
         key = args[1] if len(args) > 1 else kwargs["key"]
-        output = self.numbers.tensor((name, index), (*query.shape[:-1], module.embed_dim)) * self.scale
+        output = self._numbers((name, index), (*query.shape[:-1], module.embed_dim)).clone()
         if not kwargs.get("need_weights", True):
             return output, None
         length_dim = 0 if query.dim() == 2 or not module.batch_first else 1
@@ -103,7 +116,7 @@ class StubInstaller:
             trace: Record which plain attributes the model's code reads.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._state.protected())
+            stack.enter_context(self.anatomy.state.protected())
             for module in self.anatomy.names:
                 # Flags, not eval(): layers that merge adapters do so there.
                 module.__dict__["training"] = False

@@ -22,6 +22,11 @@ class RandomDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.drawn: list[Draw] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Planning compiles nothing, and looking whether it does would take longer than the operations."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and see whether a generator moved on."""
         kwargs = kwargs or {}

@@ -48,7 +48,7 @@ class ReferenceRun(StubInstaller):
         anatomy: The model's parts.
         call: How the model is called.
         seed: Seed of the stubs' numbers and of the random generators during runs.
-        scale: Factor of the stubs' numbers, to reach code that only acts on large or small ones.
+        scale: Factor of the stubs' numbers, to reach code that only acts on large or small ones; or MIXED.
         num_steps: How many times the model is called in one run, for models that keep state between steps.
     """
 
@@ -58,6 +58,7 @@ class ReferenceRun(StubInstaller):
         super().__init__(anatomy, seed, scale)
         self.call = ModelCall(to_float32(call.args), to_float32(dict(call.kwargs)), call.method)
         self.num_steps = num_steps
+        self.model_name = type(anatomy.model).__name__
         self.read_directly: set[nn.Module] = set()
         self.reference = Reference()
         self.keeps_state = self.is_variation = False
@@ -93,7 +94,7 @@ class ReferenceRun(StubInstaller):
                     self._grad_mode = torch.no_grad
                     continue
                 raise ExampleError(
-                    f"{type(self.model).__name__} failed on the example input, before anything was sharded: {error!r}. "
+                    f"{self.model_name} failed on the example input, before anything was sharded: {error!r}. "
                     "Pass an example_input the model accepts."
                 ) from error
 
@@ -144,10 +145,10 @@ class ReferenceRun(StubInstaller):
             return self.whole_output(module, index, inputs[0]).clone()
 
         with self.installed(on_call, {}), self._recording_scopes(record), self._grad_mode():
-            before = self._state.fingerprint()
+            before = None if self.is_variation else self.anatomy.state.fingerprint()
             with draws:
                 result = self._run_model()
-            self.keeps_state = self._state.fingerprint() != before
+            self.keeps_state = before is not None and self.anatomy.state.fingerprint() != before
             record.outputs = [
                 (path, snapshot(leaf)) for path, leaf in output_leaves(result, caches=self._caches_are_seen)
             ]
@@ -174,7 +175,7 @@ class ReferenceRun(StubInstaller):
             except (WeightReadDirectly, CommunicatesError):
                 raise
             except Exception as error:  # noqa: BLE001 - user code under gradients may raise anything; it is not cut then
-                logger.debug("%s cannot be differentiated: %r", type(self.model).__name__, error)
+                logger.debug("%s cannot be differentiated: %r", self.model_name, error)
                 continue
             same_path = [(call.module, call.index) for call in record.calls] == [
                 (call.module, call.index) for call in self.reference.calls

@@ -113,8 +113,11 @@ class ModelState:
     # -- looking around -----------------------------------------------------------------------------------------------
 
     def _look(self, holder: Any, key: Any, value: Any) -> None:
-        if _is_copied(value) or (isinstance(value, tuple) and any(map(_is_copied, value))):
+        if not isinstance(holder, tuple) and (
+            _is_copied(value) or (isinstance(value, tuple) and any(map(_is_copied, value)))
+        ):
             self._slots.append(_Slot(holder, key, value))
+        if _is_copied(value):
             return
         if id(value) in self._seen or _is_plain(value):
             return
@@ -227,19 +230,45 @@ def _look_at_generator(value: Any, found: list[tuple[Callable[[], Any], Callable
     return True
 
 
+@dataclasses.dataclass
+class RandomState:
+    """The state of torch's, Python's and NumPy's global generators."""
+
+    torch_cpu: torch.Tensor
+    torch_cuda: torch.Tensor | None
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """Read the states."""
+        numpy = sys.modules.get("numpy")
+        on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        return cls(
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state() if on_cuda else None,
+            random.getstate(),
+            None if numpy is None else numpy.random.get_state(),
+        )
+
+    def restore(self) -> None:
+        """Put the states back."""
+        torch.set_rng_state(self.torch_cpu)
+        if self.torch_cuda is not None:
+            torch.cuda.set_rng_state(self.torch_cuda)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Put the state of torch's, Python's and NumPy's global generators back afterwards."""
-    numpy = sys.modules.get("numpy")
-    python_state = random.getstate()
-    numpy_state = None if numpy is None else numpy.random.get_state()
+    """Put the state of the global generators back afterwards."""
+    state = RandomState.now()
     try:
-        with torch.random.fork_rng(devices=[]):
-            yield
+        yield
     finally:
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
+        state.restore()
 
 
 def seed_everything(seed: int) -> None:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_gpuorch.tensor_parallel.apply import get_attribute, set_attribute, swap_layer
 from lightning_gpuorch.tensor_parallel.hidden_weight import WeightReadDirectly
+from lightning_gpuorch.tensor_parallel.installation import MIXED
 from lightning_gpuorch.tensor_parallel.intervals import take
 from lightning_gpuorch.tensor_parallel.plan import LayerKind, ShapeRule
 from lightning_gpuorch.tensor_parallel.random_draws import RandomDraws
@@ -124,7 +125,7 @@ class StubbedModel(ReferenceRun):
         return scope(*snapshot(args), **snapshot(kwargs))
 
     def _difference(self, value: Any, whole: Any) -> str:
-        problem = leaf_difference(value, whole)
+        problem = leaf_difference(value, whole, by_row=self.scale is MIXED)
         # Numbers that overflow because the stubs' are scaled tell nothing, as long as they overflow alike.
         return "" if problem == NOTHING_FINITE and self.scale != 1.0 else problem
 
@@ -153,7 +154,7 @@ class StubbedModel(ReferenceRun):
         return self.reference.unstable
 
     def _innermost_module(self, error: BaseException) -> str:
-        name = type(self.model).__name__
+        name = self.model_name
         frames = error.__traceback__
         while frames is not None:
             module = frames.tb_frame.f_locals.get("self")

@@ -82,6 +82,12 @@ class ConvertedCheckpoint(Checkpoint):
         """Give a tensor's shape; of a merged one it is not known before it is made."""
         return self._inner.shape(self._key_of[key]) if key in self._key_of else None
 
+    def dtype(self, key: str) -> torch.dtype | None:
+        """Give the dtype a tensor, or the first that it is merged of, is stored in."""
+        sources = self._sources.get(self._made_by.get(key, ""), ())
+        inner = self._key_of.get(key) or (sources[0][0] if sources else None)
+        return None if inner is None else self._inner.dtype(inner)
+
     def read(self, key: str, dim: int | None = None, intervals: Intervals = ()) -> tuple[torch.Tensor, int]:
         """Read a tensor or a slice of it."""
         if key in self._key_of:

@@ -25,6 +25,9 @@ TABLE_ELEMENTS = 1 << 22
 RELATIVE_TOLERANCE = 1e-4
 """Largest accepted difference between a rank's value and the whole model's, relative to the largest value."""
 
+ROUNDING = 1e-6
+"""What rounding of numbers of very different size may add to that, relative to the largest value of the tensor."""
+
 
 class PseudoRandom:
     """Normal numbers that depend on a key only: the same key gives the same tensor in every run.
@@ -195,8 +198,8 @@ def is_cache(value: Any) -> bool:
     return callable(getattr(value, "update", None)) or type(value).__module__.startswith("transformers.")
 
 
-def leaf_difference(value: Any, expected: Any) -> str:
-    """Say how a leaf of a result differs from what is expected; empty if it does not."""
+def leaf_difference(value: Any, expected: Any, by_row: bool = False) -> str:
+    """Say how a leaf of a result differs from what is expected, as :func:`difference` does."""
     if isinstance(expected, (np.ndarray, np.generic)) and isinstance(value, (np.ndarray, np.generic)):
         value, expected = np.asarray(value), np.asarray(expected)
         if value.dtype != expected.dtype:
@@ -211,7 +214,7 @@ def leaf_difference(value: Any, expected: Any) -> str:
         wide_type = torch.complex128 if type(value) is complex else torch.float64
         value, expected = (torch.tensor(one, dtype=wide_type) for one in (value, expected))
     if isinstance(value, torch.Tensor) and isinstance(expected, torch.Tensor):
-        return difference(value, expected)
+        return difference(value, expected, by_row)
     if type(value) is not type(expected):
         return f"a {type(value).__name__} instead of a {type(expected).__name__}"
     return "" if value is expected or bool(value == expected) else "another value"
@@ -278,8 +281,14 @@ def to_float32(value: Any) -> Any:
 NOTHING_FINITE = "no finite values to compare"
 
 
-def difference(value: torch.Tensor, expected: torch.Tensor) -> str:
-    """Say how a tensor differs from what is expected; empty if it does not."""
+def difference(value: torch.Tensor, expected: torch.Tensor, by_row: bool = False) -> str:
+    """Say how a tensor differs from what is expected; empty if it does not.
+
+    Args:
+        value: The tensor.
+        expected: What is expected.
+        by_row: Whether each row of the last dimension is held to its own largest value, not to the tensor's.
+    """
     if value.shape != expected.shape:
         return f"shape {tuple(value.shape)} instead of {tuple(expected.shape)}"
     if value.dtype != expected.dtype:
@@ -304,6 +313,10 @@ def difference(value: torch.Tensor, expected: torch.Tensor) -> str:
         if not bool(finite.any()):
             return NOTHING_FINITE
         value, expected = value[finite], expected[finite]
+    elif by_row and expected.dim() > 1:
+        size = expected.abs()
+        allowed = RELATIVE_TOLERANCE * size.amax(-1, keepdim=True) + ROUNDING * size.max()
+        return "" if bool(((value - expected).abs() <= allowed).all()) else "values differ in some of its rows"
     error = (value - expected).abs().max().item()
     scale = max(expected.abs().max().item(), 1e-6)
     return "" if error <= RELATIVE_TOLERANCE * scale else f"values differ by {error / scale:.1e} of the largest"

@@ -1,27 +1,28 @@
 """A plan is checked on more than the example: what an example does not show by chance would be wrong later.
 
-- another batch size and another length, so that no size written into the code fits only because of them;
-- much larger and much smaller numbers, for code that acts beyond a threshold (a norm that is clipped, say);
+- other batch sizes and lengths, such that local sizes fit by chance, and such that they do not;
+- much larger and much smaller numbers, all together and row by row, for code that acts beyond a threshold (a norm that
+  is clipped, say);
 - two steps in a row, where the model keeps state from one to the next.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from lightning_gpuorch.tensor_parallel.anatomy import Anatomy, ModelCall
+from lightning_gpuorch.tensor_parallel.installation import LARGEST_SCALE, MIXED
 from lightning_gpuorch.tensor_parallel.isolation import CommunicatesError
 from lightning_gpuorch.tensor_parallel.reference_run import ExampleError
 from lightning_gpuorch.tensor_parallel.stubs import StubbedModel
 
 logger = logging.getLogger(__name__)
-
-SCALES = (1024.0, 1.0 / 1024.0)
-"""Factors of the stubs' numbers. Thresholds beyond a thousand times the usual size are not reached."""
 
 
 def recorded_calls(
@@ -48,64 +49,48 @@ def recorded_calls(
     first = recorded[0]
     if first.keeps_state:
         recorded += _accepted(StubbedModel(anatomy, calls[0], seed, num_steps=2))
-    for scale in SCALES:
+    for scale in (LARGEST_SCALE, 1 / LARGEST_SCALE):
         recorded += _accepted(StubbedModel(anatomy, calls[0], seed, scale))
-    for call in _other_shapes(first.call, num_ranks):
-        accepted = _accepted(StubbedModel(anatomy, call, seed))
-        if accepted:
-            recorded += accepted
-            break
+    for is_good in (lambda size: math.gcd(size, num_ranks) == 1, lambda size: size % num_ranks == 0):
+        changed = (_accepted(StubbedModel(anatomy, call, seed, MIXED)) for call in _other_shapes(first.call, is_good))
+        recorded += next(filter(None, changed), [])
     return recorded
 
 
 def _accepted(stubbed: StubbedModel) -> list[StubbedModel]:
+    stubbed.is_variation = True
     try:
         stubbed.run_reference()
     except (ExampleError, CommunicatesError) as error:
         logger.debug("a variation of the example is not checked: %s", error)
         return []
-    stubbed.is_variation = True
     return [stubbed]
 
 
-def _other_shapes(call: ModelCall, num_ranks: int) -> Iterator[ModelCall]:
-    """Yield the call with one more sample and another length, then with only one of the two."""
+def _other_shapes(call: ModelCall, is_good: Callable[[int], bool]) -> Iterator[ModelCall]:
+    """Yield the call with a number of samples and a length that are good, then with only one of the two, then itself."""
     values = (call.args, dict(call.kwargs))
     tensors = list(_tensors(values))
-    if not tensors:
-        return
-    num_samples = tensors[0].shape[0]
-    lengths = [tensor.shape[1] for tensor in tensors if tensor.dim() > 1]
-    length = lengths[0] if lengths else 0
-    # A size that is too large by a factor of up to num_ranks fits by chance if the length is a multiple of that factor.
-    whole = max(length // num_ranks * num_ranks, num_ranks)
-    other = length - 1 if length % num_ranks == 0 else whole
-    shortened = _cut_length(length, other) if 1 < other < length else None
-    for change in (_both(_one_more(num_samples), shortened), shortened, _one_more(num_samples)):
-        if change is not None:
-            args, kwargs = _mapped(values, change)
-            yield ModelCall(args, kwargs, call.method)
+    num_samples = tensors[0].shape[0] if tensors else 0
+    length = next((tensor.shape[1] for tensor in tensors if tensor.dim() > 1), 0)
+    more = next((size for size in range(num_samples, 2 * num_samples + 1) if is_good(size)), num_samples)
+    less = next((size for size in range(length, 1, -1) if is_good(size)), length)
+    for samples, cut in dict.fromkeys(((more, less), (num_samples, less), (more, length), (num_samples, length))):
+        args, kwargs = _mapped(values, functools.partial(_resized, (num_samples, samples), (length, cut)))
+        yield ModelCall(args, kwargs, call.method)
 
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _one_more(num_samples: int) -> Change:
-    return lambda value: torch.cat([value, value[:1]]) if value.shape[0] == num_samples else value
-
-
-def _cut_length(length: int, other: int) -> Change:
-    def cut(value: torch.Tensor) -> torch.Tensor:
-        for dim in range(1, value.dim()):
-            if value.shape[dim] == length:
-                value = value.narrow(dim, 0, other)
-        return value.clone()
-
-    return cut
-
-
-def _both(first: Change, second: Change | None) -> Change | None:
-    return None if second is None else lambda value: first(second(value))
+def _resized(samples: tuple[int, int], length: tuple[int, int], value: torch.Tensor) -> torch.Tensor:
+    """Repeat samples and cut lengths, from one size to another."""
+    if value.shape[0] == samples[0]:
+        value = torch.cat([value, value[: samples[1] - samples[0]]])
+    for dim in range(1, value.dim()):
+        if value.shape[dim] == length[0]:
+            value = value.narrow(dim, 0, length[1])
+    return value.clone()
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
