@@ -130,17 +130,25 @@ def _blocks(model: nn.Module, plan: TensorParallelPlan) -> Iterator[str]:
 
     Layers that are whole to their neighbours, such as gathered ones, are blocks of their own.
     """
-    kinds: set[str] = set()
+    kinds: set[tuple[Any, ...]] = set()
     for name, layer in plan.layers.items():
         block = name if layer.kind in ALONE else _around(model, plan, name) if layer.kind is LayerKind.ROW else None
-        if not block or generic_name(block) in kinds:
+        if not block:
             continue
-        kinds.add(generic_name(block))
+        kind = (generic_name(block), type(model.get_submodule(block)), _roles(plan, block))
+        if kind in kinds:
+            continue
+        kinds.add(kind)
         own = [cut for key, cut in plan.parameters.items() if key.startswith(f"{block}.")]
         too_large = layer.kind in GATHERED and sum(cut.num_bytes for cut in own) > MAX_GATHERED_BYTES
         # A second run would call hooks of the user's a second time, and one without them would be another block.
         if not too_large and not any(_has_hooks(module) for module in model.get_submodule(block).modules()):
             yield block
+
+
+def _roles(plan: TensorParallelPlan, block: str) -> tuple[tuple[str, LayerKind], ...]:
+    inside = ((name, layer) for name, layer in plan.layers.items() if f"{name}.".startswith(f"{block}."))
+    return tuple((name.removeprefix(block), layer.kind) for name, layer in inside)
 
 
 def _has_hooks(module: nn.Module) -> bool:
