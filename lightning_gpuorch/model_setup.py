@@ -39,6 +39,7 @@ from lightning_gpuorch.tensor_parallel import (
     applied_plan,
     apply_plan,
     check_first_batch,
+    check_outputs_agree,
     load_sharded,
     open_checkpoint,
     plan_tensor_parallel,
@@ -300,17 +301,17 @@ class ModelSetup:
             self._check_on_first_batch(model)
 
     def _check_on_first_batch(self, model: nn.Module) -> None:
-        """Compare one block with its unsharded self on the first batch, which is computed without torch.compile."""
+        """Compare blocks with their unsharded selves on the first batch, which is computed without torch.compile."""
         check = check_first_batch(model)
-        if check is None:
-            return
         wrappers = self.runtime.step_wrappers
 
         def run_eagerly(call: Callable[[Any], Any], batch: Any, ticket: Any) -> Any:
-            with torch.compiler.set_stance("force_eager") if check.pending else contextlib.nullcontext():
+            pending = check is not None and check.pending
+            with torch.compiler.set_stance("force_eager") if pending else contextlib.nullcontext():
                 output = call(batch)
             if run_eagerly in wrappers:
                 wrappers.remove(run_eagerly)
+                check_outputs_agree(model, output)
             return output
 
         wrappers.append(run_eagerly)

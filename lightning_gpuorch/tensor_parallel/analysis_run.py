@@ -21,6 +21,12 @@ _LEAVES_TORCH: frozenset[Any] = frozenset(
         torch.Tensor.__index__,
     }
 )
+_COMPARES: frozenset[Any] = frozenset(
+    {
+        *(getattr(torch, name) for name in ("gt", "lt", "ge", "le")),
+        *(getattr(torch.Tensor, name) for name in ("gt", "lt", "ge", "le", "__gt__", "__lt__", "__ge__", "__le__")),
+    }
+)
 
 
 class PythonValues(TorchFunctionMode):
@@ -41,7 +47,11 @@ class PythonValues(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Take note of a tensor that leaves torch, and let it go without its graph."""
+        """Take note of a tensor that leaves torch, and let it go without its graph; of one number that is compared, too."""
+        if func in _COMPARES:
+            # A comparison has no gradient. One number of many channels decides for all of them.
+            operands = (value for value in args if type(value) is torch.Tensor)
+            self.seen += [value for value in operands if value.requires_grad and value.numel() == 1]
         if func in _LEAVES_TORCH and type(args[0]) is torch.Tensor and args[0].requires_grad:
             self.seen.append(args[0])
             args = (args[0].detach(), *args[1:])

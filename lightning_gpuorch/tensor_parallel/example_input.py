@@ -57,9 +57,13 @@ def planned_calls(
             real = [batch for batch in batches() if batch is not None] if batches is not None else []
             if not real:
                 raise
-            pairs = ((cut_small(real[0]), real[0]), (real[0], real[0]))
-            return [(ModelCall.of(tuple(one) if isinstance(one, list) else one),) for one, _ in pairs]
-    return [(_declared_call(model, example) or ModelCall.of(example),)]
+            choices = (cut_small(real[0]), real[0])
+            return [(ModelCall.of(tuple(one) if isinstance(one, list) else one),) for one in choices]
+    call = _declared_call(model, example)
+    assert call is not None
+    if call.method == "predict_step" or not hasattr(model, "predict_step"):
+        return [(call,)]
+    return [(call, _step_call(model, "predict_step", example)), (call,)]  # a step that takes the same is checked too
 
 
 def _declared_call(model: nn.Module, example: Any) -> ModelCall | None:

@@ -14,7 +14,9 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lightning_gpuorch.errors import TensorParallelError
@@ -24,7 +26,7 @@ from lightning_gpuorch.tensor_parallel.generation import group_of
 from lightning_gpuorch.tensor_parallel.intervals import indices_of
 from lightning_gpuorch.tensor_parallel.plan import LayerKind, ParameterPlan, TensorParallelPlan, generic_name
 from lightning_gpuorch.tensor_parallel.state import RandomState, random_state_kept
-from lightning_gpuorch.tensor_parallel.values import snapshot, tensors_within
+from lightning_gpuorch.tensor_parallel.values import output_leaves, snapshot, tensors_within
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,10 @@ GATHERED = frozenset({LayerKind.COLUMN_GATHER, LayerKind.ROW_SPLIT, LayerKind.VO
 ALONE = GATHERED | {LayerKind.HEADS, LayerKind.EXPERTS}
 """Kinds of layers that are blocks by themselves."""
 
+MAX_COMPARED_ELEMENTS = 1 << 16
+"""Outputs of the ranks are compared up to so many elements."""
+NUM_SUMS = 8
+"""Of so many sums; other channels agree in all of them, to a tenth of their spread, once in a billion cases."""
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest accepted difference relative to the largest value, by the block's dtype: sums are taken in another order."""
 
@@ -149,6 +155,51 @@ def _blocks(model: nn.Module, plan: TensorParallelPlan) -> Iterator[str]:
 def _roles(plan: TensorParallelPlan, block: str) -> tuple[tuple[str, LayerKind], ...]:
     inside = ((name, layer) for name, layer in plan.layers.items() if f"{name}.".startswith(f"{block}."))
     return tuple((name.removeprefix(block), layer.kind) for name, layer in inside)
+
+
+def check_outputs_agree(model: nn.Module, output: Any) -> None:
+    """Compare what the ranks of a sharded model's group got from one step; every rank of the group does the same.
+
+    What is whole is the same on every rank. A step that was not planned (a function of the user's that takes hidden
+    channels out of the model, say) gives each rank its own.
+
+    Args:
+        model: The sharded model.
+        output: What the step returned.
+
+    Raises:
+        TensorParallelError: On every rank, if tensors or arrays in the ranks' outputs differ.
+    """
+    communicator = group_of(model)
+    try:
+        leaves = [(path, _digest(leaf)) for path, leaf in output_leaves(output) if _has_numbers(leaf)]
+    except TensorParallelError as error:  # of a type that cannot be looked into
+        logger.info("The outputs of the ranks are not compared: %s", error)
+        leaves = []
+    gathered: list[Any] = [None] * communicator.size
+    dist.all_gather_object(gathered, leaves, group=communicator.process_group)
+    for rank, other in enumerate(gathered):
+        for (path, own), (_, theirs) in zip(gathered[0], other, strict=False):
+            if own[0] != theirs[0] or not torch.allclose(own[1], theirs[1], rtol=0, atol=0.1, equal_nan=True):
+                raise TensorParallelError(
+                    f"On the first batch, {path} is not the same on rank {rank} as on rank 0 of a group that shares "
+                    f"{type(model).__name__}: the step takes something out of the model that only holds a rank's own "
+                    "channels. Return outputs of the model itself, or use tensor_parallel_size=1."
+                )
+
+
+def _has_numbers(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray):
+        return leaf.dtype.kind in "fiub"
+    return isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not leaf.is_complex()
+
+
+def _digest(leaf: Any) -> tuple[tuple[int, ...], torch.Tensor]:
+    """Describe a tensor by its shape and by signed sums that other channels do not have, in units of their spread."""
+    values = torch.as_tensor(leaf).detach().flatten()[:MAX_COMPARED_ELEMENTS].double().cpu()
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (NUM_SUMS, values.numel()), generator=generator).double() * 2 - 1
+    return tuple(leaf.shape), signs @ values / values.norm().clamp(min=1e-30)
 
 
 def _has_hooks(module: nn.Module) -> bool:

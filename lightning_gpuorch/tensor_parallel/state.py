@@ -44,6 +44,10 @@ class _Slot:
     value: Any
 
 
+class _Nowhere(dict[Any, Any]):
+    """A place whose tensors are exchanged without anyone seeing it: class attributes hold theirs by another way."""
+
+
 class ModelState:
     """What modules hold besides their parameters, found once, protected during any number of runs.
 
@@ -57,6 +61,7 @@ class ModelState:
         self._slots: list[_Slot] = []
         self._generators: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = []
         self._seen: set[int] = set()
+        self._seen_classes: set[type] = set()
         self._keep_ids_unique: list[Any] = []
         for module in modules:
             own = {key: value for key, value in module.__dict__.items() if key not in _REGISTRIES}
@@ -65,6 +70,13 @@ class ModelState:
             self._remember(module.__dict__)
             for key, value in own.items():
                 self._look(module.__dict__, key, value)
+            for cls in type(module).__mro__:
+                if (
+                    cls.__module__.partition(".")[0] not in _FOREIGN | {"torch", "builtins"}
+                    and cls not in self._seen_classes
+                ):
+                    self._seen_classes.add(cls)
+                    self._remember_class(cls)
 
     @contextlib.contextmanager
     def protected(self) -> Iterator[None]:
@@ -138,6 +150,23 @@ class ModelState:
         if isinstance(getattr(value, "__dict__", None), dict):
             self._remember(value.__dict__)
             self._look_all(value.__dict__, list(value.__dict__.items()))
+
+    def _remember_class(self, cls: type) -> None:
+        """Undo changes of a class's own data: counters and caches that its instances share."""
+        data = {
+            key: value
+            for key, value in vars(cls).items()
+            if not key.startswith("__") and not callable(value) and not hasattr(value, "__get__")
+        }
+        for value in data.values():
+            self._look(_Nowhere(), None, value)
+
+        def restore() -> None:
+            for key, value in data.items():
+                if vars(cls).get(key) is not value:
+                    setattr(cls, key, value)
+
+        self._restores.append(restore)
 
     def _look_all(self, holder: Any, items: list[tuple[Any, Any]]) -> None:
         if len(items) <= MAX_LOOKED_INTO:

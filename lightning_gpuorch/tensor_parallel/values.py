@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import types
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -137,6 +138,8 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield from ((f"[{index}]", item) for index, item in enumerate(value))
     elif dataclasses.is_dataclass(value):
         yield from ((f".{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value))
+    elif isinstance(value, weakref.ReferenceType):
+        yield ".__class__", type(value)  # what it refers to is someone else's
     elif isinstance(value, functools.partial):
         yield from ((".func", value.func), (".args", value.args), (".keywords", value.keywords))
     elif isinstance(value, types.MethodType):
@@ -155,7 +158,8 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 def _fields(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     cls = type(value)
     yield ".__class__", cls
-    inherits = all(getattr(cls, name) is getattr(object, name) for name in ("__reduce_ex__", "__reduce__"))
+    names = ("__reduce_ex__", "__reduce__", "__getstate__")
+    inherits = all(getattr(cls, name, None) is getattr(object, name, None) for name in names)
     if inherits and hasattr(value, "__dict__"):
         slots = [name for base in cls.__mro__ for name in _slots_of(base) if hasattr(value, name)]
         yield from ((f".{name}", getattr(value, name)) for name in slots)

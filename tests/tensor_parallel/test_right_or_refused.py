@@ -6,6 +6,7 @@ import collections
 import copy
 import random
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -147,6 +148,17 @@ class Box:
         self.held = held
 
 
+class Pickles:
+    """Says itself what it consists of."""
+
+    def __init__(self, held: torch.Tensor) -> None:
+        self.hidden = lambda: held
+        self.back = weakref.ref(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"held": self.hidden(), "back": self.back}
+
+
 class Counts(collections.Counter[str]):
     pass
 
@@ -161,6 +173,7 @@ OUTPUTS: dict[str, Callable[[torch.Tensor], Any]] = {
     "count": lambda h: int((h > 0.5).sum()),
     "namespace": lambda h: types.SimpleNamespace(features=h, name="x"),
     "slots": lambda h: Box(h),
+    "own state": lambda h: Pickles(h),
     "generator": lambda h: (part for part in h),
     "zip": lambda h: zip(h, range(len(h)), strict=True),
     "set": lambda h: {round(float(value), 3) for value in h[0, 0]},
@@ -219,6 +232,7 @@ THRESHOLDS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     "largest channel": lambda self, h: h - (h.amax(-1, keepdim=True) - 50).clamp(min=0),
     "mean square": lambda self, h: h / h.square().mean(-1, keepdim=True).clamp(min=1e3).sqrt(),
     "small norm": lambda self, h: torch.where(h.norm(dim=-1, keepdim=True) < 0.05, torch.zeros_like(h), h),
+    "branch on a small norm": lambda self, h: h if h.norm() > 40 else h * 0,
     "sum": lambda self, h: h - F.relu(h.abs().sum(-1, keepdim=True) - 500) / INNER,
 }
 
@@ -523,6 +537,23 @@ class Keeps(TwoLayers):
         self.holder.queue.append(3)
         noise = torch.rand((), generator=self.generator) + self.random.random() + self.numpy_random.random()
         return y * noise + self.total + torch.stack(self.cache["seen"]).sum(0), self.alias.clone()
+
+
+class SharesState(TwoLayers):
+    calls, seen, table = 0, [0], {"last": torch.zeros(2)}
+
+    def predict_step(self, x: torch.Tensor) -> Any:
+        type(self).calls += 1
+        self.seen.append(self.calls)
+        self.table["last"].add_(1)
+        self.table["new"] = x
+        return super().predict_step(x)
+
+
+def test_planning_leaves_data_of_classes_as_it_was() -> None:
+    planned(randomized(SharesState()), rows())
+    assert (SharesState.calls, SharesState.seen, list(SharesState.table)) == (0, [0], ["last"])
+    assert not SharesState.table["last"].any()
 
 
 def state_of(model: Keeps) -> list[Any]:

@@ -21,6 +21,7 @@ from lightning_gpuorch.tensor_parallel import (
     PlanCache,
     apply_plan,
     check_first_batch,
+    check_outputs_agree,
     plan_on_first_rank,
     plan_tensor_parallel,
 )
@@ -179,6 +180,29 @@ def test_half_precision_rounding_is_no_error() -> None:
 def test_a_whole_model_has_nothing_to_check() -> None:
     with pytest.raises(TensorParallelError, match="not sharded"):
         check_first_batch(build("separate")[0])
+
+
+def compare_outputs(rank: int) -> list[str]:
+    model = randomized(Network(Separate))
+    plan = plan_tensor_parallel(model, (hidden(),), 2)
+    apply_plan(model, plan, rank)
+    messages = []
+    with torch.inference_mode():
+        check_outputs_agree(
+            model, {"logits": model(hidden()), "seconds": float(rank), "array": model(hidden()).numpy()}
+        )
+        own = model.get_submodule("mixers.0.query")(hidden())
+        for output in (own, {"features": [own.numpy()]}, (own.argmax(-1),)):
+            with pytest.raises(TensorParallelError, match="is not the same on rank 1 as on rank 0") as caught:
+                check_outputs_agree(model, output)
+            messages.append(str(caught.value))
+    return messages
+
+
+def test_a_step_that_takes_out_a_ranks_own_channels_is_found(two_ranks: ProcessRanks) -> None:
+    first, second = two_ranks.run(compare_outputs)
+    assert first == second
+    assert "output['features'][0]" in first[1]
 
 
 # -- cache -------------------------------------------------------------------------------------------------------------
