@@ -14,8 +14,8 @@ from lightning_gpuorch.tensor_parallel.plan import LayerKind, TensorParallelPlan
 from lightning_gpuorch.tensor_parallel.planner import decide_experts, decide_whole_layers, probe
 from lightning_gpuorch.tensor_parallel.published import published_decisions
 from lightning_gpuorch.tensor_parallel.stubs import StubbedModel
-from lightning_gpuorch.tensor_parallel.variations import recorded_calls
-from lightning_gpuorch.tensor_parallel.verify import VerificationFailure, verify_recorded
+from lightning_gpuorch.tensor_parallel.variations import Recordings
+from lightning_gpuorch.tensor_parallel.verify import VerificationFailure, verify_recordings
 
 MAX_HEALING_STEPS = 32
 
@@ -62,26 +62,19 @@ def plan_tensor_parallel(
         whole.roles.update({module: replicated("one rank") for module in anatomy.attentions})
         return assemble(anatomy, whole, 1)
     calls = (ModelCall.of(example_input, example_kwargs, method), *also)
-    stubbed, *others = recorded_calls(anatomy, calls, tensor_parallel_size, seed, analyze=True)
-    published = _from_publication(stubbed, others, tensor_parallel_size)
-    return published or _from_probe(stubbed, others, tensor_parallel_size)
+    recordings = Recordings(anatomy, calls, tensor_parallel_size, seed, analyze=True)
+    return _from_publication(recordings, tensor_parallel_size) or _from_probe(recordings, tensor_parallel_size)
 
 
-def _first_failure(
-    stubbed: StubbedModel, others: Sequence[StubbedModel], plan: TensorParallelPlan
-) -> VerificationFailure | None:
+def _first_failure(recordings: Recordings, plan: TensorParallelPlan) -> VerificationFailure | None:
     """Verify a plan for all recorded calls; the first has to reach what is cut."""
-    for recorded in (stubbed, *others):
-        report = verify_recorded(recorded, plan, must_reach=recorded is stubbed)
-        if not report.ok:
-            return report.failures[0]
-    return None
+    report = verify_recordings(recordings, plan)
+    return None if report.ok else report.failures[0]
 
 
-def _from_publication(
-    stubbed: StubbedModel, others: Sequence[StubbedModel], num_ranks: int
-) -> TensorParallelPlan | None:
+def _from_publication(recordings: Recordings, num_ranks: int) -> TensorParallelPlan | None:
     """Take the model's own plan if it covers the model and is right as it stands."""
+    stubbed = recordings.first
     decisions = published_decisions(stubbed.anatomy, num_ranks)
     if decisions is None:
         return None
@@ -97,7 +90,7 @@ def _from_publication(
         layer.kind is not LayerKind.COLUMN_GATHER or stubbed.anatomy.modules[name] in _visible_layers(stubbed)
         for name, layer in plan.layers.items()
     )
-    return plan if complete and _first_failure(stubbed, others, plan) is None else None
+    return plan if complete and _first_failure(recordings, plan) is None else None
 
 
 def _visible_layers(stubbed: StubbedModel) -> set[nn.Module]:
@@ -109,13 +102,14 @@ def _visible_layers(stubbed: StubbedModel) -> set[nn.Module]:
     return {module for module in stubbed.reference.called if kinds[stubbed.anatomy.signature(module)] == 1}
 
 
-def _from_probe(stubbed: StubbedModel, others: Sequence[StubbedModel], num_ranks: int) -> TensorParallelPlan:
+def _from_probe(recordings: Recordings, num_ranks: int) -> TensorParallelPlan:
+    stubbed = recordings.first
     decisions = probe(stubbed, num_ranks)
     decide_experts(stubbed, num_ranks, decisions)
     failure: VerificationFailure | None = None
     for _ in range(MAX_HEALING_STEPS):
         plan = assemble(stubbed.anatomy, decisions, num_ranks)
-        failure = _first_failure(stubbed, others, plan)
+        failure = _first_failure(recordings, plan)
         if failure is None:
             return plan
         if not heal(stubbed, decisions, failure, num_ranks):

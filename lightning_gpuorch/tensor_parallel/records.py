@@ -35,8 +35,8 @@ class LayerCall:
     Attributes:
         module: The layer.
         index: How many times it was called before.
-        inputs: The tensors it received; the first is its input, for the first call of a kind of layer with the autograd
-            graph that led to it.
+        inputs: The tensors it received; the first is its input. For the first call of a kind of layer with the autograd
+            graph that led to it, if there is one; then later calls of the kind have none.
         output: The graph leaf behind its output; None for layers with fixed roles and later calls of a kind.
     """
 

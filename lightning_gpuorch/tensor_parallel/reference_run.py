@@ -132,8 +132,9 @@ class ReferenceRun(StubInstaller):
             index = counts[module]
             counts[module] += 1
             inputs = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-            _refuse_as_layer_would(module, inputs[0])
-            if module not in record.layer_arguments and self._has_fixed_role(module):
+            if not self._has_fixed_role(module):
+                _refuse_as_layer_would(module, inputs[0])
+            elif module not in record.layer_arguments:
                 record.layer_arguments[module] = (snapshot(args), snapshot(kwargs))
                 if self._runs_as_it_is(module, record.layer_arguments[module]):
                     raise WeightReadDirectly(self.stubbed[module])
@@ -200,7 +201,7 @@ class ReferenceRun(StubInstaller):
             signature = self.anatomy.signature(module)
             if signature in kinds:
                 # One of each kind is enough for the analysis; graphs through all blocks would fill the memory.
-                record.calls.append(LayerCall(module, index, tuple(map(torch.detach, inputs)), None))
+                record.calls.append(LayerCall(module, index, (), None))
                 return value
             kinds.add(signature)
             record.calls.append(LayerCall(module, index, inputs, value.requires_grad_()))

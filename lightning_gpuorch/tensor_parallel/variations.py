@@ -25,46 +25,60 @@ from lightning_gpuorch.tensor_parallel.stubs import StubbedModel
 logger = logging.getLogger(__name__)
 
 
-def recorded_calls(
-    anatomy: Anatomy, calls: Sequence[ModelCall], num_ranks: int, seed: int = 0, analyze: bool = False
-) -> list[StubbedModel]:
-    """Record calls of a model, and the variations of the first of them that the model accepts.
+class Recordings:
+    """Recorded calls of a model, and variations of the first of them.
+
+    Variations are recorded when they are needed and forgotten afterwards: what all layers of a large model receive takes
+    more memory than is worth keeping several times.
 
     Args:
         anatomy: The model's parts.
         calls: The calls; the model has to accept them all.
-        num_ranks: Number of ranks, which decides which lengths are telling.
+        num_ranks: Number of ranks, which decides which sizes are telling.
         seed: Seed of the stubs' numbers.
         analyze: Whether the first call is recorded with gradients too.
 
-    Returns:
-        The calls, then the variations.
+    Attributes:
+        first: The first call.
+        others: The other calls.
 
     Raises:
         TensorParallelError: The model cannot be run with one of the calls.
     """
-    recorded = [StubbedModel(anatomy, call, seed) for call in calls]
-    for index, stubbed in enumerate(recorded):
-        stubbed.run_reference(analyze=analyze and index == 0)
-    first = recorded[0]
-    if first.keeps_state:
-        recorded += _accepted(StubbedModel(anatomy, calls[0], seed, num_steps=2))
-    for scale in (LARGEST_SCALE, 1 / LARGEST_SCALE):
-        recorded += _accepted(StubbedModel(anatomy, calls[0], seed, scale))
-    for is_good in (lambda size: math.gcd(size, num_ranks) == 1, lambda size: size % num_ranks == 0):
-        changed = (_accepted(StubbedModel(anatomy, call, seed, MIXED)) for call in _other_shapes(first.call, is_good))
-        recorded += next(filter(None, changed), [])
-    return recorded
 
+    def __init__(
+        self, anatomy: Anatomy, calls: Sequence[ModelCall], num_ranks: int, seed: int = 0, analyze: bool = False
+    ) -> None:
+        self.anatomy, self.seed = anatomy, seed
+        self.first, *self.others = (StubbedModel(anatomy, call, seed) for call in calls)
+        for stubbed in (self.first, *self.others):
+            stubbed.run_reference(analyze=analyze and stubbed is self.first)
+        call = self.first.call
+        coprime = _other_shapes(call, lambda size: math.gcd(size, num_ranks) == 1)
+        multiple = _other_shapes(call, lambda size: size % num_ranks == 0)
+        # Each variation is a list of alternatives, the first that the model accepts counts.
+        self._variations: list[list[tuple[ModelCall, float, int]]] = [
+            [(one, MIXED, 1) for one in coprime],
+            [(one, LARGEST_SCALE, 1) for one in multiple],
+            [(call, 1 / LARGEST_SCALE, 1)],
+        ]
+        if self.first.keeps_state:
+            self._variations.append([(call, 1.0, 2)])
 
-def _accepted(stubbed: StubbedModel) -> list[StubbedModel]:
-    stubbed.is_variation = True
-    try:
-        stubbed.run_reference()
-    except (ExampleError, CommunicatesError) as error:
-        logger.debug("a variation of the example is not checked: %s", error)
-        return []
-    return [stubbed]
+    def variations(self) -> Iterator[StubbedModel]:
+        """Record one variation after the other; each is only good until the next."""
+        for alternatives in self._variations:
+            while alternatives:
+                stubbed = StubbedModel(self.anatomy, alternatives[0][0], self.seed, *alternatives[0][1:])
+                stubbed.is_variation = True
+                try:
+                    stubbed.run_reference()
+                except (ExampleError, CommunicatesError) as error:
+                    logger.debug("a variation of the example is not checked: %s", error)
+                    del alternatives[0]
+                else:
+                    yield stubbed
+                    break
 
 
 def _other_shapes(call: ModelCall, is_good: Callable[[int], bool]) -> Iterator[ModelCall]:

@@ -30,7 +30,7 @@ from lightning_gpuorch.tensor_parallel.layers import features
 from lightning_gpuorch.tensor_parallel.plan import LayerKind, LayerPlan, ParameterPlan, TensorParallelPlan
 from lightning_gpuorch.tensor_parallel.records import Deviation, LocalPlan
 from lightning_gpuorch.tensor_parallel.stubs import StubbedModel
-from lightning_gpuorch.tensor_parallel.variations import recorded_calls
+from lightning_gpuorch.tensor_parallel.variations import Recordings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +108,22 @@ def verify_plan(
     if failures:
         return VerificationReport(tuple(failures))
     calls = (ModelCall.of(example_input, example_kwargs, method), *also)
-    recorded = recorded_calls(Anatomy(model), calls, plan.tensor_parallel_size, seed)
-    report = verify_recorded(recorded[0], plan)
-    for other in recorded[1:]:
-        if report.ok:
-            report = dataclasses.replace(verify_recorded(other, plan, False), num_layer_calls=report.num_layer_calls)
-    return report
+    return verify_recordings(Recordings(Anatomy(model), calls, plan.tensor_parallel_size, seed), plan)
+
+
+def verify_recordings(recordings: Recordings, plan: TensorParallelPlan) -> VerificationReport:
+    """Verify a plan for all recorded calls of a model, then for the variations of the first.
+
+    Args:
+        recordings: The calls; the first has to reach what is cut.
+        plan: The plan.
+    """
+    report = first = verify_recorded(recordings.first, plan)
+    for other in itertools.chain(recordings.others, recordings.variations()):
+        if not report.ok:
+            break
+        report = verify_recorded(other, plan, must_reach=False)
+    return dataclasses.replace(report, num_layer_calls=first.num_layer_calls)
 
 
 def verify_recorded(stubbed: StubbedModel, plan: TensorParallelPlan, must_reach: bool = True) -> VerificationReport:
@@ -126,9 +136,9 @@ def verify_recorded(stubbed: StubbedModel, plan: TensorParallelPlan, must_reach:
             another call has verified.
     """
     if stubbed.is_variation:
-        # The layers have been read and their cuts judged for the call it varies; the outermost ranks differ most.
-        ends = (0, plan.tensor_parallel_size - 1)
-        return VerificationReport(tuple(_failures_by_running(stubbed, plan, ends)), len(stubbed.reference.calls))
+        # The layers have been read and their cuts judged for the call it varies; what it shows, every rank shows.
+        last = (plan.tensor_parallel_size - 1,)
+        return VerificationReport(tuple(_failures_by_running(stubbed, plan, last)), len(stubbed.reference.calls))
     failures = _failures_by_reading(stubbed.model, plan) or _failures_of_layers(stubbed, plan, must_reach)
     if not failures:
         failures = _failures_of_experts(stubbed, plan, must_reach) or _failures_by_running(
