@@ -114,9 +114,14 @@ def _from_probe(recordings: Recordings, num_ranks: int) -> TensorParallelPlan:
             return plan
         if not heal(stubbed, decisions, failure, num_ranks):
             break
+    cause = (
+        f"it computes something else in every run, by random numbers that are not seeded or by the time ({failure}). Seed "
+        "its generators in the step, the same way on every rank"
+        if stubbed.differs_from_run_to_run()
+        else f"the last failure was {failure}. Run it with tensor_parallel_size=1, or pass your own plan or parallelize_fn"
+    )
     raise TensorParallelError(
-        f"No tensor-parallel plan for {type(stubbed.model).__name__} on {num_ranks} ranks passes verification; the "
-        f"last failure was {failure}. Run it with tensor_parallel_size=1, or pass your own plan or parallelize_fn."
+        f"No tensor-parallel plan for {type(stubbed.model).__name__} on {num_ranks} ranks passes verification: {cause}."
     )
 
 

@@ -245,6 +245,35 @@ def test_thresholds_over_all_channels(name: str) -> None:
     assert kinds(plan) <= GATHERED
 
 
+class Experts(nn.Module):
+    """Fused experts that limit the norm of their inner channels, in a range no usual input reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(4, WIDTH, INNER) / 8)
+        self.down = nn.Parameter(torch.randn(4, INNER, WIDTH) / 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = torch.einsum("btw,ewi->ebti", x, self.up)
+        inner = inner * (200 / inner.norm(dim=-1, keepdim=True)).clamp(max=1.0)
+        return torch.einsum("ebti,eiw->btw", inner, self.down)
+
+
+def test_thresholds_inside_of_fused_experts() -> None:
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts, self.out = Experts(), nn.Linear(WIDTH, WIDTH)
+
+        def predict_step(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.experts(x))
+
+    model = randomized(Mixture())
+    plan = planned(model, rows())
+    assert plan.layers["experts"].kind is LayerKind.REPLICATED
+    assert_right(model, plan, rows(), 300 * rows())
+
+
 def test_clamping_channel_by_channel_is_cut() -> None:
     model = randomized(TwoLayers(lambda self, h: h.clamp(-50, 50)))
     plan = planned(model, rows())
@@ -296,6 +325,12 @@ def test_random_numbers_of_a_ranks_own_shape(name: str) -> None:
 def test_random_numbers_for_whole_tensors_leave_the_cut() -> None:
     model = randomized(Noisy(lambda self, h: h * torch.rand(()) + random.random() + np.random.rand()))  # type: ignore[call-arg,arg-type,misc]
     assert kinds(planned(model, rows())) == {LayerKind.COLUMN, LayerKind.ROW}
+
+
+def test_random_numbers_that_nobody_seeded_are_named() -> None:
+    model = randomized(Noisy(lambda self, h: h + float(np.random.default_rng().random())))  # type: ignore[call-arg,arg-type,misc]
+    with pytest.raises(TensorParallelError, match=r"computes something else in every run.*Seed its generators"):
+        planned(model, rows())
 
 
 def test_attention_that_drops_out_stays_whole() -> None:
