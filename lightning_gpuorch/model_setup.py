@@ -310,8 +310,8 @@ class ModelSetup:
             with torch.compiler.set_stance("force_eager") if pending else contextlib.nullcontext():
                 output = call(batch)
             if run_eagerly in wrappers:
-                wrappers.remove(run_eagerly)
                 check_outputs_agree(model, output)
+                wrappers.remove(run_eagerly)  # only now: a rank that has to leave the step repeats it with its peers
             return output
 
         wrappers.append(run_eagerly)
