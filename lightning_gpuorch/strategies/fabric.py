@@ -102,6 +102,8 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):  # type: ignore[misc]
         Parameters on meta stay there, cut to this rank's part, until ``fabric.load_raw`` or
         :meth:`~lightning_gpuorch.MultiGPUOrchestrator.load_distributed_model` gives them values.
         """
+        if not has_meta(module):
+            module.eval()  # here layers that merge adapters do so while their weights are whole
         module = self.model_setup.prepare(module).eval()
         if not has_meta(module):
             super().module_to_device(module)

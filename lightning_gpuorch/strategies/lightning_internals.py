@@ -103,10 +103,10 @@ def predict_dataloaders(trainer: pl.Trainer) -> list[Any]:
     return list(CombinedLoader(loaders, "sequential").flattened)
 
 
-def transferred(trainer: pl.Trainer, batch: Any, device: Any) -> Any:
+def transferred(trainer: pl.Trainer, batch: Any, device: Any, loader: int) -> Any:
     """A batch after the precision plugin and the hooks that stand between a loader and ``predict_step``."""
     batch = trainer.precision_plugin.convert_input(batch)
-    return trainer.lightning_module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)
+    return trainer.lightning_module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=loader)
 
 
 class _Renumbered:

@@ -150,16 +150,22 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.model)
         predicting = trainer.state.fn == TrainerFn.PREDICTING
-        self.model = self.model_setup.prepare(self.model, self._first_batch if predicting else None)
+        if not has_meta(self.model):
+            self.model.eval()  # as the loop does; here layers that merge adapters do so while their weights are whole
+        self.model = self.model_setup.prepare(self.model, self._first_batches if predicting else None, "predict_step")
         self.model_to_device()
         self.setup_precision_plugin()
         self._sync_metrics_over_job(self.model)
 
-    def _first_batch(self) -> Any:
-        """The first batch of the predict call as the step will get it, on the CPU."""
-        loaders = lightning_internals.predict_dataloaders(self._trainer)
-        batch = first_batch(loaders[0]) if loaders else None
-        return None if batch is None else lightning_internals.transferred(self._trainer, batch, torch.device("cpu"))
+    def _first_batches(self) -> list[Any]:
+        """The first batch of every loader of the predict call as the step will get it, on the CPU."""
+        batches = [first_batch(loader) for loader in lightning_internals.predict_dataloaders(self._trainer)]
+        return [
+            None
+            if batch is None
+            else lightning_internals.transferred(self._trainer, batch, torch.device("cpu"), loader)
+            for loader, batch in enumerate(batches)
+        ]
 
     def model_to_device(self) -> None:
         """Move the model, unless its parameters are still to be read."""

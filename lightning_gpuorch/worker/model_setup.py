@@ -1,4 +1,4 @@
-"""How does a model get ready on a rank? One rank decides how many ranks share it and how it is cut; all do the same.
+"""A model gets ready on a rank: one rank decides how many ranks share it and how it is cut; all do the same.
 
 1. The smallest memory budget of all ranks counts.
 2. Rank 0 finds the tensor-parallel size, if it is open, and a verified plan; the control plane tells the others. A
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
+import functools
 import json
 import logging
 import math
@@ -37,16 +37,17 @@ from lightning_gpuorch.parallel.tensor_parallel import (
     applied_plan,
     apply_plan,
     check_first_batch,
-    cut_small,
-    find_example_input,
+    check_outputs_agree,
     load_sharded,
     open_checkpoint,
     plan_tensor_parallel,
     smallest_tensor_parallel_size,
     verify_plan,
 )
+from lightning_gpuorch.parallel.tensor_parallel.example_input import BatchSource, Calls, planned_calls
 from lightning_gpuorch.parallel.tensor_parallel.isolation import CommunicatesError, NoCollectives
 from lightning_gpuorch.parallel.tensor_parallel.plan import format_bytes
+from lightning_gpuorch.parallel.tensor_parallel.reference_run import ExampleError
 from lightning_gpuorch.predictions.loading.source import describe
 from lightning_gpuorch.predictions.samples.tensors import fingerprint_files, fingerprint_tensors, fingerprint_weights
 from lightning_gpuorch.worker.random_state import keep_random_state
@@ -55,7 +56,6 @@ from lightning_gpuorch.worker.runtime import Runtime
 log = logging.getLogger(__name__)
 
 ParallelizeFn = Callable[[nn.Module, Any], nn.Module]
-BatchSource = Callable[[], Any]
 
 _cut_from: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 """Identity of the whole weights of models that hold only a part of them, or were read by part."""
@@ -129,12 +129,15 @@ class ModelSetup:
 
     # Sharding
 
-    def prepare(self, model: nn.Module, batch: BatchSource | None = None) -> nn.Module:
+    def prepare(
+        self, model: nn.Module, batches: BatchSource | None = None, step: str | Callable[..., Any] = ""
+    ) -> nn.Module:
         """Decide how many ranks share a model if that is open, and keep this rank's part; every rank must call this.
 
         Args:
             model: The whole model, on the CPU or its parameters on meta; changed in place, except by ``parallelize_fn``.
-            batch: Gives a real batch, where nothing else says what the model is called with.
+            batches: Gives the first batch of every dataloader.
+            step: What is called with a batch, ``predict_step`` or a function; empty if it is the model itself.
 
         Returns:
             The model of this rank, on the device it was on. A model that is prepared already is returned as it is.
@@ -147,7 +150,7 @@ class ModelSetup:
             return model
         identity = self.fingerprint(model)
         self.runtime.note_model(model)
-        decision = self._decide(model, batch)
+        decision = self._decide(model, functools.partial(planned_calls, model, self.example_input, batches, step))
         topology = self.runtime.settle(decision.tensor_parallel_size)
         if topology.rank == 0:
             for line in decision.lines:
@@ -170,7 +173,7 @@ class ModelSetup:
             self._ready.add(one)
         return prepared
 
-    def _decide(self, model: nn.Module, batch: BatchSource | None) -> _Decision:
+    def _decide(self, model: nn.Module, calls: Callable[[], list[Calls]]) -> _Decision:
         world = self.runtime.world
         budget = memory_budget_bytes(self.runtime.device, self.runtime.config.memory_fraction)
         topology = world.topology
@@ -182,7 +185,7 @@ class ModelSetup:
         if topology.rank == 0 or topology.shrunk:
             try:
                 with torch.compiler.set_stance("force_eager"):  # what the user has compiled is planned uncompiled
-                    outcome = self._choose(model, batch, budget)
+                    outcome = self._choose(model, calls, budget)
             except GPUOrchError as error:
                 outcome = error
         # What was decided for the whole group no longer fits a replica that has shrunk, so each of its ranks decides, and
@@ -194,7 +197,7 @@ class ModelSetup:
         assert outcome is not None
         return outcome
 
-    def _choose(self, model: nn.Module, batch: BatchSource | None, budget_bytes: int) -> _Decision:
+    def _choose(self, model: nn.Module, calls: Callable[[], list[Calls]], budget_bytes: int) -> _Decision:
         """Rank 0's part: the size, and a plan that is verified and fits."""
         world = self.runtime.world
         is_open = not world.settled
@@ -213,9 +216,8 @@ class ModelSetup:
             size = next((size for size in sizes if math.ceil(total / size) <= usable), sizes[-1])
             check_model_fits(model, budget_bytes, tensor_parallel_size=size)
             return _Decision(size, lines=(f"{arithmetic}: tensor_parallel_size={size}",))
-        example, method = None, "forward"
         try:
-            example, method = self._example(model, batch)
+            alternatives = calls()
         except TensorParallelError as error:
             if self.plan is not None or total > usable:
                 raise TensorParallelError(f"{arithmetic}. {error}") from error
@@ -224,7 +226,7 @@ class ModelSetup:
         on_cpu(model)
         try:
             with NoCollectives():  # type: ignore[no-untyped-call]
-                return self._planned(model, example, method, sizes, budget_bytes)
+                return self._planned(model, alternatives, sizes, budget_bytes)
         except CommunicatesError as error:
             if self.plan is not None:
                 raise
@@ -232,20 +234,31 @@ class ModelSetup:
             return _Decision(sizes[0], lines=(f"{named} is left as it is: {error}",))
 
     def _planned(
-        self, model: nn.Module, example: Any, method: str, sizes: tuple[int, ...], budget_bytes: int
+        self, model: nn.Module, alternatives: list[Calls], sizes: tuple[int, ...], budget_bytes: int
     ) -> _Decision:
         """A verified plan, the user's or one that is found, for the smallest size that fits."""
-        if self.plan is not None:
-            usable = int(budget_bytes * (1 - ACTIVATION_HEADROOM))
-            return self._given(model, example, method, sizes, usable)
+        first: ExampleError | None = None
+        for calls in alternatives:
+            try:
+                if self.plan is not None:
+                    return self._given(model, calls, sizes, int(budget_bytes * (1 - ACTIVATION_HEADROOM)))
+                return self._found(model, calls, sizes, budget_bytes)
+            except ExampleError as error:
+                first = first or error
+        assert first is not None
+        raise first
+
+    def _found(self, model: nn.Module, calls: Calls, sizes: tuple[int, ...], budget_bytes: int) -> _Decision:
+        call, *also = calls
         choice = smallest_tensor_parallel_size(
             model,
             budget_bytes,
-            example,
-            method=method,
+            call.args,
+            example_kwargs=call.kwargs,
+            method=call.method,
             candidates=sizes,
             headroom_fraction=ACTIVATION_HEADROOM,
-            planner=self._planner(),
+            planner=functools.partial(self._planner(), also=also),
         )
         assert choice.plan is not None
         lines = (
@@ -255,7 +268,7 @@ class ModelSetup:
         )
         return _Decision(choice.tensor_parallel_size, choice.plan.to_json(), lines)
 
-    def _given(self, model: nn.Module, example: Any, method: str, sizes: tuple[int, ...], usable: int) -> _Decision:
+    def _given(self, model: nn.Module, calls: Calls, sizes: tuple[int, ...], usable: int) -> _Decision:
         """The user's own plan, if it is right for the model and fits."""
         assert self.plan is not None
         size = self.plan.tensor_parallel_size
@@ -263,7 +276,9 @@ class ModelSetup:
             raise ConfigurationError(
                 f"tensor_parallel_plan is for {size} ranks; this job can have {' or '.join(map(str, sizes))} per model."
             )
-        verify_plan(model, self.plan, example, method=method).raise_for_failures()
+        call, *also = calls
+        report = verify_plan(model, self.plan, call.args, example_kwargs=call.kwargs, method=call.method, also=also)
+        report.raise_for_failures()
         needed = self.plan.max_rank_bytes + model_bytes(model).buffers
         if needed > usable:
             raise ModelDoesNotFitError(
@@ -279,33 +294,6 @@ class ModelSetup:
         directory = plan_cache_directory(self.runtime.config.plan_cache)
         return plan_tensor_parallel if directory is None else PlanCache(directory).plan
 
-    def _example(self, model: nn.Module, batch: BatchSource | None) -> tuple[Any, str]:
-        """What the model is called with, and by which method."""
-        # A LightningModule without a forward of its own is called through its predict_step.
-        forward = getattr(type(model), "forward", None)
-        bare = forward is nn.Module.forward or getattr(forward, "__module__", "").startswith("lightning.")
-        predict_step = getattr(model, "predict_step", None)
-        steps = bare and predict_step is not None
-        example = self.example_input
-        if example is None:
-            try:
-                example, _ = find_example_input(model)
-            except TensorParallelError:
-                real = batch() if batch is not None else None
-                if real is None:
-                    raise
-                example = cut_small(real)
-                steps = predict_step is not None  # a batch is what the step gets, whatever forward takes
-                if isinstance(example, list) and not steps:
-                    example = tuple(example)
-        if not steps:
-            return example, "forward"
-        parameters = inspect.signature(predict_step).parameters.values()  # type: ignore[arg-type]
-        needed = [
-            p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-        return (example, *[0] * (len(needed) - 1)), "predict_step"
-
     def _apply(self, model: nn.Module, plan: TensorParallelPlan) -> None:
         topology, mesh = self.runtime.world.topology, self.runtime.mesh
         group = mesh.get_group("tensor_parallel") if mesh is not None else None
@@ -314,17 +302,17 @@ class ModelSetup:
             self._check_on_first_batch(model)
 
     def _check_on_first_batch(self, model: nn.Module) -> None:
-        """Compare one block with its unsharded self on the first batch, which is computed without torch.compile."""
+        """Compare blocks with their unsharded selves on the first batch, which is computed without torch.compile."""
         check = check_first_batch(model)
-        if check is None:
-            return
         wrappers = self.runtime.step_wrappers
 
         def run_eagerly(call: Callable[[Any], Any], batch: Any, ticket: Any) -> Any:
-            with torch.compiler.set_stance("force_eager") if check.pending else contextlib.nullcontext():
+            pending = check is not None and check.pending
+            with torch.compiler.set_stance("force_eager") if pending else contextlib.nullcontext():
                 output = call(batch)
             if run_eagerly in wrappers:
-                wrappers.remove(run_eagerly)
+                check_outputs_agree(model, output)
+                wrappers.remove(run_eagerly)  # only now: a rank that has to leave the step repeats it with its peers
             return output
 
         wrappers.append(run_eagerly)

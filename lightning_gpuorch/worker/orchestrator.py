@@ -192,9 +192,12 @@ class MultiGPUOrchestrator:
         if self.fabric is not None:
             self._model = self.fabric.setup_module(model)
         else:
+            model.eval()
             self._model = self.model_setup.prepare(model).eval()
         if checkpoint is not None:
+            model.train()  # layers that merged adapters part them again: the checkpoint's weights are not merged
             self.model_setup.load(model, checkpoint)
+            model.eval()
         elif self.fabric is None:
             self._model = self._model.to(self.runtime.device)
         return self._model
@@ -258,7 +261,8 @@ class MultiGPUOrchestrator:
         loader = _unwrap(dataloader, self.config.batch_size)
         inner = getattr(model, "_original_module", model)  # under Fabric's wrapper
         if not self.model_setup.is_ready(inner):
-            model = inner = self.model_setup.prepare(inner, lambda: first_batch(loader)).eval().to(self.runtime.device)
+            prepared = self.model_setup.prepare(inner.eval(), lambda: [first_batch(loader)], step or "")
+            model = inner = prepared.eval().to(self.runtime.device)
         self._model = model
         fingerprint = self.model_setup.fingerprint(inner)
         job = self.runtime.open_job([loader], Path.cwd(), [limit_batches], fingerprint)

@@ -25,7 +25,11 @@ from lightning_gpuorch.parallel.tensor_parallel.plan import (
 )
 from lightning_gpuorch.parallel.tensor_parallel.plan_cache import PlanCache, plan_on_first_rank
 from lightning_gpuorch.parallel.tensor_parallel.planning import plan_tensor_parallel
-from lightning_gpuorch.parallel.tensor_parallel.runtime_check import FirstBatchCheck, check_first_batch
+from lightning_gpuorch.parallel.tensor_parallel.runtime_check import (
+    FirstBatchCheck,
+    check_first_batch,
+    check_outputs_agree,
+)
 from lightning_gpuorch.parallel.tensor_parallel.sizing import SizeChoice, smallest_tensor_parallel_size
 from lightning_gpuorch.parallel.tensor_parallel.verify import VerificationFailure, VerificationReport, verify_plan
 
@@ -49,6 +53,7 @@ __all__ = [
     "apply_plan",
     "build_model",
     "check_first_batch",
+    "check_outputs_agree",
     "cut_small",
     "empty_parameters",
     "find_example_input",

@@ -1,11 +1,10 @@
-"""What parts does a model have? Its layers that can be cut, their relatives, and how the model is called."""
+"""A model's parts: the layers that can be cut, their relatives, and how the model is called."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 
 from lightning_gpuorch.errors import TensorParallelError
 from lightning_gpuorch.parallel.tensor_parallel.experts import looks_fused
-from lightning_gpuorch.parallel.tensor_parallel.layers import features, is_conv1d, weight_dims
+from lightning_gpuorch.parallel.tensor_parallel.layers import features, has_own_forward, is_conv1d, weight_dims
 from lightning_gpuorch.parallel.tensor_parallel.plan import (
     LayerKind,
     LayerPlan,
@@ -21,6 +20,7 @@ from lightning_gpuorch.parallel.tensor_parallel.plan import (
     dtype_name,
     generic_name,
 )
+from lightning_gpuorch.parallel.tensor_parallel.state import ModelState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +30,19 @@ class ModelCall:
     Attributes:
         args: Positional arguments.
         kwargs: Keyword arguments.
-        method: Name of the method: ``forward`` calls the model itself.
+        method: Name of the method: ``forward`` calls the model itself. Or a function that calls the model somehow.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    method: str = "forward"
+    method: str | Callable[..., Any] = "forward"
 
     @classmethod
     def of(
-        cls, example_input: Any, example_kwargs: Mapping[str, Any] | None = None, method: str = "forward"
+        cls,
+        example_input: Any,
+        example_kwargs: Mapping[str, Any] | None = None,
+        method: str | Callable[..., Any] = "forward",
     ) -> ModelCall:
         """Read an example as Lightning reads ``example_input_array``: a tuple is arguments, a mapping keywords."""
         kwargs = dict(example_kwargs or {})
@@ -51,6 +54,8 @@ class ModelCall:
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call the model."""
+        if callable(self.method):
+            return self.method(*args, **kwargs)
         return model(*args, **kwargs) if self.method == "forward" else getattr(model, self.method)(*args, **kwargs)
 
 
@@ -64,6 +69,8 @@ class Anatomy:
         embeddings: Embedding layers.
         attentions: ``nn.MultiheadAttention`` modules; their own projections are not listed.
         experts: Modules that could hold fused experts.
+        state: What the modules hold besides parameters, which runs must not change.
+        keeps_shape: Those of them that were asked whether they map hidden states to hidden states.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -89,6 +96,8 @@ class Anatomy:
             module for module in self.names if isinstance(module, nn.Embedding) and _plain_weight(module)
         ]
         self.experts = [module for module in self.names if looks_fused(module) and "forward" not in module.__dict__]
+        self.state = ModelState(self.names)
+        self.keeps_shape: dict[nn.Module, bool] = {}
         self._signatures: dict[nn.Module, tuple[Any, ...]] = {}
         self.ties = _ties(model)
 
@@ -122,7 +131,7 @@ def _is_compiled(module: nn.Module) -> bool:
 def _plain_weight(module: nn.Module) -> bool:
     """Tell whether a layer holds an ordinary weight and runs its class's forward, not one put on the instance."""
     weight = module._parameters.get("weight")
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ or (is_conv1d(module) and has_own_forward(module)):
         return False
     return weight is not None and weight.dim() == 2 and weight.is_floating_point() and type(weight) is nn.Parameter
 
@@ -149,15 +158,3 @@ def layer_parameters(module: nn.Module, layer: LayerPlan) -> dict[str, Parameter
             intervals = () if dim is None else layer.intervals
             plans[name] = ParameterPlan(tuple(value.shape), dtype_name(value.dtype), dim, intervals)
     return plans
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode and put every module back as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

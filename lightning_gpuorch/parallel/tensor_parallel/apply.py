@@ -15,7 +15,7 @@ from lightning_gpuorch.errors import TensorParallelError
 from lightning_gpuorch.parallel.tensor_parallel.attention import HeadShardedAttention
 from lightning_gpuorch.parallel.tensor_parallel.communicator import Communicator
 from lightning_gpuorch.parallel.tensor_parallel.experts import swap_experts
-from lightning_gpuorch.parallel.tensor_parallel.layers import behaviour_for, runs_inside
+from lightning_gpuorch.parallel.tensor_parallel.layers import behaviour_for, has_own_forward
 from lightning_gpuorch.parallel.tensor_parallel.plan import (
     AttributePatch,
     LayerKind,
@@ -70,7 +70,7 @@ def apply_plan(
     modules = dict(model.named_modules())
     _cut_tensors(model, plan, rank)
     for name, layer in plan.layers.items():
-        _swap_layer(modules[name], layer.kind)
+        swap_layer(modules[name], layer.kind)
         if layer.kind not in UNCHANGED_KINDS:
             modules[name].bind(layer, communicator)
     for patch in plan.attributes:
@@ -87,7 +87,8 @@ def applied_plan(model: nn.Module) -> tuple[TensorParallelPlan, int] | None:
     return _applied.get(model)
 
 
-def _swap_layer(module: nn.Module, kind: LayerKind) -> None:
+def swap_layer(module: nn.Module, kind: LayerKind) -> None:
+    """Give a layer the class of its kind, in place."""
     if kind in UNCHANGED_KINDS:
         return
     if kind is LayerKind.HEADS:
@@ -97,7 +98,7 @@ def _swap_layer(module: nn.Module, kind: LayerKind) -> None:
     else:
         behaviour = behaviour_for(module, kind)
         assert behaviour is not None  # checked by mismatches()
-        swap_class(module, behaviour, inside=runs_inside(type(module)))
+        swap_class(module, behaviour, inside=has_own_forward(module))
 
 
 def _leave_fused_kernels(module: nn.Module) -> None:

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from lightning_gpuorch.errors import TensorParallelError
 from lightning_gpuorch.parallel.tensor_parallel.intervals import Intervals, RankIntervals, length, shift, split_evenly
+from lightning_gpuorch.parallel.tensor_parallel.layers import refuse_gradient
 from lightning_gpuorch.parallel.tensor_parallel.plan import LayerKind, LayerPlan, ParameterPlan, dtype_name
 
 if TYPE_CHECKING:
@@ -45,6 +47,11 @@ def plan_attention(module: nn.MultiheadAttention, num_ranks: int) -> tuple[Layer
         if name in cuts
     }
     return LayerPlan(LayerKind.HEADS, heads, source="handler"), parameters
+
+
+def drops_out(module: nn.MultiheadAttention) -> bool:
+    """Tell whether an attention's next call draws random masks over its heads."""
+    return module.training and module.dropout > 0
 
 
 class HeadShardedAttention(nn.MultiheadAttention):
@@ -94,6 +101,12 @@ class HeadShardedAttention(nn.MultiheadAttention):
         """
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
+        if drops_out(self):
+            raise TensorParallelError(
+                "an nn.MultiheadAttention that is cut by heads was put into train mode, and its dropout would draw other "
+                "masks than a whole one. Put it into train mode before planning as well, where the step does so itself."
+            )
+        refuse_gradient(self, query)
         batched = query.dim() == 3
         if not batched:
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)

@@ -1,4 +1,4 @@
-"""Where do the values lie? Checkpoints of every common kind, read by tensor and by slice, never as a whole.
+"""Checkpoints of every common kind are read by tensor and by slice, never as a whole.
 
 - ``*.safetensors``, ``*.safetensors.index.json``, a directory with either: slices through ``safe_open().get_slice``
 - ``*.bin``, ``*.pt``, ``*.pth``, ``*.bin.index.json``: slices of a memory-mapped ``torch.load``
@@ -22,6 +22,7 @@ import torch
 from lightning_gpuorch.errors import TensorParallelError
 from lightning_gpuorch.parallel.tensor_parallel.checkpoint_base import Checkpoint
 from lightning_gpuorch.parallel.tensor_parallel.intervals import Intervals, take
+from lightning_gpuorch.parallel.tensor_parallel.quantized import refuse_quantized_config
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -56,6 +57,7 @@ def open_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -> Check
     path = Path(source)
     if not path.exists():
         raise TensorParallelError(f"There is no checkpoint at {path}.")
+    refuse_quantized_config(path if path.is_dir() else path.parent)
     if path.is_dir():
         return _open_directory(path)
     if path.name.endswith(".index.json"):
@@ -131,7 +133,7 @@ class SafetensorsFiles(Checkpoint):
         self._handles = threading.local()
         self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._itemsizes: dict[str, int] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         for file in files:
             handle = self._open(file)
             for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no dict
@@ -145,7 +147,7 @@ class SafetensorsFiles(Checkpoint):
                     raise TensorParallelError(
                         f"{key} in {file} has the dtype {part.get_dtype()}, which cannot be read."
                     )
-                self._itemsizes[key] = dtype.itemsize
+                self._dtypes[key] = dtype
 
     def _open(self, file: Path) -> Any:
         from safetensors import SafetensorError, safe_open
@@ -167,11 +169,15 @@ class SafetensorsFiles(Checkpoint):
         """Give a tensor's shape without reading it."""
         return self._shapes[key]
 
+    def dtype(self, key: str) -> torch.dtype:
+        """Give the dtype a tensor is stored in."""
+        return self._dtypes[key]
+
     def read(self, key: str, dim: int | None = None, intervals: Intervals = ()) -> tuple[torch.Tensor, int]:
         """Read a tensor or a slice of it."""
         handle = self._open(self._file_of[key])
         value = handle.get_tensor(key) if dim is None else take(handle.get_slice(key), dim, intervals)
-        return value, value.numel() * self._itemsizes[key]
+        return value, value.numel() * self._dtypes[key].itemsize
 
 
 class TensorMapping(Checkpoint):
@@ -195,6 +201,10 @@ class TensorMapping(Checkpoint):
     def shape(self, key: str) -> tuple[int, ...]:
         """Give a tensor's shape."""
         return tuple(self._tensors[key].shape)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Give the dtype of a tensor."""
+        return self._tensors[key].dtype
 
     def read(self, key: str, dim: int | None = None, intervals: Intervals = ()) -> tuple[torch.Tensor, int]:
         """Read a tensor or a slice of it; the result may share the mapping's memory."""

@@ -26,6 +26,10 @@ class Checkpoint(abc.ABC):
     def shape(self, key: str) -> tuple[int, ...] | None:
         """Give a tensor's shape without reading it; None if that is not possible."""
 
+    def dtype(self, key: str) -> torch.dtype | None:
+        """Give the dtype a tensor is stored in without reading it; None if that is not possible."""
+        return None
+
     @abc.abstractmethod
     def read(self, key: str, dim: int | None = None, intervals: Intervals = ()) -> tuple[torch.Tensor, int]:
         """Read a tensor, or intervals of one of its dimensions.

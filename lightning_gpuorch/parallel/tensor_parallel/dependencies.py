@@ -1,4 +1,4 @@
-"""Which layers form pairs, and which of their channels belong together? Read off the sparsity of a Jacobian.
+"""Layers that form pairs, and which of their channels belong together, are read off the sparsity of a Jacobian.
 
 In the reference run every layer's output is a graph leaf, so the gradient of one input channel of a layer shows exactly
 which output channels of the layers before it that channel depends on. A layer whose input falls into blocks of channels
@@ -99,12 +99,12 @@ def analyze(stubbed: StubbedModel, reference: Reference, num_ranks: int) -> Depe
     anatomy = stubbed.anatomy
     found = Dependencies([], defaultdict(set), set(), [])
     leaves = [call for call in reference.calls if call.output is not None]
-    if reference.output_tensors and leaves:
+    if reference.visible and leaves:
         generator = torch.Generator().manual_seed(11)
-        weights = [torch.randn(tensor.shape, generator=generator) for tensor in reference.output_tensors]
+        weights = [torch.randn(tensor.shape, generator=generator) for tensor in reference.visible]
         try:
             gradients = torch.autograd.grad(
-                reference.output_tensors,
+                reference.visible,
                 [_leaf(call) for call in leaves],
                 weights,
                 retain_graph=True,

@@ -1,15 +1,17 @@
-"""How are slices read from a torch distributed checkpoint? As chunks of our own choosing, without a process group."""
+"""Slices are read from a torch distributed checkpoint as chunks of our own choosing, without a process group."""
 
 from __future__ import annotations
 
+import io
 import threading
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from lightning_gpuorch.errors import TensorParallelError
@@ -26,6 +28,7 @@ class DistributedCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.location = str(path)
+        self._path = path
         self._reader = FileSystemReader(path)
         self._lock = threading.Lock()
         try:
@@ -47,8 +50,12 @@ class DistributedCheckpoint(Checkpoint):
         """Give a tensor's shape without reading it."""
         return tuple(self._tensors[key].size)
 
+    def dtype(self, key: str) -> torch.dtype:
+        """Give the dtype a tensor is stored in."""
+        return self._tensors[key].properties.dtype
+
     def read(self, key: str, dim: int | None = None, intervals: Intervals = ()) -> tuple[torch.Tensor, int]:
-        """Read a tensor or a slice of it; every stored chunk that overlaps it is read whole."""
+        """Read a tensor or a slice of it; of every stored chunk that overlaps it, the rows in question."""
         entry = self._tensors[key]
         shape = list(entry.size)
         chunks, targets = [], []
@@ -63,55 +70,53 @@ class DistributedCheckpoint(Checkpoint):
                 offsets[dim], sizes[dim] = start, stop - start
                 chunks.append(ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes)))
                 targets.append(value.narrow(dim, position, stop - start))
-        items = create_read_items_for_chunk_list(key, entry, chunks)
-        planner = _IntoTensors(self._metadata, items, targets, [chunk.offsets for chunk in chunks])
-        try:
-            with self._lock:  # the reader keeps state between calls
-                self._reader.read_data(LoadPlan(items), planner).wait()
-        except Exception as error:
-            raise TensorParallelError(f"{key} cannot be read from {self.location}: {error!r}.") from error
-        stored = {item.storage_index for item in items}
-        sizes_of = {chunk.offsets: chunk.sizes.numel() for chunk in entry.chunks}
-        touched = sum(sizes_of[index.offset] for index in stored if index.offset is not None)
-        return value, touched * value.element_size()
+        by_offset = {tuple(chunk.offsets): target for chunk, target in zip(chunks, targets, strict=True)}
+        num_bytes = 0
+        for item in create_read_items_for_chunk_list(key, entry, chunks):
+            assert item.dest_index.offset is not None
+            target = _narrowed(by_offset[tuple(item.dest_index.offset)], item.dest_offsets, item.lengths)
+            try:
+                piece, asked = self._read_piece(item)
+            except Exception as error:
+                raise TensorParallelError(f"{key} cannot be read from {self.location}: {error!r}.") from error
+            target.copy_(piece)
+            num_bytes += asked
+        return value, num_bytes
+
+    def _read_piece(self, item: ReadItem) -> tuple[torch.Tensor, int]:
+        """Read the part of a stored chunk that an item names, and say how many bytes were asked for."""
+        stored = self._reader.storage_data[item.storage_index]
+        path = self._path / stored.relative_path
+        with path.open("rb") as file:
+            chunk = self._reader._slice_file(file, stored)
+            if stored.transform_descriptors:
+                with self._lock:  # the reader keeps state between calls
+                    chunk = self._reader.transforms.transform_load_stream(item, stored.transform_descriptors, chunk)
+                    chunk = io.BytesIO(chunk.read(-1))
+            else:
+                with FakeTensorMode():  # reads where the values lie, not the values
+                    layout = torch.load(chunk, map_location="cpu", weights_only=True)
+                if layout.is_contiguous() and layout.dim():
+                    start = stored.offset + layout.untyped_storage()._checkpoint_offset
+                    return _mapped_piece(path, start, layout, item)
+                chunk.seek(0)
+            whole: torch.Tensor = torch.load(chunk, map_location="cpu", weights_only=True)
+        return _narrowed(whole, item.storage_offsets, item.lengths), whole.numel() * whole.element_size()
 
 
-class _IntoTensors(LoadPlanner):
-    """Hands the reader the tensors to fill."""
+def _mapped_piece(path: Path, start: int, layout: torch.Tensor, item: ReadItem) -> tuple[torch.Tensor, int]:
+    """Copy a part of a contiguous tensor out of a file; nothing else of it is touched."""
+    itemsize = layout.element_size()
+    start += int(layout.storage_offset()) * itemsize
+    in_bytes = (*layout.shape[:-1], layout.shape[-1] * itemsize)
+    mapped = np.memmap(path, np.uint8, "r", start, in_bytes)
+    parts = [slice(first, first + size) for first, size in zip(item.storage_offsets, item.lengths, strict=True)]
+    parts[-1] = slice(parts[-1].start * itemsize, parts[-1].stop * itemsize)
+    piece = torch.from_numpy(np.array(mapped[tuple(parts)]))
+    return piece.view(layout.dtype), piece.numel()
 
-    def __init__(
-        self, metadata: Metadata, items: list[ReadItem], targets: list[torch.Tensor], offsets: list[torch.Size]
-    ) -> None:
-        self.metadata, self.items = metadata, items
-        self.targets = {tuple(offset): target for offset, target in zip(offsets, targets, strict=True)}
 
-    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        """Nothing to do: the items are known."""
-
-    def create_local_plan(self) -> LoadPlan:
-        """Give the items."""
-        return LoadPlan(self.items)
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """Keep the plan: this rank reads alone."""
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        """Keep the plan."""
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        """Refuse: only tensors are asked for."""
-        raise TensorParallelError(f"{read_item.storage_index.fqn} is not a tensor.")
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        """Give the part of a target that an item fills."""
-        offset = read_item.dest_index.offset
-        assert offset is not None
-        target = self.targets[tuple(offset)]
-        for dim, (start, size) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            target = target.narrow(dim, start, size)
-        return target
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing to do: the part was filled in place."""
+def _narrowed(value: torch.Tensor, offsets: torch.Size, lengths: torch.Size) -> torch.Tensor:
+    for dim, (start, size) in enumerate(zip(offsets, lengths, strict=True)):
+        value = value.narrow(dim, start, size)
+    return value

@@ -1,19 +1,112 @@
-"""What is a model called with, if nobody says? Its own example, what its configuration tells, or a batch cut small."""
+"""What a model is called with: its real batch, its own example, what its configuration tells, or a batch cut small."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_gpuorch.errors import TensorParallelError
+from lightning_gpuorch.parallel.tensor_parallel.anatomy import ModelCall
 
 NUM_SAMPLES = 2
 NUM_TOKENS = 32
 """Enough tokens that no channel of a ReLU is dead for all of them, few enough to be quick."""
+
+MAX_CHECKED_ELEMENTS = 1 << 16
+"""Batches with at most so many elements are checked whole, besides their first samples."""
+MAX_CHECKED_TOKENS = 1 << 11
+"""The same for integers: every one of them becomes a row of channels."""
+
+Calls = tuple[ModelCall, ...]
+BatchSource = Callable[[], Sequence[Any]]
+
+
+def planned_calls(
+    model: nn.Module, example_input: Any = None, batches: BatchSource | None = None, step: str | Callable[..., Any] = ""
+) -> list[Calls]:
+    """Say how a model is going to be called.
+
+    Args:
+        model: The model.
+        example_input: What the user says it is called with; None if nothing.
+        batches: Gives the first batch of every dataloader, where there are any.
+        step: What is called with a batch: ``predict_step``, or a function; empty for the model itself.
+
+    Returns:
+        Alternatives, the next to be taken if the model fails on one; of each, the call to plan for and further ones to
+        verify.
+
+    Raises:
+        TensorParallelError: If nothing says what the model is called with.
+    """
+    takes_batch = bool(step) and (callable(step) or hasattr(model, step))
+    if takes_batch and batches is not None:
+        real = [batch for batch in batches() if batch is not None]
+        if real:
+            declared = _declared_call(model, example_input)
+            return _batch_calls(model, step, real, declared)
+    example = example_input
+    if example is None:
+        try:
+            example, _ = find_example_input(model)
+        except TensorParallelError:
+            real = [batch for batch in batches() if batch is not None] if batches is not None else []
+            if not real:
+                raise
+            choices = (cut_small(real[0]), real[0])
+            return [(ModelCall.of(tuple(one) if isinstance(one, list) else one),) for one in choices]
+    call = _declared_call(model, example)
+    assert call is not None
+    if call.method == "predict_step" or not hasattr(model, "predict_step"):
+        return [(call,)]
+    return [(call, _step_call(model, "predict_step", example)), (call,)]  # a step that takes the same is checked too
+
+
+def _declared_call(model: nn.Module, example: Any) -> ModelCall | None:
+    """Call the model itself with an example; one without a forward of its own is called through its predict_step."""
+    if example is None:
+        return None
+    forward = getattr(type(model), "forward", None)
+    bare = forward is nn.Module.forward or getattr(forward, "__module__", "").startswith("lightning.")
+    if bare and hasattr(model, "predict_step"):
+        return _step_call(model, "predict_step", example)
+    return ModelCall.of(example)
+
+
+def _batch_calls(
+    model: nn.Module, step: str | Callable[..., Any], batches: Sequence[Any], declared: ModelCall | None
+) -> list[Calls]:
+    several = len(batches) > 1
+    whole = [_step_call(model, step, batch, index, several) for index, batch in enumerate(batches)]
+    small = [_step_call(model, step, cut_small(batch), index, several) for index, batch in enumerate(batches)]
+    checked = tuple(call for call, batch in zip(whole, batches, strict=True) if _is_quick(batch))
+    with_declared = [] if declared is None else [(*small, *checked, declared), (*whole, declared)]
+    return [*with_declared, (*small, *checked), tuple(whole)]
+
+
+def _step_call(
+    model: nn.Module, step: str | Callable[..., Any], batch: Any, loader: int = 0, several: bool = False
+) -> ModelCall:
+    if callable(step):
+        return ModelCall((batch,), {}, step)
+    parameters = inspect.signature(getattr(model, step)).parameters
+    if "dataloader_iter" in parameters:
+        return ModelCall((iter([(batch, 0, loader)]),), {}, step)
+    if several:
+        return ModelCall((batch, 0, loader), {}, step)
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [one for one in parameters.values() if one.default is one.empty and one.kind in positional]
+    return ModelCall((batch, *[0] * (len(needed) - 1)), {}, step)
+
+
+def _is_quick(batch: Any) -> bool:
+    tensors = list(_tensors(batch))
+    tokens = sum(tensor.numel() for tensor in tensors if not tensor.is_floating_point())
+    return tokens <= MAX_CHECKED_TOKENS and sum(tensor.numel() for tensor in tensors) <= MAX_CHECKED_ELEMENTS
 
 
 def find_example_input(model: nn.Module, batch: Any = None) -> tuple[Any, str]:

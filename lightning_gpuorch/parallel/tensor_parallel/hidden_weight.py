@@ -1,4 +1,4 @@
-"""Who reads a layer's weight? A stand-in that has a shape and a dtype, no values, and reports whoever wants them."""
+"""A stand-in for a layer's weight has a shape and a dtype, no values, and reports whoever wants them."""
 
 from __future__ import annotations
 
@@ -43,6 +43,11 @@ _METADATA: frozenset[Any] = frozenset(
 )
 
 
+_TRANSPOSED: frozenset[Any] = frozenset(
+    {torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.t, torch.t}  # type: ignore[attr-defined]
+)
+"""A transposed weight has no values either; who uses it is reported then."""
+
 _ON_CPU: dict[Any, Callable[..., Any]] = {
     torch.Tensor.device.__get__: lambda *_: torch.device("cpu"),
     torch.Tensor.is_meta.__get__: lambda *_: False,  # type: ignore[attr-defined]
@@ -69,6 +74,8 @@ class HiddenWeight(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return _ON_CPU.get(func, func)(*args, **kwargs)
+        if func in _TRANSPOSED:
+            return HiddenWeight.make(args[0].__dict__["_layer"], tuple(args[0].shape)[::-1], args[0].dtype)
         for item in (*args, *kwargs.values()):
             for value in item if isinstance(item, (list, tuple)) else (item,):
                 if isinstance(value, HiddenWeight):

@@ -1,9 +1,8 @@
-"""How are stubs put into a model, and everything put back? Forwards, tensors and classes are exchanged for a while."""
+"""Stubs are put into a model and everything is put back: forwards, tensors and classes are exchanged for a while."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import enum
 import math
 import warnings
@@ -14,17 +13,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_gpuorch.parallel.tensor_parallel.anatomy import Anatomy, evaluation_mode, layer_parameters
+from lightning_gpuorch.parallel.tensor_parallel.anatomy import Anatomy, layer_parameters
 from lightning_gpuorch.parallel.tensor_parallel.hidden_weight import HiddenWeight
 from lightning_gpuorch.parallel.tensor_parallel.intervals import take
-from lightning_gpuorch.parallel.tensor_parallel.layers import features, library_class, runs_inside
+from lightning_gpuorch.parallel.tensor_parallel.layer_calls import LayerCalls
+from lightning_gpuorch.parallel.tensor_parallel.layers import features, has_own_forward
 from lightning_gpuorch.parallel.tensor_parallel.plan import ParameterPlan, generic_name
 from lightning_gpuorch.parallel.tensor_parallel.records import REPLICATED, LocalPlan
-from lightning_gpuorch.parallel.tensor_parallel.swap import subclass_of
+from lightning_gpuorch.parallel.tensor_parallel.state import random_state_kept
 from lightning_gpuorch.parallel.tensor_parallel.values import pseudo_random
 
 MAX_DISTINCT_ELEMENTS = 1 << 24
 """Parameters that are not cut and larger than this repeat one row of random numbers, to bound memory."""
+
+LARGEST_SCALE = 1024.0
+"""Largest factor of stubs' numbers, and the inverse of the smallest: thresholds beyond it are not reached."""
+MIXED = float("nan")
+"""In place of a scale: every row has its own."""
 
 
 class StubInstaller:
@@ -33,13 +38,14 @@ class StubInstaller:
     Args:
         anatomy: The model's parts.
         seed: Seed of the stubs' numbers.
+        scale: Factor of the stubs' numbers, whose standard deviation is 1 otherwise; MIXED gives every row its own.
     """
 
-    def __init__(self, anatomy: Anatomy, seed: int) -> None:
+    def __init__(self, anatomy: Anatomy, seed: int, scale: float = 1.0) -> None:
         self.anatomy = anatomy
         self.model = anatomy.model
         self.numbers = pseudo_random(seed)
-        self.seed = seed
+        self.seed, self.scale = seed, scale
         self.stubbed: dict[nn.Module, str] = {module: anatomy.names[module] for module in anatomy.leaves}
         self.attributes_read: dict[nn.Module, set[str]] = defaultdict(set)
         self.fields_read: dict[int, set[str]] = {}
@@ -53,7 +59,17 @@ class StubInstaller:
     def whole_output(self, module: nn.Module, index: int, value: torch.Tensor) -> torch.Tensor:
         """Give what a Linear, Conv1D or Embedding returns in the whole model at its ``index``-th call, read-only."""
         leading = value.shape if isinstance(module, nn.Embedding) else value.shape[:-1]
-        return self.numbers.view((self.stubbed[module], index), (*leading, features(module)[1]))
+        return self._numbers((self.stubbed[module], index), (*leading, features(module)[1]))
+
+    def _numbers(self, key: tuple[Any, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        """Give the numbers of a stub, scaled."""
+        numbers = self.numbers.view(key, shape)
+        if self.scale is not MIXED:
+            return numbers if self.scale == 1.0 else numbers * self.scale
+        # All powers in between, dealt out to the rows at random: a threshold lies between two of them.
+        order = self.numbers.view((*key, "scale"), shape[:-1]).flatten().argsort()
+        powers = torch.linspace(-1.0, 1.0, max(len(order), 1))[order].view(*shape[:-1], 1)
+        return numbers * LARGEST_SCALE**powers
 
     def _has_fixed_role(self, module: nn.Module) -> bool:
         return isinstance(module, nn.MultiheadAttention) or module in self._experts
@@ -66,10 +82,10 @@ class StubInstaller:
                 for value in (*args, *kwargs.values())
                 if isinstance(value, torch.Tensor) and value.is_floating_point()
             )
-            return self.numbers.tensor((name, index), hidden.shape)
+            return self._numbers((name, index), tuple(hidden.shape)).clone()
         query = args[0] if args else kwargs["query"]
         key = args[1] if len(args) > 1 else kwargs["key"]
-        output = self.numbers.tensor((name, index), (*query.shape[:-1], module.embed_dim))
+        output = self._numbers((name, index), (*query.shape[:-1], module.embed_dim)).clone()
         if not kwargs.get("need_weights", True):
             return output, None
         length_dim = 0 if query.dim() == 2 or not module.batch_first else 1
@@ -100,14 +116,11 @@ class StubInstaller:
             trace: Record which plain attributes the model's code reads.
         """
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.anatomy.state.protected())
             for module in self.anatomy.names:
-                # Forwards may keep things on their module (masks, rotary tables, counters): none of a run stays.
-                stack.callback(_restore_state, module, dict(module.__dict__), _tensor_dicts(module))
-                for name, value in module.__dict__.items():
-                    if type(value) in (list, dict, set) and not name.startswith("_"):
-                        stack.callback(_refill, value, copy.copy(value))
-            stack.enter_context(evaluation_mode(self.model))
-            stack.enter_context(torch.random.fork_rng(devices=[]))
+                # Flags, not eval(): layers that merge adapters do so there.
+                module.__dict__["training"] = False
+            stack.enter_context(random_state_kept())
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -117,32 +130,27 @@ class StubInstaller:
             for module in self.stubbed:
                 self._replace_forward(stack, module, on_call)
             if trace:
-                for module in self._glue():
-                    for value in list(module.__dict__.values()):
-                        self._trace_fields(stack, value)
-                    stack.callback(setattr, module, "__class__", type(module))
-                    module.__class__ = _traced(type(module), self.attributes_read)
+                self._trace(stack)
             yield
 
-    def _trace_fields(self, stack: contextlib.ExitStack, value: Any) -> None:
-        """Record which fields of a configuration-like object are read."""
-        own_class = type(value)
-        original: Any = own_class.__getattribute__
-        plain = isinstance(value, (nn.Module, torch.Tensor, dict, list, tuple, set, enum.Enum)) or callable(value)
-        if plain or not hasattr(value, "__dict__") or id(value) in self.fields_read:
-            return
-        reads: set[str] = set()
+    def _trace(self, stack: contextlib.ExitStack) -> None:
+        """Record which plain attributes of modules, and fields of configuration-like objects they hold, are read.
 
-        def read(self: Any, name: str) -> Any:
-            reads.add(name)
-            return original(self, name)
-
-        try:
-            value.__class__ = type(own_class.__name__, (own_class,), {"__getattribute__": read})
-        except TypeError:  # a class that cannot be subclassed or exchanged: all its fields remain candidates
-            return
-        self.fields_read[id(value)] = reads
-        stack.callback(setattr, value, "__class__", own_class)
+        The classes themselves report it for the time of the run: code that asks for the type of an object sees no other.
+        """
+        readers: dict[int, set[str]] = {}
+        for module in self._glue():
+            readers[id(module)] = self.attributes_read[module]
+            _watch(stack, type(module), readers)
+            for value in list(module.__dict__.values()):
+                plain = isinstance(value, (nn.Module, torch.Tensor, dict, list, tuple, set, enum.Enum)) or callable(
+                    value
+                )
+                if plain or not hasattr(value, "__dict__") or id(value) in self.fields_read:
+                    continue
+                readers[id(value)] = set()
+                if _watch(stack, type(value), readers):
+                    self.fields_read[id(value)] = readers[id(value)]
 
     def _glue(self) -> list[nn.Module]:
         plain = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.LayerNorm, nn.Dropout)
@@ -157,13 +165,17 @@ class StubInstaller:
         def stub(*args: Any, **kwargs: Any) -> Any:
             return on_call(module, args, kwargs)
 
-        if self._has_fixed_role(module) or not runs_inside(type(module)):
+        if self._has_fixed_role(module) or not has_own_forward(module):
             module.__dict__["forward"] = stub
             return
-        # The class's own forward runs, the library layer's inside it is the stub.
-        stack.callback(setattr, module, "__class__", type(module))
-        module.__dict__["_gpuorch_stub"] = stub
-        module.__class__ = subclass_of(type(module), _inner_stub(library_class(type(module))), True)
+        own_forward: Any = type(module).forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            weight, bias = module._parameters["weight"], module._parameters.get("bias")
+            with LayerCalls(weight, bias, lambda value, _: on_call(module, (value,), {}), adds_bias=True):
+                return own_forward(module, *args, **kwargs)
+
+        module.__dict__["forward"] = forward
 
     def _replace_tensors(
         self,
@@ -201,6 +213,8 @@ class StubInstaller:
                             substitute = self._substitute(name, value, own is module._parameters, wanted)
                             if substitute.requires_grad:
                                 tensors[name] = substitute
+                                if own is module._buffers:
+                                    substitute = substitute * 1.0  # a leaf could not be written into
                             if name in plan.tensors:
                                 cut = plan.tensors[name]
                                 assert cut.dim is not None
@@ -229,55 +243,35 @@ class StubInstaller:
         return numbers.requires_grad_(differentiable and not large)
 
 
-def _tensor_dicts(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    return dict(module._parameters), dict(module._buffers)
-
-
-def _refill(container: Any, content: Any) -> None:
-    """Undo what was added to a list, dict or set, or taken from it; what it holds is not looked into."""
-    if isinstance(container, list):
-        container[:] = content
-    else:
-        container.clear()
-        container.update(content)
-
-
-def _restore_state(
-    module: nn.Module, attributes: dict[str, Any], tensors: tuple[dict[str, Any], dict[str, Any]]
-) -> None:
-    module.__dict__.clear()
-    module.__dict__.update(attributes)
-    parameters, buffers = tensors
-    module._parameters.clear()
-    module._parameters.update(parameters)
-    module._buffers.clear()
-    module._buffers.update(buffers)
-
-
 def _hold(value: torch.Tensor) -> None:
     """Keep a reference until the stack unwinds."""
 
 
-_inner_stubs: dict[type[nn.Module], type[nn.Module]] = {}
+def _watch(stack: contextlib.ExitStack, cls: type, readers: dict[int, set[str]]) -> bool:
+    """Make a class report which attributes are read from the ``__dict__`` of the listed instances.
 
+    Returns:
+        False for a class that cannot be changed; all attributes of its instances remain candidates.
+    """
+    original: Any = cls.__getattribute__
+    if getattr(original, "readers", None) is readers:
+        return True
 
-def _inner_stub(base: type[nn.Module]) -> type[nn.Module]:
-    if base not in _inner_stubs:
+    def read(self: Any, name: str) -> Any:
+        known = readers.get(id(self))
+        if known is not None and not name.startswith("_") and name in object.__getattribute__(self, "__dict__"):
+            known.add(name)
+        return original(self, name)
 
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self.__dict__["_gpuorch_stub"](*args, **kwargs)
-
-        _inner_stubs[base] = type(f"Stub{base.__name__}", (base,), {"forward": forward})
-    return _inner_stubs[base]
-
-
-def _traced(original: type[nn.Module], reads: dict[nn.Module, set[str]]) -> type[nn.Module]:
-    """Make a subclass that records which attributes of an instance's own ``__dict__`` are read."""
-
-    def read(self: nn.Module, name: str) -> Any:
-        value = original.__getattribute__(self, name)
-        if not name.startswith("_") and name in object.__getattribute__(self, "__dict__"):
-            reads[self].add(name)
-        return value
-
-    return type(original.__name__, (original,), {"__getattribute__": read, "__module__": original.__module__})
+    read.readers = readers  # type: ignore[attr-defined]
+    own = cls.__dict__.get("__getattribute__")
+    watched: Any = cls
+    try:
+        watched.__getattribute__ = read
+    except TypeError:
+        return False
+    if own is None:
+        stack.callback(delattr, cls, "__getattribute__")
+    else:
+        stack.callback(setattr, cls, "__getattribute__", own)
+    return True

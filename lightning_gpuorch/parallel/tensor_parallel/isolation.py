@@ -16,6 +16,11 @@ class CommunicatesError(TensorParallelError):
 class NoCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, a collective raises :class:`CommunicatesError` instead of waiting for ranks that do not take part."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Planning compiles nothing, and looking whether it does would take longer than the operations."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let everything but collectives pass."""
         if "c10d" in func.namespace:

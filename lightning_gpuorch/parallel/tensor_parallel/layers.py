@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from lightning_gpuorch.errors import TensorParallelError
 from lightning_gpuorch.parallel.tensor_parallel.intervals import Intervals, length, take
 from lightning_gpuorch.parallel.tensor_parallel.plan import LayerKind, LayerPlan
 
@@ -47,6 +48,19 @@ def weight_dims(module: nn.Module) -> tuple[int, int]:
     return (0, 1) if isinstance(module, nn.Embedding) or is_conv1d(module) else (1, 0)
 
 
+def refuse_gradient(layer: nn.Module, value: torch.Tensor) -> None:
+    """Refuse to take part in a gradient, of which a rank would only compute its part.
+
+    Raises:
+        TensorParallelError: ``value`` requires a gradient.
+    """
+    if value.requires_grad and torch.is_grad_enabled():
+        raise TensorParallelError(
+            f"a gradient is taken through a sharded layer ({type(layer).__name__}), and sharded models are for inference. "
+            "Compute under torch.no_grad(), or use tensor_parallel_size=1."
+        )
+
+
 class Sharded(nn.Module):
     """What the sharded layers have in common.
 
@@ -66,6 +80,14 @@ class Sharded(nn.Module):
         self.communicator = communicator
         self.sizes = tuple(length(intervals) for intervals in layer_plan.intervals)
 
+    def apply_to(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # noqa: A002
+        """Compute the layer's output, with its bias or without."""
+        raise NotImplementedError
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        """Compute the layer's output."""
+        return self.apply_to(input, self.bias)
+
     @property
     def own_intervals(self) -> Intervals:
         """This rank's intervals."""
@@ -73,11 +95,13 @@ class Sharded(nn.Module):
 
     def project(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # noqa: A002
         """Multiply by the local weight."""
+        refuse_gradient(self, input)
         return F.linear(input, self.weight, bias)
 
 
 class _TransposedProject(Sharded):
     def project(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # noqa: A002
+        refuse_gradient(self, input)
         output = torch.matmul(input, self.weight)
         return output if bias is None else output + bias
 
@@ -85,53 +109,75 @@ class _TransposedProject(Sharded):
 class Column(Sharded):
     """Output channels are this rank's; they stay local."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+    def apply_to(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # noqa: A002
         """Map ``(..., in)`` to ``(..., local out)``."""
-        return self.project(input, self.bias)
+        return self.project(input, bias)
 
 
 class ColumnGather(Sharded):
     """Output channels are this rank's; the whole is gathered."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+    def apply_to(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # noqa: A002
         """Map ``(..., in)`` to ``(..., out)``."""
-        return self.communicator.all_gather_last(self.project(input, self.bias), self.sizes)
+        return self.communicator.all_gather_last(self.project(input, bias), self.sizes)
 
 
 class Row(Sharded):
     """Input channels are this rank's; outputs are summed over the ranks, then the bias is added once."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+    def apply_to(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # noqa: A002
         """Map ``(..., local in)`` to ``(..., out)``."""
         output = self.communicator.all_reduce(self.project(input, None))
-        return output if self.bias is None else output + self.bias
+        return output if bias is None else output + bias
 
 
 class RowSplit(Row):
     """As :class:`Row`, for an input that arrives whole."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+    def apply_to(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # noqa: A002
         """Map ``(..., in)`` to ``(..., out)``."""
-        return super().forward(take(input, input.dim() - 1, self.own_intervals))
+        return super().apply_to(take(input, input.dim() - 1, self.own_intervals), bias)
 
 
-class ColumnEmbedding(nn.Embedding, Sharded):
-    """Each row holds this rank's channels."""
+class ColumnRows(Sharded):
+    """Each row of an embedding holds this rank's channels."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+    bias = None
+
+    def apply_to(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # noqa: A002
         """Map indices to ``(..., local channels)``."""
         return F.embedding(input, self.weight)
 
 
-class VocabularyEmbedding(nn.Embedding, Sharded):
-    """Rows are this rank's; rows of others count as zero, then the ranks are summed."""
+class Vocabulary(Sharded):
+    """Rows of an embedding are this rank's; rows of others count as zero, then the ranks are summed."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
-        """Map indices to ``(..., channels)``."""
+    max_norm: float | None
+    norm_type: float
+    bias = None
+
+    def apply_to(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # noqa: A002
+        """Map indices to ``(..., channels)``.
+
+        Raises:
+            IndexError: An index is outside of the whole vocabulary; on an accelerator a device-side assertion, as there.
+        """
         ((start, stop),) = self.own_intervals
-        outside = (input < start) | (input >= stop)
-        local = (input - start).masked_fill(outside, 0)
-        return self.communicator.all_reduce(F.embedding(local, self.weight).masked_fill(outside.unsqueeze(-1), 0))
+        num_rows = self.layer_plan.intervals[-1][-1][1]
+        elsewhere = (input < start) | (input >= stop)
+        # An index that no rank holds stays out of bounds here too, so that every rank fails in this lookup.
+        unknown = (input < 0) | (input >= num_rows)
+        local = (input - start).masked_fill(elsewhere, 0).masked_fill(unknown, stop - start)
+        rows = F.embedding(local, self.weight, None, self.max_norm, self.norm_type)
+        return self.communicator.all_reduce(rows.masked_fill(elsewhere.unsqueeze(-1), 0))
+
+
+class ColumnEmbedding(ColumnRows, nn.Embedding):
+    """Embedding with this rank's channels."""
+
+
+class VocabularyEmbedding(Vocabulary, nn.Embedding):
+    """Embedding with this rank's rows."""
 
 
 class ColumnLinear(Column, nn.Linear):
@@ -157,20 +203,28 @@ _LINEAR = {
     LayerKind.ROW_SPLIT: RowSplitLinear,
 }
 _EMBEDDING = {LayerKind.COLUMN: ColumnEmbedding, LayerKind.VOCABULARY: VocabularyEmbedding}
-_ROLE = {
+_LINEAR_ROLE = {
     LayerKind.COLUMN: Column,
     LayerKind.COLUMN_GATHER: ColumnGather,
     LayerKind.ROW: Row,
     LayerKind.ROW_SPLIT: RowSplit,
 }
+_EMBEDDING_ROLE = {LayerKind.COLUMN: ColumnRows, LayerKind.VOCABULARY: Vocabulary}
 
 
 def behaviour_for(module: nn.Module, kind: LayerKind) -> type | None:
-    """Give the sharded form of a layer's class, None if that kind of layer has no such form."""
+    """Give the sharded form of a layer: a class of the library's kind, or a bare role if the layer has its own forward.
+
+    Returns:
+        None if that layer has no such form.
+    """
+    own = has_own_forward(module)
     if isinstance(module, nn.Embedding):
-        return _EMBEDDING.get(kind)
+        if kind is LayerKind.COLUMN and module.max_norm is not None:
+            return None  # the norm of a row is that of all its channels
+        return (_EMBEDDING_ROLE if own else _EMBEDDING).get(kind)
     if isinstance(module, nn.Linear):
-        return _LINEAR.get(kind)
+        return (_LINEAR_ROLE if own else _LINEAR).get(kind)
     if is_conv1d(module):
         return _conv1d_behaviour(kind)
     return None
@@ -178,42 +232,14 @@ def behaviour_for(module: nn.Module, kind: LayerKind) -> type | None:
 
 @functools.cache
 def _conv1d_behaviour(kind: LayerKind) -> type | None:
-    role = _ROLE.get(kind)
+    role = _LINEAR_ROLE.get(kind)
     base: Any = conv1d_class()
     return None if role is None else type(f"{role.__name__}Conv1D", (role, _TransposedProject, base), {})
 
 
-@functools.cache
-def _computes_linear(cls: Any) -> bool:
-    generator = torch.Generator().manual_seed(1)
-    module = cls.__new__(cls)
-    nn.Module.__init__(module)
-    module.in_features, module.out_features = 12, 20
-    weight, bias = torch.randn(20, 12, generator=generator), torch.randn(20, generator=generator)
-    module.weight, module.bias = nn.Parameter(weight), nn.Parameter(bias)
-    value = torch.randn(3, 5, 12, generator=generator)
-    try:
-        with torch.no_grad():
-            return torch.allclose(module.eval().forward(value), F.linear(value, weight, bias), atol=1e-5)
-    except Exception:  # noqa: BLE001 - a forward of unknown code may raise anything; then it is not a plain Linear
-        return False
-
-
-def _same_as_linear(cls: type[nn.Module]) -> bool:
-    hashable: Any = cls
-    return _computes_linear(hashable)
-
-
-def runs_inside(cls: type[nn.Module]) -> bool:
-    """Tell where the sharded form of a subclass of a library layer belongs.
-
-    Returns:
-        False if the class's forward computes what the library layer computes, so that the sharded form may replace it.
-        True if it does something else (scales an embedding, casts its input): the sharded form then stands in for the
-        library layer's forward, which the class reaches through ``super().forward(...)``.
-    """
-    base = library_class(cls)
-    return cls.forward is not base.forward and not (base is nn.Linear and _same_as_linear(cls))
+def has_own_forward(module: nn.Module) -> bool:
+    """Tell whether a layer's class computes something of its own around the library layer's operation."""
+    return type(module).forward is not library_class(type(module)).forward
 
 
 def library_class(cls: type[nn.Module]) -> type[nn.Module]:

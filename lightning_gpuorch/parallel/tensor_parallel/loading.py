@@ -1,4 +1,4 @@
-"""How do values get into a sharded model? Each rank reads its own intervals, once, straight into place.
+"""Values get into a sharded model: each rank reads its own intervals, once, straight into place.
 
 1. Every parameter and persistent buffer is matched with a key of the checkpoint; tied ones with the key of any of their
    names.
@@ -23,6 +23,7 @@ from lightning_gpuorch.errors import TensorParallelError
 from lightning_gpuorch.parallel.tensor_parallel.checkpoint import open_checkpoint
 from lightning_gpuorch.parallel.tensor_parallel.checkpoint_base import Checkpoint
 from lightning_gpuorch.parallel.tensor_parallel.plan import ParameterPlan, TensorParallelPlan, dtype_name, format_bytes
+from lightning_gpuorch.parallel.tensor_parallel.quantized import refuse_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +104,10 @@ def load_sharded(
     targets = _targets(model, plan, rank)
     checkpoint = _seen_by_model(checkpoint, model, targets)
     unexpected = _match(checkpoint, targets, rename)
-    missing = _check(checkpoint, targets, strict, model)
     wanted = [target for target in targets if target.key is not None]
+    dtypes = {target.key: (checkpoint.dtype(target.key), target.current.dtype) for target in wanted if target.key}
+    refuse_quantized(checkpoint.location, dtypes, unexpected)
+    missing = _check(checkpoint, targets, strict, model)
     converted: Counter[str] = Counter()
 
     def read(target: _Target) -> tuple[torch.Tensor, int]:

@@ -136,8 +136,8 @@ class AttributePatch:
 class ShapeRule:
     """A hard-coded size inside a module's forward that has to be smaller on a rank.
 
-    Where ``view`` or ``reshape`` with ``num_dims`` sizes would fail, the size at ``position`` (counted from the end,
-    negative) is multiplied by ``local / whole``.
+    In a ``view`` or ``reshape`` with ``num_dims`` sizes the one at ``position`` (counted from the end, negative) is
+    multiplied by ``local / whole``: where the call would fail otherwise, and in every call if one of the sizes is ``-1``.
 
     Attributes:
         operation: ``view``, ``reshape`` or ``unflatten``.
@@ -145,6 +145,7 @@ class ShapeRule:
         position: Which of them, from the end.
         whole: The size in the whole model.
         local: The size by rank.
+        is_open: Whether the rule is for calls in which one of the sizes is ``-1``.
     """
 
     operation: str
@@ -152,6 +153,7 @@ class ShapeRule:
     position: int
     whole: int
     local: tuple[int, ...]
+    is_open: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

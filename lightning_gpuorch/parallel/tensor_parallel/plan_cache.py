@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class PlanCache:
         tensor_parallel_size: int,
         *,
         example_kwargs: Mapping[str, Any] | None = None,
-        method: str = "forward",
+        method: str | Callable[..., Any] = "forward",
         also: Sequence[ModelCall] = (),
         seed: int = 0,
     ) -> TensorParallelPlan:
@@ -83,15 +83,12 @@ class PlanCache:
     @staticmethod
     def _is_right(plan: TensorParallelPlan, model: nn.Module, call: ModelCall, also: Sequence[ModelCall]) -> bool:
         """Verify a plan from a file as any other: code that the fingerprint does not see may have changed."""
-        reports = [
-            verify_plan(model, plan, one.args, example_kwargs=one.kwargs, method=one.method) for one in (call, *also)
-        ]
-        for report in reports:
-            if not report.ok:
-                logger.warning(
-                    "The cached tensor-parallel plan is not right any more (%s); planning again.", report.failures[0]
-                )
-        return all(report.ok for report in reports)
+        report = verify_plan(model, plan, call.args, example_kwargs=call.kwargs, method=call.method, also=also)
+        if not report.ok:
+            logger.warning(
+                "The cached tensor-parallel plan is not right any more (%s); planning again.", report.failures[0]
+            )
+        return report.ok
 
     def _read(self, path: Path) -> TensorParallelPlan | None:
         try:
@@ -122,7 +119,7 @@ def plan_on_first_rank(
     process_group: dist.ProcessGroup | Communicator | None = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    method: str = "forward",
+    method: str | Callable[..., Any] = "forward",
     also: Sequence[ModelCall] = (),
     seed: int = 0,
     cache: PlanCache | None = None,
@@ -134,7 +131,7 @@ def plan_on_first_rank(
         example_input: As for :func:`plan_tensor_parallel`; the first rank's counts.
         process_group: The tensor-parallel group; its size is the degree.
         example_kwargs: Keyword arguments of the call.
-        method: Name of the method that will be called.
+        method: Name of the method that will be called, or a function that calls the model.
         also: Further calls the plan must be right for.
         seed: Seed of the probe's numbers.
         cache: Where plans are kept between runs.

@@ -13,6 +13,7 @@ from lightning_gpuorch.parallel.tensor_parallel.hidden_weight import WeightReadD
 from lightning_gpuorch.parallel.tensor_parallel.plan import AttributePatch, LayerKind, LayerPlan, generic_name
 from lightning_gpuorch.parallel.tensor_parallel.records import Deviation, LocalPlan
 from lightning_gpuorch.parallel.tensor_parallel.search import Block, BlockSearch, Solution
+from lightning_gpuorch.parallel.tensor_parallel.shape_rules import index_rules
 from lightning_gpuorch.parallel.tensor_parallel.stubs import StubbedModel
 
 MAX_CUT_EMBEDDING_ROWS = 4096
@@ -72,6 +73,9 @@ def decide_whole_layers(stubbed: StubbedModel, decisions: Decisions) -> None:
     called_kinds = {anatomy.signature(module) for module in called}
     # A weight that a called layer shares was watched during the run, so the layers that share it may cut it alike.
     watched = {id(parameter) for module in called for parameter in module.parameters()}
+    for attention in anatomy.attentions:
+        if attention in stubbed.read_directly:
+            decisions.roles[attention] = replicated("it drops out at random, in train mode")
     for module in (*anatomy.linears, *anatomy.embeddings):
         if module in stubbed.read_directly:
             prefix = f"{anatomy.names[module]}."
@@ -93,7 +97,9 @@ def _blocks(stubbed: StubbedModel, dependencies: Dependencies) -> list[Block]:
         feeds = {pair.signature for pair in pairs if signature in pair.partitions[0].producers}
         module = modules[signature]
         vocabulary = isinstance(module, nn.Embedding) and (
-            module.num_embeddings > MAX_CUT_EMBEDDING_ROWS or f"{stubbed.anatomy.names[module]}.weight" in tied
+            module.num_embeddings > MAX_CUT_EMBEDDING_ROWS
+            or module.max_norm is not None
+            or f"{stubbed.anatomy.names[module]}.weight" in tied
         )
         return bool(dependencies.consumers_of[signature] - feeds) or signature in dependencies.visible or vocabulary
 
@@ -165,8 +171,7 @@ def _merge(solutions: list[Solution]) -> tuple[Decisions, Solution | None]:
         if any(attributes.get(place, patch) != patch for place, patch in patches.items()):
             return merged, solution
         for scope, rules in own.shape_rules.items():
-            known = {(rule.operation, rule.num_dims): rule for rule in merged.shape_rules.get(scope, ())}
-            new = {(rule.operation, rule.num_dims): rule for rule in rules}
+            known, new = index_rules(merged.shape_rules.get(scope, ())), index_rules(rules)
             if any(known.get(key, rule) != rule for key, rule in new.items()):
                 return merged, solution
             merged.shape_rules[scope] = tuple({**known, **new}.values())

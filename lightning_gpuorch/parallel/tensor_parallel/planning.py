@@ -1,8 +1,8 @@
-"""Where does a plan come from? From the sources in their order, each verified, until one is right."""
+"""A plan comes from the sources in their order, each verified, until one is right."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,8 @@ from lightning_gpuorch.parallel.tensor_parallel.plan import LayerKind, TensorPar
 from lightning_gpuorch.parallel.tensor_parallel.planner import decide_experts, decide_whole_layers, probe
 from lightning_gpuorch.parallel.tensor_parallel.published import published_decisions
 from lightning_gpuorch.parallel.tensor_parallel.stubs import StubbedModel
-from lightning_gpuorch.parallel.tensor_parallel.verify import VerificationFailure, verify_recorded
+from lightning_gpuorch.parallel.tensor_parallel.variations import Recordings
+from lightning_gpuorch.parallel.tensor_parallel.verify import VerificationFailure, verify_recordings
 
 MAX_HEALING_STEPS = 32
 
@@ -25,7 +26,7 @@ def plan_tensor_parallel(
     tensor_parallel_size: int,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    method: str = "forward",
+    method: str | Callable[..., Any] = "forward",
     also: Sequence[ModelCall] = (),
     seed: int = 0,
 ) -> TensorParallelPlan:
@@ -43,7 +44,7 @@ def plan_tensor_parallel(
             Small shapes are best, some 2 x 16 tokens; it decides which code path is checked.
         tensor_parallel_size: Number of ranks.
         example_kwargs: Keyword arguments of the call, besides ``example_input``.
-        method: Name of the method that will be called.
+        method: Name of the method that will be called, or a function that calls the model.
         also: Further calls the plan must be right for, because their code path differs: a step with a key/value cache,
             ``ModelCall(kwargs={"input_ids": ids, "max_new_tokens": 3}, method="generate")``, say.
         seed: Seed of the probe's numbers.
@@ -60,30 +61,20 @@ def plan_tensor_parallel(
         whole = Decisions(roles={module: replicated("one rank") for module in (*anatomy.linears, *anatomy.embeddings)})
         whole.roles.update({module: replicated("one rank") for module in anatomy.attentions})
         return assemble(anatomy, whole, 1)
-    stubbed = StubbedModel(anatomy, ModelCall.of(example_input, example_kwargs, method), seed)
-    stubbed.run_reference()
-    others = [StubbedModel(anatomy, call, seed) for call in also]
-    for other in others:
-        other.run_reference()
-    published = _from_publication(stubbed, others, tensor_parallel_size)
-    return published or _from_probe(stubbed, others, tensor_parallel_size)
+    calls = (ModelCall.of(example_input, example_kwargs, method), *also)
+    recordings = Recordings(anatomy, calls, tensor_parallel_size, seed, analyze=True)
+    return _from_publication(recordings, tensor_parallel_size) or _from_probe(recordings, tensor_parallel_size)
 
 
-def _first_failure(
-    stubbed: StubbedModel, others: Sequence[StubbedModel], plan: TensorParallelPlan
-) -> VerificationFailure | None:
+def _first_failure(recordings: Recordings, plan: TensorParallelPlan) -> VerificationFailure | None:
     """Verify a plan for all recorded calls; the first has to reach what is cut."""
-    for recorded in (stubbed, *others):
-        report = verify_recorded(recorded, plan, must_reach=recorded is stubbed)
-        if not report.ok:
-            return report.failures[0]
-    return None
+    report = verify_recordings(recordings, plan)
+    return None if report.ok else report.failures[0]
 
 
-def _from_publication(
-    stubbed: StubbedModel, others: Sequence[StubbedModel], num_ranks: int
-) -> TensorParallelPlan | None:
+def _from_publication(recordings: Recordings, num_ranks: int) -> TensorParallelPlan | None:
     """Take the model's own plan if it covers the model and is right as it stands."""
+    stubbed = recordings.first
     decisions = published_decisions(stubbed.anatomy, num_ranks)
     if decisions is None:
         return None
@@ -99,7 +90,7 @@ def _from_publication(
         layer.kind is not LayerKind.COLUMN_GATHER or stubbed.anatomy.modules[name] in _visible_layers(stubbed)
         for name, layer in plan.layers.items()
     )
-    return plan if complete and _first_failure(stubbed, others, plan) is None else None
+    return plan if complete and _first_failure(recordings, plan) is None else None
 
 
 def _visible_layers(stubbed: StubbedModel) -> set[nn.Module]:
@@ -111,20 +102,26 @@ def _visible_layers(stubbed: StubbedModel) -> set[nn.Module]:
     return {module for module in stubbed.reference.called if kinds[stubbed.anatomy.signature(module)] == 1}
 
 
-def _from_probe(stubbed: StubbedModel, others: Sequence[StubbedModel], num_ranks: int) -> TensorParallelPlan:
+def _from_probe(recordings: Recordings, num_ranks: int) -> TensorParallelPlan:
+    stubbed = recordings.first
     decisions = probe(stubbed, num_ranks)
     decide_experts(stubbed, num_ranks, decisions)
     failure: VerificationFailure | None = None
     for _ in range(MAX_HEALING_STEPS):
         plan = assemble(stubbed.anatomy, decisions, num_ranks)
-        failure = _first_failure(stubbed, others, plan)
+        failure = _first_failure(recordings, plan)
         if failure is None:
             return plan
         if not heal(stubbed, decisions, failure, num_ranks):
             break
+    cause = (
+        f"it computes something else in every run, by random numbers that are not seeded or by the time ({failure}). Seed "
+        "its generators in the step, the same way on every rank"
+        if stubbed.differs_from_run_to_run()
+        else f"the last failure was {failure}. Run it with tensor_parallel_size=1, or pass your own plan or parallelize_fn"
+    )
     raise TensorParallelError(
-        f"No tensor-parallel plan for {type(stubbed.model).__name__} on {num_ranks} ranks passes verification; the "
-        f"last failure was {failure}. Run it with tensor_parallel_size=1, or pass your own plan or parallelize_fn."
+        f"No tensor-parallel plan for {type(stubbed.model).__name__} on {num_ranks} ranks passes verification: {cause}."
     )
 
 

@@ -1,4 +1,4 @@
-"""What do runs with stubs record, compare and report?"""
+"""What runs with stubs record, compare and report."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lightning_gpuorch.parallel.tensor_parallel.plan import (
     ParameterPlan,
     ShapeRule,
 )
+from lightning_gpuorch.parallel.tensor_parallel.random_draws import Draw
 
 REPLICATED = LayerPlan(LayerKind.REPLICATED)
 
@@ -40,8 +41,8 @@ class LayerCall:
     Attributes:
         module: The layer.
         index: How many times it was called before.
-        inputs: The tensors it received; the first is its input, for the first call of a kind of layer with the autograd
-            graph that led to it.
+        inputs: The tensors it received; the first is its input. For the first call of a kind of layer with the autograd
+            graph that led to it, if there is one; then later calls of the kind have none.
         output: The graph leaf behind its output; None for layers with fixed roles and later calls of a kind.
     """
 
@@ -57,10 +58,12 @@ class Reference:
 
     Attributes:
         calls: Layer calls in order.
-        inputs: Inputs of every layer call, without graph.
-        versions: Version counters of those inputs at the time of the call.
-        output_tensors: The model's output tensors with graph.
-        outputs: The tensors a caller sees, by path, without graph.
+        inputs: Inputs of every layer call, copied.
+        num_draws: For every layer call, how many random draws came before it.
+        draws: The random draws, in order.
+        visible: Tensors with graph that leave torch or reach the caller, so that they have to be whole.
+        outputs: What a caller sees, by path: tensors, arrays, numbers, text.
+        unstable: Paths of outputs that differ from run to run of the whole model: times, identities.
         hidden_outputs: Tensors inside opaque output objects (caches), without graph.
         scope_calls: Arguments of the first call of a module, for modules that are the first of their kind.
         tensors: Parameters and buffers that are not a layer's, by graph leaf.
@@ -69,9 +72,11 @@ class Reference:
 
     calls: list[LayerCall] = dataclasses.field(default_factory=list)
     inputs: dict[tuple[nn.Module, int], tuple[torch.Tensor, ...]] = dataclasses.field(default_factory=dict)
-    versions: dict[tuple[nn.Module, int], tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    output_tensors: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    outputs: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
+    num_draws: dict[tuple[nn.Module, int], int] = dataclasses.field(default_factory=dict)
+    draws: list[Draw] = dataclasses.field(default_factory=list)
+    visible: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    outputs: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
+    unstable: set[str] | None = None
     hidden_outputs: list[torch.Tensor] = dataclasses.field(default_factory=list)
     scope_calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = dataclasses.field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)

@@ -30,13 +30,13 @@ from lightning_gpuorch.parallel.tensor_parallel.plan import (
     dtype_name,
 )
 from lightning_gpuorch.parallel.tensor_parallel.records import Deviation, LocalPlan
-from lightning_gpuorch.parallel.tensor_parallel.shape_rules import ShapeRuleMode
+from lightning_gpuorch.parallel.tensor_parallel.shape_rules import RuleSearch, ShapeRuleMode
 from lightning_gpuorch.parallel.tensor_parallel.stubs import StubbedModel
 
 MAX_COMBINATIONS = 300
 MAX_COMBINED_ATTRIBUTES = 7
-RULE_PREFERENCES = 3
-"""How many of the sizes in a hard-coded call are tried as the one that the cut changes."""
+MAX_RULE_ATTEMPTS = 12
+"""How many combinations of the sizes in hard-coded calls are tried as those that the cut changes."""
 
 
 @dataclasses.dataclass
@@ -112,12 +112,16 @@ class BlockSearch:
             scope = self._scope(members)
             sizes, ratios = self._local_sizes(block, option, roles)
             candidates = self._candidates(sizes, ratios, scope, members, block)
-            for preference in (None, *range(RULE_PREFERENCES)):
+            for attempt in (None, *range(MAX_RULE_ATTEMPTS)):
+                num_attempts = 0
                 for patches in itertools.islice(_combinations(candidates), MAX_COMBINATIONS):
-                    rules = None if preference is None else (sizes, preference)
+                    rules = None if attempt is None else RuleSearch(sizes, attempt)
                     solution, problem = self._try(block, roles, tensors, patches, scope, rules)
                     if solution is not None:
                         return solution, ""
+                    num_attempts = max(num_attempts, 0 if rules is None else rules.num_attempts)
+                if attempt is not None and attempt + 1 >= num_attempts:
+                    break
         return None, problem
 
     # -- one attempt --------------------------------------------------------------------------------------------------
@@ -129,22 +133,21 @@ class BlockSearch:
         tensors: Mapping[str, tuple[int, RankIntervals]],
         patches: Sequence[AttributePatch],
         scope: nn.Module,
-        learn: tuple[Mapping[int, tuple[int, ...]], int] | None,
+        search: RuleSearch | None,
     ) -> tuple[Solution | None, str]:
         scope_name = self.anatomy.names[scope]
         decisions = self.expand(block, roles, tensors, patches, scope_name, ())
         local = LocalPlan(decisions.roles, decisions.tensors, decisions.attributes)
-        rules: dict[tuple[str, int], ShapeRule] = {}
         target = None if scope is self.anatomy.model else scope
         try:
             for rank in range(self.num_ranks):
-                mode = None if learn is None else ShapeRuleMode(rules, rank, *learn)
+                mode = None if search is None else ShapeRuleMode({}, rank, search)
                 called = self.stubbed.run_local(local, rank, target, mode)
                 if not all(pair.consumer in called for pair in block.pairs):
                     return None, "the consumer was not reached"
         except (Deviation, WeightReadDirectly) as deviation:
             return None, str(deviation)
-        decisions = self.expand(block, roles, tensors, patches, scope_name, tuple(rules.values()))
+        decisions = self.expand(block, roles, tensors, patches, scope_name, search.rules if search else ())
         return Solution(block, roles, decisions, scope_name), ""
 
     def expand(

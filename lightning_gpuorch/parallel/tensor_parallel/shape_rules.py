@@ -1,12 +1,15 @@
-"""What happens to sizes that are written into a forward? ``x.view(b, n, 8, 64)`` on a rank that holds 4 of the 8 heads.
+"""Sizes that are written into a forward are adjusted: ``x.view(b, n, 8, 64)`` on a rank that holds 4 of the 8 heads.
 
-Where no attribute can be patched, the call itself is: a ``view``, ``reshape`` or ``unflatten`` whose sizes cannot fit
-the local tensor gets the one size the planner learned replaced. Calls that fit are never touched.
+Where no attribute can be patched, the call itself is: a ``view``, ``reshape`` or ``unflatten`` gets the one size the
+planner learned replaced. A call without ``-1`` tells by itself whether its tensor is whole: then it fits and is left
+alone. A call with ``-1`` may fit a local tensor by chance of its length, so a rule for such calls holds for all of them,
+whether they fit or not; where a module makes both kinds of such calls, no rule passes the verifier.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,25 +65,53 @@ def _replaced(operation: str, args: tuple[Any, ...], sizes: tuple[int, ...]) -> 
     return (*args[:2], sizes) if operation == "unflatten" else (args[0], sizes)
 
 
-class ShapeRuleMode(TorchFunctionMode):
-    """Applies rules on one rank; with a size map, learns them.
+Key = tuple[str, int, bool]
+"""What rules are looked up by: operation, number of sizes, whether one of them is ``-1``."""
 
-    Args:
-        rules: Rules known so far, by operation and number of sizes; learning adds to it.
-        rank: The rank whose sizes apply.
-        size_map: For learning: whole size to the size by rank, likely ones first.
-        preference: When several sizes of a call could be the one, which of them to take.
+
+@dataclasses.dataclass
+class RuleSearch:
+    """One attempt at rules for a block: what is chosen for the calls it makes.
+
+    Where several sizes of a call could be the one the cut changes, or none of them, there is a choice. Attempts with
+    growing numbers go through all combinations, likely ones first.
+
+    Attributes:
+        sizes: Whole size to the size by rank, likely ones first.
+        attempt: Number of the attempt.
+        num_attempts: How many there are, as far as this one has seen.
+        chosen: The choices.
     """
 
-    def __init__(
-        self,
-        rules: dict[tuple[str, int], ShapeRule],
-        rank: int,
-        size_map: Mapping[int, tuple[int, ...]] | None = None,
-        preference: int = 0,
-    ) -> None:
+    sizes: Mapping[int, tuple[int, ...]]
+    attempt: int
+    num_attempts: int = 1
+    chosen: dict[Key, ShapeRule | None] = dataclasses.field(default_factory=dict)
+
+    def choose(self, key: Key, options: Sequence[ShapeRule | None]) -> None:
+        """Choose for a kind of call that is seen for the first time."""
+        if options:
+            self.chosen[key] = options[self.attempt // self.num_attempts % len(options)]
+            self.num_attempts *= len(options)
+
+    @property
+    def rules(self) -> tuple[ShapeRule, ...]:
+        """The rules that were chosen."""
+        return tuple(rule for rule in self.chosen.values() if rule is not None)
+
+
+class ShapeRuleMode(TorchFunctionMode):
+    """Applies rules on one rank; with a search, finds them.
+
+    Args:
+        rules: The rules.
+        rank: The rank whose sizes apply.
+        search: Chooses for calls that are seen for the first time.
+    """
+
+    def __init__(self, rules: Mapping[Key, ShapeRule | None], rank: int, search: RuleSearch | None = None) -> None:
         super().__init__()
-        self.rules, self.rank, self.size_map, self.preference = rules, rank, size_map, preference
+        self.rules, self.rank, self.search = (rules if search is None else search.chosen), rank, search
 
     def __torch_function__(
         self,
@@ -92,27 +123,33 @@ class ShapeRuleMode(TorchFunctionMode):
         kwargs = kwargs or {}
         operation = OPERATIONS.get(func)
         sizes = None if operation is None else _sizes_of(operation, args, kwargs)
-        if operation is None or sizes is None or _fits(sizes, _available(operation, args)):
+        if operation is None or sizes is None:
             return func(*args, **kwargs)
-        adjusted = self._adjust(operation, sizes, _available(operation, args))
-        return func(*_replaced(operation, args, adjusted))
-
-    def _adjust(self, operation: str, sizes: tuple[int, ...], available: int) -> tuple[int, ...]:
-        key = (operation, len(sizes))
-        if key not in self.rules and self.size_map is not None:
-            fitting = [rule for rule in self._candidates(operation, sizes) if self._try(rule, sizes, available)]
-            if fitting:
-                self.rules[key] = fitting[min(self.preference, len(fitting) - 1)]
-        adjusted = self._try(self.rules[key], sizes, available) if key in self.rules else None
-        if adjusted is None:
+        available = _available(operation, args)
+        adjusted = self._adjust(operation, sizes, available)
+        if adjusted is not None:
+            return func(*_replaced(operation, args, adjusted))
+        if not _fits(sizes, available):
             raise ShapeMismatch(f"{operation}{sizes} does not fit a tensor of {available} elements on a rank.")
-        return adjusted
+        return func(*args, **kwargs)
+
+    def _adjust(self, operation: str, sizes: tuple[int, ...], available: int) -> tuple[int, ...] | None:
+        """Give the sizes for this rank; None if the call is to be left as it is."""
+        is_open, fits = -1 in sizes, _fits(sizes, available)
+        if fits and not is_open:
+            return None
+        key = (operation, len(sizes), is_open)
+        if self.search is not None and key not in self.rules:
+            fitting = [rule for rule in self._candidates(operation, sizes) if self._try(rule, sizes, available)]
+            self.search.choose(key, [None, *fitting] if fits else fitting)
+        rule = self.rules.get(key)
+        return None if rule is None else self._try(rule, sizes, available)
 
     def _candidates(self, operation: str, sizes: tuple[int, ...]) -> list[ShapeRule]:
-        assert self.size_map is not None
+        assert self.search is not None
         return [
-            ShapeRule(operation, len(sizes), index - len(sizes), size, local)
-            for size, local in self.size_map.items()
+            ShapeRule(operation, len(sizes), index - len(sizes), size, local, -1 in sizes)
+            for size, local in self.search.sizes.items()
             for index in range(len(sizes))
             if sizes[index] == size
         ]
@@ -126,9 +163,9 @@ class ShapeRuleMode(TorchFunctionMode):
         return adjusted if _fits(adjusted, available) else None
 
 
-def index_rules(rules: Iterable[ShapeRule]) -> dict[tuple[str, int], ShapeRule]:
+def index_rules(rules: Iterable[ShapeRule]) -> dict[Key, ShapeRule]:
     """Key rules the way :class:`ShapeRuleMode` looks them up."""
-    return {(rule.operation, rule.num_dims): rule for rule in rules}
+    return {(rule.operation, rule.num_dims, rule.is_open): rule for rule in rules}
 
 
 class ShapeRuled(nn.Module):

@@ -72,7 +72,7 @@ def smallest_tensor_parallel_size(
     example_input: Any = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    method: str = "forward",
+    method: str | Callable[..., Any] = "forward",
     candidates: Sequence[int] = (1, 2, 4, 8),
     headroom_fraction: float = 0.1,
     planner: Callable[..., TensorParallelPlan] = plan_tensor_parallel,

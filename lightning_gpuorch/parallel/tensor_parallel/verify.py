@@ -1,4 +1,4 @@
-"""Is a plan right? Checked without weights, processes or a GPU, whoever made the plan.
+"""A plan is right if it passes here: checked without weights, processes or a GPU, whoever made the plan.
 
 1. The plan is read against the model: names, shapes, kinds, index sets that tile what they must tile, tied parameters
    that agree.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -30,6 +30,7 @@ from lightning_gpuorch.parallel.tensor_parallel.layers import features
 from lightning_gpuorch.parallel.tensor_parallel.plan import LayerKind, LayerPlan, ParameterPlan, TensorParallelPlan
 from lightning_gpuorch.parallel.tensor_parallel.records import Deviation, LocalPlan
 from lightning_gpuorch.parallel.tensor_parallel.stubs import StubbedModel
+from lightning_gpuorch.parallel.tensor_parallel.variations import Recordings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,8 @@ def verify_plan(
     example_input: Any,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    method: str = "forward",
+    method: str | Callable[..., Any] = "forward",
+    also: Sequence[ModelCall] = (),
     seed: int = 0,
 ) -> VerificationReport:
     """Verify a plan from any source against a whole model.
@@ -95,7 +97,8 @@ def verify_plan(
         plan: The plan.
         example_input: What the model is called with, as for :func:`plan_tensor_parallel`.
         example_kwargs: Keyword arguments of the call.
-        method: Name of the method that is called.
+        method: Name of the method that is called, or a function that calls the model.
+        also: Further calls the plan must be right for.
         seed: Seed of the stubs' numbers.
 
     Raises:
@@ -104,9 +107,23 @@ def verify_plan(
     failures = _failures_by_reading(model, plan)
     if failures:
         return VerificationReport(tuple(failures))
-    stubbed = StubbedModel(Anatomy(model), ModelCall.of(example_input, example_kwargs, method), seed)
-    stubbed.run_reference()
-    return verify_recorded(stubbed, plan)
+    calls = (ModelCall.of(example_input, example_kwargs, method), *also)
+    return verify_recordings(Recordings(Anatomy(model), calls, plan.tensor_parallel_size, seed), plan)
+
+
+def verify_recordings(recordings: Recordings, plan: TensorParallelPlan) -> VerificationReport:
+    """Verify a plan for all recorded calls of a model, then for the variations of the first.
+
+    Args:
+        recordings: The calls; the first has to reach what is cut.
+        plan: The plan.
+    """
+    report = first = verify_recorded(recordings.first, plan)
+    for other in itertools.chain(recordings.others, recordings.variations()):
+        if not report.ok:
+            break
+        report = verify_recorded(other, plan, must_reach=False)
+    return dataclasses.replace(report, num_layer_calls=first.num_layer_calls)
 
 
 def verify_recorded(stubbed: StubbedModel, plan: TensorParallelPlan, must_reach: bool = True) -> VerificationReport:
@@ -118,9 +135,15 @@ def verify_recorded(stubbed: StubbedModel, plan: TensorParallelPlan, must_reach:
         must_reach: Whether a layer that is cut and not reached is a failure; False for a further call of a plan that
             another call has verified.
     """
+    if stubbed.is_variation:
+        # The layers have been read and their cuts judged for the call it varies; what it shows, every rank shows.
+        last = (plan.tensor_parallel_size - 1,)
+        return VerificationReport(tuple(_failures_by_running(stubbed, plan, last)), len(stubbed.reference.calls))
     failures = _failures_by_reading(stubbed.model, plan) or _failures_of_layers(stubbed, plan, must_reach)
     if not failures:
-        failures = _failures_of_experts(stubbed, plan, must_reach) or _failures_by_running(stubbed, plan)
+        failures = _failures_of_experts(stubbed, plan, must_reach) or _failures_by_running(
+            stubbed, plan, range(plan.tensor_parallel_size)
+        )
     return VerificationReport(tuple(failures), len(stubbed.reference.calls))
 
 
@@ -255,9 +278,11 @@ def local_plan(stubbed: StubbedModel, plan: TensorParallelPlan) -> LocalPlan:
     return LocalPlan(layers, tensors, plan.attributes, plan.shape_rules)
 
 
-def _failures_by_running(stubbed: StubbedModel, plan: TensorParallelPlan) -> list[VerificationFailure]:
+def _failures_by_running(
+    stubbed: StubbedModel, plan: TensorParallelPlan, ranks: Iterable[int]
+) -> list[VerificationFailure]:
     local = local_plan(stubbed, plan)
-    for rank in range(plan.tensor_parallel_size):
+    for rank in ranks:
         try:
             stubbed.run_local(local, rank)
         except Deviation as deviation:
@@ -269,17 +294,3 @@ def _failures_by_running(stubbed: StubbedModel, plan: TensorParallelPlan) -> lis
         except WeightReadDirectly as error:
             return [VerificationFailure(error.layer, "its weight is read by other code on a rank", rank)]
     return []
-
-
-def verified(stubbed: StubbedModel, plan: TensorParallelPlan) -> TensorParallelPlan:
-    """Give the plan back if it is right.
-
-    Raises:
-        TensorParallelError: If it is not.
-    """
-    report = verify_recorded(stubbed, plan)
-    if not report.ok:
-        raise TensorParallelError(
-            f"The plan for {type(stubbed.model).__name__} fails verification: {report.failures[0]}"
-        )
-    return plan

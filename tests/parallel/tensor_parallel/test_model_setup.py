@@ -17,7 +17,14 @@ from torch.utils.data import DataLoader, IterableDataset
 import lightning_gpuorch
 from lightning_gpuorch.devices.memory import total_memory_bytes
 from lightning_gpuorch.errors import ConfigurationError, ModelDoesNotFitError, TensorParallelError
-from lightning_gpuorch.parallel.tensor_parallel import empty_parameters, find_example_input, plan_tensor_parallel
+from lightning_gpuorch.parallel.tensor_parallel import (
+    LayerKind,
+    TensorParallelPlan,
+    empty_parameters,
+    find_example_input,
+    plan_tensor_parallel,
+)
+from lightning_gpuorch.parallel.tensor_parallel.example_input import Calls, planned_calls
 from lightning_gpuorch.predictions.samples.tensors import fingerprint_files, fingerprint_tensors, fingerprint_weights
 from lightning_gpuorch.worker.model_setup import first_batch, plan_cache_directory
 
@@ -184,3 +191,67 @@ def test_fingerprints_follow_the_weights_and_nothing_else(tmp_path: Path) -> Non
         model[0].weight[0, 0] += 1  # type: ignore[index,operator]
     save_file(model.state_dict(), tmp_path / "b" / "model.safetensors")
     assert fingerprint_files(tmp_path / "b") != first
+
+
+class Steps(nn.Module):
+    """Has a forward that is whole and a step that takes hidden channels out."""
+
+    example_input_array = torch.ones(2, 64)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).sigmoid())
+
+    def predict_step(self, batch: torch.Tensor, batch_idx: int, dataloader_idx: int = 0) -> torch.Tensor:
+        return self.up(batch).sigmoid() if dataloader_idx == 0 else self(batch)
+
+
+def plan_of(model: nn.Module, calls: Calls) -> TensorParallelPlan:
+    call, *also = calls
+    return plan_tensor_parallel(model, call.args, 2, example_kwargs=call.kwargs, method=call.method, also=also)
+
+
+def test_what_is_planned_is_what_will_be_called() -> None:
+    model, batch = Steps(), torch.randn(5, 64)
+    first = planned_calls(model, None, lambda: [batch], "predict_step")[0]
+    assert {call.method for call in first} == {"predict_step"}
+    assert [len(call.args[0]) for call in first] == [2, 5]  # cut small to plan with, whole to verify with
+    gathered = plan_of(model, first)
+    assert gathered.layers["up"].kind is LayerKind.COLUMN_GATHER
+    # Without batches a step that takes the declared example is looked at as well.
+    assert plan_of(model, planned_calls(model)[0]).layers["up"].kind is LayerKind.COLUMN_GATHER
+    step = model.forward  # what a plain loop is given
+    assert plan_of(model, planned_calls(model, None, lambda: [batch], step)[0]).layers["up"].kind is LayerKind.COLUMN
+
+
+def test_every_loader_is_planned_for() -> None:
+    model, batch = Steps(), torch.randn(5, 64)
+    calls = planned_calls(model, None, lambda: [batch, 2 * batch], "predict_step")[0]
+    assert [call.args[2] for call in calls] == [0, 1, 0, 1]
+    assert plan_of(model, calls).layers["up"].kind is LayerKind.COLUMN_GATHER
+
+
+def test_a_step_that_needs_more_samples_is_planned_with_the_whole_batch() -> None:
+    class Many(Steps):
+        def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:  # type: ignore[override]
+            if len(batch) < 4:
+                raise ValueError("at least 4")
+            return self(batch) @ batch.T
+
+    cut, whole = planned_calls(Many(), None, lambda: [torch.randn(5, 64)], "predict_step")
+    with pytest.raises(TensorParallelError, match="at least 4"):
+        plan_of(Many(), cut)
+    assert plan_of(Many(), whole).layers["down"].kind is LayerKind.ROW
+
+
+def test_a_step_that_takes_the_iterator() -> None:
+    class Pulls(Steps):
+        def predict_step(self, dataloader_iter: Iterator[Any]) -> torch.Tensor:  # type: ignore[override]
+            batch, _, _ = next(dataloader_iter)
+            return self(batch)
+
+    calls = planned_calls(Pulls(), None, lambda: [torch.randn(5, 64)], "predict_step")[0]
+    assert plan_of(Pulls(), calls).layers["down"].kind is LayerKind.ROW

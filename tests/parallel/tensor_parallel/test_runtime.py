@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from tp_models import EXAMPLES, Network, Separate, build, hidden, randomized
+from tp_models import EXAMPLES, WIDTH, GatedHalves, Mlp, Network, Separate, build, hidden, randomized
 from tp_ranks import ProcessRanks, on_threads, relative_error
 
 from lightning_gpuorch.errors import TensorParallelError
@@ -21,6 +21,7 @@ from lightning_gpuorch.parallel.tensor_parallel import (
     PlanCache,
     apply_plan,
     check_first_batch,
+    check_outputs_agree,
     plan_on_first_rank,
     plan_tensor_parallel,
 )
@@ -88,6 +89,77 @@ def test_wrong_weights_on_one_rank_are_found_by_all() -> None:
     assert len(messages) == 2
 
 
+class Recurrent(Separate):
+    """Keeps state in a buffer, a plain tensor and a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("state", torch.zeros(WIDTH))
+        self.mean = torch.zeros(WIDTH)
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x + self.state - self.mean)
+        self.state = 0.5 * self.state + y.mean((0, 1))
+        self.mean.lerp_(y.mean((0, 1)), 0.5)
+        self.seen.append(y.mean((0, 1)))
+        return y + torch.stack(self.seen).sum(0)
+
+
+def test_blocks_that_keep_state_pass() -> None:
+    model = randomized(Network(Recurrent))
+    plan = plan_tensor_parallel(model, (hidden(),), 2)
+
+    def work(communicator: Communicator) -> tuple[set[str], float | None]:
+        part = copy.deepcopy(model)
+        apply_plan(part, plan, communicator.rank, communicator)
+        check = check_first_batch(part)
+        assert check is not None
+        with torch.no_grad():
+            part(hidden())
+        assert not check.pending
+        return set(check.errors), check.error
+
+    for blocks, error in on_threads(2, work):
+        assert blocks == {"mixers.0", "mlps.0"}
+        assert error is not None
+        assert error < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mixers.1", "mlps.0", "head"])
+def test_a_damaged_block_of_any_kind_is_found(name: str) -> None:
+    """A kernel that fails on one rank's local shape, in a kind of block that is not the first."""
+
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixers = nn.ModuleList([GatedHalves(), Separate()])
+            self.mlps = nn.ModuleList([Mlp()])
+            self.head = nn.Linear(WIDTH, 4 * WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for part in (*self.mixers, *self.mlps):
+                x = x + part(x)
+            return self.head(x)
+
+    model = randomized(Three())
+    plan = plan_tensor_parallel(model, (hidden(),), 2)
+
+    def work(communicator: Communicator) -> str:
+        part = copy.deepcopy(model)
+        apply_plan(part, plan, communicator.rank, communicator)
+        check_first_batch(part)
+        damaged = next(layer for key, layer in part.named_modules() if key.startswith(name) and hasattr(layer, "bias"))
+        if communicator.rank == 1:
+            project = damaged.project
+            damaged.project = lambda value, bias: project(value, bias) + 0.5
+        with torch.no_grad(), pytest.raises(TensorParallelError, match="differs from the unsharded block") as caught:
+            part(hidden())
+        return str(caught.value)
+
+    assert all(name.split(".")[0] in message for message in on_threads(2, work))
+
+
 def test_half_precision_rounding_is_no_error() -> None:
     model, inputs = build("grouped")
     plan = plan_tensor_parallel(model, inputs, 2)
@@ -108,6 +180,29 @@ def test_half_precision_rounding_is_no_error() -> None:
 def test_a_whole_model_has_nothing_to_check() -> None:
     with pytest.raises(TensorParallelError, match="not sharded"):
         check_first_batch(build("separate")[0])
+
+
+def compare_outputs(rank: int) -> list[str]:
+    model = randomized(Network(Separate))
+    plan = plan_tensor_parallel(model, (hidden(),), 2)
+    apply_plan(model, plan, rank)
+    messages = []
+    with torch.inference_mode():
+        check_outputs_agree(
+            model, {"logits": model(hidden()), "seconds": float(rank), "array": model(hidden()).numpy()}
+        )
+        own = model.get_submodule("mixers.0.query")(hidden())
+        for output in (own, {"features": [own.numpy()]}, (own.argmax(-1),)):
+            with pytest.raises(TensorParallelError, match="is not the same on rank 1 as on rank 0") as caught:
+                check_outputs_agree(model, output)
+            messages.append(str(caught.value))
+    return messages
+
+
+def test_a_step_that_takes_out_a_ranks_own_channels_is_found(two_ranks: ProcessRanks) -> None:
+    first, second = two_ranks.run(compare_outputs)
+    assert first == second
+    assert "output['features'][0]" in first[1]
 
 
 # -- cache -------------------------------------------------------------------------------------------------------------
