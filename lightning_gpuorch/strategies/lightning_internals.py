@@ -247,8 +247,8 @@ def external_world_size(environment: Any) -> int | None:
 
 
 def launches_nothing(function: Callable[..., Any]) -> bool:
-    """Whether ``fabric.launch()`` was called without a function; Lightning passes one of its own then."""
-    return function is _do_nothing
+    """Whether ``fabric.launch()`` was called without a function; Lightning wraps one of its own then."""
+    return _do_nothing in getattr(function, "args", ())
 
 
 def is_interactive() -> bool:

@@ -26,6 +26,7 @@ from lightning_gpuorch.predictions.loading.source import describe
 from lightning_gpuorch.strategies import lightning_internals
 from lightning_gpuorch.strategies.base import MappedCheckpointIO, StrategyShell
 from lightning_gpuorch.strategies.launcher import Launcher
+from lightning_gpuorch.strategies.replay import BatchCallbacks
 from lightning_gpuorch.worker.model_setup import ParallelizeFn, first_batch, has_meta, refuse_meta
 from lightning_gpuorch.worker.predict import PredictionJob
 
@@ -48,6 +49,9 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
             it they live until the process ends.
         length_fn: Gives the length of a sample, for dynamic batching; text, sequences, tensors and dicts with
             ``input_ids`` and the like need none.
+        replay_outputs: Drive the batch hooks of the user's callbacks over all batches and outputs of the job, on every rank,
+            when it is complete. Without it a callback sees the batches that its rank computes. Callbacks that write
+            predictions, and progress bars, are left as they are.
         start_method: How several devices are started: ``popen`` runs the script anew for each rank, ``fork`` forks
             this process, as notebooks need it.
         **options: Fields of :class:`~lightning_gpuorch.OrchestratorConfig`.
@@ -68,6 +72,7 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
         example_input: Any = None,
         output_dir: str | os.PathLike[str] | None = None,
         length_fn: Callable[[Any], int] | None = None,
+        replay_outputs: bool = False,
         start_method: Literal["popen", "fork"] = "popen",
         **options: Any,
     ):
@@ -77,6 +82,8 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
             process_group_backend=self.config.backend if self.config.backend != "auto" else None,
         )
         self._start_method = start_method
+        self._replay_outputs = replay_outputs
+        self._batch_callbacks: BatchCallbacks | None = None
         self._pending: list[_PendingLoader] = []
         self._undo: list[Callable[[], None]] = []
         self._wants_predictions = False
@@ -270,6 +277,24 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
         loop = self._trainer.predict_loop
         self._wants_predictions = loop.return_predictions
         loop.return_predictions = False
+        self._batch_callbacks = BatchCallbacks(self._trainer, self._replay_outputs)
+        self._undo.append(self._batch_callbacks.restore)
+
+    def after_batches(self) -> None:
+        """The last dataloader has ended on this rank: nobody has work left."""
+        job, callbacks = self._open_job(), self._batch_callbacks
+        if callbacks is None:
+            return
+        if self._replay_outputs:
+            self._results = job.finish()
+            callbacks.replay(
+                [loader.source for loader in job.loaders], self._results, self._transferred, self.root_device
+            )
+        elif self.is_global_zero:
+            callbacks.warn_of_collections(job.steps, sum(map(job.num_batches, range(len(job.loaders)))))
+
+    def _transferred(self, batch: Any, loader: int) -> Any:
+        return lightning_internals.transferred(self._trainer, batch, self.root_device, loader)
 
     def on_validation_start(self) -> None:
         """Refuse a model whose weights were never read."""
@@ -310,7 +335,8 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
     def on_predict_end(self) -> None:
         """Make everything durable and wait until the job is complete."""
         lightning_internals.refuse_stopped_by_hook(self._trainer)
-        self._results = self._open_job().finish()
+        if self._results is None:
+            self._results = self._open_job().finish()
 
     def results(self) -> Any:
         """What ``trainer.predict`` returns: every prediction of the job, or None if none were asked for."""
@@ -402,6 +428,8 @@ class _PendingLoader:
         if self.strategy.is_global_zero:  # nobody has work of this loader left
             num_batches = job.num_batches(index)
             lightning_internals.fill_progress_bar(self.strategy._trainer, num_batches, index)
+        if index == len(self.strategy._pending) - 1:
+            self.strategy.after_batches()
 
 
 def _limit(limit: int | float, dataloader: Any) -> int | None:

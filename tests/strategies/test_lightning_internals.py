@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import io
 import pkgutil
 import re
 from collections.abc import Callable
@@ -63,6 +64,17 @@ def nccl_options() -> Any:
     if not torch.distributed.is_nccl_available():
         pytest.skip("torch is built without NCCL")
     return torch.distributed.ProcessGroupNCCL.Options()
+
+
+def checkpointed_storage() -> Any:
+    """Of a tensor whose place in a file was looked up without reading it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    buffer = io.BytesIO()
+    torch.save(torch.ones(3), buffer)
+    buffer.seek(0)
+    with FakeTensorMode():
+        return torch.load(buffer).untyped_storage()
 
 
 def module(name: str) -> Callable[[], Any]:
@@ -122,6 +134,7 @@ RELIED_ON: list[tuple[str, Callable[[], Any], Callable[[Any], bool]]] = [
     ("_device_mesh", pl.LightningModule, lambda mesh: mesh is None),
     ("_trainer", pl.LightningModule, lambda trainer: trainer is None),
     ("_original_module", lambda: _FabricModule(nn.Linear(1, 1), FabricDDPStrategy()), is_a(nn.Linear)),
+    ("_do_nothing", module("lightning.fabric.fabric"), callable),
     ("_dataloader", lambda: _FabricDataLoader(DataLoader([0])), is_a(DataLoader)),
     # datasets
     ("_distributed", lambda: hugging_face_stream(), lambda split: (split.rank, split.world_size) == (1, 2)),
@@ -155,6 +168,14 @@ RELIED_ON: list[tuple[str, Callable[[], Any], Callable[[Any], bool]]] = [
     ("_make_subclass", lambda: torch.Tensor, callable),
     ("_is_param", parameter_like, lambda _: isinstance(parameter_like(), nn.Parameter)),
     ("_parameters", lambda: nn.Linear(1, 1), lambda found: list(found) == ["weight", "bias"]),
+    ("_modules", lambda: nn.Sequential(nn.Linear(1, 1)), lambda found: list(found) == ["0"]),
+    ("_DisableTorchDispatch", lambda: torch._C, lambda guard: hasattr(guard, "__enter__")),
+    (
+        "_slice_file",
+        lambda: importlib.import_module("torch.distributed.checkpoint").FileSystemReader,
+        takes("file", "sinfo"),
+    ),
+    ("_checkpoint_offset", checkpointed_storage, is_a(int)),
     ("_compiled_call_impl", lambda: nn.Module, lambda compiled: compiled is None),
     ("_forward_hooks", lambda: nn.Linear(1, 1), lambda hooks: not hooks),
     ("_forward_pre_hooks", lambda: nn.Linear(1, 1), lambda hooks: not hooks),
@@ -232,7 +253,7 @@ def _overridden() -> set[str]:
                 continue
             foreign = [base for base in kind.__mro__ if base.__module__.split(".")[0] in ("torch", "lightning")]
             found |= {n for n in vars(kind) if re.match(r"_[A-Za-z]", n) and any(n in vars(base) for base in foreign)}
-    return found - {"_abc_impl"}
+    return found - {"_abc_impl", "_should_skip_dynamo"}  # set by the machinery of the base class
 
 
 def test_every_private_name_in_use_has_an_entry() -> None:
