@@ -176,7 +176,9 @@ def _in_test_runner() -> bool:
     main = sys.modules.get("__main__")
     spec = getattr(main, "__spec__", None)
     name = spec.name if spec is not None else Path(getattr(main, "__file__", None) or "").stem
-    return "PYTEST_CURRENT_TEST" in os.environ or name.split(".")[0] in ("pytest", "py", "unittest", "nose2")
+    # The variable alone is no sign: scripts that a test starts inherit it.
+    in_pytest = "PYTEST_CURRENT_TEST" in os.environ and "pytest" in sys.modules
+    return in_pytest or name.split(".")[0] in ("pytest", "py", "unittest", "nose2")
 
 
 def _predicting(trainer: Any) -> bool:
