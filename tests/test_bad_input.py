@@ -192,12 +192,6 @@ def test_an_error_keeps_what_is_computed_and_the_next_run_goes_on(tmp_path):
     assert again.steps == 2
 
 
-def test_the_other_lightning_is_told_apart():
-    pytorch_lightning = pytest.importorskip("pytorch_lightning")
-    with pytest.raises(ConfigurationError, match="this is `pytorch_lightning`, a separate copy"):
-        pytorch_lightning.Trainer(strategy="gpuorch", devices=1, accelerator="cpu", logger=False)
-
-
 def test_orchestrator_needs_our_strategy():
     from lightning.fabric import Fabric
 

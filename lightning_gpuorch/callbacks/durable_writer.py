@@ -62,6 +62,16 @@ class DurablePredictionWriter(BasePredictionWriter):
         self._parts_written: dict[int, int] = {}
         self._layouts: list[LoaderLayout] = []
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Make sure that a Trainer of pytorch_lightning tells the indices of batches: it does to its own writers."""
+        homes = {kind.__module__.split(".")[0] for kind in type(trainer).__mro__}
+        if stage == "predict" and "pytorch_lightning" in homes:
+            from pytorch_lightning.callbacks import BasePredictionWriter as OtherWriter
+
+            trainer.callbacks.append(
+                type("IndexKeeper", (OtherWriter,), {"write_on_batch_end": _write_nothing})("batch")
+            )
+
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the directory."""
         if getattr(trainer.strategy, "runtime", None) is not None:
@@ -151,6 +161,10 @@ class DurablePredictionWriter(BasePredictionWriter):
                     [index for indices in missing for index in indices],
                 )
             time.sleep(0.2)
+
+
+def _write_nothing(*args: Any) -> None:
+    """It is there so that indices are kept."""
 
 
 def _scattered_layout(loader: Any) -> LoaderLayout:

@@ -9,13 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment
-from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from lightning_gpuorch.config import OrchestratorConfig
@@ -25,6 +22,7 @@ from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.predictions.loading.world_of_one import job_is_hidden
 from lightning_gpuorch.strategies.exit_codes import exit_with_codes
 from lightning_gpuorch.strategies.lightning_internals import set_rank_zero
+from lightning_gpuorch.strategies.packages import LightningPackage
 from lightning_gpuorch.worker.model_setup import ModelSetup, ParallelizeFn
 from lightning_gpuorch.worker.runtime import Runtime
 from lightning_gpuorch.worker.session import ExternalRanks, forget
@@ -41,12 +39,17 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class SupervisedEnvironment(ClusterEnvironment):
-    """Ranks as the supervisor assigned them."""
+class SupervisedEnvironment:
+    """Ranks as the supervisor assigned them; a ``ClusterEnvironment`` of either package."""
 
     def __init__(self, worker: WorkerEnvironment):
-        super().__init__()
         self._worker = worker
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """The supervisor has decided; nothing to check."""
+
+    def teardown(self) -> None:
+        """Nothing to take down."""
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -96,17 +99,6 @@ class SupervisedEnvironment(ClusterEnvironment):
         return self._worker.world_size // self._worker.local_world_size
 
 
-class MappedCheckpointIO(TorchCheckpointIO):
-    """Maps local checkpoints into memory instead of reading them, so that only what is kept is read."""
-
-    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
-        """Load a checkpoint; the tensors of a local one stay in its file until they are used."""
-        if not os.path.isfile(path) or not zipfile.is_zipfile(path):
-            return super().load_checkpoint(path, *args, **options)
-        weights_only = options.get("weights_only")
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)  # type: ignore[no-any-return]
-
-
 class StrategyShell:
     """Mixed into both strategies, before Lightning's ``DDPStrategy``."""
 
@@ -116,7 +108,9 @@ class StrategyShell:
     model_setup: ModelSetup
     parallel_devices: list[torch.device] | None
     num_nodes: int
-    cluster_environment: ClusterEnvironment | None
+    cluster_environment: Any
+    package: LightningPackage
+    """The package whose Trainer or Fabric takes this strategy."""
 
     def _init_shell(
         self,
@@ -129,6 +123,7 @@ class StrategyShell:
         length_fn: Callable[[Any], int] | None = None,
     ) -> None:
         exit_with_codes()
+        self.package.of_fabric("plugins.environments").ClusterEnvironment.register(SupervisedEnvironment)
         resolved = OrchestratorConfig.resolve(config, **options)
         if output_dir is not None and not isinstance(output_dir, (str, os.PathLike)):
             raise ConfigurationError(f"output_dir={output_dir!r} is a {type(output_dir).__name__}; expected a path.")

@@ -7,23 +7,17 @@ uses.
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.fabric.utilities.rank_zero as fabric_rank_zero
-import lightning.pytorch as pl
-import lightning.pytorch.utilities.rank_zero as pytorch_rank_zero
-from lightning.fabric.fabric import _do_nothing
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.loops import prediction_loop
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
-from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
-from lightning.pytorch.trainer.connectors.data_connector import _auto_add_worker_init_fn
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning_gpuorch.strategies.packages import LightningPackage, package_of
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 __all__ = [
-    "LIGHTNING_VERSION",
     "LeasedIndices",
     "add_worker_seeding",
     "consumed_batch",
@@ -32,6 +26,7 @@ __all__ = [
     "is_interactive",
     "keep_user_dataloaders",
     "launches_nothing",
+    "leased_indices",
     "own_predict_loop",
     "predict_dataloaders",
     "refuse_stopped_by_hook",
@@ -41,11 +36,9 @@ __all__ = [
     "transferred",
 ]
 
-LIGHTNING_VERSION: str = pl.__version__
 
-
-class LeasedIndices(_IndexBatchSamplerWrapper):
-    """Stands where Lightning's prediction writers look for the indices of a batch.
+class LeasedIndices:
+    """Stands where Lightning's prediction writers look for the indices of a batch; see :func:`leased_indices`.
 
     Lightning's own wrapper keeps the indices of every batch for ever; this one keeps the last few.
     """
@@ -53,7 +46,7 @@ class LeasedIndices(_IndexBatchSamplerWrapper):
     KEEP = 16
 
     def __init__(self) -> None:
-        self.seen_batch_indices = self  # type: ignore[assignment]
+        self.seen_batch_indices = self
         self._recent: dict[int, list[int]] = {}
 
     def append(self, batch_idx: int, indices: list[int] | None) -> None:
@@ -75,6 +68,17 @@ class LeasedIndices(_IndexBatchSamplerWrapper):
     def reset(self) -> None:
         """Start counting again."""
         self._recent.clear()
+
+
+@functools.cache
+def _leased_indices(package: LightningPackage) -> type[Any]:
+    wrapper = package.of_pytorch("overrides.distributed")._IndexBatchSamplerWrapper
+    return type("LeasedIndices", (LeasedIndices, wrapper), {})
+
+
+def leased_indices(package: LightningPackage) -> Any:
+    """Indices of leased batches, in a class that the package's prediction writers take for their own."""
+    return _leased_indices(package)()
 
 
 def keep_user_dataloaders(trainer: pl.Trainer) -> Callable[[], None]:
@@ -100,7 +104,8 @@ def predict_dataloaders(trainer: pl.Trainer) -> list[Any]:
     if not source.is_defined():
         return []
     loaders = source.dataloader()
-    return list(CombinedLoader(loaders, "sequential").flattened)
+    combined_loader = package_of(trainer).of_pytorch("utilities.combined_loader").CombinedLoader
+    return list(combined_loader(loaders, "sequential").flattened)
 
 
 def transferred(trainer: pl.Trainer, batch: Any, device: Any, loader: int) -> Any:
@@ -150,13 +155,15 @@ def own_predict_loop(
         Undoes the change.
     """
     loop, bar = trainer.predict_loop, trainer.progress_bar_callback
+    prediction_loop = package_of(trainer).of_pytorch("loops.prediction_loop")
+    prefetching = package_of(trainer).of_pytorch("loops.fetchers")._PrefetchDataFetcher
     batches: _Renumbered | None = None
     reset = type(loop).reset
     select = prediction_loop._select_data_fetcher
 
     def select_without_prefetch(*args: Any) -> Any:
         fetcher = select(*args)
-        if isinstance(fetcher, _PrefetchDataFetcher):
+        if isinstance(fetcher, prefetching):
             fetcher.prefetch_batches = 0
         return fetcher
 
@@ -164,24 +171,23 @@ def own_predict_loop(
         nonlocal batches
         limits = loop.max_batches
         loop.max_batches = [float("inf")] * len(limits)
-        prediction_loop._select_data_fetcher = select_without_prefetch  # type: ignore[assignment]
+        prediction_loop._select_data_fetcher = select_without_prefetch  # type: ignore[attr-defined]
         try:
             reset(loop)
         finally:
             loop.max_batches = limits
-            prediction_loop._select_data_fetcher = select
+            prediction_loop._select_data_fetcher = select  # type: ignore[attr-defined]
         fetcher = loop._data_fetcher
         assert fetcher is not None
         assert fetcher.iterator is not None
         fetcher.iterator = batches = _Renumbered(fetcher.iterator, batch_number)
-        if isinstance(fetcher, _PrefetchDataFetcher):
+        if isinstance(fetcher, prefetching):
             fetcher.length, fetcher.done = None, False  # the loader is over when it says so, not after a count
 
     def show_count(trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, *rest: Any) -> None:
         assert bar is not None
         assert batches is not None
-        done = batches_done()
-        shown = batches.count + 1 if done is None else done
+        shown = max(batches.count + 1, batches_done() or 0)  # the job's figure lags a little behind
         type(bar).on_predict_batch_end(bar, trainer, module, outputs, batch, shown - 1, *rest)
 
     def undo() -> None:
@@ -222,13 +228,20 @@ def refuse_stopped_by_hook(trainer: pl.Trainer) -> None:
 
 def set_rank_zero(rank: int) -> None:
     """Tell Lightning's rank-zero helpers which rank this is: they read the environment only when they are imported."""
-    for module in (fabric_rank_zero, pytorch_rank_zero):
-        module.rank_zero_only.rank = rank
+    for root in ("lightning.fabric", "lightning.pytorch", "lightning_fabric", "pytorch_lightning"):
+        module = sys.modules.get(f"{root}.utilities.rank_zero")
+        if module is not None:
+            module.rank_zero_only.rank = rank
+
+
+def reset_seed(package: LightningPackage) -> None:
+    """Seed as ``seed_everything`` did in the process that was forked or run again."""
+    package.of_fabric("utilities.seed").reset_seed()
 
 
 def takes_dataloader_iter(batch: Any) -> bool:
     """Whether a step's first argument is the data iterator itself (``predict_step(dataloader_iter)``)."""
-    return hasattr(batch, "data_fetcher") and isinstance(batch.data_fetcher, _DataLoaderIterDataFetcher)
+    return hasattr(batch, "data_fetcher") and (type(batch.data_fetcher).__name__ == "_DataLoaderIterDataFetcher")
 
 
 def consumed_batch(trainer: pl.Trainer) -> Any:
@@ -236,19 +249,19 @@ def consumed_batch(trainer: pl.Trainer) -> Any:
     return getattr(trainer.predict_loop._data_fetcher, "_batch", None)
 
 
-def add_worker_seeding(dataloader: object, rank: int) -> None:
+def add_worker_seeding(package: LightningPackage, dataloader: object, rank: int) -> None:
     """Seed dataloader workers as Lightning does after ``seed_everything(workers=True)``."""
-    _auto_add_worker_init_fn(dataloader, rank)
+    package.of_pytorch("trainer.connectors.data_connector")._auto_add_worker_init_fn(dataloader, rank)
 
 
 def external_world_size(environment: Any) -> int | None:
     """How many processes another launcher has made; None where Lightning itself only learns it from the strategy."""
-    return None if isinstance(environment, LightningEnvironment) else int(environment.world_size())
+    return None if type(environment).__name__ == "LightningEnvironment" else int(environment.world_size())
 
 
 def launches_nothing(function: Callable[..., Any]) -> bool:
     """Whether ``fabric.launch()`` was called without a function; Lightning wraps one of its own then."""
-    return _do_nothing in getattr(function, "args", ())
+    return any(getattr(argument, "__name__", "") == "_do_nothing" for argument in getattr(function, "args", ()))
 
 
 def is_interactive() -> bool:

@@ -15,14 +15,12 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from lightning_gpuorch.errors import ConfigurationError
-
 _REGISTRIES = {
     "lightning.fabric.strategies": ("STRATEGY_REGISTRY", "lightning_gpuorch.fabric"),
     "lightning.pytorch.strategies": ("StrategyRegistry", "lightning_gpuorch.pytorch"),
     # The stand-alone packages are full copies whose objects are refused by lightning's, and the other way round.
-    "lightning_fabric.strategies": ("STRATEGY_REGISTRY", None),
-    "pytorch_lightning.strategies": ("StrategyRegistry", None),
+    "lightning_fabric.strategies": ("STRATEGY_REGISTRY", "lightning_gpuorch.lightning_fabric"),
+    "pytorch_lightning.strategies": ("StrategyRegistry", "lightning_gpuorch.pytorch_lightning"),
 }
 _NAMES = {"gpuorch": {}, "gpuorch_notebook": {"start_method": "fork"}}
 
@@ -37,13 +35,8 @@ def register() -> None:
         sys.meta_path.insert(0, _AfterImport())
 
 
-def _factory(home: str | None, package: str) -> Callable[..., Any]:
+def _factory(home: str) -> Callable[..., Any]:
     def gpuorch_strategy(**options: Any) -> Any:
-        if home is None:
-            raise ConfigurationError(
-                f"strategy='gpuorch' works with the package `lightning`, and this is `{package}`, a separate copy whose "
-                f"objects do not mix with it. Import `lightning.pytorch` or `lightning.fabric` instead of `{package}`."
-            )
         chosen = os.environ.get("LT_STRATEGY")
         strategy = importlib.import_module(home).GPUOrchStrategy(**options)
         if chosen is not None:  # a strategy that a script makes itself takes the place of the launcher's choice
@@ -58,7 +51,7 @@ def _enter(module: ModuleType) -> None:
     registry = getattr(module, attribute)
     for name, options in _NAMES.items():
         if name not in registry:
-            factory = _factory(home, module.__name__.split(".")[0])
+            factory = _factory(home)
             registry.register(name, factory, description="Orchestrated multi-GPU inference.", **options)
 
 

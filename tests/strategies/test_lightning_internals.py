@@ -252,7 +252,8 @@ def _overridden() -> set[str]:
             if not inspect.isclass(kind) or kind.__module__ != info.name:
                 continue
             foreign = [base for base in kind.__mro__ if base.__module__.split(".")[0] in ("torch", "lightning")]
-            found |= {n for n in vars(kind) if re.match(r"_[A-Za-z]", n) and any(n in vars(base) for base in foreign)}
+            ours = {n for base in kind.__mro__ if base.__module__.startswith("lightning_gpuorch") for n in vars(base)}
+            found |= {n for n in ours if re.match(r"_[A-Za-z]", n) and any(n in vars(base) for base in foreign)}
     return found - {"_abc_impl", "_should_skip_dynamo"}  # set by the machinery of the base class
 
 

@@ -1,0 +1,116 @@
+"""The stand-alone packages, which many projects import: the same strategy behind other doors."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_gpuorch import callbacks
+from lightning_gpuorch.predictions import read_predictions
+
+PACKAGES = ["lightning.pytorch", "pytorch_lightning"]
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
+DATA = torch.arange(20.0).reshape(10, 2)
+
+
+def package(name: str) -> Any:
+    warnings.simplefilter("ignore")
+    return pytest.importorskip(name)
+
+
+def door(name: str) -> Any:
+    return importlib.import_module(f"lightning_gpuorch.{name.rpartition('.')[2]}").GPUOrchStrategy
+
+
+def model(pl: Any) -> Any:
+    class Double(pl.LightningModule):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return batch * 2
+
+    return Double()
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("by_name", [True, False])
+def test_predict_under_both_packages(tmp_path: Path, name: str, by_name: bool) -> None:
+    pl = package(name)
+    strategy = "gpuorch" if by_name else door(name)(output_dir=tmp_path / "out")
+    trainer = pl.Trainer(strategy=strategy, default_root_dir=tmp_path, **QUIET)
+    predictions = trainer.predict(model(pl), DataLoader(DATA, batch_size=3))
+    assert torch.equal(torch.cat(list(predictions)), DATA * 2)
+    assert isinstance(trainer.strategy, pl.strategies.DDPStrategy)
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_our_callbacks_and_a_prediction_writer_under_both_packages(tmp_path: Path, name: str) -> None:
+    pl = package(name)
+    written = []
+
+    class Writer(pl.callbacks.BasePredictionWriter):
+        def write_on_batch_end(self, trainer: Any, module: Any, prediction: Any, indices: Any, *rest: Any) -> None:
+            written.append((indices, rest[1]))
+
+    ours = [callbacks.OOMBatchHalving(), callbacks.JobProgressBar(), callbacks.HeartbeatMonitor(), Writer("batch")]
+    trainer = pl.Trainer(
+        strategy=door(name)(output_dir=tmp_path / "out"), callbacks=ours, **{**QUIET, "enable_progress_bar": True}
+    )
+    trainer.predict(model(pl), DataLoader(DATA, batch_size=4), return_predictions=False)
+    assert written == [([0, 1, 2, 3], 0), ([4, 5, 6, 7], 1), ([8, 9], 2)]
+    assert len(read_predictions(tmp_path / "out")) == 3
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_the_durable_writer_under_another_strategy_of_both_packages(tmp_path: Path, name: str) -> None:
+    pl = package(name)
+    writer = callbacks.DurablePredictionWriter(tmp_path / "out")
+    trainer = pl.Trainer(callbacks=[writer], **QUIET)
+    trainer.predict(model(pl), DataLoader(DATA, batch_size=4), return_predictions=False)
+    assert torch.equal(torch.cat(list(read_predictions(tmp_path / "out"))), DATA * 2)
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_fit_validate_and_test_under_both_packages(tmp_path: Path, name: str) -> None:
+    pl = package(name)
+    boring = importlib.import_module(f"{name}.demos.boring_classes").BoringModel()
+    options = {**QUIET, "limit_val_batches": 1, "limit_test_batches": 1, "default_root_dir": tmp_path}
+    trainer = pl.Trainer(strategy="gpuorch", max_steps=2, **options)
+    trainer.fit(boring)
+    assert trainer.global_step == 2
+    trainer.validate(boring, verbose=False)
+    trainer.test(boring, verbose=False)
+
+
+@pytest.mark.parametrize("name", ["lightning.fabric", "lightning_fabric"])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_fabric_of_both_packages(tmp_path: Path, name: str, by_name: bool) -> None:
+    from lightning_gpuorch import MultiGPUOrchestrator
+
+    fabric = package(name).Fabric(accelerator="cpu", devices=1, strategy="gpuorch" if by_name else door(name)())
+    fabric.launch()
+    orchestrator = MultiGPUOrchestrator(fabric=fabric, output_dir=tmp_path / "out")
+    orchestrator.initialize()
+    loaded = orchestrator.load_distributed_model(torch.nn.Identity())
+    assert len(list(orchestrator.predict(loaded, DataLoader(DATA, batch_size=5)))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("lightning.pytorch", "pytorch_lightning"), ("pytorch_lightning", "pytorch")]
+)
+def test_a_strategy_for_the_other_package_is_refused_with_the_import_of_the_right_one(name: str, wanted: str) -> None:
+    other = PACKAGES[1 - PACKAGES.index(name)]
+    package(name)
+    with pytest.raises(ValueError, match=rf"lightning_gpuorch\.{wanted}\.GPUOrchStrategy"):
+        package(other).Trainer(strategy=door(name)(), **QUIET)
