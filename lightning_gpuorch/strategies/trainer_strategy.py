@@ -153,7 +153,7 @@ class TrainerStrategy(StrategyShell, _Base):
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.model)
         predicting = trainer.state.fn == "predict"
-        if not has_meta(self.model):
+        if self.world_size > 1 and not has_meta(self.model):
             self.model.eval()  # as the loop does; here layers that merge adapters do so while their weights are whole
         self.model = self.model_setup.prepare(self.model, self._first_batches if predicting else None, "predict_step")
         self.model_to_device()
@@ -402,6 +402,7 @@ class _PendingLoader:
     def __init__(self, strategy: TrainerStrategy, dataloader: Any, limit: int | None):
         self.strategy, self.dataloader, self.limit = strategy, dataloader, limit
         self.batch_sampler = lightning_internals.leased_indices(strategy.package)
+        self.batch_sampler.sampler = getattr(getattr(dataloader, "batch_sampler", None), "sampler", None)
         self.source = describe(dataloader)  # bad loaders are refused here, before anything starts
 
     def __getattr__(self, name: str) -> Any:

@@ -280,12 +280,12 @@ class SharedLoader:
         agree: Callable[[str, str], None] = lambda k, v: None,
     ):
         self.source, self._share, self._agree = source, share, agree
-        self.batch_sampler: Any = None
 
-    @property
-    def dataset(self) -> Any:
-        """The user's dataset, if the loader has one."""
-        return getattr(self.source.loader, "dataset", None)
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else is asked of it: what the user's loader has."""
+        if name == "source":  # asked for before it is set, by copy and pickle
+            raise AttributeError(name)
+        return getattr(self.source.loader, name)
 
     def __len__(self) -> int:
         """Batches of the largest share."""
