@@ -1,19 +1,24 @@
-"""Helpers of all tests: run a script as a user would, with a time limit, and leave nothing behind."""
+"""Helpers of all tests: a script runs as a user would run it, with a time limit, and leaves nothing behind."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import resource
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 # Before torch is imported anywhere: a forked child must not wait for its parent's OpenMP threads.
@@ -63,7 +68,7 @@ class Runner:
     ) -> subprocess.Popen[bytes]:
         """Start a script without waiting for it."""
         self._count += 1
-        log = open(self.directory / f"log-{self._count}.txt", "wb")  # noqa: SIM115 - the process keeps it
+        log = open(self.directory / f"log-{self._count}.txt", "ab")  # noqa: SIM115 - the process keeps it
         path = SCRIPTS / script if not Path(script).is_absolute() else Path(script)
         command = [*(launcher or (sys.executable,)), str(path), *map(str, arguments)]
         env = {
@@ -86,9 +91,7 @@ class Runner:
         try:
             return process.wait(timeout)
         except subprocess.TimeoutExpired:
-            text = self.log_of(process)
-            self._kill(process)
-            pytest.fail(f"{process.args} did not end within {timeout} s:\n{text[-6000:]}")
+            pytest.fail(f"{process.args} did not end within {timeout} s; its log and its stacks are below")
 
     @staticmethod
     def log_of(process: subprocess.Popen[bytes]) -> str:
@@ -102,8 +105,20 @@ class Runner:
         ended = self.wait(process, timeout)
         text = self.log_of(process)
         if code is not None:
-            assert ended == code, f"{process.args} ended with {ended}, expected {code}:\n{text[-8000:]}"
+            assert ended == code, f"{process.args} ended with {ended}, expected {code}; its log is below"
         return Finished(ended, text, json.loads(result.read_text()) if result.exists() else None)
+
+    def report(self) -> str:
+        """The log of every script, for a test that has failed; those that still run show the stacks of all ranks and end."""
+        parts = []
+        for process in self._processes:
+            running = process.poll() is None
+            if running:
+                end_with_stacks(process.pid, process.log)  # type: ignore[attr-defined]
+                process.wait(10)
+            state = "was still running" if running else f"has ended with {process.returncode}"
+            parts.append(f"=== {shlex.join(map(str, process.args))} {state}:\n{self.log_of(process)[-20_000:]}")  # type: ignore[arg-type]
+        return "\n".join(parts)
 
     def _kill(self, process: subprocess.Popen[bytes]) -> None:
         for number in (signal.SIGCONT, signal.SIGKILL):
@@ -120,6 +135,39 @@ class Runner:
                 self._kill(process)
 
 
+def end_with_stacks(pid: int, log: Path) -> None:
+    """End a process and all it has started; each writes the stacks of its threads to the log, under a line that names it.
+
+    ``PYTHONFAULTHANDLER`` makes a Python process do so on SIGABRT, whatever it does, GIL held or not.
+    """
+    root = psutil.Process(pid)
+    root.suspend()  # it shall restart nothing meanwhile
+    processes = [*reversed(root.children(recursive=True)), root]
+    for process in processes:
+        try:
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(f"\n--- {_name_of(process)}, process {process.pid}\n")
+            resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
+            process.send_signal(signal.SIGABRT)
+            process.resume()
+            process.wait(5)
+        except (psutil.Error, ProcessLookupError):
+            continue  # gone by itself, or it needs more than that
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _name_of(process: psutil.Process) -> str:
+    """``rank 3, generation 0`` of a supervisor's worker; the rank that another launcher has given; else the command."""
+    for file in process.open_files():
+        found = re.fullmatch(r"stacks-rank(\d+)-generation(\d+)\.txt", Path(file.path).name)
+        if found:
+            return f"rank {found[1]}, generation {found[2]}"
+    rank = process.environ().get("RANK")
+    return f"rank {rank}" if rank is not None else shlex.join(process.cmdline()[:4])
+
+
 def free_port() -> int:
     """A port that is free now, for launchers that have to be given one."""
     with socket.socket() as probe:
@@ -127,18 +175,63 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+SLOW = {
+    "callbacks/test_oom_batch_halving.py",
+    "devices/memory/test_host.py",
+    "devices/test_monitor.py::test_a_wedged_driver_blocks_nobody_and_becomes_unknown",
+    "devices/test_verdicts.py::test_a_row_about_xids",
+    "parallel/tensor_parallel/test_example.py",
+    "parallel/tensor_parallel/test_loading.py",
+    "parallel/tensor_parallel/test_models.py",
+    "parallel/tensor_parallel/test_plan.py::test_plans_survive_json",
+    "parallel/tensor_parallel/test_processes.py",
+    "parallel/tensor_parallel/test_right_or_refused.py",
+    "parallel/tensor_parallel/test_runtime.py",
+    "parallel/tensor_parallel/test_sweep_sample.py",
+    "parallel/tensor_parallel/test_transformers.py",
+    "parallel/tensor_parallel/test_verify.py",
+    "predictions/test_export.py::test_memory_stays_flat",
+    "predictions/test_reader.py::test_memory_stays_flat_over_300_mb",
+    "predictions/test_window.py",
+    "strategies/test_hooks.py",
+    "telemetry/test_failing_observers.py",
+}
+"""Modules, or tests of a module, that take most of the time of those that start no job: models and sweeps."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole jobs are marked, so that ``-m "not job"`` leaves what takes a minute."""
+    """Whole jobs and slow tests are marked, so that ``-m "not job and not slow"`` leaves what takes less than a minute."""
+    here = Path(__file__).parent
     for item in items:
-        if item.path.is_relative_to(Path(__file__).parent / "jobs") or "runner" in getattr(item, "fixturenames", ()):
+        if not item.path.is_relative_to(here):
+            continue
+        if item.path.is_relative_to(here / "jobs") or "runner" in getattr(item, "fixturenames", ()):
             item.add_marker("job")
+        module = item.path.relative_to(here).as_posix()
+        if {module, f"{module}::{getattr(item, 'originalname', item.name)}"} & SLOW:
+            item.add_marker("slow")
+
+
+_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    item.stash[_FAILED] = item.stash.get(_FAILED, False) or report.failed
+    return report
 
 
 @pytest.fixture
-def runner(tmp_path: Path) -> Iterator[Runner]:
+def runner(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Runner]:
+    """Runs scripts; when the test fails, their logs and the stacks of all ranks are in its report."""
     runner = Runner(tmp_path)
     yield runner
-    runner.close()
+    try:
+        if request.node.stash.get(_FAILED, False):
+            print(runner.report())
+    finally:
+        runner.close()
 
 
 @pytest.fixture(autouse=True)

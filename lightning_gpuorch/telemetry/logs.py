@@ -1,4 +1,4 @@
-"""Where do the plugin's own log records go? Readable lines to the console, JSON lines per rank to files.
+"""The plugin's own log records: readable lines to the console, JSON lines per rank to files.
 
 Only the logger ``lightning_gpuorch`` is touched: an application's logging stays as it is. Standard output is not used,
 since launchers put prefixes on it that break JSON.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lightning_gpuorch.errors import ConfigurationError
-from lightning_gpuorch.telemetry.events.json_lines import encode_line
+from lightning_gpuorch.telemetry.events.json_lines import LineFile, encode_line
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
 
 if TYPE_CHECKING:
@@ -147,31 +147,18 @@ class _JsonFileHandler(logging.Handler):
 
     def __init__(self, path: Path, static: dict[str, Any], failures: FailureTally):
         super().__init__()
-        self._path, self._static, self._failures = path, static, failures
-        self._descriptor: int | None = None
-        self._torn = False
+        self._file, self._static, self._failures = LineFile(path), static, failures
 
     def emit(self, record: logging.LogRecord) -> None:
         # Never raises and never logs: a record about a failing log would come back here.
         try:
-            line = encode_line(json_fields(record, self._static))
-            if self._descriptor is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-            if self._torn:
-                line = b"\n" + line
-            written = os.write(self._descriptor, line)
-            self._torn = written < len(line)
-            if self._torn:
-                self._failures.add("logs", silent=True)
+            self._file.append(encode_line(json_fields(record, self._static)))
         except Exception as error:  # noqa: BLE001 - an observer never ends the run
             self._failures.add("logs", error, silent=True)
 
     def close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            try:
-                os.close(descriptor)
-            except OSError as error:
-                self._failures.add("logs", error, silent=True)
+        try:
+            self._file.close()
+        except OSError as error:
+            self._failures.add("logs", error, silent=True)
         super().close()

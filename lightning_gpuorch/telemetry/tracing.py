@@ -1,4 +1,4 @@
-"""Where did the time of one step go, across the ranks that computed it together? OpenTelemetry spans, if it is installed.
+"""Where the time of one step went, across the ranks that computed it together: OpenTelemetry spans, if it is installed.
 
 Trace ids are derived from run, replica, step and attempt, so that all ranks of a tensor-parallel group put their spans
 into one trace, and sample the same steps, without a message. Spans are built after the step from timestamps that were
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_gpuorch.errors import ConfigurationError
-from lightning_gpuorch.telemetry.events.json_lines import encode_line
+from lightning_gpuorch.telemetry.events.json_lines import LineFile, encode_line
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
 
 if TYPE_CHECKING:
@@ -333,22 +333,20 @@ class _FileExporter:
     """Appends spans to a file; OpenTelemetry calls it from its own thread."""
 
     def __init__(self, path: Path, failures: FailureTally):
-        self._path, self._failures = path, failures
+        self._file, self._failures = LineFile(path), failures
 
     def export(self, spans: Sequence[ReadableSpan]) -> Any:
         from opentelemetry.sdk.trace.export import SpanExportResult
 
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "ab") as file:
-                file.write(b"".join(encode_line(_fields(span)) for span in spans))
+            self._file.append(b"".join(encode_line(_fields(span)) for span in spans))
         except OSError as error:
             self._failures.add("tracing", error)
             return SpanExportResult.FAILURE
         return SpanExportResult.SUCCESS
 
     def shutdown(self) -> None:
-        """Nothing is held open."""
+        self._file.close()
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         return True

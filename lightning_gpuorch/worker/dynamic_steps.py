@@ -17,8 +17,8 @@ from lightning_gpuorch.worker.batching.dynamic import (
     DynamicBatcher,
     padded_shape,
 )
+from lightning_gpuorch.worker.batching.lengths import length_of
 from lightning_gpuorch.worker.batching.memory_model import BatchSizer
-from lightning_gpuorch.worker.batching.token_budget import length_of
 from lightning_gpuorch.worker.oom.detection import is_out_of_memory
 from lightning_gpuorch.worker.step_context import StepContext, StepNote
 

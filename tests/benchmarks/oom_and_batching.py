@@ -1,4 +1,4 @@
-"""What halving costs when nothing fails, what the memory model and token budgets cost, and how well they do.
+"""What halving costs when nothing fails, what the memory model costs, and how well they do.
 
 python -m tests.benchmarks.oom_and_batching
 """
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from lightning_gpuorch.worker.batching.memory_model import BatchSizer
-from lightning_gpuorch.worker.batching.token_budget import TokenBudgetBatcher
 from lightning_gpuorch.worker.oom.halving import BatchHalver
 from tests.worker.batching.test_memory_model import LAWS, simulate
 
@@ -75,23 +74,7 @@ def sizing() -> None:
                 print(f"{name}, {kind} lengths, {label}: OOMs {[run.num_ooms for run in runs]}, of the oracle {shares}")
 
 
-def packing() -> None:
-    """Padding on skewed lengths, and the time to cut."""
-    lengths = np.clip(np.random.default_rng(0).lognormal(4, 1, 100_000), 4, 512).astype(np.int64)
-
-    def cost(batches: list[list[int]]) -> float:
-        return sum(int(lengths[batch].max()) * len(batch) for batch in batches) / int(lengths.sum())
-
-    fixed = [list(range(start, min(start + 32, len(lengths)))) for start in range(0, len(lengths), 32)]
-    print(f"padded / real tokens: batches of 32 unsorted {cost(fixed):.2f}", end="")
-    for window in (None, 16_384, 2_048):
-        print(f", window {window} {cost(list(TokenBudgetBatcher(lengths, 8192, window=window))):.3f}", end="")
-    seconds = timeit.timeit(lambda: list(TokenBudgetBatcher(lengths, 8192)), number=1)
-    print(f"; cutting 100,000 samples took {1e3 * seconds:.0f} ms")
-
-
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
     halving()
-    packing()
     sizing()

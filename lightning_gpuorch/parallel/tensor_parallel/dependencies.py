@@ -26,7 +26,6 @@ from lightning_gpuorch.parallel.tensor_parallel.intervals import (
     split_aligned,
     split_evenly,
 )
-from lightning_gpuorch.parallel.tensor_parallel.layers import features
 from lightning_gpuorch.parallel.tensor_parallel.records import LayerCall, Reference
 from lightning_gpuorch.parallel.tensor_parallel.stubs import StubbedModel
 
@@ -350,8 +349,3 @@ def _overlapping(partition: Partition) -> bool:
     return any(_overlap(cuts) for cuts in partition.producers.values()) or bool(
         any(length(cut) == 0 for cuts in partition.producers.values() for cut in cuts)
     )
-
-
-def output_features(signature_module: nn.Module) -> int:
-    """Give a producer's number of output channels."""
-    return features(signature_module)[1]

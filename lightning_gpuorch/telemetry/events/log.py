@@ -1,4 +1,4 @@
-"""What happened in a run, when, and on which rank?
+"""The events of a run: what happened, when, and on which rank.
 
 The supervisor and every start of every rank append to a file of their own, ``<directory>/<source>.jsonl``, so that no
 two processes share a file and a death tears at most one line. Reading merges them all.
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lightning_gpuorch.telemetry.events.json_lines import encode_line, read_lines
+from lightning_gpuorch.telemetry.events.json_lines import LineFile, encode_line, read_lines
 from lightning_gpuorch.telemetry.events.schema import EVENT_SCHEMA
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
 
@@ -60,8 +60,7 @@ class EventLog:
         self._unwritten = b""
         self._unwritten_events = 0
         self._sequence = 0
-        self._descriptor: int | None = None
-        self._torn = True  # an earlier process of this name may have died in the middle of a line
+        self._file = LineFile(self.path)
         self._write_lock = threading.Lock()
         self._wake = threading.Event()
         self._stop_requested = self._closed = False
@@ -128,12 +127,10 @@ class EventLog:
 
     def _close_file(self) -> None:
         with self._write_lock:
-            descriptor, self._descriptor = self._descriptor, None
-            if descriptor is not None:
-                try:
-                    os.close(descriptor)
-                except OSError as error:  # a network file system reports late that it could not write
-                    self._failures.add("events", error)
+            try:
+                self._file.close()
+            except OSError as error:
+                self._failures.add("events", error)
 
     def _write_pending(self) -> None:
         lines = [self._encode(*self._pending.popleft()) for _ in range(len(self._pending))]
@@ -145,22 +142,12 @@ class EventLog:
         if not self._unwritten:
             return
         try:
-            if self._descriptor is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-                if os.fstat(self._descriptor).st_size == 0:
-                    self._torn = False
-            data = b"\n" + self._unwritten if self._torn else self._unwritten
-            written = os.write(self._descriptor, data)
+            self._file.append(self._unwritten)
         except OSError as error:
+            # Whole records are written again; readers drop the duplicates by their numbers.
             self._failures.add("events", error)
             return
-        if written < len(data):
-            # What was begun is torn; whole records are written again, and readers drop the duplicate by its number.
-            self._torn = True
-            self._failures.add("events", OSError(f"{self.path}: {written} of {len(data)} bytes written"))
-            return
-        self._torn, self._unwritten, self._unwritten_events = False, b"", 0
+        self._unwritten, self._unwritten_events = b"", 0
 
     def _encode(self, ts: float, kind: str, fields: dict[str, Any]) -> bytes:
         self._sequence += 1

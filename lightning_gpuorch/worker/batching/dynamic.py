@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.worker.batching.lengths import REFERENCE_KEYS, LengthFn, length_of, length_sorted_order
 from lightning_gpuorch.worker.batching.memory_model import BatchSizer
-from lightning_gpuorch.worker.batching.token_budget import REFERENCE_KEYS, LengthFn, length_of, length_sorted_order
 
 MAX_COUNT = 4096
 """Samples of a batch, whatever their length."""
