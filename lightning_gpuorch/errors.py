@@ -11,7 +11,7 @@
     │   └── StorageFullError (OSError)       no space left on the device
     ├── CorruptPartError                     a part file fails its checksum
     ├── MissingPredictionsError              the job ended with samples missing
-    ├── ControlPlaneError                    the head cannot be reached, or ranks disagree
+    ├── ControlPlaneError                    the coordinator cannot be reached, or ranks disagree
     │   ├── ControlPlaneTimeoutError (TimeoutError)
     │   └── CollectiveMismatchError          ranks called different collectives
     ├── InputMismatchError                   ranks that must read the same have read different input
@@ -130,11 +130,11 @@ class MissingPredictionsError(GPUOrchError):
 
 
 class ControlPlaneError(GPUOrchError):
-    """The job's control plane failed: its head is gone, or ranks disagree."""
+    """The job's control plane failed: its coordinator is gone, or ranks disagree."""
 
 
 class ControlPlaneTimeoutError(ControlPlaneError, TimeoutError):
-    """The head, or ranks that had to take part, did not answer in time."""
+    """The coordinator, or ranks that had to take part, did not answer in time."""
 
 
 class CollectiveMismatchError(ControlPlaneError):

@@ -91,7 +91,7 @@ class JobProgressBar(ProgressBar):
                 self._show_bar(runtime, console)
             else:
                 self._show_lines(runtime)
-        except ControlPlaneError as error:  # the head is gone or busy: the job's own requests will tell
+        except ControlPlaneError as error:  # the coordinator is gone or busy: the job's own requests will tell
             log.debug("no progress to show: %s", error)
 
     def _show_bar(self, runtime: Any, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""A supervisor's line to the head: what it asks, what it reports, and what it knows of the job without asking."""
+"""A supervisor's line to the coordinator: what it asks, what it reports, and what it knows of the job without asking."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class NodePlace:
 
     Attributes:
         num_nodes: Machines that take part.
-        node_rank: Which one this is; node 0 hosts the head.
+        node_rank: Which one this is; node 0 hosts the coordinator.
         main_address: Host of node 0.
-        main_port: Port of the head; 0 takes a free one, where there is one node only.
+        main_port: Port of the coordinator; 0 takes a free one, where there is one node only.
     """
 
     num_nodes: int = 1
@@ -54,7 +54,7 @@ class JobState:
         needs_every_replica: Whether nobody can take over a replica's share.
         draining: Whether no more work is handed out.
         abort_code: Exit code with which everything is to end now, if so.
-        lost: Whether the head has given this node up.
+        lost: Whether the coordinator has given this node up.
         has_jobs: Whether any predict call was opened.
         records: Directory for the run's records, where results are kept.
         chunks_by_replica: Chunks made durable.
@@ -77,20 +77,20 @@ class JobState:
 
     @classmethod
     def from_answer(cls, answer: dict[str, Any]) -> JobState:
-        """Read what the head has written, also after a trip through JSON."""
+        """Read what the coordinator has written, also after a trip through JSON."""
         values = {name: answer[name] for name in cls.__dataclass_fields__}
         for name in ("chunks_by_replica", "open_ranks", "verdicts"):
             values[name] = {int(key): value for key, value in answer[name].items()}
         return cls(**values)
 
 
-class HeadLink:
+class CoordinatorClient:
     """A supervisor's side.
 
     Args:
-        channel: Line to the head.
+        channel: Asks the coordinator.
         node_rank: Which node this is.
-        timeout_seconds: Longest wait for an answer of a head that can be reached.
+        timeout_seconds: Longest wait for an answer of a coordinator that can be reached.
     """
 
     def __init__(self, channel: Channel, node_rank: int, timeout_seconds: float = 30.0):
@@ -99,7 +99,7 @@ class HeadLink:
 
     @property
     def silent_seconds(self) -> float:
-        """How long the head has not been heard of."""
+        """How long the coordinator has not been heard of."""
         return time.monotonic() - self._heard
 
     def join(self, num_ranks: int, num_nodes: int, run_id: str, timeout_seconds: float) -> tuple[int, int, str]:
@@ -109,8 +109,8 @@ class HeadLink:
             The first global rank of this node, the number of ranks in the job, and the run's name, which is node 0's.
 
         Raises:
-            ControlPlaneError: The head cannot be reached, or not every node came in time.
-            ConfigurationError: The head expects something else of this node.
+            ControlPlaneError: The coordinator cannot be reached, or not every node came in time.
+            ConfigurationError: The coordinator expects something else of this node.
         """
         answer = self._call("node_join", timeout_seconds, ranks=num_ranks, num_nodes=num_nodes, run_id=run_id)
         return int(answer["first_rank"]), int(answer["world_size"]), str(answer["run_id"])
@@ -180,15 +180,15 @@ class HeadLink:
 class StateWatch:
     """Keeps the state of the job at hand without making the supervisor wait for a slow network.
 
-    On the head's own node the state is asked for when it is needed; elsewhere a thread asks for it, which is also what
-    the head hears of this node.
+    On the coordinator's own node the state is asked for when it is needed; elsewhere a thread asks for it, which is also what
+    the coordinator hears of this node.
 
     Attributes:
-        link: Line to the head.
+        client: Asks the coordinator.
         interval_seconds: Time between two questions; 0 asks when needed.
     """
 
-    link: HeadLink
+    client: CoordinatorClient
     interval_seconds: float = 0.0
     _state: JobState | None = None
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -196,7 +196,7 @@ class StateWatch:
 
     def start(self) -> None:
         """Begin; the first answer is waited for."""
-        self._state = self.link.state()
+        self._state = self.client.state()
         if self.interval_seconds:
             self._thread = threading.Thread(target=self._ask, name="gpuorch-state", daemon=True)
             self._thread.start()
@@ -205,10 +205,10 @@ class StateWatch:
         """The state of the job: the last one known, or one asked for now.
 
         Raises:
-            ControlPlaneError: It is to be fresh, and the head cannot be reached.
+            ControlPlaneError: It is to be fresh, and the coordinator cannot be reached.
         """
         if fresh or not self.interval_seconds or self._state is None:
-            self._state = self.link.state()
+            self._state = self.client.state()
         return self._state
 
     def close(self) -> None:
@@ -220,9 +220,9 @@ class StateWatch:
     def _ask(self) -> None:
         while not self._stop.wait(self.interval_seconds):
             try:
-                self._state = self.link.state()
+                self._state = self.client.state()
             except ControlPlaneError as error:
-                log.debug("the head does not answer: %s", error)
+                log.debug("the coordinator does not answer: %s", error)
 
 
 def _blame_rows(blamed: dict[JobPosition, int], positions: dict[JobPosition, tuple[int, int]]) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """Collectives that span all replicas: numbered, decided once, and replayed to whoever comes back.
 
-Each rank numbers its collectives. The head keeps every decided result, so a restarted rank that runs the user's script
+Each rank numbers its collectives. The coordinator keeps every decided result, so a restarted rank that runs the user's script
 from the top gets the results its predecessor got and catches up without the others noticing. A replica that is
-retired is no longer waited for. Payloads are small objects: they go through the head and stay there.
+retired is no longer waited for. Payloads are small objects: they go through the coordinator and stay there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Operation:
 
 
 class CollectiveLedger:
-    """The head's side: collects contributions and decides each operation once.
+    """The coordinator's side: collects contributions and decides each operation once.
 
     Args:
         ranks: Global ranks that take part.
@@ -124,7 +124,7 @@ class ControlCollectives:
     """A rank's side: barrier, broadcast and gather of small objects over all ranks of the job.
 
     Args:
-        channel: Connection to the head.
+        channel: Connection to the coordinator.
         rank: This process's global rank.
         timeout_seconds: Longest wait for all ranks to arrive.
     """

@@ -1,4 +1,4 @@
-"""The head of a job: the one place that knows the ranks, the leases, the collectives and what was lost.
+"""The coordinator of a job: the one place that knows the ranks, the leases, the collectives and what was lost.
 
 It lives in the supervisor; in the process itself when there is only one; in rank 0 when another launcher made the
 processes. Every request is idempotent, so a rank may repeat it after a broken connection.
@@ -18,7 +18,7 @@ from lightning_gpuorch.control.collectives import CollectiveLedger
 from lightning_gpuorch.control.input_ledger import REMEDY, InputLedger
 from lightning_gpuorch.control.jobs import Job, verify_complete
 from lightning_gpuorch.control.leases import FENCED, LeaseQueue, Owner
-from lightning_gpuorch.control.node_registry import NodeDesk
+from lightning_gpuorch.control.node_registry import NodeRegistry
 from lightning_gpuorch.control.transport import Message, answered, refused
 from lightning_gpuorch.control.votes import RecoveryLedger
 from lightning_gpuorch.errors import (
@@ -43,7 +43,7 @@ from lightning_gpuorch.predictions.storage.manifest import (
 log = logging.getLogger(__name__)
 
 
-class Goodbyes:
+class Departures:
     """Ranks that have left in good order."""
 
     def __init__(self) -> None:
@@ -62,14 +62,14 @@ class Goodbyes:
             return self._changed.wait_for(lambda: ranks <= self.ranks, timeout_seconds)
 
 
-class Head:
+class Coordinator:
     """Answers the requests of all ranks.
 
     Args:
         world_size: Ranks of the job.
         max_chunk_failures: Deaths in one chunk before a sample of it is given up.
         on_event: Told of what happened, as ``on_event(kind, **fields)``; must not raise.
-        nodes: Options of :class:`~lightning_gpuorch.control.node_registry.NodeDesk`, where several nodes take part.
+        nodes: Options of :class:`~lightning_gpuorch.control.node_registry.NodeRegistry`, where several nodes take part.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Head:
         **nodes: Any,
     ):
         self.world_size = world_size
-        self.nodes = NodeDesk(self, **nodes)
+        self.nodes = NodeRegistry(self, **nodes)
         self.tensor_parallel_size: int | None = None
         self.gang = False
         self.ledger = CollectiveLedger(range(world_size))
@@ -88,7 +88,7 @@ class Head:
         self.jobs: dict[int, Job] = {}
         self.reports: list[dict[str, Any]] = []
         self.generations: dict[int, int] = {}
-        self.goodbyes = Goodbyes()
+        self.departures = Departures()
         self.chunks_by_replica: dict[int, int] = {}
         self._retired: set[int] = set()
         self._let_go: set[Owner] = set()
@@ -284,7 +284,7 @@ class Head:
         return {"draining": self._draining}
 
     def _op_goodbye(self, request: Message) -> dict[str, Any]:
-        self.goodbyes.add(int(request.header["rank"]))
+        self.departures.add(int(request.header["rank"]))
         return {}
 
     def _op_drain(self, request: Message) -> dict[str, Any]:

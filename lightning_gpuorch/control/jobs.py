@@ -1,4 +1,4 @@
-"""A predict call as the head sees it: where its results are, who computes what, and whether anything is missing."""
+"""A predict call as the coordinator sees it: where its results are, who computes what, and whether anything is missing."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The head's side of the supervisors: which nodes take part, who is still heard of, what is to be done everywhere.
+"""The coordinator's side of the supervisors: which nodes take part, who is still heard of, what is to be done everywhere.
 
-Every node has a supervisor, which alone decides about its own workers. It asks the head for what concerns the whole
+Every node has a supervisor, which alone decides about its own workers. It asks the coordinator for what concerns the whole
 job, and reports what ended. A node that is not heard of for a lease term loses its leases, in case its work will never
 come; it may come back. After ``node_timeout_seconds`` it is given up, and nobody waits for its ranks any more.
 
-A supervisor on the head's own node uses the same requests, without a socket.
+A supervisor on the coordinator's own node uses the same requests, without a socket.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class _Node:
     codes: dict[int, int] | None = None
 
 
-class JobHead(Protocol):
-    """What supervisors ask about, or have done to, the job: :class:`~lightning_gpuorch.control.coordinator.Head` does it."""
+class JobControl(Protocol):
+    """What the registry needs of the :class:`~lightning_gpuorch.control.coordinator.Coordinator`."""
 
     world_size: int
     tensor_parallel_size: int | None
@@ -103,11 +103,11 @@ class JobHead(Protocol):
         ...
 
 
-class NodeDesk:
-    """The head's side.
+class NodeRegistry:
+    """The coordinator's side.
 
     Args:
-        head: The head.
+        coordinator: The coordinator.
         num_nodes: Supervisors that will join.
         lease_term_seconds: Silence after which a node's leases go back.
         node_timeout_seconds: Silence after which a node is given up.
@@ -116,13 +116,13 @@ class NodeDesk:
 
     def __init__(
         self,
-        head: JobHead,
+        coordinator: JobControl,
         num_nodes: int = 1,
         lease_term_seconds: float = 30.0,
         node_timeout_seconds: float = 300.0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._head, self.num_nodes, self._clock = head, num_nodes, clock
+        self._coordinator, self.num_nodes, self._clock = coordinator, num_nodes, clock
         self._lease_term_seconds, self._node_timeout_seconds = lease_term_seconds, node_timeout_seconds
         self._nodes: dict[int, _Node] = {}
         self._counts: dict[int, int] = {}
@@ -135,7 +135,7 @@ class NodeDesk:
         self.abort_code: int | None = None
         self._lock = threading.RLock()
 
-    # What the head's own supervisor does
+    # What the coordinator's own supervisor does
 
     @property
     def complete(self) -> bool:
@@ -148,7 +148,7 @@ class NodeDesk:
         return [node for node in range(self.num_nodes) if node not in self._counts]
 
     def others_present(self) -> list[int]:
-        """Nodes other than the head's that have neither left nor been given up."""
+        """Nodes other than the coordinator's that have neither left nor been given up."""
         with self._lock:
             return [n for n, node in self._nodes.items() if n and node.codes is None and not node.lost]
 
@@ -177,13 +177,13 @@ class NodeDesk:
                 silent = now - node.heard
                 if silent > self._lease_term_seconds and not node.expired:
                     node.expired = True
-                    back = sum(self._head.expire_leases(replica) for replica in self._replicas_of(node))
+                    back = sum(self._coordinator.expire_leases(replica) for replica in self._replicas_of(node))
                     log.warning("node %d is silent for %.0f s; its %d chunks in hand go back", number, silent, back)
                 if silent > self._node_timeout_seconds or (node.expired and self._only_this_is_waited_for(number)):
                     node.lost = True
                     given_up.append(number)
                     for replica in self._replicas_of(node):
-                        self._head.retire(replica)
+                        self._coordinator.retire(replica)
                     log.error("node %d is given up after %.0f s of silence; the others go on", number, silent)
         return given_up
 
@@ -198,10 +198,10 @@ class NodeDesk:
     def _only_this_is_waited_for(self, number: int) -> bool:
         """Whether all work is done, and every other node has left."""
         others = [n for n, node in self._nodes.items() if n != number and n and node.codes is None and not node.lost]
-        return not others and self._head.finished
+        return not others and self._coordinator.finished
 
     def _replicas_of(self, node: _Node) -> list[int]:
-        size = self._head.tensor_parallel_size or 1
+        size = self._coordinator.tensor_parallel_size or 1
         return sorted({rank // size for rank in node.ranks})
 
     def check_replicas_within_nodes(self, tensor_parallel_size: int) -> None:
@@ -227,8 +227,8 @@ class NodeDesk:
                 raise ConfigurationError(f"node {number} is outside a job of {self.num_nodes} nodes.")
             if self._counts.setdefault(number, ranks) != ranks or request.header["num_nodes"] != self.num_nodes:
                 raise ConfigurationError(
-                    f"node {number} joins with {ranks} ranks and --num-nodes {request.header['num_nodes']}; the head knows "
-                    f"{self._counts[number]} and {self.num_nodes}. Two nodes with the same --node-rank?"
+                    f"node {number} joins with {ranks} ranks and --num-nodes {request.header['num_nodes']}; the coordinator "
+                    f"knows {self._counts[number]} and {self.num_nodes}. Two nodes with the same --node-rank?"
                 )
             if number == 0:
                 self._run_id = str(request.header["run_id"])
@@ -244,9 +244,9 @@ class NodeDesk:
             for number in range(self.num_nodes):
                 self._nodes[number] = _Node(list(range(first, first + self._counts[number])), now)
                 first += self._counts[number]
-            self._head.set_world_size(first)
+            self._coordinator.set_world_size(first)
         for number, answer in self._joining:
-            seat = {"first_rank": self._nodes[number].ranks[0], "world_size": self._head.world_size}
+            seat = {"first_rank": self._nodes[number].ranks[0], "world_size": self._coordinator.world_size}
             answer.set_result(Message({**seat, "run_id": self._run_id}))
         self._joining.clear()
 
@@ -263,20 +263,20 @@ class NodeDesk:
 
     def state_for(self, node: _Node) -> dict[str, Any]:
         """The fields of :class:`~lightning_gpuorch.control.client.JobState`, for one node."""
-        head = self._head
-        kept = head.kept_directory
+        coordinator = self._coordinator
+        kept = coordinator.kept_directory
         return {
-            "tensor_parallel_size": head.tensor_parallel_size,
-            "gang": head.gang,
+            "tensor_parallel_size": coordinator.tensor_parallel_size,
+            "gang": coordinator.gang,
             "gang_generation": self.gang_generation,
-            "needs_every_replica": head.needs_every_replica,
-            "draining": head.draining,
+            "needs_every_replica": coordinator.needs_every_replica,
+            "draining": coordinator.draining,
             "abort_code": self.abort_code,
             "lost": node.lost,
-            "has_jobs": bool(head.jobs),
+            "has_jobs": bool(coordinator.jobs),
             "records": None if kept is None else str(kept),
-            "chunks_by_replica": dict(head.chunks_by_replica),
-            "open_ranks": head.open_ranks(node.ranks),
+            "chunks_by_replica": dict(coordinator.chunks_by_replica),
+            "open_ranks": coordinator.open_ranks(node.ranks),
             "verdicts": {rank: self._verdicts[rank] for rank in node.ranks if rank in self._verdicts},
         }
 
@@ -284,31 +284,31 @@ class NodeDesk:
         """A generation has ended: take back what it holds, and blame what it was computing."""
         header = request.header
         blamed, positions = _read_blame(header["blamed"])
-        self._head.end_generation(int(header["replica"]), int(header["generation"]), blamed, positions)
+        self._coordinator.end_generation(int(header["replica"]), int(header["generation"]), blamed, positions)
         return {}
 
     def op_node_deaths(self, request: Message) -> dict[str, Any]:
         """Deaths so far in samples that may be to blame for another one."""
-        return {"deaths": self._head.deaths_in(*_read_blame(request.header["blamed"]))}
+        return {"deaths": self._coordinator.deaths_in(*_read_blame(request.header["blamed"]))}
 
     def op_node_retire(self, request: Message) -> dict[str, Any]:
         """A replica will not come back."""
-        self._head.retire(int(request.header["replica"]))
+        self._coordinator.retire(int(request.header["replica"]))
         return {}
 
     def op_node_drop_ranks(self, request: Message) -> dict[str, Any]:
         """A replica goes on without some of its ranks: nobody waits for them any more."""
-        self._head.ledger.retire(int(rank) for rank in request.header["ranks"])
+        self._coordinator.ledger.retire(int(rank) for rank in request.header["ranks"])
         return {}
 
     def op_node_rank_left(self, request: Message) -> dict[str, Any]:
         """A rank has ended in good order."""
-        self._head.ledger.leave(int(request.header["rank"]), str(request.header["why"]))
+        self._coordinator.ledger.leave(int(request.header["rank"]), str(request.header["why"]))
         return {}
 
     def op_node_let_go(self, request: Message) -> dict[str, Any]:
         """Hand a replica no more work."""
-        self._head.let_go(int(request.header["replica"]), int(request.header["generation"]))
+        self._coordinator.let_go(int(request.header["replica"]), int(request.header["generation"]))
         return {}
 
     def op_node_abort(self, request: Message) -> dict[str, Any]:
@@ -322,8 +322,8 @@ class NodeDesk:
         with self._lock:
             if int(request.header["generation"]) == self.gang_generation:
                 self.gang_generation += 1
-                for rank in range(self._head.world_size):
-                    self._head.end_generation(rank, self.gang_generation - 1)
+                for rank in range(self._coordinator.world_size):
+                    self._coordinator.end_generation(rank, self.gang_generation - 1)
             return {"generation": self.gang_generation}
 
     def op_node_left(self, request: Message) -> Future[Message]:

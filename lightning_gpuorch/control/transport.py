@@ -1,11 +1,11 @@
-"""How a request and its answer travel between a rank and the head: length-prefixed frames with a deadline.
+"""How a request and its answer travel between a rank and the coordinator: length-prefixed frames with a deadline.
 
 A frame is a JSON header and an opaque payload::
 
     uint32 header length | uint64 payload length | header (UTF-8 JSON) | payload
 
 Why not a ``TCPStore``: its client has no receive timeout, a blocked call locks the client object, and ``set`` is not
-acknowledged. Here each request is answered, has a deadline, and is safe to send again, because the head treats a
+acknowledged. Here each request is answered, has a deadline, and is safe to send again, because the coordinator treats a
 repeated request as the same request.
 """
 
@@ -117,7 +117,9 @@ class ControlServer:
             self._loop.run_until_complete(self._serve(host, port))
         except OSError as error:
             self._started.set_exception(
-                ControlPlaneError(f"the head cannot listen on {host}:{port}: {error}; choose another port or address.")
+                ControlPlaneError(
+                    f"the coordinator cannot listen on {host}:{port}: {error}; choose another port or address."
+                )
             )
         finally:
             self._loop.close()
@@ -168,14 +170,14 @@ class ControlServer:
 
 
 class Channel(Protocol):
-    """Sends requests to the head."""
+    """Sends requests to the coordinator."""
 
     def call(self, header: dict[str, Any], payload: bytes = b"", *, timeout_seconds: float) -> Message:
         """Send one request and wait for its answer.
 
         Raises:
             ControlPlaneTimeoutError: No answer within ``timeout_seconds``.
-            ControlPlaneError: The head refused the request.
+            ControlPlaneError: The coordinator refused the request.
         """
         ...
 
@@ -209,15 +211,15 @@ class LocalChannel:
 class RemoteChannel:
     """A channel over TCP. Reconnects and repeats a request until its deadline.
 
-    A deadline is for the answer of a head that can be reached. While it cannot, the clock stands still and
+    A deadline is for the answer of a coordinator that can be reached. While it cannot, the clock stands still and
     ``connect_timeout_seconds`` counts: a cut of the network shorter than that costs only its own length.
 
     Thread-safe: each request in flight has a connection of its own, so one that waits for others holds up nobody.
 
     Args:
-        address: ``host:port`` of the head.
+        address: ``host:port`` of the coordinator.
         token: The job's shared secret.
-        connect_timeout_seconds: How long the head may be unreachable before a request fails.
+        connect_timeout_seconds: How long the coordinator may be unreachable before a request fails.
     """
 
     def __init__(self, address: str, token: str = "", connect_timeout_seconds: float = 30.0):
@@ -251,14 +253,14 @@ class RemoteChannel:
                 now = time.monotonic()
                 if isinstance(error, TimeoutError) and error.errno is None:  # our own clock, not the kernel's
                     raise ControlPlaneTimeoutError(
-                        f"request {header.get('op')!r} was not answered by the head at {self.address} within "
+                        f"request {header.get('op')!r} was not answered by the coordinator at {self.address} within "
                         f"{timeout_seconds:g} s."
                     ) from None
                 if lost_since is None or (connection is not None and now - sent > _SERVED_SECONDS):
                     lost_since = now
                 if now - lost_since > self._connect_timeout_seconds:
                     raise ControlPlaneError(
-                        f"the head at {self.address} cannot be reached for {now - lost_since:.1f} s ({error}); "
+                        f"the coordinator at {self.address} cannot be reached for {now - lost_since:.1f} s ({error}); "
                         "is its supervisor still running?"
                     ) from error
                 time.sleep(0.05)
@@ -289,7 +291,7 @@ class RemoteChannel:
                 connection.settimeout(max(0.01, deadline - time.monotonic()))
                 piece = connection.recv(min(count - len(buffer), 2**20))
                 if not piece:
-                    raise ConnectionError("the head closed the connection")
+                    raise ConnectionError("the coordinator closed the connection")
                 buffer += piece
             return bytes(buffer)
 

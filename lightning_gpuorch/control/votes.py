@@ -1,4 +1,4 @@
-"""The head's side of recovery inside a tensor-parallel group: who left which epoch, and the votes about it.
+"""The coordinator's side of recovery inside a tensor-parallel group: who left which epoch, and the votes about it.
 
 It lives outside of the ranks, so it answers while their own communication is broken. Every request may be repeated.
 

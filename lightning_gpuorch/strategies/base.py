@@ -55,12 +55,12 @@ class SupervisedEnvironment(ClusterEnvironment):
 
     @property
     def main_address(self) -> str:
-        """Host of the head."""
+        """Host of the coordinator."""
         return self._worker.control.rsplit(":", 1)[0]
 
     @property
     def main_port(self) -> int:
-        """Port of the head."""
+        """Port of the coordinator."""
         return int(self._worker.control.rsplit(":", 1)[1])
 
     @staticmethod

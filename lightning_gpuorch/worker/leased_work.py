@@ -27,7 +27,7 @@ class Job(Protocol):
     steps: int
 
     def call(self, op: str, *, timeout_seconds: float | None = None, **fields: Any) -> Any:
-        """Ask the head."""
+        """Ask the coordinator."""
         ...
 
     def flush(self) -> None:

@@ -439,7 +439,7 @@ class PredictionJob:
         self.call("drain")
 
     def call(self, op: str, *, timeout_seconds: float | None = None, **fields: Any) -> Any:
-        """Ask the job's head something in the name of this rank."""
+        """Ask the job's coordinator something in the name of this rank."""
         header = {"op": op, "job": self.number, **self._world.owner, **fields}
         timeout = self._runtime.config.timeout_sec if timeout_seconds is None else timeout_seconds
         return self._world.channel.call(header, timeout_seconds=timeout)

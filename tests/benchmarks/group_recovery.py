@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_gpuorch.control.coordinator import Head
+from lightning_gpuorch.control.coordinator import Coordinator
 from lightning_gpuorch.control.transport import ControlServer, RemoteChannel
 from lightning_gpuorch.parallel.groups import recoverable_group as groups
 from lightning_gpuorch.parallel.groups.process_group import ProcessGroupManager
@@ -410,9 +410,9 @@ def on_ranks(
     backend: str = "gloo",
     timeout_seconds: float = 600.0,
 ) -> list[Any]:
-    """Run ``work(node, *arguments)`` on ranks with a head outside of them; give the results by rank."""
+    """Run ``work(node, *arguments)`` on ranks with a coordinator outside of them; give the results by rank."""
     context = multiprocessing.get_context("spawn")
-    server = ControlServer(Head(size), token="secret")
+    server = ControlServer(Coordinator(size), token="secret")
     store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
     processes: list[Any] = []
     ends: list[Connection] = []

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from lightning_gpuorch.control.collectives import ControlCollectives
-from lightning_gpuorch.control.coordinator import Head
+from lightning_gpuorch.control.coordinator import Coordinator
 from lightning_gpuorch.control.transport import ControlServer, LocalChannel, Message, RemoteChannel
 from lightning_gpuorch.errors import (
     CollectiveMismatchError,
@@ -79,13 +79,13 @@ def test_a_stranger_is_not_served(server):
 
 
 def test_a_request_survives_the_loss_of_its_connection():
-    head = Head(1)
-    server = ControlServer(head)
+    coordinator = Coordinator(1)
+    server = ControlServer(coordinator)
     channel = RemoteChannel(server.address, connect_timeout_seconds=10)
     channel.call({"op": "publish", "key": "a", "value": 1}, timeout_seconds=5)
     port = server.port
     server.close()
-    again = threading.Timer(0.5, lambda: servers.append(ControlServer(head, port=port)))
+    again = threading.Timer(0.5, lambda: servers.append(ControlServer(coordinator, port=port)))
     servers = []
     again.start()
     assert channel.call({"op": "lookup", "key": "a"}, timeout_seconds=10).header["value"] == 1
@@ -96,14 +96,14 @@ def test_a_request_survives_the_loss_of_its_connection():
 
 def test_an_unreachable_head_is_named():
     channel = RemoteChannel("127.0.0.1:9", connect_timeout_seconds=0.2)
-    with pytest.raises(ControlPlaneError, match="head at 127.0.0.1:9 cannot be reached"):
+    with pytest.raises(ControlPlaneError, match="coordinator at 127.0.0.1:9 cannot be reached"):
         channel.call({"op": "echo"}, timeout_seconds=5)
 
 
-def _ranks(count, work, head=None):
+def _ranks(count, work, coordinator=None):
     """Run ``work(collectives, rank)`` on threads, one per rank, over real sockets."""
-    head = head or Head(count)
-    server = ControlServer(head)
+    coordinator = coordinator or Coordinator(count)
+    server = ControlServer(coordinator)
     channels = [RemoteChannel(server.address) for _ in range(count)]
 
     def one(rank):
@@ -127,9 +127,9 @@ def test_collectives_agree_on_all_ranks():
 
 
 def test_a_restarted_rank_replays_what_was_decided():
-    head = Head(2)
-    first = _ranks(2, lambda c, r: [c.all_gather_object((r, i)) for i in range(5)], head)
-    channel = LocalChannel(head)
+    coordinator = Coordinator(2)
+    first = _ranks(2, lambda c, r: [c.all_gather_object((r, i)) for i in range(5)], coordinator)
+    channel = LocalChannel(coordinator)
     again = ControlCollectives(channel, 1, 1.0)
     assert [again.all_gather_object("something else now") for _ in range(5)] == first[1]
 
@@ -151,8 +151,8 @@ def test_different_calls_are_named():
 
 
 def test_missing_ranks_are_named():
-    head = Head(3)
-    collectives = ControlCollectives(LocalChannel(head), 0, 0.1)
+    coordinator = Coordinator(3)
+    collectives = ControlCollectives(LocalChannel(coordinator), 0, 0.1)
     with pytest.raises(
         ControlPlaneTimeoutError, match=r"rank 0 waited 0.1 s in collective #0 \(barrier\) for ranks \[1, 2\]"
     ):
@@ -160,24 +160,24 @@ def test_missing_ranks_are_named():
 
 
 def test_a_retired_rank_is_no_longer_waited_for():
-    head = Head(2)
+    coordinator = Coordinator(2)
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(ControlCollectives(LocalChannel(head), 0, 5.0).all_gather_object, "here")
-        while head.ledger.missing(0) != [1]:
+        waiting = pool.submit(ControlCollectives(LocalChannel(coordinator), 0, 5.0).all_gather_object, "here")
+        while coordinator.ledger.missing(0) != [1]:
             time.sleep(0.001)
-        head.ledger.retire([1])
+        coordinator.ledger.retire([1])
         assert waiting.result(5) == ["here"]
 
 
 def test_a_rank_that_has_left_is_named():
-    head = Head(2)
-    head.ledger.leave(1, "has ended")
+    coordinator = Coordinator(2)
+    coordinator.ledger.leave(1, "has ended")
     with pytest.raises(CollectiveMismatchError, match="needs rank 1, which has ended"):
-        ControlCollectives(LocalChannel(head), 0, 5.0).barrier()
+        ControlCollectives(LocalChannel(coordinator), 0, 5.0).barrier()
 
 
 def test_ranks_must_agree_on_the_tensor_parallel_size():
-    channel = LocalChannel(Head(4))
+    channel = LocalChannel(Coordinator(4))
     hello = {"op": "hello", "generation": 0}
     channel.call({**hello, "rank": 0, "tensor_parallel_size": 2}, timeout_seconds=1)
     with pytest.raises(ConfigurationError, match="rank 3 uses tensor_parallel_size=4, the others use 2"):

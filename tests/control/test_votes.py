@@ -1,4 +1,4 @@
-"""The head's part in the recovery of a group: who is told what, and when."""
+"""The coordinator's part in the recovery of a group: who is told what, and when."""
 
 from __future__ import annotations
 

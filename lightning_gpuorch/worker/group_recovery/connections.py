@@ -1,6 +1,6 @@
 """The epochs of a tensor-parallel group's connections, as one of its ranks sees them: what it tells the others, and hears.
 
-The head passes it on; it answers while the group's own connections are broken. Its part is in
+The coordinator passes it on; it answers while the group's own connections are broken. Its part is in
 :mod:`lightning_gpuorch.control.votes`.
 """
 
@@ -30,10 +30,10 @@ class GroupEpochs:
     """Gives up connections and makes new ones, together with the other ranks of the group.
 
     Args:
-        channel: Line to the head.
+        channel: Line to the coordinator.
         owner: ``replica``, ``generation`` and ``rank`` in the group.
         size: Ranks in the group.
-        timeout_seconds: Longest wait for the head; the other ranks get twice as long.
+        timeout_seconds: Longest wait for the coordinator; the other ranks get twice as long.
         name: Of this rank, in messages.
 
     Attributes:
@@ -170,7 +170,7 @@ class GroupEpochs:
                 answer = self._call("watch", epoch=epoch, heard=heard, timeout_seconds=_WATCH_SECONDS)
             except TimeoutError:
                 continue
-            except (GPUOrchError, OSError) as error:  # without the head there is no recovery, and soon no job
+            except (GPUOrchError, OSError) as error:  # without the coordinator there is no recovery, and soon no job
                 log.debug("%s no longer watches: %s", self._name, error)
                 return
             if "drained" in answer:

@@ -1,13 +1,13 @@
 """A fault inside a tensor-parallel group is mended in place: all its ranks leave the step, agree, and try again.
 
-The protocol, for a fault in epoch e. The head stands outside of the group and answers while the group's own
+The protocol, for a fault in epoch e. The coordinator stands outside of the group and answers while the group's own
 connections are broken. Every rank has a request waiting at it, through which it hears of the others' faults.
 
 1. The rank that fails lets go of the failed step's memory. If its memory ran out and it knows what the step would still
    have communicated (:mod:`lightning_gpuorch.parallel.groups.collective_trace`), it *drains* the step: it tells all ranks
-   through the head that this attempt does not count, and when they know, takes part in the rest of it with zeros. The
+   through the coordinator that this attempt does not count, and when they know, takes part in the rest of it with zeros. The
    others come to its end as always, and the connections stay whole.
-2. Otherwise, or if that takes too long, it *aborts*: it gives up epoch e's connections and tells the head. The other
+2. Otherwise, or if that takes too long, it *aborts*: it gives up epoch e's connections and tells the coordinator. The other
    ranks hear of it and give up theirs as well: a wait inside a collective raises.
 3. Every rank hands in its vote (:class:`~lightning_gpuorch.worker.group_recovery.agreement.Vote`) and gets all of them. If
    one is known to be dead, or does not come in time, the process ends and the replica is restarted.
@@ -99,7 +99,7 @@ class GroupRecovery:
     """Runs the steps of one rank of a tensor-parallel group so that the group survives their faults.
 
     Args:
-        channel: Line to the head.
+        channel: Line to the coordinator.
         owner: ``replica``, ``generation`` and global ``rank`` of this process.
         rank: Rank in the group.
         size: Ranks in the group.
@@ -193,7 +193,7 @@ class GroupRecovery:
         try:
             self.epochs.abort(vote.message)
             self.epochs.vote(vote.to_dict(), wait=False)
-        except ControlPlaneError as lost:  # the head is gone: so are we, soon
+        except ControlPlaneError as lost:  # the coordinator is gone: so are we, soon
             log.debug("rank %d could not say that it leaves: %s", self._global_rank, lost)
 
     def close(self) -> None:
