@@ -79,8 +79,6 @@ class JobProgressBar(ProgressBar):
         if job is None:
             return self._batches, None, "batches on rank 0"
         seen = job.progress()
-        if not seen.get("known"):
-            return 0, None, "waiting"
         restarts = f", {seen['restarts']} restarts" if seen["restarts"] else ""
         return seen["chunks_computed"], seen["chunks"] or None, f"chunks{restarts}"
 

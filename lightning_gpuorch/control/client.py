@@ -7,15 +7,28 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from lightning_gpuorch.control.messages.base import AnswerT, LoaderKey, Request, UnitRange
+from lightning_gpuorch.control.messages.nodes import (
+    AbortJob,
+    DrainReplica,
+    DropRanks,
+    EndGeneration,
+    EndRank,
+    GetDeaths,
+    GetJobState,
+    JobState,
+    JoinNode,
+    LeaveNode,
+    NodeJoined,
+    RestartGang,
+    RetireReplica,
+)
+from lightning_gpuorch.control.messages.ranks import DrainJob
 from lightning_gpuorch.control.transport import Channel
 from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError
 
 log = logging.getLogger(__name__)
-
-JobPosition = tuple[int, int]
-"""Job and dataloader."""
 
 
 @dataclass(frozen=True)
@@ -43,47 +56,6 @@ class NodePlace:
             raise ConfigurationError("a job of several nodes needs a main port that all of them know.")
 
 
-@dataclass(frozen=True)
-class JobState:
-    """What a supervisor has to know of the job.
-
-    Attributes:
-        tensor_parallel_size: Ranks per replica, once a rank has said so.
-        gang: Whether all ranks restart together.
-        gang_generation: How often they did.
-        needs_every_replica: Whether nobody can take over a replica's share.
-        draining: Whether no more work is handed out.
-        abort_code: Exit code with which everything is to end now, if so.
-        lost: Whether the coordinator has given this node up.
-        has_jobs: Whether any predict call was opened.
-        records: Directory for the run's records, where results are kept.
-        chunks_by_replica: Chunks made durable.
-        open_ranks: By rank of this node that may not leave yet: whether all it has opened is complete.
-        verdicts: Last verdict on a rank's device that asks for something.
-    """
-
-    tensor_parallel_size: int | None
-    gang: bool
-    gang_generation: int
-    needs_every_replica: bool
-    draining: bool
-    abort_code: int | None
-    lost: bool
-    has_jobs: bool
-    records: str | None
-    chunks_by_replica: dict[int, int]
-    open_ranks: dict[int, bool]
-    verdicts: dict[int, dict[str, Any]]
-
-    @classmethod
-    def from_answer(cls, answer: dict[str, Any]) -> JobState:
-        """Read what the coordinator has written, also after a trip through JSON."""
-        values = {name: answer[name] for name in cls.__dataclass_fields__}
-        for name in ("chunks_by_replica", "open_ranks", "verdicts"):
-            values[name] = {int(key): value for key, value in answer[name].items()}
-        return cls(**values)
-
-
 class CoordinatorClient:
     """A supervisor's side.
 
@@ -102,78 +74,66 @@ class CoordinatorClient:
         """How long the coordinator has not been heard of."""
         return time.monotonic() - self._heard
 
-    def join(self, num_ranks: int, num_nodes: int, run_id: str, timeout_seconds: float) -> tuple[int, int, str]:
+    def join(self, num_ranks: int, num_nodes: int, run_id: str, timeout_seconds: float) -> NodeJoined:
         """Take part, and wait until every node does.
-
-        Returns:
-            The first global rank of this node, the number of ranks in the job, and the run's name, which is node 0's.
 
         Raises:
             ControlPlaneError: The coordinator cannot be reached, or not every node came in time.
-            ConfigurationError: The coordinator expects something else of this node.
+            ConfigurationError: The coordinator expects something else of this node, or is of another version.
         """
-        answer = self._call("node_join", timeout_seconds, ranks=num_ranks, num_nodes=num_nodes, run_id=run_id)
-        return int(answer["first_rank"]), int(answer["world_size"]), str(answer["run_id"])
+        request = JoinNode(node=self._node_rank, ranks=num_ranks, num_nodes=num_nodes, run_id=run_id)
+        return self._ask(request, timeout_seconds)
 
     def state(self) -> JobState:
         """The state of the job, fresh."""
-        return JobState.from_answer(self._call("node_state"))
+        return self._ask(GetJobState(node=self._node_rank))
 
-    def deaths_before(self, blamed: dict[JobPosition, int], positions: dict[JobPosition, tuple[int, int]]) -> int:
+    def deaths_before(self, blamed: dict[LoaderKey, int], positions: dict[LoaderKey, UnitRange]) -> int:
         """How many workers have died in these samples, the most of any sample."""
-        if not blamed:
-            return 0
-        return int(self._call("node_deaths", blamed=_blame_rows(blamed, positions))["deaths"])
+        return self._ask(GetDeaths(blamed=blamed, positions=positions)).deaths if blamed else 0
 
     def end_generation(
-        self,
-        replica: int,
-        generation: int,
-        blamed: dict[JobPosition, int],
-        positions: dict[JobPosition, tuple[int, int]],
+        self, replica: int, generation: int, blamed: dict[LoaderKey, int], positions: dict[LoaderKey, UnitRange]
     ) -> None:
         """Report that a generation is over, with what it was computing."""
-        rows = _blame_rows(blamed, positions)
-        self._call("node_generation_over", replica=replica, generation=generation, blamed=rows)
+        self._ask(EndGeneration(replica=replica, generation=generation, blamed=blamed, positions=positions))
 
     def retire(self, replica: int) -> None:
         """Report that a replica will not come back."""
-        self._call("node_retire", replica=replica)
+        self._ask(RetireReplica(replica=replica))
 
     def drop_ranks(self, ranks: Sequence[int]) -> None:
         """Report that a replica goes on without some of its ranks."""
-        self._call("node_drop_ranks", ranks=list(ranks))
+        self._ask(DropRanks(ranks=list(ranks)))
 
     def rank_left(self, rank: int, why: str) -> None:
         """Report that a rank has ended in good order."""
-        self._call("node_rank_left", rank=rank, why=why)
+        self._ask(EndRank(rank=rank, why=why))
 
     def let_go(self, replica: int, generation: int) -> None:
         """Have a replica finish what it holds and leave."""
-        self._call("node_let_go", replica=replica, generation=generation)
+        self._ask(DrainReplica(replica=replica, generation=generation))
 
     def drain(self) -> None:
         """Have the whole job finish what it holds and leave."""
-        self._call("drain")
+        self._ask(DrainJob())
 
     def abort(self, code: int) -> None:
         """End the whole job now."""
-        self._call("node_abort", code=code)
+        self._ask(AbortJob(code=code))
 
     def restart_gang(self, generation: int) -> int:
         """Have all ranks of the job restart together; returns their next generation."""
-        return int(self._call("node_gang_restart", generation=generation)["generation"])
+        return self._ask(RestartGang(generation=generation)).generation
 
     def leave(self, codes: dict[int, int], timeout_seconds: float) -> int:
         """Report how this node's ranks ended; returns the job's exit code, once it is known."""
-        answer = self._call("node_left", timeout_seconds, codes={str(rank): code for rank, code in codes.items()})
-        return int(answer["exit_code"])
+        return self._ask(LeaveNode(node=self._node_rank, codes=codes), timeout_seconds).exit_code
 
-    def _call(self, op: str, timeout_seconds: float | None = None, **fields: Any) -> dict[str, Any]:
-        header = {"op": op, "node": self._node_rank, **fields}
-        answer = self._channel.call(header, timeout_seconds=timeout_seconds or self._timeout_seconds)
+    def _ask(self, request: Request[AnswerT], timeout_seconds: float | None = None) -> AnswerT:
+        answer = self._channel.call(request, timeout_seconds=timeout_seconds or self._timeout_seconds)
         self._heard = time.monotonic()
-        return answer.header
+        return answer
 
 
 @dataclass
@@ -223,7 +183,3 @@ class StateWatch:
                 self._state = self.client.state()
             except ControlPlaneError as error:
                 log.debug("the coordinator does not answer: %s", error)
-
-
-def _blame_rows(blamed: dict[JobPosition, int], positions: dict[JobPosition, tuple[int, int]]) -> list[list[int]]:
-    return [[*key, chunk, *positions[key]] for key, chunk in blamed.items()]

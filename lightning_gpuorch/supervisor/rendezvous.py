@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable
 
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.control.client import CoordinatorClient, JobState, NodePlace, StateWatch
+from lightning_gpuorch.control.client import CoordinatorClient, NodePlace, StateWatch
 from lightning_gpuorch.control.coordinator import Coordinator
+from lightning_gpuorch.control.handshake import Peer
+from lightning_gpuorch.control.messages.nodes import JobState
 from lightning_gpuorch.control.transport import Channel, ControlServer, LocalChannel, RemoteChannel
 from lightning_gpuorch.errors import ControlPlaneError, ControlPlaneTimeoutError
 
@@ -60,7 +62,8 @@ class Membership:
             self.control = f"{place.main_address}:{place.main_port}"
             # Until the coordinator is there, and over cuts of the network, for as long as the coordinator waits for us.
             patience = max(config.start_timeout_sec, config.node_timeout_sec)
-            self._channel = RemoteChannel(self.control, self.token, connect_timeout_seconds=patience)
+            peer = Peer("node", place.node_rank)
+            self._channel = RemoteChannel(self.control, peer, self.token, connect_timeout_seconds=patience)
         self.client = CoordinatorClient(self._channel, place.node_rank, config.timeout_sec)
         self._watch = StateWatch(
             self.client, 0.0 if self.coordinator is not None else min(1.0, config.lease_term_sec / 5)
@@ -90,18 +93,17 @@ class Membership:
 
         Raises:
             ControlPlaneError: The coordinator cannot be reached, or not every node came in time.
-            ConfigurationError: The nodes do not agree about the job.
+            ConfigurationError: The nodes do not agree about the job, or run different versions.
         """
         place = self.place
         if place.num_nodes > 1:
             log.info("node %d of %d: waiting for all nodes", place.node_rank, place.num_nodes)
         try:
-            self.first_rank, self.world_size, self.run_id = self.client.join(
-                self._num_workers, place.num_nodes, self.run_id, self._config.start_timeout_sec
-            )
+            joined = self.client.join(self._num_workers, place.num_nodes, self.run_id, self._config.start_timeout_sec)
         except ControlPlaneError as error:
             missing = self.coordinator.nodes.missing if self.coordinator is not None else []
             raise ControlPlaneError(f"{error} Nodes {missing} have not joined." if missing else str(error)) from error
+        self.first_rank, self.world_size, self.run_id = joined.first_rank, joined.world_size, joined.run_id
         self._watch.start()
 
     def state(self, fresh: bool = False) -> JobState:

@@ -25,11 +25,12 @@ from types import FrameType
 from typing import Any
 
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.control.client import JobState, NodePlace
+from lightning_gpuorch.control.client import NodePlace
 from lightning_gpuorch.control.coordinator import Coordinator
 from lightning_gpuorch.control.environment import WorkerEnvironment
 from lightning_gpuorch.control.heartbeat import waits_for_others
 from lightning_gpuorch.control.jobs import remove_ephemeral
+from lightning_gpuorch.control.messages.nodes import JobState
 from lightning_gpuorch.devices.pool import DevicePool
 from lightning_gpuorch.errors import (
     EXIT_CONFIGURATION,
@@ -445,12 +446,12 @@ class Supervisor:
 
     def _check_verdicts(self) -> None:
         for rank, said in self._state.verdicts.items():
-            key = (rank, int(said["generation"]), str(said["verdict"]))
-            if key in self._seen_verdicts or rank not in self._workers or said["generation"] != self._generation[rank]:
+            key = (rank, said.generation, said.verdict)
+            if key in self._seen_verdicts or rank not in self._workers or said.generation != self._generation[rank]:
                 continue
             self._seen_verdicts.add(key)
-            evidence = "; ".join(said["evidence"])
-            if said["verdict"] == "failed":
+            evidence = "; ".join(said.evidence)
+            if said.verdict == "failed":
                 self._on_failure(self._workers[rank], FailureKind.GPU_FAILED, evidence)
             else:
                 self._let_go(rank, evidence)

@@ -24,7 +24,10 @@ from lightning_gpuorch.control.collectives import ControlCollectives
 from lightning_gpuorch.control.coordinator import Coordinator
 from lightning_gpuorch.control.disconnects import Disconnects
 from lightning_gpuorch.control.environment import WorkerEnvironment
+from lightning_gpuorch.control.handshake import Peer
 from lightning_gpuorch.control.jobs import Job, remove_ephemeral, verify_complete
+from lightning_gpuorch.control.messages.base import Sender
+from lightning_gpuorch.control.messages.ranks import Lookup, Publish, RegisterRank, UnregisterRank
 from lightning_gpuorch.control.transport import Channel, ControlServer, LocalChannel, RemoteChannel
 from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, MissingPredictionsError, format_indices
 from lightning_gpuorch.parallel.groups.process_group import ProcessGroupManager
@@ -82,9 +85,9 @@ class World:
     _directory_uses: dict[str, int] = field(default_factory=dict)
 
     @property
-    def owner(self) -> dict[str, int]:
-        """Fields that tell the coordinator on whose behalf a request is made."""
-        return {"replica": self.topology.replica, "generation": self.generation, "rank": self.topology.rank}
+    def sender(self) -> Sender:
+        """Tells the coordinator on whose behalf a request is made."""
+        return Sender(rank=self.topology.rank, replica=self.topology.replica, generation=self.generation)
 
     def next_job(self) -> int:
         """Number of the next predict call; the same on every rank, since all run the same script."""
@@ -126,10 +129,9 @@ class World:
         if rank == 0:
             host = (WorkerEnvironment.read() or _NO_WORKER).host
             store: Any = self.groups.create_store(host, 0, True, size)
-            self.channel.call({"op": "publish", "key": key, "value": [host, store.port]}, timeout_seconds=timeout)
+            self.channel.call(Publish(key=key, value=[host, store.port]), timeout_seconds=timeout)
         else:
-            answer = self.channel.call({"op": "lookup", "key": key}, timeout_seconds=timeout)
-            host, port = answer.header["value"]
+            host, port = self.channel.call(Lookup(key=key), timeout_seconds=timeout).value
             store = self.groups.create_store(host, port, False, size)
         self.groups.initialize(rank, size, store=store, is_replica=not whole_job)
         self.spans_job = whole_job
@@ -154,17 +156,12 @@ class World:
                 self.topology, tensor_parallel_size=tensor_parallel_size, ranks_per_replica=tensor_parallel_size
             )
         self.settled = True
-        header = {"op": "hello", "tensor_parallel_size": self.topology.ranks_per_replica, **self.owner}
-        self.channel.call(header, timeout_seconds=30)
+        size = self.topology.ranks_per_replica
+        self.channel.call(RegisterRank(sender=self.sender, tensor_parallel_size=size), timeout_seconds=30)
 
 
 _NO_WORKER = WorkerEnvironment(0, 1, 0, 0, "", "", 0, None, "", "127.0.0.1", None, None)
 _world: World | None = None
-
-
-def current_world() -> World | None:
-    """This process's world, if it has joined one."""
-    return _world
 
 
 def join(config: OrchestratorConfig, device: torch.device, external: ExternalRanks | None = None) -> World:
@@ -305,7 +302,8 @@ def _join_supervised(
 ) -> World:
     # On the coordinator's own node an unreachable coordinator is gone; on another one it may be the network.
     patience = config.timeout_sec if worker.node_rank == 0 else config.node_timeout_sec
-    channel = RemoteChannel(worker.control, worker.token, connect_timeout_seconds=patience)
+    peer = Peer("rank", topology.rank)
+    channel = RemoteChannel(worker.control, peer, worker.token, connect_timeout_seconds=patience)
     return World(
         topology=topology,
         channel=channel,
@@ -380,7 +378,8 @@ def _join_external(
         address, token, run_id, place = store.get("coordinator").decode().split(" ", 3)
         host, _, shared = place.partition(":")
         run_directory = Path(shared) if shared and host == socket.gethostname() and Path(shared).is_dir() else None
-        channel = RemoteChannel(address, token, connect_timeout_seconds=config.timeout_sec)
+        peer = Peer("rank", topology.rank)
+        channel = RemoteChannel(address, peer, token, connect_timeout_seconds=config.timeout_sec)
         atexit.register(_unregister, channel, topology.rank)
     # 3. One torch.distributed world over all ranks, as that launcher's users expect.
     groups.initialize(topology.rank, topology.world_size, store=dist.PrefixStore("world", store))
@@ -419,6 +418,6 @@ def _outlive_the_others(world: World, disconnects: Disconnects, timeout_seconds:
 
 def _unregister(channel: Channel, rank: int) -> None:
     try:
-        channel.call({"op": "goodbye", "rank": rank}, timeout_seconds=5)
+        channel.call(UnregisterRank(rank=rank), timeout_seconds=5)
     except ControlPlaneError as error:  # the coordinator is gone already, nobody is waiting
         log.debug("rank %d could not unregister: %s", rank, error)

@@ -7,6 +7,9 @@ import pytest
 from lightning_gpuorch.control import disconnects
 from lightning_gpuorch.control.coordinator import Coordinator
 from lightning_gpuorch.control.disconnects import Disconnects
+from lightning_gpuorch.control.handshake import Peer
+from lightning_gpuorch.control.messages.base import Sender
+from lightning_gpuorch.control.messages.ranks import RegisterRank, UnregisterRank
 from lightning_gpuorch.control.transport import ControlServer, RemoteChannel
 
 
@@ -15,10 +18,10 @@ def job(monkeypatch):
     monkeypatch.setattr(disconnects, "GONE_SECONDS", 0.5)
     coordinator = Coordinator(3)
     server = ControlServer(coordinator, token="secret")
-    channels = {rank: RemoteChannel(server.address, "secret") for rank in (1, 2)}
+    channels = {rank: RemoteChannel(server.address, Peer("rank", rank), "secret") for rank in (1, 2)}
     for rank, channel in channels.items():
-        header = {"op": "hello", "tensor_parallel_size": 1, "rank": rank, "generation": 0}
-        channel.call(header, timeout_seconds=10)
+        sender = Sender(rank=rank, replica=rank, generation=0)
+        channel.call(RegisterRank(sender=sender, tensor_parallel_size=1), timeout_seconds=10)
     watch = Disconnects(coordinator, server.connected_ranks, give_up_seconds=1.0)
     yield coordinator, server, channels, watch
     watch.close()
@@ -32,7 +35,7 @@ def test_who_is_connected_is_waited_for_and_who_is_gone_is_not(job):
     assert server.connected_ranks() == {1, 2}
     assert watch._left(0.5) == [1, 2]
     channels[1].close()
-    channels[2].call({"op": "goodbye", "rank": 2}, timeout_seconds=10)
+    channels[2].call(UnregisterRank(rank=2), timeout_seconds=10)
     began = time.monotonic()
     assert watch.outlive_the_others(timeout_seconds=30) == []
     assert time.monotonic() - began < 10

@@ -12,7 +12,9 @@ import time
 import pytest
 
 from lightning_gpuorch import read_predictions
+from lightning_gpuorch.control import handshake
 from tests.conftest import free_port
+from tests.support.listener import listener
 
 SLOW = "slow_predict.py"
 SHORT_TERMS = {"GPUORCH_LEASE_TERM_SEC": "3", "GPUORCH_NODE_TIMEOUT_SEC": "30", "GPUORCH_TOKEN": "ours"}
@@ -46,6 +48,16 @@ def _wait_until(condition, processes, what, timeout=90):
 def _right(directory, samples):
     values = [float(value) for batch in read_predictions(directory) for value in batch[:, 0]]
     return values == [2.0 * index for index in range(samples)]
+
+
+def test_a_node_of_another_version_does_not_join(runner):
+    welcome = handshake.frame(handshake.Introduction(peer=handshake.COORDINATOR, protocol=7, release="7.0"))
+    with listener(welcome, timeout_seconds=60) as address:
+        node = _start(runner, 1, address.rpartition(":")[2])
+        assert runner.wait(node, 60) == 78
+    (line,) = [line for line in runner.log_of(node).splitlines() if "protocol 7" in line]
+    assert f"coordinator 0 at {address} speaks control protocol 7 (lightning_gpuorch 7.0)" in line
+    assert f"this process speaks {handshake.PROTOCOL_VERSION} (lightning_gpuorch" in line
 
 
 def test_nodes_of_different_size_share_a_job_and_each_restarts_its_own(runner, tmp_path):

@@ -35,6 +35,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from lightning_gpuorch.control.messages.base import Sender
 from lightning_gpuorch.control.transport import Channel
 from lightning_gpuorch.errors import (
     CollectiveError,
@@ -100,7 +101,7 @@ class GroupRecovery:
 
     Args:
         channel: Line to the coordinator.
-        owner: ``replica``, ``generation`` and global ``rank`` of this process.
+        sender: This process.
         rank: Rank in the group.
         size: Ranks in the group.
         group: The group over which ranks wait for each other at the end of an attempt.
@@ -113,7 +114,7 @@ class GroupRecovery:
     def __init__(
         self,
         channel: Channel,
-        owner: dict[str, int],
+        sender: Sender,
         rank: int,
         size: int,
         group: RecoverableProcessGroup,
@@ -122,7 +123,7 @@ class GroupRecovery:
         reconnect_seconds: float | None = None,
     ):
         self._size, self._group = size, group
-        self._global_rank = owner["rank"]  # in messages; the group's own numbers mean nothing to a reader
+        self._global_rank = sender.rank  # in messages; the group's own numbers mean nothing to a reader
         self._timeout_seconds = timeout_seconds
         self.on_recovery = on_recovery
         self.num_recoveries = self.num_drains = 0
@@ -136,7 +137,7 @@ class GroupRecovery:
         self._agreed: int | None = None
         self._token: torch.Tensor | None = None
         name = f"rank {self._global_rank}"
-        self.epochs = GroupEpochs(channel, {**owner, "rank": rank}, size, timeout_seconds, name)
+        self.epochs = GroupEpochs(channel, sender, rank, size, timeout_seconds, name)
 
     # Steps
 
