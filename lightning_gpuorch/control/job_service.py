@@ -290,10 +290,13 @@ class JobService:
         kept, replica = (request.loader, request.sender.owner), request.sender.replica
         with self._lock:
             job.samples_kept[kept] = max(0, job.samples_kept[kept] - request.samples)
-            if request.won:
+            if request.won and (request.loader, request.chunk) not in job.counted:
+                job.counted.add((request.loader, request.chunk))
                 job.samples_done += request.samples
                 self.chunks_by_replica[replica] = self.chunks_by_replica.get(replica, 0) + 1
             for start, stop, reason in request.quarantined:
+                if any((start, stop) == (known.start, known.stop) for known in queue.quarantined):
+                    continue
                 before = len(queue.quarantined)
                 queue.quarantine(start, stop, reason)
                 self._record_quarantine(request.job, request.loader, before)

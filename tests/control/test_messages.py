@@ -15,10 +15,12 @@ from lightning_gpuorch.control import codec
 from lightning_gpuorch.control.codec import ANSWER_TYPES, ANSWERS_OF, REQUEST_TYPES
 from lightning_gpuorch.control.coordinator import Coordinator
 from lightning_gpuorch.control.messages.base import Done, Sender
-from lightning_gpuorch.control.messages.leases import ChunkDone, Lease, NextChunk, Stop
+from lightning_gpuorch.control.messages.leases import ChunkDone, GetProgress, Lease, NextChunk, OpenJob, Stop
 from lightning_gpuorch.control.messages.nodes import EndGeneration, LeaveNode
 from lightning_gpuorch.control.messages.ranks import DrainJob, Publish
 from lightning_gpuorch.errors import ControlPlaneError, ProtocolError
+from lightning_gpuorch.predictions.storage.layout import LoaderLayout
+from lightning_gpuorch.predictions.storage.manifest import Manifest
 
 SENDER = Sender(rank=1, replica=0, generation=2)
 NEXT = NextChunk(sender=SENDER, job=0, loader=0, sequence=7, block=True)
@@ -197,9 +199,34 @@ def test_every_request_has_one_service_that_answers_it():
     assert set(Coordinator(1).routes) == set(REQUEST_TYPES)
 
 
-def test_a_request_is_the_same_request_when_it_is_repeated():
-    coordinator = Coordinator(1)
-    for _ in range(2):
-        assert coordinator.handle(Publish(key="k", value=1)).result(0) == Done()
-    with pytest.raises(ControlPlaneError, match="predict call 0 is not open; open are"):
-        coordinator.handle(NEXT).result(0)
+def test_a_request_is_the_same_request_when_it_is_repeated(tmp_path):
+    events = []
+    coordinator = Coordinator(1, on_event=lambda kind, **fields: events.append(kind))
+    layout = LoaderLayout(unit="sample", num_units=8, batch_size=2, chunk_size=4)
+    manifest = Manifest(loaders=[layout]).to_dict()
+    sender = Sender(rank=0, replica=0, generation=0)
+    place = {"sender": sender, "job": 0, "loader": 0}
+    done = ChunkDone(**place, chunk=0, won=True, samples=3, quarantined=((1, 2, "no memory"),))
+    requests = [
+        OpenJob(sender=sender, job=0, directory=str(tmp_path), ephemeral=False, manifest=manifest),
+        NextChunk(**place, sequence=0, block=False),
+        NextChunk(**place, sequence=1, block=False),
+        done,
+        Publish(key="k", value=1),
+        GetProgress(job=0),
+    ]
+    for request in requests:
+        first, again = (coordinator.handle(request).result(10) for _ in range(2))
+        assert first == again, request
+    assert (again.samples_done, again.chunks_done) == (3, 1)
+    assert events.count("quarantine") == events.count("job") == 1
+    assert len(coordinator.jobs[0].queues[0].quarantined) == 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "text"),
+    [(NEXT, r"predict call 0 is not open; open are \[\]"), (GetProgress(job=4), "predict call 4 is not open")],
+)
+def test_a_predict_call_that_is_not_open_is_named(request_, text):
+    with pytest.raises(ControlPlaneError, match=text):
+        Coordinator(1).handle(request_).result(0)
