@@ -29,7 +29,7 @@ class OrchestratorConfig:
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Data-plane backend of a tensor-parallel group; ``auto`` takes nccl on CUDA and gloo elsewhere."""
     timeout_sec: float = 30.0
-    """Longest wait for one data-plane collective, and for the head to answer one request."""
+    """Longest wait for one data-plane collective, and for the coordinator to answer one request."""
     collective_timeout_sec: float = 1800.0
     """Longest wait for all ranks to arrive at a job-wide collective of the control plane."""
     memory_fraction: float = 0.9

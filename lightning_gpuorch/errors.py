@@ -4,15 +4,17 @@
 
     GPUOrchError
     ├── ConfigurationError (ValueError)      bad option, environment variable or combination
-    │   └── ModelDoesNotFitError             the model is larger than the memory budget
+    │   ├── ModelDoesNotFitError             the model is larger than the memory budget
+    │   └── ProtocolVersionError             two processes of a job run different versions
     ├── JobMismatchError                     the output directory belongs to another job
     ├── PredictionStorageError               a prediction cannot be stored or written
     │   ├── UnsupportedPredictionError (TypeError)   its type has no durable form
     │   └── StorageFullError (OSError)       no space left on the device
     ├── CorruptPartError                     a part file fails its checksum
     ├── MissingPredictionsError              the job ended with samples missing
-    ├── ControlPlaneError                    the head cannot be reached, or ranks disagree
+    ├── ControlPlaneError                    the coordinator cannot be reached, or ranks disagree
     │   ├── ControlPlaneTimeoutError (TimeoutError)
+    │   ├── ProtocolError                    a message between two processes is malformed
     │   └── CollectiveMismatchError          ranks called different collectives
     ├── InputMismatchError                   ranks that must read the same have read different input
     ├── DataPlaneError                       ranks of a TP group could not complete a step together
@@ -79,6 +81,10 @@ class ModelDoesNotFitError(ConfigurationError):
         return type(self), (str(self), self.needed_bytes, self.budget_bytes, self.fitting_tensor_parallel_size)
 
 
+class ProtocolVersionError(ConfigurationError):
+    """Two processes of a job run versions that do not understand each other."""
+
+
 class JobMismatchError(GPUOrchError):
     """The output directory holds the results of another job.
 
@@ -130,11 +136,15 @@ class MissingPredictionsError(GPUOrchError):
 
 
 class ControlPlaneError(GPUOrchError):
-    """The job's control plane failed: its head is gone, or ranks disagree."""
+    """The job's control plane failed: its coordinator is gone, or ranks disagree."""
 
 
 class ControlPlaneTimeoutError(ControlPlaneError, TimeoutError):
-    """The head, or ranks that had to take part, did not answer in time."""
+    """The coordinator, or ranks that had to take part, did not answer in time."""
+
+
+class ProtocolError(ControlPlaneError):
+    """A message between two processes is malformed, or of a type that is not known."""
 
 
 class CollectiveMismatchError(ControlPlaneError):

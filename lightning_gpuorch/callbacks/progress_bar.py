@@ -79,8 +79,6 @@ class JobProgressBar(ProgressBar):
         if job is None:
             return self._batches, None, "batches on rank 0"
         seen = job.progress()
-        if not seen.get("known"):
-            return 0, None, "waiting"
         restarts = f", {seen['restarts']} restarts" if seen["restarts"] else ""
         return seen["chunks_computed"], seen["chunks"] or None, f"chunks{restarts}"
 
@@ -91,7 +89,7 @@ class JobProgressBar(ProgressBar):
                 self._show_bar(runtime, console)
             else:
                 self._show_lines(runtime)
-        except ControlPlaneError as error:  # the head is gone or busy: the job's own requests will tell
+        except ControlPlaneError as error:  # the coordinator is gone or busy: the job's own requests will tell
             log.debug("no progress to show: %s", error)
 
     def _show_bar(self, runtime: Any, console: Console) -> None:

@@ -27,8 +27,10 @@ _PRECISIONS = (
 @click.option("--devices", default="1", show_default=True, help="How many devices, which (0,2), or 'auto'.")
 @click.option("--num-nodes", "--num_nodes", type=int, default=1, show_default=True, help="Machines that take part.")
 @click.option("--node-rank", "--node_rank", type=int, default=0, show_default=True, help="Which machine this is.")
-@click.option("--main-address", "--main_address", default="127.0.0.1", show_default=True, help="Host of the head.")
-@click.option("--main-port", "--main_port", type=int, default=29400, show_default=True, help="Port of the head.")
+@click.option(
+    "--main-address", "--main_address", default="127.0.0.1", show_default=True, help="Host of the coordinator."
+)
+@click.option("--main-port", "--main_port", type=int, default=29400, show_default=True, help="Port of the coordinator.")
 @click.option("--precision", type=click.Choice(_PRECISIONS), default=None, help="Numeric precision.")
 @click.argument("script_args", nargs=-1, type=click.UNPROCESSED)
 def run(script: str, script_args: tuple[str, ...], **options: Any) -> None:

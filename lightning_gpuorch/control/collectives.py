@@ -1,20 +1,23 @@
-"""Collectives that span all replicas: numbered, decided once, and replayed to whoever comes back.
+"""Collectives that span all replicas: numbered, decided once, and replayed to a rank that comes back.
 
-Each rank numbers its collectives. The head keeps every decided result, so a restarted rank that runs the user's script
+Each rank numbers its collectives. The coordinator keeps every decided result, so a restarted rank that runs the user's script
 from the top gets the results its predecessor got and catches up without the others noticing. A replica that is
-retired is no longer waited for. Payloads are small objects: they go through the head and stay there.
+retired is no longer waited for. Payloads are small objects: they go through the coordinator and stay there.
 """
 
 from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_gpuorch.control.transport import Channel, Message, answered, refused
+from lightning_gpuorch.control.messages.collectives import Gather, Gathered, GetMissingRanks, MissingRanks
+from lightning_gpuorch.control.messages.nodes import DropRanks, EndRank
+from lightning_gpuorch.control.pending import answered, failed, pending, resolve
+from lightning_gpuorch.control.transport import Channel
 from lightning_gpuorch.errors import CollectiveMismatchError, ControlPlaneTimeoutError
 
 
@@ -23,12 +26,12 @@ class _Operation:
     kind: str
     first_rank: int
     contributions: dict[int, bytes] = field(default_factory=dict)
-    waiting: list[Future[Message]] = field(default_factory=list)
-    result: Message | None = None
+    waiting: list[Future[Gathered]] = field(default_factory=list)
+    result: Gathered | None = None
 
 
-class CollectiveLedger:
-    """The head's side: collects contributions and decides each operation once.
+class CollectiveService:
+    """The coordinator's side: collects contributions and decides each operation once.
 
     Args:
         ranks: Global ranks that take part.
@@ -40,34 +43,40 @@ class CollectiveLedger:
         self._operations: dict[int, _Operation] = {}
         self._lock = threading.Lock()
 
-    def contribute(self, number: int, kind: str, rank: int, payload: bytes) -> Future[Message]:
-        """Take a rank's contribution to operation ``number``.
+    @property
+    def routes(self) -> Mapping[type, Any]:
+        """What is answered here."""
+        return {
+            Gather: self.gather,
+            GetMissingRanks: lambda request: MissingRanks(ranks=self.missing(request.number)),
+            DropRanks: lambda request: self.retire(request.ranks),
+            EndRank: lambda request: self.leave(request.rank, request.why),
+        }
 
-        Args:
-            number: Position of the operation in the rank's sequence of collectives.
-            kind: What the rank calls; all ranks must call the same.
-            rank: Global rank.
-            payload: The rank's contribution.
-
-        Returns:
-            Resolved with all contributions, in rank order, when every member has arrived.
-        """
+    def gather(self, request: Gather) -> Future[Gathered]:
+        """Take a rank's contribution; resolved with all of them, in rank order, when every member has arrived."""
+        number, kind, rank = request.number, request.kind, request.rank
         with self._lock:
             operation = self._operations.setdefault(number, _Operation(kind, rank))
             if operation.kind != kind:
-                return refused(
+                return failed(
                     CollectiveMismatchError(
                         f"collective #{number}: rank {rank} calls {kind}, rank {operation.first_rank} calls "
                         f"{operation.kind}; every rank must make the same calls in the same order."
                     )
                 )
             if operation.result is not None:
-                return answered(operation.result.header, operation.result.payload)
-            operation.contributions[rank] = payload
-            waiter: Future[Message] = Future()
+                return answered(operation.result)
+            operation.contributions[rank] = request.payload
+            waiter = pending()
             operation.waiting.append(waiter)
             self._decide(number, operation)
             return waiter
+
+    def set_members(self, ranks: Iterable[int]) -> None:
+        """Record which ranks take part, once all nodes have joined."""
+        with self._lock:
+            self._members = set(ranks)
 
     def missing(self, number: int) -> list[int]:
         """Members that have not yet arrived at operation ``number``."""
@@ -97,34 +106,28 @@ class CollectiveLedger:
         missing = self._members - set(operation.contributions)
         gone = sorted(missing & set(self._left))
         if gone:
-            failure = refused(
-                CollectiveMismatchError(
-                    f"collective #{number} ({operation.kind}) needs rank {gone[0]}, which {self._left[gone[0]]}; "
-                    "every rank must make the same calls in the same order."
-                )
-            ).result()
+            failure = CollectiveMismatchError(
+                f"collective #{number} ({operation.kind}) needs rank {gone[0]}, which {self._left[gone[0]]}; "
+                "every rank must make the same calls in the same order."
+            )
             self._resolve(operation, failure)
         elif not missing:
             ranks = sorted(self._members & set(operation.contributions))
-            parts = [operation.contributions[rank] for rank in ranks]
-            header = {"ranks": ranks, "sizes": [len(part) for part in parts]}
-            operation.result = Message(header, b"".join(parts))
+            operation.result = Gathered(payloads={rank: operation.contributions[rank] for rank in ranks})
             operation.contributions = dict.fromkeys(operation.contributions, b"")
             self._resolve(operation, operation.result)
 
     @staticmethod
-    def _resolve(operation: _Operation, answer: Message) -> None:
+    def _resolve(operation: _Operation, answer: Gathered | CollectiveMismatchError) -> None:
         waiting, operation.waiting = operation.waiting, []
-        for waiter in waiting:
-            if not waiter.done():
-                waiter.set_result(answer)
+        resolve(waiting, answer)
 
 
 class ControlCollectives:
     """A rank's side: barrier, broadcast and gather of small objects over all ranks of the job.
 
     Args:
-        channel: Connection to the head.
+        channel: Connection to the coordinator.
         rank: This process's global rank.
         timeout_seconds: Longest wait for all ranks to arrive.
     """
@@ -149,21 +152,15 @@ class ControlCollectives:
         """
         number = self._number
         self._number += 1
-        header = {"op": "gather", "number": number, "kind": kind, "rank": self._rank}
+        request = Gather(number=number, kind=kind, rank=self._rank, payload=payload)
         try:
-            answer = self._channel.call(header, payload, timeout_seconds=self._timeout_seconds)
+            return self._channel.call(request, timeout_seconds=self._timeout_seconds).payloads
         except ControlPlaneTimeoutError:
-            query = {"op": "gather_missing", "number": number}
-            missing = self._channel.call(query, timeout_seconds=10.0).header["missing"]
+            missing = self._channel.call(GetMissingRanks(number=number), timeout_seconds=10.0).ranks
             raise ControlPlaneTimeoutError(
                 f"rank {self._rank} waited {self._timeout_seconds:g} s in collective #{number} ({kind}) for ranks "
                 f"{missing}; raise collective_timeout_sec if they legitimately need longer."
             ) from None
-        gathered, offset = {}, 0
-        for rank, size in zip(answer.header["ranks"], answer.header["sizes"], strict=True):
-            gathered[rank] = answer.payload[offset : offset + size]
-            offset += size
-        return gathered
 
     def barrier(self, name: str = "") -> None:
         """Wait until every rank has arrived."""

@@ -1,7 +1,7 @@
-"""Which ranks are still there, where another launcher has made them and no supervisor watches?
+"""Finds ranks that have disconnected, where another launcher has made them and no supervisor watches.
 
-Rank 0 hosts the head, and a rank keeps a connection to it for as long as it lives. Some launchers end or restart
-everybody when a rank dies (torchrun); then rank 0 must not wait for a goodbye that will not come. Others let the rest
+Rank 0 hosts the coordinator, and a rank keeps a connection to it for as long as it lives. Some launchers end or restart
+everybody when a rank dies (torchrun); then rank 0 must not wait for ranks that are gone. Others let the rest
 go on (srun, unless told otherwise); then the dead rank's work must go to them.
 """
 
@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 
-from lightning_gpuorch.control.coordinator import Head
+from lightning_gpuorch.control.coordinator import Coordinator
 
 log = logging.getLogger(__name__)
 
@@ -21,24 +21,24 @@ GONE_SECONDS = 2.0
 """A rank without a connection for so long has left: one that lives connects again at once."""
 
 
-class Presence:
+class Disconnects:
     """Watches the other ranks of a job on behalf of rank 0.
 
     Args:
-        head: The head.
-        connected: Ranks that have a connection to the head now.
+        coordinator: The coordinator.
+        connected: Ranks that have a connection to the coordinator now.
         give_up_seconds: A rank that is gone for so long is not waited for any more: others do its work.
     """
 
-    def __init__(self, head: Head, connected: Callable[[], Collection[int]], give_up_seconds: float):
-        self._head, self._connected, self._give_up_seconds = head, connected, give_up_seconds
-        self._last_seen = dict.fromkeys(range(1, head.world_size), time.monotonic())
+    def __init__(self, coordinator: Coordinator, connected: Callable[[], Collection[int]], give_up_seconds: float):
+        self._coordinator, self._connected, self._give_up_seconds = coordinator, connected, give_up_seconds
+        self._last_seen = dict.fromkeys(range(1, coordinator.world_size), time.monotonic())
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="gpuorch-presence", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="gpuorch-disconnects", daemon=True)
         self._thread.start()
 
     def outlive_the_others(self, timeout_seconds: float) -> list[int]:
-        """Wait until all others have said goodbye or are gone.
+        """Wait until all others have left or are gone.
 
         Args:
             timeout_seconds: Covers the whole wait.
@@ -49,7 +49,7 @@ class Presence:
         deadline = time.monotonic() + timeout_seconds
         others = set(self._last_seen)
         while (left := self._left(GONE_SECONDS)) and time.monotonic() < deadline:
-            self._head.goodbyes.wait_for(others, LOOK_SECONDS)
+            self._coordinator.departures.wait_for(others, LOOK_SECONDS)
         self.close()
         return left
 
@@ -59,9 +59,13 @@ class Presence:
         self._thread.join(5)
 
     def _left(self, seconds: float) -> list[int]:
-        """Ranks that have not said goodbye and were seen within ``seconds``."""
+        """Ranks that have not left in good order and were seen within ``seconds``."""
         now = time.monotonic()
-        return [r for r, seen in self._last_seen.items() if r not in self._head.goodbyes.ranks and now - seen < seconds]
+        return [
+            r
+            for r, seen in self._last_seen.items()
+            if r not in self._coordinator.departures.ranks and now - seen < seconds
+        ]
 
     def _watch(self) -> None:
         while not self._stop.wait(LOOK_SECONDS):
@@ -69,13 +73,13 @@ class Presence:
             self._give_up()
 
     def _give_up(self) -> None:
-        head = self._head
-        size = head.tensor_parallel_size
-        if size is None or head.gang:
+        coordinator = self._coordinator
+        size = coordinator.tensor_parallel_size
+        if size is None or coordinator.gang:
             return
         here = self._left(self._give_up_seconds)
-        for rank in set(self._last_seen) - set(here) - head.goodbyes.ranks:
+        for rank in set(self._last_seen) - set(here) - coordinator.departures.ranks:
             replica = rank // size
-            if replica and replica not in head.retired:  # a peer of rank 0 takes rank 0 with it
-                log.error("rank %d has gone without a goodbye; the others do the work of replica %d", rank, replica)
-                head.retire(replica)
+            if replica and replica not in coordinator.retired:  # a peer of rank 0 takes rank 0 with it
+                log.error("rank %d has disconnected; the others do the work of replica %d", rank, replica)
+                coordinator.retire(replica)

@@ -1,4 +1,4 @@
-"""A predict call as the head sees it: where its results are, who computes what, and whether anything is missing."""
+"""A predict call as the coordinator sees it: where its results are, who computes what, and whether anything is missing."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ class Job:
     opened_by: set[int] = field(default_factory=set)
     closed_by: set[int] = field(default_factory=set)
     samples_done: int = 0
+    counted: set[tuple[int, int]] = field(default_factory=set)
+    """Loader and chunk whose samples are in it: a report may be repeated."""
     samples_kept: Counter[tuple[int, Owner]] = field(default_factory=Counter)
     """Computed in chunks that are not whole yet, by loader and owner."""
     started: float = field(default_factory=time.monotonic)

@@ -16,16 +16,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
-Answer = dict[str, Any]
+from lightning_gpuorch.control.messages.leases import Drain, Fenced, Lease, LeaseAnswer, Pace, Pause, Stop
+from lightning_gpuorch.control.pending import answered, pending, resolve
+
 Owner = tuple[int, int]
 """Replica and its generation (how often it was started)."""
 
-STOP: Answer = {"do": "stop"}
-PAUSE: Answer = {"do": "pause"}
-DRAIN: Answer = {"do": "drain"}
-FENCED: Answer = {"do": "fenced"}
 _DEATHS_ALONE = 2
 """One death may be chance even where a unit was computed alone."""
 
@@ -88,14 +85,13 @@ class LeaseQueue:
         self.resumed = frozenset(self.done)
         self.faults: dict[int, ChunkFault] = {}
         self.quarantined: list[Quarantined] = []
-        self.lost_races = 0
         self._max_chunk_failures, self._is_durable = max_chunk_failures, is_durable
         self._fresh = 0
         self._returned: list[int] = []
         self._suspected: list[int] = []
         self._leases: dict[int, Owner] = {}
-        self._answers: dict[Owner, list[Answer]] = {}
-        self._waiting: dict[Owner, list[tuple[int, Future[Answer]]]] = {}
+        self._answers: dict[Owner, list[LeaseAnswer]] = {}
+        self._waiting: dict[Owner, list[tuple[int, Future[LeaseAnswer]]]] = {}
         self._fenced: set[Owner] = set()
         self._leaving: set[Owner] = set()
         self._seconds_per_sample: dict[int, float] = {}
@@ -119,7 +115,7 @@ class LeaseQueue:
         with self._lock:
             return [chunk for chunk, holder in self._leases.items() if holder == owner]
 
-    def next(self, owner: Owner, sequence: int, block: bool, seconds_per_sample: float = 0.0) -> Future[Answer]:
+    def next(self, owner: Owner, sequence: int, block: bool, seconds_per_sample: float = 0.0) -> Future[LeaseAnswer]:
         """Ask for work.
 
         Args:
@@ -129,38 +125,30 @@ class LeaseQueue:
             seconds_per_sample: How fast the replica is, if it knows.
 
         Returns:
-            One of ``{"do": "chunk", "chunk": c, "left": n, "again": ..., "isolate": ..., "skip": ...}`` (``left`` chunks
-            nobody has yet; ``again`` if somebody else had this one and lost it; ``speed`` of the replica as a multiple
-            of the mean, its ``seconds_per_sample``, and ``age_seconds`` of this queue, if it ever told), ``pause`` (nothing
-            now; make your own chunks durable, then ask again with ``block``), ``stop`` (all done), ``drain`` (leave,
-            resumable) and ``fenced`` (this generation was replaced; leave).
+            The answer, now or later.
         """
         with self._lock:
-            future: Future[Answer] = Future()
             if owner in self._fenced:
-                future.set_result(FENCED)
-                return future
+                return answered(Fenced())
             answers = self._answers.setdefault(owner, [])
             if sequence < len(answers):
-                future.set_result(answers[sequence])
-                return future
+                return answered(answers[sequence])
             if seconds_per_sample > 0:
                 self._seconds_per_sample[owner[0]] = seconds_per_sample
             answer = self._decide(owner, block)
             if answer is None:
+                future = pending()
                 self._waiting.setdefault(owner, []).append((sequence, future))
-            else:
-                answers.append(answer)
-                future.set_result(answer)
-                self._serve_waiting()  # a sibling rank may wait for the same number
-            return future
+                return future
+            answers.append(answer)
+            self._serve_waiting()  # a sibling rank may wait for the same number
+            return answered(answer)
 
-    def report_done(self, chunk: int, won: bool) -> None:
+    def report_done(self, chunk: int) -> None:
         """Record that a chunk is durable; accepted from anyone, because the file is the truth."""
         with self._lock:
             self.done |= self._within((chunk,))
             self._leases.pop(chunk, None)
-            self.lost_races += not won
             self._serve_waiting()
 
     def set_num_chunks(self, num_chunks: int) -> None:
@@ -188,8 +176,7 @@ class LeaseQueue:
         """
         with self._lock:
             self._fenced.add(owner)
-            for _, future in self._waiting.pop(owner, []):
-                future.set_result(FENCED)
+            resolve([future for _, future in self._waiting.pop(owner, [])], Fenced())
             back = self.leases_of(owner)
             for chunk in back:
                 del self._leases[chunk]
@@ -222,7 +209,7 @@ class LeaseQueue:
             self._serve_waiting()
 
     def must_leave(self, owner: Owner) -> bool:
-        """Whether an owner would get no work if it asked: the job stops, or it was let go, or replaced."""
+        """Whether an owner would get no work if it asked: the job stops, or it was drained, or replaced."""
         with self._lock:
             return self._draining or owner in self._leaving or owner in self._fenced
 
@@ -256,37 +243,37 @@ class LeaseQueue:
         if suspects:
             fault.isolate = (min(suspects), max(suspects) + 1)
 
-    def _decide(self, owner: Owner, block: bool) -> Answer | None:
+    def _decide(self, owner: Owner, block: bool) -> LeaseAnswer | None:
         if self.finished:
-            return STOP
+            return Stop()
         if self._draining or owner in self._leaving:
-            return DRAIN
+            return Drain()
         fresh = self._fresh
         chunk = self._take()
         if chunk is None:
             if self.finished:  # what came back was durable after all
-                return STOP
-            return None if block else PAUSE
+                return Stop()
+            return None if block else Pause()
         self._leases[chunk] = owner
-        answer: Answer = {"do": "chunk", "chunk": chunk}
-        if self.num_chunks is not None:
-            answer["left"] = max(0, self.num_chunks - len(self.done) - len(self._leases))
-        answer.update(self._pace(owner[0]))
-        if chunk < fresh:
-            answer["again"] = True
         fault = self.faults.get(chunk)
-        if fault is not None and fault.isolate is not None:
-            answer.update(isolate=list(fault.isolate), skip=list(fault.skip))
-        return answer
+        suspected = fault if fault is not None and fault.isolate is not None else None
+        return Lease(
+            chunk=chunk,
+            left=None if self.num_chunks is None else max(0, self.num_chunks - len(self.done) - len(self._leases)),
+            again=chunk < fresh,
+            isolate=None if suspected is None else suspected.isolate,
+            skip=() if suspected is None else tuple(suspected.skip),
+            pace=self._pace(owner[0]),
+        )
 
-    def _pace(self, replica: int) -> dict[str, float]:
+    def _pace(self, replica: int) -> Pace | None:
         """How fast a replica is, by itself and beside the others; replicas that died count, since they may come back."""
         seconds = self._seconds_per_sample.get(replica)
         if seconds is None:
-            return {}
+            return None
         mean = sum(1 / other for other in self._seconds_per_sample.values()) / len(self._seconds_per_sample)
         age_seconds = time.monotonic() - self._began
-        return {"seconds_per_sample": seconds, "speed": 1 / (seconds * mean), "age_seconds": age_seconds}
+        return Pace(seconds_per_sample=seconds, speed=1 / (seconds * mean), age_seconds=age_seconds)
 
     def _put_back(self, chunk: int) -> None:
         suspected = chunk in self.faults and self.faults[chunk].isolate is not None
@@ -332,7 +319,7 @@ class LeaseQueue:
         still = []
         for number, future in waiting:
             if number < len(answers):
-                future.set_result(answers[number])
+                resolve([future], answers[number])
             else:
                 still.append((number, future))
         self._waiting[owner] = still

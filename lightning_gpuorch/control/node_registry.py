@@ -1,10 +1,10 @@
-"""The head's side of the supervisors: which nodes take part, who is still heard of, what is to be done everywhere.
+"""The coordinator's side of the supervisors: which nodes take part, who is still heard of, what is to be done everywhere.
 
-Every node has a supervisor, which alone decides about its own workers. It asks the head for what concerns the whole
+Every node has a supervisor, which alone decides about its own workers. It asks the coordinator for what concerns the whole
 job, and reports what ended. A node that is not heard of for a lease term loses its leases, in case its work will never
 come; it may come back. After ``node_timeout_seconds`` it is given up, and nobody waits for its ranks any more.
 
-A supervisor on the head's own node uses the same requests, without a socket.
+A supervisor on the coordinator's own node uses the same requests, without a socket.
 """
 
 from __future__ import annotations
@@ -18,8 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightning_gpuorch.control.collectives import CollectiveLedger
-from lightning_gpuorch.control.transport import Message, answered
+from lightning_gpuorch.control.messages.nodes import (
+    AbortJob,
+    DeviceVerdict,
+    GangRestarted,
+    GetJobState,
+    JobEnded,
+    JobState,
+    JoinNode,
+    LeaveNode,
+    NodeJoined,
+    RestartGang,
+)
+from lightning_gpuorch.control.messages.ranks import ReportDevice
+from lightning_gpuorch.control.pending import answered, pending, resolve
 from lightning_gpuorch.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
@@ -34,14 +46,25 @@ class _Node:
     codes: dict[int, int] | None = None
 
 
-class JobHead(Protocol):
-    """What supervisors ask about, or have done to, the job: :class:`~lightning_gpuorch.control.coordinator.Head` does it."""
+class JobControl(Protocol):
+    """What the registry needs of the :class:`~lightning_gpuorch.control.coordinator.Coordinator`."""
 
-    world_size: int
-    tensor_parallel_size: int | None
     gang: bool
-    ledger: CollectiveLedger
-    chunks_by_replica: dict[int, int]
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        ...
+
+    @property
+    def tensor_parallel_size(self) -> int | None:
+        """Ranks per replica, once it is known."""
+        ...
+
+    @property
+    def chunks_by_replica(self) -> dict[int, int]:
+        """Chunks made durable."""
+        ...
 
     @property
     def jobs(self) -> Mapping[int, object]:
@@ -76,25 +99,11 @@ class JobHead(Protocol):
         """Take back the leases of a silent replica; returns how many chunks went back."""
         ...
 
-    def let_go(self, replica: int, generation: int) -> None:
-        """Hand a replica no more work."""
-        ...
-
-    def deaths_in(self, chunks: dict[tuple[int, int], int], positions: dict[tuple[int, int], tuple[int, int]]) -> int:
-        """Deaths so far in units of chunks."""
-        ...
-
     def open_ranks(self, ranks: Iterable[int]) -> dict[int, bool]:
         """Ranks that have opened a predict call and not closed it."""
         ...
 
-    def end_generation(
-        self,
-        replica: int,
-        generation: int,
-        blamed: dict[tuple[int, int], int] | None = None,
-        positions: dict[tuple[int, int], tuple[int, int]] | None = None,
-    ) -> int:
+    def end_generation(self, replica: int, generation: int) -> int:
         """Take back the leases of a generation that is over."""
         ...
 
@@ -103,11 +112,11 @@ class JobHead(Protocol):
         ...
 
 
-class NodeDesk:
-    """The head's side.
+class NodeRegistry:
+    """The coordinator's side.
 
     Args:
-        head: The head.
+        coordinator: The coordinator.
         num_nodes: Supervisors that will join.
         lease_term_seconds: Silence after which a node's leases go back.
         node_timeout_seconds: Silence after which a node is given up.
@@ -116,26 +125,38 @@ class NodeDesk:
 
     def __init__(
         self,
-        head: JobHead,
+        coordinator: JobControl,
         num_nodes: int = 1,
         lease_term_seconds: float = 30.0,
         node_timeout_seconds: float = 300.0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._head, self.num_nodes, self._clock = head, num_nodes, clock
+        self._coordinator, self.num_nodes, self._clock = coordinator, num_nodes, clock
         self._lease_term_seconds, self._node_timeout_seconds = lease_term_seconds, node_timeout_seconds
         self._nodes: dict[int, _Node] = {}
         self._counts: dict[int, int] = {}
-        self._joining: list[tuple[int, Future[Message]]] = []
-        self._leaving: list[Future[Message]] = []
-        self._verdicts: dict[int, dict[str, Any]] = {}
+        self._joining: list[tuple[int, Future[NodeJoined]]] = []
+        self._leaving: list[Future[JobEnded]] = []
+        self._verdicts: dict[int, DeviceVerdict] = {}
         self._conclusion: int | None = None
         self._run_id = ""
         self.gang_generation = 0
         self.abort_code: int | None = None
         self._lock = threading.RLock()
 
-    # What the head's own supervisor does
+    @property
+    def routes(self) -> Mapping[type, Any]:
+        """What is answered here."""
+        return {
+            JoinNode: self.join,
+            GetJobState: lambda request: self.state(request.node),
+            AbortJob: lambda request: self.abort(request.code),
+            RestartGang: lambda request: self.restart_gang(request.generation),
+            LeaveNode: self.leave,
+            ReportDevice: self.report_device,
+        }
+
+    # What the coordinator's own supervisor does
 
     @property
     def complete(self) -> bool:
@@ -148,7 +169,7 @@ class NodeDesk:
         return [node for node in range(self.num_nodes) if node not in self._counts]
 
     def others_present(self) -> list[int]:
-        """Nodes other than the head's that have neither left nor been given up."""
+        """Nodes other than the coordinator's that have neither left nor been given up."""
         with self._lock:
             return [n for n, node in self._nodes.items() if n and node.codes is None and not node.lost]
 
@@ -177,13 +198,13 @@ class NodeDesk:
                 silent = now - node.heard
                 if silent > self._lease_term_seconds and not node.expired:
                     node.expired = True
-                    back = sum(self._head.expire_leases(replica) for replica in self._replicas_of(node))
+                    back = sum(self._coordinator.expire_leases(replica) for replica in self._replicas_of(node))
                     log.warning("node %d is silent for %.0f s; its %d chunks in hand go back", number, silent, back)
                 if silent > self._node_timeout_seconds or (node.expired and self._only_this_is_waited_for(number)):
                     node.lost = True
                     given_up.append(number)
                     for replica in self._replicas_of(node):
-                        self._head.retire(replica)
+                        self._coordinator.retire(replica)
                     log.error("node %d is given up after %.0f s of silence; the others go on", number, silent)
         return given_up
 
@@ -191,17 +212,16 @@ class NodeDesk:
         """Tell all nodes that have left how the job has ended."""
         with self._lock:
             self._conclusion = code
-            for waiting in self._leaving:
-                waiting.set_result(Message({"exit_code": code}))
+            resolve(self._leaving, JobEnded(exit_code=code))
             self._leaving.clear()
 
     def _only_this_is_waited_for(self, number: int) -> bool:
         """Whether all work is done, and every other node has left."""
         others = [n for n, node in self._nodes.items() if n != number and n and node.codes is None and not node.lost]
-        return not others and self._head.finished
+        return not others and self._coordinator.finished
 
     def _replicas_of(self, node: _Node) -> list[int]:
-        size = self._head.tensor_parallel_size or 1
+        size = self._coordinator.tensor_parallel_size or 1
         return sorted({rank // size for rank in node.ranks})
 
     def check_replicas_within_nodes(self, tensor_parallel_size: int) -> None:
@@ -219,20 +239,20 @@ class NodeDesk:
 
     # What supervisors ask
 
-    def op_node_join(self, request: Message) -> Future[Message]:
+    def join(self, request: JoinNode) -> Future[NodeJoined]:
         """Take part; answered when all nodes have joined. A repeated request is the same request."""
-        number, ranks = int(request.header["node"]), int(request.header["ranks"])
+        number, ranks = request.node, request.ranks
         with self._lock:
             if not 0 <= number < self.num_nodes:
                 raise ConfigurationError(f"node {number} is outside a job of {self.num_nodes} nodes.")
-            if self._counts.setdefault(number, ranks) != ranks or request.header["num_nodes"] != self.num_nodes:
+            if self._counts.setdefault(number, ranks) != ranks or request.num_nodes != self.num_nodes:
                 raise ConfigurationError(
-                    f"node {number} joins with {ranks} ranks and --num-nodes {request.header['num_nodes']}; the head knows "
-                    f"{self._counts[number]} and {self.num_nodes}. Two nodes with the same --node-rank?"
+                    f"node {number} joins with {ranks} ranks and --num-nodes {request.num_nodes}; the coordinator "
+                    f"knows {self._counts[number]} and {self.num_nodes}. Two nodes with the same --node-rank?"
                 )
             if number == 0:
-                self._run_id = str(request.header["run_id"])
-            answer: Future[Message] = Future()
+                self._run_id = request.run_id
+            answer = pending()
             self._joining.append((number, answer))
             if len(self._counts) == self.num_nodes:
                 self._seat_all()
@@ -244,111 +264,67 @@ class NodeDesk:
             for number in range(self.num_nodes):
                 self._nodes[number] = _Node(list(range(first, first + self._counts[number])), now)
                 first += self._counts[number]
-            self._head.set_world_size(first)
+            self._coordinator.set_world_size(first)
         for number, answer in self._joining:
-            seat = {"first_rank": self._nodes[number].ranks[0], "world_size": self._head.world_size}
-            answer.set_result(Message({**seat, "run_id": self._run_id}))
+            first, world_size = self._nodes[number].ranks[0], self._coordinator.world_size
+            resolve([answer], NodeJoined(first_rank=first, world_size=world_size, run_id=self._run_id))
         self._joining.clear()
 
-    def op_node_state(self, request: Message) -> dict[str, Any]:
-        """The state of the job; asking for it renews the leases of the node."""
-        number = int(request.header["node"])
+    def state(self, number: int) -> JobState:
+        """The state of the job, for one node; asking for it renews the node's leases."""
         with self._lock:
             node = self._nodes[number]
             node.heard = self._clock()
             if node.expired and not node.lost:
                 node.expired = False
                 log.info("node %d is heard of again", number)
-            return self.state_for(node)
+            return self._state_for(node)
 
-    def state_for(self, node: _Node) -> dict[str, Any]:
-        """The fields of :class:`~lightning_gpuorch.control.client.JobState`, for one node."""
-        head = self._head
-        kept = head.kept_directory
-        return {
-            "tensor_parallel_size": head.tensor_parallel_size,
-            "gang": head.gang,
-            "gang_generation": self.gang_generation,
-            "needs_every_replica": head.needs_every_replica,
-            "draining": head.draining,
-            "abort_code": self.abort_code,
-            "lost": node.lost,
-            "has_jobs": bool(head.jobs),
-            "records": None if kept is None else str(kept),
-            "chunks_by_replica": dict(head.chunks_by_replica),
-            "open_ranks": head.open_ranks(node.ranks),
-            "verdicts": {rank: self._verdicts[rank] for rank in node.ranks if rank in self._verdicts},
-        }
+    def _state_for(self, node: _Node) -> JobState:
+        coordinator = self._coordinator
+        kept = coordinator.kept_directory
+        return JobState(
+            tensor_parallel_size=coordinator.tensor_parallel_size,
+            gang=coordinator.gang,
+            gang_generation=self.gang_generation,
+            needs_every_replica=coordinator.needs_every_replica,
+            draining=coordinator.draining,
+            abort_code=self.abort_code,
+            lost=node.lost,
+            has_jobs=bool(coordinator.jobs),
+            records=None if kept is None else str(kept),
+            chunks_by_replica=dict(coordinator.chunks_by_replica),
+            open_ranks=coordinator.open_ranks(node.ranks),
+            verdicts={rank: self._verdicts[rank] for rank in node.ranks if rank in self._verdicts},
+        )
 
-    def op_node_generation_over(self, request: Message) -> dict[str, Any]:
-        """A generation has ended: take back what it holds, and blame what it was computing."""
-        header = request.header
-        blamed, positions = _read_blame(header["blamed"])
-        self._head.end_generation(int(header["replica"]), int(header["generation"]), blamed, positions)
-        return {}
-
-    def op_node_deaths(self, request: Message) -> dict[str, Any]:
-        """Deaths so far in samples that may be to blame for another one."""
-        return {"deaths": self._head.deaths_in(*_read_blame(request.header["blamed"]))}
-
-    def op_node_retire(self, request: Message) -> dict[str, Any]:
-        """A replica will not come back."""
-        self._head.retire(int(request.header["replica"]))
-        return {}
-
-    def op_node_drop_ranks(self, request: Message) -> dict[str, Any]:
-        """A replica goes on without some of its ranks: nobody waits for them any more."""
-        self._head.ledger.retire(int(rank) for rank in request.header["ranks"])
-        return {}
-
-    def op_node_rank_left(self, request: Message) -> dict[str, Any]:
-        """A rank has ended in good order."""
-        self._head.ledger.leave(int(request.header["rank"]), str(request.header["why"]))
-        return {}
-
-    def op_node_let_go(self, request: Message) -> dict[str, Any]:
-        """Hand a replica no more work."""
-        self._head.let_go(int(request.header["replica"]), int(request.header["generation"]))
-        return {}
-
-    def op_node_abort(self, request: Message) -> dict[str, Any]:
+    def abort(self, code: int) -> None:
         """End everything, everywhere."""
         with self._lock:
-            self.abort_code = self.abort_code or int(request.header["code"])
-        return {}
+            self.abort_code = self.abort_code or code
 
-    def op_node_gang_restart(self, request: Message) -> dict[str, Any]:
+    def restart_gang(self, generation: int) -> GangRestarted:
         """Restart all ranks of the job together; repeated calls for one generation count once."""
         with self._lock:
-            if int(request.header["generation"]) == self.gang_generation:
+            if generation == self.gang_generation:
                 self.gang_generation += 1
-                for rank in range(self._head.world_size):
-                    self._head.end_generation(rank, self.gang_generation - 1)
-            return {"generation": self.gang_generation}
+                for rank in range(self._coordinator.world_size):
+                    self._coordinator.end_generation(rank, self.gang_generation - 1)
+            return GangRestarted(generation=self.gang_generation)
 
-    def op_node_left(self, request: Message) -> Future[Message]:
+    def leave(self, request: LeaveNode) -> Future[JobEnded]:
         """All ranks of a node have ended; answered with the job's exit code when it is known."""
-        number = int(request.header["node"])
         with self._lock:
-            self._nodes[number].codes = {int(rank): int(code) for rank, code in request.header["codes"].items()}
+            self._nodes[request.node].codes = request.codes
             if self._conclusion is not None:
-                return answered({"exit_code": self._conclusion})
-            answer: Future[Message] = Future()
+                return answered(JobEnded(exit_code=self._conclusion))
+            answer = pending()
             self._leaving.append(answer)
             return answer
 
-    def op_verdict(self, request: Message) -> dict[str, Any]:
+    def report_device(self, request: ReportDevice) -> None:
         """A rank's device is to be drained, or has failed. Asked by ranks."""
-        header = request.header
+        sender = request.sender
+        verdict = DeviceVerdict(verdict=request.verdict, evidence=request.evidence, generation=sender.generation)
         with self._lock:
-            self._verdicts[int(header["rank"])] = {
-                "verdict": header["verdict"],
-                "evidence": list(header["evidence"]),
-                "generation": int(header["generation"]),
-            }
-        return {}
-
-
-def _read_blame(rows: list[list[int]]) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], tuple[int, int]]]:
-    blamed = {(job, loader): chunk for job, loader, chunk, _, _ in rows}
-    return blamed, {(job, loader): (start, stop) for job, loader, _, start, stop in rows}
+            self._verdicts[sender.rank] = verdict

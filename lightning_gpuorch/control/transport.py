@@ -1,12 +1,12 @@
-"""How a request and its answer travel between a rank and the head: length-prefixed frames with a deadline.
+"""How a request and its answer travel between a process and the coordinator: frames with a deadline.
 
-A frame is a JSON header and an opaque payload::
+A connection begins with a :mod:`~lightning_gpuorch.control.handshake`. Then each side sends frames::
 
-    uint32 header length | uint64 payload length | header (UTF-8 JSON) | payload
+    uint32 number of the request | uint64 length | message (see :mod:`~lightning_gpuorch.control.codec`)
 
-Why not a ``TCPStore``: its client has no receive timeout, a blocked call locks the client object, and ``set`` is not
-acknowledged. Here each request is answered, has a deadline, and is safe to send again, because the head treats a
-repeated request as the same request.
+Each request is answered, has a deadline, and is safe to send again, because the coordinator treats a repeated request as
+the same request. A ``TCPStore`` gives none of that: its client has no receive timeout, a blocked call locks the client
+object, and ``set`` is not acknowledged.
 """
 
 from __future__ import annotations
@@ -14,20 +14,29 @@ from __future__ import annotations
 import asyncio
 import hmac
 import itertools
-import json
+import logging
 import socket
 import struct
 import threading
 import time
-from concurrent.futures import Future
-from dataclasses import dataclass
+from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
-from lightning_gpuorch.errors import ControlPlaneError, ControlPlaneTimeoutError
+from lightning_gpuorch.control import codec, handshake
+from lightning_gpuorch.control.handshake import COORDINATOR, Hello, Introduction, Peer
+from lightning_gpuorch.control.messages.base import AnswerT, Message, Request
+from lightning_gpuorch.errors import (
+    ControlPlaneError,
+    ControlPlaneTimeoutError,
+    GPUOrchError,
+    ProtocolError,
+    ProtocolVersionError,
+)
+
+log = logging.getLogger(__name__)
 
 _PREFIX = struct.Struct("!IQ")
-MAX_HEADER_BYTES = 16 * 2**20
-MAX_PAYLOAD_BYTES = 2 * 2**30
+MAX_MESSAGE_BYTES = 2 * 2**30
 _SILENCE_SECONDS = 10
 """A peer whose kernel acknowledges nothing for so long is taken for unreachable, also while an answer is awaited."""
 
@@ -35,45 +44,29 @@ _SERVED_SECONDS = 1.0
 """A connection that lived so long was served; one that ends sooner was refused."""
 
 
-@dataclass(frozen=True)
-class Message:
-    """A request or an answer.
-
-    Attributes:
-        header: JSON-serialisable fields.
-        payload: Opaque bytes.
-    """
-
-    header: dict[str, Any]
-    payload: bytes = b""
-
-
 class Handler(Protocol):
     """Answers requests, at once or later; called from one thread at a time per connection."""
 
-    def handle(self, request: Message) -> Future[Message]:
-        """Take one request; resolve the future with the answer."""
+    def handle(self, request: Request[Any]) -> Future[Any]:
+        """Take one request; resolve the future with the answer, or with one of the project's errors."""
         ...
 
 
-def answered(header: dict[str, Any], payload: bytes = b"") -> Future[Message]:
-    """A future that already holds its answer."""
-    future: Future[Message] = Future()
-    future.set_result(Message(header, payload))
-    return future
+def encode(number: int, message: Message) -> bytearray:
+    """One frame."""
+    frame = bytearray(_PREFIX.size)
+    codec.encode_into(message, frame, _PREFIX.size)
+    length = len(frame) - _PREFIX.size
+    _check_size(length)
+    _PREFIX.pack_into(frame, 0, number, length)
+    return frame
 
 
-def encode(message: Message) -> bytes:
-    """Serialise one frame."""
-    header = json.dumps(message.header, separators=(",", ":")).encode()
-    return _PREFIX.pack(len(header), len(message.payload)) + header + message.payload
-
-
-def _check_sizes(header_bytes: int, payload_bytes: int) -> None:
-    if header_bytes > MAX_HEADER_BYTES or payload_bytes > MAX_PAYLOAD_BYTES:
-        raise ControlPlaneError(
-            f"a control-plane frame of {header_bytes} + {payload_bytes} bytes exceeds the limit of "
-            f"{MAX_HEADER_BYTES} + {MAX_PAYLOAD_BYTES}; job-wide collectives are for small objects."
+def _check_size(length: int) -> None:
+    if length > MAX_MESSAGE_BYTES:
+        raise ProtocolError(
+            f"a control-plane message of {length} bytes exceeds the limit of {MAX_MESSAGE_BYTES}; job-wide collectives are "
+            "for small objects."
         )
 
 
@@ -89,7 +82,7 @@ class ControlServer:
 
     def __init__(self, handler: Handler, host: str = "127.0.0.1", port: int = 0, token: str = ""):
         self._handler, self._token = handler, token
-        self._ranks: dict[asyncio.StreamReader, int] = {}
+        self._peers: dict[asyncio.StreamReader, Peer] = {}
         self._loop = asyncio.new_event_loop()
         self._started: Future[int] = Future()
         self._thread = threading.Thread(target=self._run, args=(host, port), name="gpuorch-control", daemon=True)
@@ -102,8 +95,8 @@ class ControlServer:
         return f"{self.host}:{self.port}"
 
     def connected_ranks(self) -> set[int]:
-        """Ranks that have a connection open, by what they said of themselves in their requests."""
-        return {rank for reader, rank in list(self._ranks.items()) if not reader.at_eof()}
+        """Ranks whose worker has a connection open."""
+        return {p.rank for reader, p in list(self._peers.items()) if p.role == "rank" and not reader.at_eof()}
 
     def close(self) -> None:
         """Stop serving; open connections are dropped."""
@@ -117,7 +110,9 @@ class ControlServer:
             self._loop.run_until_complete(self._serve(host, port))
         except OSError as error:
             self._started.set_exception(
-                ControlPlaneError(f"the head cannot listen on {host}:{port}: {error}; choose another port or address.")
+                ControlPlaneError(
+                    f"the coordinator cannot listen on {host}:{port}: {error}; choose another port or address."
+                )
             )
         finally:
             self._loop.close()
@@ -141,41 +136,66 @@ class ControlServer:
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         _notice_silence(writer.get_extra_info("socket"))
+        host, port = writer.get_extra_info("peername")[:2]
         try:
-            hello = await self._read(reader)
-            if not hmac.compare_digest(str(hello.header.get("token")).encode(), self._token.encode()):
-                return
-            while True:
-                request = await self._read(reader)
-                if "rank" in request.header:
-                    self._ranks[reader] = int(request.header["rank"])
-                answer = await asyncio.wrap_future(self._handler.handle(request))
-                header = dict(answer.header, id=request.header.get("id"))
-                writer.write(encode(Message(header, answer.payload)))
+            peer = await self._shake_hands(reader, writer, f"{host}:{port}")
+            while peer is not None:
+                number, length = _PREFIX.unpack(await reader.readexactly(_PREFIX.size))
+                _check_size(length)
+                writer.write(await self._answer(peer, number, await reader.readexactly(length)))
                 await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError, ControlPlaneError, ValueError):
-            return  # the rank is gone, or it is not one of ours: its supervisor decides what follows
+        except ProtocolError as error:
+            log.warning("the connection from %s:%d is closed: %s", host, port, error)
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            # The process is gone: its supervisor decides what follows.
+            log.debug("the connection from %s:%d has ended: %s", host, port, error)
         finally:
-            self._ranks.pop(reader, None)
+            self._peers.pop(reader, None)
             writer.close()
 
-    @staticmethod
-    async def _read(reader: asyncio.StreamReader) -> Message:
-        header_bytes, payload_bytes = _PREFIX.unpack(await reader.readexactly(_PREFIX.size))
-        _check_sizes(header_bytes, payload_bytes)
-        header = json.loads(await reader.readexactly(header_bytes))
-        return Message(header, await reader.readexactly(payload_bytes))
+    async def _shake_hands(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str
+    ) -> Peer | None:
+        """Who connects; None if it is not served."""
+        length = handshake.length_of(await reader.readexactly(handshake.PREAMBLE.size))
+        data = await reader.readexactly(length)
+        welcome = handshake.frame(Introduction(peer=COORDINATOR))
+        try:
+            hello = handshake.read(Hello, data, address)
+        except ProtocolVersionError as error:
+            log.error("a connection is refused: %s", error)
+            writer.write(welcome)  # with our version: the other side sees the same
+            await writer.drain()
+            return None
+        if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
+            log.debug("%s at %s does not have the token of this job", hello.peer, address)
+            return None
+        writer.write(welcome)
+        self._peers[reader] = hello.peer
+        return hello.peer
+
+    async def _answer(self, peer: Peer, number: int, data: bytes) -> bytearray:
+        try:
+            request = codec.decode_request(data)
+            # Shielded: a connection that ends must not cancel what other ranks wait for as well.
+            return encode(number, await asyncio.shield(asyncio.wrap_future(self._handler.handle(request))))
+        except ProtocolError as error:
+            log.warning("%s is refused: %s", peer, error)
+            return encode(number, codec.refused(error))
+        except GPUOrchError as error:
+            return encode(number, codec.refused(error))
 
 
 class Channel(Protocol):
-    """Sends requests to the head."""
+    """Sends requests to the coordinator."""
 
-    def call(self, header: dict[str, Any], payload: bytes = b"", *, timeout_seconds: float) -> Message:
+    def call(self, request: Request[AnswerT], *, timeout_seconds: float) -> AnswerT:
         """Send one request and wait for its answer.
 
         Raises:
             ControlPlaneTimeoutError: No answer within ``timeout_seconds``.
-            ControlPlaneError: The head refused the request.
+            ControlPlaneError: The coordinator cannot be reached.
+            GPUOrchError: The coordinator refused the request.
         """
         ...
 
@@ -185,22 +205,17 @@ class Channel(Protocol):
 
 
 class LocalChannel:
-    """A channel to a handler in the same process: no socket, no serialisation."""
+    """A channel to a handler in the same process: no socket, no encoding."""
 
     def __init__(self, handler: Handler):
         self._handler = handler
 
-    def call(self, header: dict[str, Any], payload: bytes = b"", *, timeout_seconds: float) -> Message:
+    def call(self, request: Request[AnswerT], *, timeout_seconds: float) -> AnswerT:
         """See :meth:`Channel.call`."""
-        from concurrent.futures import TimeoutError as FutureTimeoutError
-
-        future = self._handler.handle(Message(header, payload))
-        try:
-            return _checked(future.result(timeout_seconds), header)
-        except FutureTimeoutError:
-            raise ControlPlaneTimeoutError(
-                f"request {header.get('op')!r} was not answered within {timeout_seconds:g} s."
-            ) from None
+        future: Future[AnswerT] = self._handler.handle(request)
+        if not wait([future], timeout_seconds).done:
+            raise ControlPlaneTimeoutError(f"{type(request).__name__} was not answered within {timeout_seconds:g} s.")
+        return future.result()
 
     def close(self) -> None:
         """Nothing to release."""
@@ -209,31 +224,37 @@ class LocalChannel:
 class RemoteChannel:
     """A channel over TCP. Reconnects and repeats a request until its deadline.
 
-    A deadline is for the answer of a head that can be reached. While it cannot, the clock stands still and
+    A deadline is for the answer of a coordinator that can be reached. While it cannot, the clock stands still and
     ``connect_timeout_seconds`` counts: a cut of the network shorter than that costs only its own length.
 
     Thread-safe: each request in flight has a connection of its own, so one that waits for others holds up nobody.
 
     Args:
-        address: ``host:port`` of the head.
+        address: ``host:port`` of the coordinator.
+        peer: Who this process is.
         token: The job's shared secret.
-        connect_timeout_seconds: How long the head may be unreachable before a request fails.
+        connect_timeout_seconds: How long the coordinator may be unreachable before a request fails.
     """
 
-    def __init__(self, address: str, token: str = "", connect_timeout_seconds: float = 30.0):
+    def __init__(self, address: str, peer: Peer, token: str = "", connect_timeout_seconds: float = 30.0):
         self.address = address
-        self._token, self._connect_timeout_seconds = token, connect_timeout_seconds
+        self._hello = handshake.frame(Hello(peer=peer, token=token))
+        self._connect_timeout_seconds = connect_timeout_seconds
         self._idle: list[socket.socket] = []
-        self._ids = itertools.count(1)
+        self._numbers = itertools.count(1)
 
-    def call(self, header: dict[str, Any], payload: bytes = b"", *, timeout_seconds: float) -> Message:
-        """See :meth:`Channel.call`."""
-        _check_sizes(0, len(payload))
+    def call(self, request: Request[AnswerT], *, timeout_seconds: float) -> AnswerT:
+        """See :meth:`Channel.call`.
+
+        Raises:
+            ProtocolVersionError: The coordinator is of another version.
+            ProtocolError: What listens there is no coordinator.
+        """
         deadline = time.monotonic() + timeout_seconds
         lost_since: float | None = None
         sent = 0.0
-        number = next(self._ids)
-        frame = encode(Message(dict(header, id=number), payload))
+        number = next(self._numbers) % 2**32
+        frame = encode(number, request)
         while True:
             connection: socket.socket | None = None
             try:
@@ -241,28 +262,30 @@ class RemoteChannel:
                 sent = time.monotonic()
                 connection.settimeout(max(0.01, deadline - sent))
                 connection.sendall(frame)
-                answer = self._receive(connection, deadline)
-                if answer.header.get("id") != number:
-                    raise ConnectionError("answer to another request")
-                self._idle.append(connection)
-                return _checked(answer, header)
-            except (OSError, struct.error) as error:
+                data = self._receive(connection, number, deadline)
+            except OSError as error:
                 _close(connection)
                 now = time.monotonic()
                 if isinstance(error, TimeoutError) and error.errno is None:  # our own clock, not the kernel's
                     raise ControlPlaneTimeoutError(
-                        f"request {header.get('op')!r} was not answered by the head at {self.address} within "
+                        f"{type(request).__name__} was not answered by the coordinator at {self.address} within "
                         f"{timeout_seconds:g} s."
                     ) from None
                 if lost_since is None or (connection is not None and now - sent > _SERVED_SECONDS):
                     lost_since = now
                 if now - lost_since > self._connect_timeout_seconds:
                     raise ControlPlaneError(
-                        f"the head at {self.address} cannot be reached for {now - lost_since:.1f} s ({error}); "
+                        f"the coordinator at {self.address} cannot be reached for {now - lost_since:.1f} s ({error}); "
                         "is its supervisor still running?"
                     ) from error
                 time.sleep(0.05)
                 deadline = time.monotonic() + timeout_seconds
+            except ProtocolError:
+                _close(connection)
+                raise
+            else:
+                self._idle.append(connection)
+                return codec.decode_answer(data, request)
 
     def close(self) -> None:
         """Close all idle connections."""
@@ -276,30 +299,45 @@ class RemoteChannel:
             connection = socket.create_connection((host, int(port)), timeout=timeout)
         except TimeoutError as error:  # unreachable for now, which is not "no answer": try again
             raise ConnectionError(str(error)) from None
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _notice_silence(connection)
-        connection.sendall(encode(Message({"token": self._token})))
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _notice_silence(connection)
+            self._shake_hands(connection, deadline)
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
-    @staticmethod
-    def _receive(connection: socket.socket, deadline: float) -> Message:
-        def exactly(count: int) -> bytes:
-            buffer = bytearray()
-            while len(buffer) < count:
-                connection.settimeout(max(0.01, deadline - time.monotonic()))
-                piece = connection.recv(min(count - len(buffer), 2**20))
-                if not piece:
-                    raise ConnectionError("the head closed the connection")
-                buffer += piece
-            return bytes(buffer)
+    def _shake_hands(self, connection: socket.socket, deadline: float) -> None:
+        connection.sendall(self._hello)
+        try:
+            length = handshake.length_of(_exactly(connection, handshake.PREAMBLE.size, deadline))
+            handshake.read(Introduction, _exactly(connection, length, deadline), self.address)
+        except ProtocolError as error:
+            raise ProtocolError(f"no gpuorch coordinator listens on {self.address}: {error}") from None
 
-        header_bytes, payload_bytes = _PREFIX.unpack(exactly(_PREFIX.size))
-        header = json.loads(exactly(header_bytes))
-        return Message(header, exactly(payload_bytes))
+    @staticmethod
+    def _receive(connection: socket.socket, number: int, deadline: float) -> bytes:
+        answered, length = _PREFIX.unpack(_exactly(connection, _PREFIX.size, deadline))
+        _check_size(length)
+        if answered != number:
+            raise ConnectionError("answer to another request")
+        return _exactly(connection, length, deadline)
+
+
+def _exactly(connection: socket.socket, count: int, deadline: float) -> bytes:
+    buffer = bytearray()
+    while len(buffer) < count:
+        connection.settimeout(max(0.01, deadline - time.monotonic()))
+        piece = connection.recv(min(count - len(buffer), 2**20))
+        if not piece:
+            raise ConnectionError("the coordinator closed the connection")
+        buffer += piece
+    return bytes(buffer)
 
 
 def _notice_silence(connection: socket.socket) -> None:
-    """Let the kernel end a connection whose other side is gone without a word: a cut cable, a host that lost power."""
+    """Let the kernel end a connection whose other side no longer answers: a cut cable, a host that lost power."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", _SILENCE_SECONDS // 2),
@@ -314,32 +352,3 @@ def _notice_silence(connection: socket.socket) -> None:
 def _close(connection: socket.socket | None) -> None:
     if connection is not None:
         connection.close()
-
-
-def _checked(answer: Message, request: dict[str, Any]) -> Message:
-    raised = answer.header.get("error")
-    if raised is None:
-        return answer
-    kind, text = raised["type"], raised["message"]
-    from lightning_gpuorch import errors
-
-    exception = getattr(errors, kind, None)
-    if not (isinstance(exception, type) and issubclass(exception, errors.GPUOrchError)):
-        exception = ControlPlaneError
-    if exception is errors.JobMismatchError:
-        raise errors.JobMismatchError(text, raised.get("differences", ()))
-    if exception is errors.MissingPredictionsError:
-        raise errors.MissingPredictionsError(text, raised.get("indices", ()))
-    try:
-        raise exception(text)
-    except TypeError:
-        raise ControlPlaneError(f"{request.get('op')}: {kind}: {text}") from None
-
-
-def refused(error: Exception) -> Future[Message]:
-    """A future that carries an exception to the caller on the other side."""
-    described: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
-    for attribute in ("differences", "indices"):
-        if hasattr(error, attribute):
-            described[attribute] = list(getattr(error, attribute))
-    return answered({"error": described})

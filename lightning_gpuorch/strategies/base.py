@@ -58,12 +58,12 @@ class SupervisedEnvironment:
 
     @property
     def main_address(self) -> str:
-        """Host of the head."""
+        """Host of the coordinator."""
         return self._worker.control.rsplit(":", 1)[0]
 
     @property
     def main_port(self) -> int:
-        """Port of the head."""
+        """Port of the coordinator."""
         return int(self._worker.control.rsplit(":", 1)[1])
 
     @staticmethod

@@ -165,9 +165,9 @@ class Launcher:
         result = pickle.loads(path.read_bytes())
         supervisor.clean_up_at_exit()
         if _predicting(trainer):
-            head = supervisor.head
-            assert head is not None  # a notebook is a job of one node
-            return read_predictions(head.jobs[max(head.jobs)].directory) if result else None
+            coordinator = supervisor.coordinator
+            assert coordinator is not None  # a notebook is a job of one node
+            return read_predictions(coordinator.jobs[max(coordinator.jobs)].directory) if result else None
         return result
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.control.client import JobPosition
 from lightning_gpuorch.control.heartbeat import HeartbeatTable, Judge, Limits, Verdict
+from lightning_gpuorch.control.messages.base import LoaderKey, UnitRange
 from lightning_gpuorch.supervisor.workers import Workers
 from lightning_gpuorch.telemetry.run_directory import find_runs
 
@@ -69,9 +69,7 @@ class RankWatch:
         """Whether any of these has completed a step in its present life."""
         return any(self._table.row(self._local(rank)).progress for rank in ranks)
 
-    def in_work(
-        self, culprit: int, group: Iterable[int]
-    ) -> tuple[dict[JobPosition, int], dict[JobPosition, tuple[int, int]]]:
+    def in_work(self, culprit: int, group: Iterable[int]) -> tuple[dict[LoaderKey, int], dict[LoaderKey, UnitRange]]:
         """The chunk and the units that a rank was computing, else its group."""
         for rank in (culprit, *group):
             row = self._table.row(self._local(rank))

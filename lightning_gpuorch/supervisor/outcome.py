@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from lightning_gpuorch.control.coordinator import Head
+from lightning_gpuorch.control.coordinator import Coordinator
 from lightning_gpuorch.errors import (
     EXIT_CONFIGURATION,
     EXIT_DATA_MISSING,
@@ -31,17 +31,17 @@ class Conclusion:
     by_failure: bool = False
 
 
-def conclude(head: Head, exit_codes: Collection[int], stopped: bool) -> Conclusion:
+def conclude(coordinator: Coordinator, exit_codes: Collection[int], stopped: bool) -> Conclusion:
     """Judge a job of which every rank has ended, or was given up.
 
     Args:
-        head: Knows the opened jobs and the retired replicas.
+        coordinator: Knows the opened jobs and the retired replicas.
         exit_codes: Of all ranks; a retired rank counts as failed.
         stopped: Whether somebody asked for the end.
     """
     codes = set(exit_codes)
     try:
-        head.verify()
+        coordinator.verify()
     except MissingPredictionsError as error:
         for code in (EXIT_CONFIGURATION, EXIT_STORAGE):
             if code in codes:
@@ -50,8 +50,8 @@ def conclude(head: Head, exit_codes: Collection[int], stopped: bool) -> Conclusi
             return Conclusion(EXIT_RESUMABLE, error)
         code = EXIT_DATA_MISSING if codes <= {0, EXIT_DATA_MISSING} else EXIT_FAILURE
         return Conclusion(code, error, by_failure=True)
-    whole = head.gang or head.needs_every_replica  # a stage that a retired replica leaves incomplete
-    others_finished = bool(head.jobs and head.retired) and 0 in codes and codes <= {0, EXIT_FAILURE}
+    whole = coordinator.gang or coordinator.needs_every_replica  # a stage that a retired replica leaves incomplete
+    others_finished = bool(coordinator.jobs and coordinator.retired) and 0 in codes and codes <= {0, EXIT_FAILURE}
     if codes <= {0} or (others_finished and not whole):
         return Conclusion(0)
     if stopped:

@@ -1,4 +1,4 @@
-"""This node's part in the job as a whole: host the head or reach it, take a seat, and learn how everything ended."""
+"""This node's part in the job as a whole: host the coordinator or reach it, take a seat, and learn how everything ended."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable
 
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.control.client import HeadLink, JobState, NodePlace, StateWatch
-from lightning_gpuorch.control.coordinator import Head
+from lightning_gpuorch.control.client import CoordinatorClient, NodePlace, StateWatch
+from lightning_gpuorch.control.coordinator import Coordinator
+from lightning_gpuorch.control.handshake import Peer
+from lightning_gpuorch.control.messages.nodes import JobState
 from lightning_gpuorch.control.transport import Channel, ControlServer, LocalChannel, RemoteChannel
 from lightning_gpuorch.errors import ControlPlaneError, ControlPlaneTimeoutError
 
@@ -28,12 +30,12 @@ class Membership:
         num_workers: Workers of this node.
         run_id: Name of the run; node 0's counts.
         tensor_parallel_size: Ranks per replica, if known before the script says so.
-        on_event: Told of what the head sees, as ``on_event(kind, **fields)``.
+        on_event: Told of what the coordinator sees, as ``on_event(kind, **fields)``.
 
     Attributes:
-        head: The head, on node 0.
-        link: Line to the head.
-        control: ``host:port`` of the head, for this node's workers.
+        coordinator: The coordinator, on node 0.
+        client: Asks the coordinator.
+        control: ``host:port`` of the coordinator, for this node's workers.
         token: The job's shared secret.
         first_rank: Global rank of this node's first worker, once :meth:`join` has returned.
         world_size: Ranks in the job.
@@ -52,26 +54,29 @@ class Membership:
         self._config, self.place, self._num_workers = config, place, num_workers
         self.run_id, self.first_rank, self.world_size = run_id, 0, num_workers
         self.token = config.token or ("" if place.num_nodes > 1 else secrets.token_hex(16))
-        self.head: Head | None = None
+        self.coordinator: Coordinator | None = None
         self._server: ControlServer | None = None
         if place.node_rank == 0:
-            self._channel = self._host_head(tensor_parallel_size, on_event)
+            self._channel = self._host_coordinator(tensor_parallel_size, on_event)
         else:
             self.control = f"{place.main_address}:{place.main_port}"
-            # Until the head is there, and over cuts of the network, for as long as the head waits for us.
+            # Until the coordinator is there, and over cuts of the network, for as long as the coordinator waits for us.
             patience = max(config.start_timeout_sec, config.node_timeout_sec)
-            self._channel = RemoteChannel(self.control, self.token, connect_timeout_seconds=patience)
-        self.link = HeadLink(self._channel, place.node_rank, config.timeout_sec)
-        self._watch = StateWatch(self.link, 0.0 if self.head is not None else min(1.0, config.lease_term_sec / 5))
+            peer = Peer("node", place.node_rank)
+            self._channel = RemoteChannel(self.control, peer, self.token, connect_timeout_seconds=patience)
+        self.client = CoordinatorClient(self._channel, place.node_rank, config.timeout_sec)
+        self._watch = StateWatch(
+            self.client, 0.0 if self.coordinator is not None else min(1.0, config.lease_term_sec / 5)
+        )
 
-    def _host_head(self, tensor_parallel_size: int | None, on_event: Callable[..., None]) -> Channel:
+    def _host_coordinator(self, tensor_parallel_size: int | None, on_event: Callable[..., None]) -> Channel:
         config, place = self._config, self.place
         several = place.num_nodes > 1
-        self.head = Head(
+        self.coordinator = Coordinator(
             self._num_workers, config.max_chunk_failures, on_event, num_nodes=place.num_nodes,
             lease_term_seconds=config.lease_term_sec, node_timeout_seconds=config.node_timeout_sec,
         )  # fmt: skip
-        self.head.tensor_parallel_size = tensor_parallel_size
+        self.coordinator.tensor_parallel_size = tensor_parallel_size
         if several and not self.token:
             log.warning(
                 "no token is set: whoever reaches port %d can take part in this job; set GPUORCH_TOKEN to the same secret "
@@ -79,27 +84,26 @@ class Membership:
                 place.main_port,
             )
         host, port = ("0.0.0.0", place.main_port) if several else ("127.0.0.1", 0)
-        self._server = ControlServer(self.head, host, port, self.token)
+        self._server = ControlServer(self.coordinator, host, port, self.token)
         self.control = f"127.0.0.1:{self._server.port}"
-        return LocalChannel(self.head)
+        return LocalChannel(self.coordinator)
 
     def join(self) -> None:
         """Take a seat, and wait until all nodes have theirs.
 
         Raises:
-            ControlPlaneError: The head cannot be reached, or not every node came in time.
-            ConfigurationError: The nodes do not agree about the job.
+            ControlPlaneError: The coordinator cannot be reached, or not every node came in time.
+            ConfigurationError: The nodes do not agree about the job, or run different versions.
         """
         place = self.place
         if place.num_nodes > 1:
             log.info("node %d of %d: waiting for all nodes", place.node_rank, place.num_nodes)
         try:
-            self.first_rank, self.world_size, self.run_id = self.link.join(
-                self._num_workers, place.num_nodes, self.run_id, self._config.start_timeout_sec
-            )
+            joined = self.client.join(self._num_workers, place.num_nodes, self.run_id, self._config.start_timeout_sec)
         except ControlPlaneError as error:
-            missing = self.head.nodes.missing if self.head is not None else []
+            missing = self.coordinator.nodes.missing if self.coordinator is not None else []
             raise ControlPlaneError(f"{error} Nodes {missing} have not joined." if missing else str(error)) from error
+        self.first_rank, self.world_size, self.run_id = joined.first_rank, joined.world_size, joined.run_id
         self._watch.start()
 
     def state(self, fresh: bool = False) -> JobState:
@@ -107,21 +111,23 @@ class Membership:
         return self._watch.state(fresh)
 
     def check(self) -> None:
-        """On node 0, look after silent nodes; elsewhere, see that the head is there and has not given this node up.
+        """On node 0, look after silent nodes; elsewhere, see that the coordinator is there and has not given this node up.
 
         Raises:
             ControlPlaneError: This node is no longer part of the job.
         """
-        if self.head is not None:
-            self.head.nodes.check_terms()
-        elif self.link.silent_seconds > self._config.node_timeout_sec:
-            raise ControlPlaneError(f"the head at {self.control} is silent for {self.link.silent_seconds:.0f} s")
+        if self.coordinator is not None:
+            self.coordinator.nodes.check_terms()
+        elif self.client.silent_seconds > self._config.node_timeout_sec:
+            raise ControlPlaneError(
+                f"the coordinator at {self.control} is silent for {self.client.silent_seconds:.0f} s"
+            )
         if self.state().lost:
-            raise ControlPlaneError("the head has given this node up, and goes on without it")
+            raise ControlPlaneError("the coordinator has given this node up, and goes on without it")
 
     def others_present(self) -> bool:
         """Whether other nodes may still go on; elsewhere than on node 0 there is at least node 0."""
-        return self.head is None or bool(self.head.nodes.others_present())
+        return self.coordinator is None or bool(self.coordinator.nodes.others_present())
 
     def wait_for_others(self, meanwhile: Callable[[], None]) -> None:
         """On node 0: wait until all other nodes have left or were given up; ``meanwhile`` is called again and again."""
@@ -141,12 +147,12 @@ class Membership:
         """
         while True:
             try:
-                return self.link.leave(codes, timeout_seconds=_ASK_SECONDS)
+                return self.client.leave(codes, timeout_seconds=_ASK_SECONDS)
             except ControlPlaneTimeoutError:
                 meanwhile()
 
     def stop_watching(self) -> None:
-        """Ask for nothing more; the head goes on serving."""
+        """Ask for nothing more; the coordinator goes on serving."""
         self._watch.close()
         self._channel.close()
 

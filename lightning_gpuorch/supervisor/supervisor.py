@@ -1,6 +1,6 @@
 """Starts a job's workers on this node, watches them, and brings back what dies. Imports neither torch nor Lightning.
 
-One supervisor per node. The one on node 0 hosts the head, so leases and decided collectives outlive every worker.
+One supervisor per node. The one on node 0 hosts the coordinator, so leases and decided collectives outlive every worker.
 Workers are grouped into replicas; when a rank dies, its whole replica is killed and started again as the next
 *generation*, and no other replica notices. A worker that ends its script with exit code 0 while a job is open counts
 as dead. Before a generation starts, its GPUs are checked; a bad one is replaced by a spare, or its replica retired.
@@ -25,11 +25,12 @@ from types import FrameType
 from typing import Any
 
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.control.client import JobState, NodePlace
-from lightning_gpuorch.control.coordinator import Head
+from lightning_gpuorch.control.client import NodePlace
+from lightning_gpuorch.control.coordinator import Coordinator
 from lightning_gpuorch.control.environment import WorkerEnvironment
 from lightning_gpuorch.control.heartbeat import waits_for_others
 from lightning_gpuorch.control.jobs import remove_ephemeral
+from lightning_gpuorch.control.messages.nodes import JobState
 from lightning_gpuorch.devices.pool import DevicePool
 from lightning_gpuorch.errors import (
     EXIT_CONFIGURATION,
@@ -78,7 +79,7 @@ class _Leaving:
 
 
 class Supervisor:
-    """Runs the workers of a job that are on this node, and on node 0 the head of the job.
+    """Runs the workers of a job that are on this node, and on node 0 the coordinator of the job.
 
     Args:
         spawner: Starts workers.
@@ -90,7 +91,7 @@ class Supervisor:
         place: Which of the job's machines this is.
 
     Raises:
-        ControlPlaneError: The head cannot be reached, or not all nodes came in time.
+        ControlPlaneError: The coordinator cannot be reached, or not all nodes came in time.
         ConfigurationError: The nodes do not agree about the job.
     """
 
@@ -114,7 +115,7 @@ class Supervisor:
         self.keep_results = False
         """Leave results nobody asked to keep for :meth:`clean_up_at_exit`: the caller is this process."""
         self._job = Membership(config, place, num_workers, self.run_id, tensor_parallel_size, self._record)
-        self._link = self._job.link
+        self._client = self._job.client
         self.recovery = FailureRecoveryManager(config.max_restart_attempts, config.enable_auto_restart)
         self._devices = devices or DevicePool.of_indices([None] * num_workers)
         self._environment = dict(environment or {})
@@ -139,9 +140,9 @@ class Supervisor:
         self._missing: dict[str, Any] = {}
 
     @property
-    def head(self) -> Head | None:
-        """The head of the job, on node 0."""
-        return self._job.head
+    def coordinator(self) -> Coordinator | None:
+        """The coordinator of the job, on node 0."""
+        return self._job.coordinator
 
     def add_environment(self, variables: dict[str, str]) -> None:
         """Give more variables to workers that are started from now on."""
@@ -150,8 +151,8 @@ class Supervisor:
     def clean_up_at_exit(self) -> None:
         """Remove what :attr:`keep_results` has left: logs now, results when this process ends."""
         shutil.rmtree(self.run_directory, ignore_errors=True)
-        if self.head is not None:
-            atexit.register(remove_ephemeral, self.head.jobs)
+        if self.coordinator is not None:
+            atexit.register(remove_ephemeral, self.coordinator.jobs)
 
     def run(self) -> int:
         """Run this node's part of the job to its end.
@@ -180,7 +181,11 @@ class Supervisor:
         finally:
             self._workers.kill(list(self._workers))
             self._beginnings.cancel()
-            done = {} if self.head is None else {"samples": sum(job.samples_done for job in self.head.jobs.values())}
+            done = (
+                {}
+                if self.coordinator is None
+                else {"samples": sum(job.samples_done for job in self.coordinator.jobs.values())}
+            )
             self._record("end", exit_code=code, **done, **self._missing)
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -208,7 +213,7 @@ class Supervisor:
         self._check_job()
 
     def _check_job(self) -> None:
-        """Follow what the head and other nodes have decided."""
+        """Follow what the coordinator and other nodes have decided."""
         self._job.check()
         state = self._state
         if state.abort_code is not None:
@@ -276,7 +281,7 @@ class Supervisor:
         state = self._job.state(fresh=True)  # what it has closed just now counts
         if code == 0 and rank not in state.open_ranks:
             self._ended[rank] = 0
-            self._link.rank_left(rank, "has ended")
+            self._client.rank_left(rank, "has ended")
             return
         if code in FINAL_EXIT_CODES:
             self._on_final_exit(worker, code)
@@ -292,12 +297,12 @@ class Supervisor:
             self._on_left(replica, rank)
             return
         self._ended[rank] = code
-        self._link.rank_left(rank, f"ended with exit code {code}")
+        self._client.rank_left(rank, f"ended with exit code {code}")
         if code == EXIT_RESUMABLE:
             return
         self._remember_failure(worker, _FINAL_KINDS[code].value)
         if code == EXIT_CONFIGURATION:
-            self._link.abort(code)
+            self._client.abort(code)
         elif code == EXIT_STORAGE:
             self._begin_drain(FailureKind.STORAGE.value)
 
@@ -312,7 +317,7 @@ class Supervisor:
         works = self._watch.have_worked(group)
         complete = state.open_ranks.get(rank, False)
         self._workers.kill(group)
-        if works and self._link.deaths_before(blamed, positions):
+        if works and self._client.deaths_before(blamed, positions):
             # The replica can compute, and this is not the first death in the same samples: it is their fault.
             kind = FailureKind.POISON
         decision = self.recovery.decide(kind, rank, evidence)
@@ -321,7 +326,7 @@ class Supervisor:
         for member in {r // (size or 1) for r in group}:
             # Its device is condemned already: the next generation gets another one, or none.
             self._leaving.pop(member, None)
-            self._link.end_generation(member, generation, blamed, positions)
+            self._client.end_generation(member, generation, blamed, positions)
         self._remember_failure(worker, evidence)
         if self._drain_deadline is not None:
             self._ended.update(dict.fromkeys(group, EXIT_RESUMABLE))
@@ -334,7 +339,7 @@ class Supervisor:
         moved = decision.action is Action.REPLACE_DEVICE and self._beginnings.replace_device(rank, evidence)
         if decision.action is Action.RESTART_REPLICA and state.gang:
             self._tell_restart(decision, group)
-            self._restart_gang(self._link.restart_gang(self._gang_generation))
+            self._restart_gang(self._client.restart_gang(self._gang_generation))
         elif decision.action is Action.RESTART_REPLICA or moved:
             self._tell_restart(decision, group)
             self._next_generation(group, generation + 1)
@@ -369,7 +374,7 @@ class Supervisor:
             return
         self._record("retire", replica=replica, reason=reason, ranks=list(group))
         self._ended.update(dict.fromkeys(group, EXIT_FAILURE))
-        self._link.retire(replica)
+        self._client.retire(replica)
         freed = self._devices.release(map(self._local, group))
         if freed:
             log.info("%s can serve other replicas now", ", ".join(map(str, freed)))
@@ -381,7 +386,7 @@ class Supervisor:
             return
         # The others may have done their own part already, and left: that is not what went wrong.
         log.error("%s; %s", reason, "nobody else can do its part" if whole else "no replica is left to go on")
-        self._link.abort(EXIT_FAILURE)
+        self._client.abort(EXIT_FAILURE)
 
     def _shrink(self, replica: int, group: Sequence[int], reason: str) -> bool:
         """Let a replica that would be retired go on with the devices it has left; only the last one, and if allowed."""
@@ -401,7 +406,7 @@ class Supervisor:
         self._shrunk = dict.fromkeys(stay, (left, size))
         for rank in go:
             del self._generation[rank]
-        self._link.drop_ranks(go)
+        self._client.drop_ranks(go)
         self._restarts += 1
         reason = f"{reason}; going on with {left} of {size} ranks"
         self._record("restart", replica=replica, reason=reason, ranks=stay)
@@ -441,12 +446,12 @@ class Supervisor:
 
     def _check_verdicts(self) -> None:
         for rank, said in self._state.verdicts.items():
-            key = (rank, int(said["generation"]), str(said["verdict"]))
-            if key in self._seen_verdicts or rank not in self._workers or said["generation"] != self._generation[rank]:
+            key = (rank, said.generation, said.verdict)
+            if key in self._seen_verdicts or rank not in self._workers or said.generation != self._generation[rank]:
                 continue
             self._seen_verdicts.add(key)
-            evidence = "; ".join(said["evidence"])
-            if said["verdict"] == "failed":
+            evidence = "; ".join(said.evidence)
+            if said.verdict == "failed":
                 self._on_failure(self._workers[rank], FailureKind.GPU_FAILED, evidence)
             else:
                 self._let_go(rank, evidence)
@@ -466,7 +471,7 @@ class Supervisor:
         self._record("drain", reason=decision.reason)
         self._devices.condemn(self._local(rank), evidence)
         self._leaving[replica] = _Leaving(decision.reason, time.monotonic() + self.config.exit_timeout_sec)
-        self._link.let_go(replica, self._generation[rank])
+        self._client.let_go(replica, self._generation[rank])
 
     def _on_left(self, replica: int, rank: int) -> None:
         """A rank of a replica that was asked to leave has done so; the last one decides what follows."""
@@ -474,7 +479,7 @@ class Supervisor:
         if any(peer in self._workers for peer in self._group_of(rank, state)):
             return
         leaving, group = self._leaving.pop(replica), self._group_of(rank, state)
-        self._link.end_generation(replica, self._generation[rank], {}, {})
+        self._client.end_generation(replica, self._generation[rank], {}, {})
         homeless = [r for r in group if self._local(r) not in self._devices.holders]
         if all(self._devices.replace(self._local(r)) is not None for r in homeless):
             self._restarts += 1
@@ -505,7 +510,7 @@ class Supervisor:
 
     def _begin_drain(self, reason: str) -> None:
         self._drain_deadline = self._drain_deadline or time.monotonic() + self.config.exit_timeout_sec
-        self._link.drain()
+        self._client.drain()
         self._record("drain", reason=reason)
         self._check_job()
 
@@ -518,22 +523,24 @@ class Supervisor:
 
     def _finish(self) -> int:
         """This node's ranks have ended: wait for the others, and learn or decide how the job has ended."""
-        head = self.head
-        if head is None:
+        coordinator = self.coordinator
+        if coordinator is None:
             records = self._state.records
             if records is not None:
                 keep_records(self.run_directory, Path(records) / "runs" / self.run_id)
             return self._job.leave(self._ended, meanwhile=self._pass_on_stop)
         self._job.wait_for_others(meanwhile=self._heed)
-        codes = {*self._ended.values(), *head.nodes.codes().values()}
-        end = conclude(head, codes | {EXIT_FAILURE} if head.nodes.lost_ranks() else codes, bool(self._stop_signals))
+        codes = {*self._ended.values(), *coordinator.nodes.codes().values()}
+        end = conclude(
+            coordinator, codes | {EXIT_FAILURE} if coordinator.nodes.lost_ranks() else codes, bool(self._stop_signals)
+        )
         self._tell_conclusion(end)
-        head.nodes.conclude(end.exit_code)
+        coordinator.nodes.conclude(end.exit_code)
         return end.exit_code
 
     def _pass_on_stop(self) -> None:
         if self._stop_signals and not self._state.draining:
-            self._link.drain()
+            self._client.drain()
 
     def _tell_conclusion(self, end: Conclusion) -> None:
         missing, code = end.missing, end.exit_code
@@ -545,7 +552,7 @@ class Supervisor:
             log.info("stopped on request; the same command goes on from here")
         elif missing is not None and code in (EXIT_DATA_MISSING, EXIT_FAILURE):
             log.error("%s", missing)
-        retired = len(self.head.retired) if self.head is not None else 0
+        retired = len(self.coordinator.retired) if self.coordinator is not None else 0
         if code == 0 and (self._restarts or retired):
             log.info("complete after %d restarts; %d replicas retired", self._restarts, retired)
 
@@ -560,12 +567,12 @@ class Supervisor:
     def _clean_up(self) -> None:
         self._watch.close()
         self._events.close()
-        head = self.head
-        if head is not None:
-            for job in head.jobs.values():
+        coordinator = self.coordinator
+        if coordinator is not None:
+            for job in coordinator.jobs.values():
                 for loader in range(len(job.queues)):  # every writer is gone: what it left half-written can go
                     PartJournal(loader_directory(job.directory, loader)).sweep_temporaries(0.0)
-            jobs = [(job.directory, job.ephemeral) for job in head.jobs.values()]
+            jobs = [(job.directory, job.ephemeral) for job in coordinator.jobs.values()]
             target = records_target(self.run_id, jobs, self.run_directory)
             if target is not None:
                 keep_records(self.run_directory, target)
@@ -573,6 +580,6 @@ class Supervisor:
         self._job.close()
         if self.keep_results:
             return
-        if head is not None:
-            remove_ephemeral(head.jobs)
+        if coordinator is not None:
+            remove_ephemeral(coordinator.jobs)
         shutil.rmtree(self.run_directory, ignore_errors=True)

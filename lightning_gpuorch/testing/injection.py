@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_gpuorch.control.environment import WorkerEnvironment
+from lightning_gpuorch.control.messages.collectives import Gather
 from lightning_gpuorch.testing.faults import Fault, FaultKind, FaultPlan, When
 
 CHAOS_DIRECTORY = "_GPUORCH_CHAOS"
@@ -219,8 +220,8 @@ def _block_in_a_communication(_fault: Fault, job: Any) -> None:
         peer = (dist.get_rank() + 1) % dist.get_world_size()
         dist.recv(torch.zeros(1, device=job._runtime.device), src=peer)
     else:  # no data plane: a job-wide collective in which nobody else takes part
-        header = {"op": "gather", "number": 2**40 + topology.rank, "kind": "chaos", "rank": topology.rank}
-        job._world.channel.call(header, timeout_seconds=_FOREVER_SECONDS)
+        request = Gather(number=2**40 + topology.rank, kind="chaos", rank=topology.rank)
+        job._world.channel.call(request, timeout_seconds=_FOREVER_SECONDS)
 
 
 def _wait_to_be_killed(_fault: Fault, _job: Any) -> None:

@@ -9,8 +9,21 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning_gpuorch.control.heartbeat import Phase, current_heartbeat, phase
+from lightning_gpuorch.control.messages.base import AnswerT, Request, Sender
+from lightning_gpuorch.control.messages.leases import (
+    Drain,
+    EndOfStream,
+    Fenced,
+    InputRead,
+    Lease,
+    NextChunk,
+    Pause,
+    Stop,
+)
+from lightning_gpuorch.control.messages.ranks import Lookup, Publish
 from lightning_gpuorch.predictions.loading.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.loading.window import Window
+from lightning_gpuorch.predictions.loading.work import NoWork
 
 if TYPE_CHECKING:
     from lightning_gpuorch.worker.session import World
@@ -18,6 +31,7 @@ if TYPE_CHECKING:
 FOREVER_SECONDS = 10 * 365 * 86400.0
 _MAX_UNREPORTED = 1000
 """Digests of what was read that wait to be reported."""
+_NO_WORK = {Pause: NoWork.PAUSE, Stop: NoWork.STOP, Drain: NoWork.DRAIN, Fenced: NoWork.FENCED}
 
 
 class Job(Protocol):
@@ -26,8 +40,13 @@ class Job(Protocol):
     number: int
     steps: int
 
-    def call(self, op: str, *, timeout_seconds: float | None = None, **fields: Any) -> Any:
-        """Ask the head."""
+    @property
+    def sender(self) -> Sender:
+        """This rank, in requests."""
+        ...
+
+    def ask(self, request: Request[AnswerT], *, timeout_seconds: float | None = None) -> AnswerT:
+        """Ask the coordinator."""
         ...
 
     def flush(self) -> None:
@@ -53,7 +72,7 @@ class ReplicaQueue:
         self.digests: dict[int, str] = {}
         """Of what was read of a stream, by chunks that this rank computes."""
 
-    def next(self, block: bool, seconds_per_sample: float = 0.0) -> dict[str, Any]:
+    def next(self, block: bool, seconds_per_sample: float = 0.0) -> Lease | NoWork:
         """Ask for work; with ``block``, wait until there is some or none will come."""
         if block:
             # Own chunks first: others may wait for them as well, and a writer that has failed must say so now.
@@ -62,21 +81,22 @@ class ReplicaQueue:
         # Waiting for others to finish has no limit of its own: the supervisor judges who is stuck.
         timeout = FOREVER_SECONDS if block else None
         with phase(Phase.WAIT, then=Phase.RUN) if block else contextlib.nullcontext():
-            answer = self._job.call(
-                "next", loader=self._loader, sequence=self._sequence, block=block,
-                seconds_per_sample=seconds_per_sample, timeout_seconds=timeout,
-            ).header  # fmt: skip
+            request = NextChunk(
+                **self._place, sequence=self._sequence, block=block, seconds_per_sample=seconds_per_sample
+            )
+            answer = self._job.ask(request, timeout_seconds=timeout)
         self._sequence += 1
-        if answer["do"] == "chunk":
-            self._leased.add(int(answer["chunk"]))
         if block:
             self._job.begin_waiting()
-        return dict(answer)
+        if not isinstance(answer, Lease):
+            return _NO_WORK[type(answer)]
+        self._leased.add(answer.chunk)
+        return answer
 
     def end_of_stream(self, units: int) -> None:
         """Report where a stream ended."""
         self._report()
-        self._job.call("end_of_stream", loader=self._loader, units=units)
+        self._job.ask(EndOfStream(**self._place, units=units))
 
     def saw(self, chunk: int, digest: str) -> None:
         """Report what was read of a stream: the first batch at once, chunks with the next request."""
@@ -90,7 +110,11 @@ class ReplicaQueue:
     def _report(self) -> None:
         if self._unreported:
             read, self._unreported = self._unreported, []
-            self._job.call("read", loader=self._loader, read=read)
+            self._job.ask(InputRead(**self._place, digests=read))
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        return {"sender": self._job.sender, "job": self._job.number, "loader": self._loader}
 
 
 class ReplicaSink:
@@ -121,15 +145,14 @@ class ReplicaSink:
         sizes = self._collector.take_over(window)
         if self._world.topology.tensor_parallel_size == 1:
             return sizes
-        job, owner = self._job, self._world.owner
-        place = (job.number, self._loader, owner["replica"], owner["generation"], self._num_windows)
+        job, sender = self._job, self._world.sender
+        place = (job.number, self._loader, *sender.owner, self._num_windows)
         key, self._num_windows = "taken-over/" + "/".join(map(str, place)), self._num_windows + 1
         if self._world.topology.is_leader:
-            job.call("publish", key=key, value=[sorted(sizes), sorted(window.taken_over)])
+            job.ask(Publish(key=key, value=[sorted(sizes), sorted(window.taken_over)]))
             return sizes
         with phase(Phase.WAIT, then=Phase.RUN):  # the supervisor judges whether the leader is stuck
-            told = job.call("lookup", key=key, timeout_seconds=FOREVER_SECONDS).header["value"]
-        sizes, positions = told
+            sizes, positions = job.ask(Lookup(key=key), timeout_seconds=FOREVER_SECONDS).value
         if positions:
             window.take_over(positions, None)
         return set(sizes)
@@ -140,14 +163,14 @@ def await_group(job: Job, world: World) -> None:
 
     Otherwise it might make the output of a batch durable while a callback of another rank still works on it, and dies.
     """
-    topology, owner, heartbeat = world.topology, world.owner, current_heartbeat()
-    place = "/".join(map(str, (job.number, owner["replica"], owner["generation"], job.steps)))
+    topology, heartbeat = world.topology, current_heartbeat()
+    place = "/".join(map(str, (job.number, *world.sender.owner, job.steps)))
     if not topology.is_leader:
-        job.call("publish", key=f"done/{place}/{topology.tensor_parallel_rank}", value=True)
+        job.ask(Publish(key=f"done/{place}/{topology.tensor_parallel_rank}", value=True))
         return
     with contextlib.nullcontext() if heartbeat is None else heartbeat.waiting():
         for rank in range(1, topology.tensor_parallel_size):
-            job.call("lookup", key=f"done/{place}/{rank}", timeout_seconds=FOREVER_SECONDS)
+            job.ask(Lookup(key=f"done/{place}/{rank}"), timeout_seconds=FOREVER_SECONDS)
 
 
 class DrainOnSignal:

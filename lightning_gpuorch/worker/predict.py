@@ -15,16 +15,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from lightning_gpuorch._version import __version__
 from lightning_gpuorch.control.heartbeat import Phase, current_heartbeat, phase
+from lightning_gpuorch.control.messages.base import AnswerT, Request, Sender
+from lightning_gpuorch.control.messages.leases import ChunkDone, CloseJob, GetProgress, OpenJob, SamplesKept
+from lightning_gpuorch.control.messages.ranks import DrainJob
 from lightning_gpuorch.devices.memory.transfer import HostCopy
 from lightning_gpuorch.errors import EXIT_RESUMABLE
 from lightning_gpuorch.predictions.loading.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.loading.loader import LeasedLoader, Ticket
 from lightning_gpuorch.predictions.loading.source import Source, default_chunk_batches, describe
 from lightning_gpuorch.predictions.loading.windowed_loader import WindowedLoader
+from lightning_gpuorch.predictions.loading.work import NoWork
 from lightning_gpuorch.predictions.reading.reader import read_predictions
 from lightning_gpuorch.predictions.samples.tensors import to_host
 from lightning_gpuorch.predictions.storage.fragments import FragmentReader, FragmentWriter
@@ -82,14 +87,20 @@ class PredictionJob:
         directory, ephemeral = world.job_directory(runtime.output_dir, default_root)
         for index, source in enumerate(sources):
             source.freeze(loader_directory(directory, index))
-        asked = {"directory": str(directory), "ephemeral": ephemeral, "manifest": wanted.to_dict()}
+        request = OpenJob(
+            sender=self.sender,
+            job=self.number,
+            directory=str(directory),
+            ephemeral=ephemeral,
+            manifest=wanted.to_dict(),
+        )
         with phase(Phase.WAIT, then=Phase.STARTING):  # what is there already is checked first, however much it is
-            answer = self.call("open", **asked, timeout_seconds=FOREVER_SECONDS).header
-        self.directory = Path(answer["directory"])
+            opened = self.ask(request, timeout_seconds=FOREVER_SECONDS)
+        self.directory = Path(opened.directory)
         self.ephemeral = ephemeral
-        self.finished_before = bool(answer["finished"])
-        self.resumed_chunks = sum(answer["resumed"])
-        manifest = Manifest.from_dict(answer["manifest"])
+        self.finished_before = opened.finished
+        self.resumed_chunks = opened.resumed_chunks
+        manifest = Manifest.from_dict(opened.manifest)
         for index, (source, layout) in enumerate(zip(sources, manifest.loaders, strict=True)):
             source.thaw(loader_directory(self.directory, index), layout)
         keeps = self._host_copy if world.topology.is_leader else None
@@ -102,7 +113,7 @@ class PredictionJob:
         self.steps = 0
         self._group_asked = False
         """Whether all ranks of the group have asked for the batch after those that are done here."""
-        self._ended: str | None = None
+        self._ended: NoWork | None = None
         self._lost: set[int] = set()
         self._quarantined: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
         self._fragments = [self._fragments_of(index, layout) for index, layout in enumerate(manifest.loaders)]
@@ -165,7 +176,7 @@ class PredictionJob:
 
     def progress(self) -> dict[str, Any]:
         """How far the whole job is: chunks, samples, restarts."""
-        return dict(self.call("progress").header)
+        return msgspec.structs.asdict(self.ask(GetProgress(job=self.number)))
 
     def num_batches(self, loader: int) -> int:
         """Batches of a dataloader, as a single device would count; 0 of a stream whose end is not known."""
@@ -178,7 +189,7 @@ class PredictionJob:
         if not layout.num_chunks:
             return None
         if now - self._looked_at > _LOOK_SECONDS:
-            self._looked_at, self._chunks_done = now, self.progress()["done"]
+            self._looked_at, self._chunks_done = now, self.progress()["done_by_loader"]
         share = self._chunks_done[loader] / layout.num_chunks
         return max(1, int(layout.num_batches * share))
 
@@ -348,14 +359,14 @@ class PredictionJob:
             self.end_batch()
             self.collect()
             self.close()
-        if self._ended in ("drain", "fenced"):
+        if self._ended in (NoWork.DRAIN, NoWork.FENCED):
             log.info("stopped on request; the same command goes on from here")
             raise SystemExit(EXIT_RESUMABLE)
-        answer = self.call("close").header
+        closed = self.ask(CloseJob(sender=self.sender, job=self.number))
         if self._runtime.calibration is not None:  # the data ended before the time
             self._end_calibration()
         if self._world.topology.rank == 0:
-            self._summarise(answer)
+            self._summarise(closed.seconds)
         return read_predictions(self.directory)
 
     def flush(self) -> None:
@@ -391,11 +402,11 @@ class PredictionJob:
         except RuntimeError as error:
             log.warning("the output of the last batch cannot be read from the device; it is computed again: %s", error)
 
-    def _summarise(self, answer: dict[str, Any]) -> None:
+    def _summarise(self, seconds: float) -> None:
         if self.finished_before:
             log.info("nothing to do: all predictions are already in %s", self.directory)
         else:
-            log.info("all predictions are in %s after %.1f s", self.directory, answer["seconds"])
+            log.info("all predictions are in %s after %.1f s", self.directory, seconds)
 
     def _make_writer(self, layouts: Sequence[LoaderLayout]) -> PartWriter:
         stores = [PartStore(loader_directory(self.directory, index)) for index in range(len(layouts))]
@@ -426,12 +437,12 @@ class PredictionJob:
         if self._writer is None:
             return  # it leaves already
         assert self._dynamic is not None
-        self._dynamic.asked_to_leave |= bool(self.call("kept", loader=loader, samples=samples).header["leave"])
+        request = SamplesKept(sender=self.sender, job=self.number, loader=loader, samples=samples)
+        self._dynamic.asked_to_leave |= self.ask(request).leave
 
     def _commit(self, loader: int, chunk: int, batches: list[StoredBatch]) -> None:
         assert self._writer is not None
-        owner = self._world.owner
-        metadata: dict[str, Any] = {"replica": owner["replica"], "generation": owner["generation"]}
+        metadata: dict[str, Any] = {"replica": self.sender.replica, "generation": self.sender.generation}
         read = self._queues[loader].digests.pop(chunk, None)
         if read is not None:
             metadata["read"] = read
@@ -446,22 +457,30 @@ class PredictionJob:
         if fragments is not None:
             fragments[0].on_durable(chunk)
         quarantined = self._quarantined.pop((loader, chunk), [])
-        self.call("done", loader=loader, chunk=chunk, won=won, samples=samples, quarantined=quarantined)
+        request = ChunkDone(
+            sender=self.sender, job=self.number, loader=loader, chunk=chunk, won=won, samples=samples,
+            quarantined=tuple(quarantined),
+        )  # fmt: skip
+        self.ask(request)
 
-    def _on_ended(self, answer: str) -> None:
+    def _on_ended(self, answer: NoWork) -> None:
         self._ended = answer
         self.flush()
-        if answer in ("drain", "fenced"):
+        if answer in (NoWork.DRAIN, NoWork.FENCED):
             self.finish()
 
     def _request_drain(self) -> None:
-        self.call("drain")
+        self.ask(DrainJob())
 
-    def call(self, op: str, *, timeout_seconds: float | None = None, **fields: Any) -> Any:
-        """Ask the job's head something in the name of this rank."""
-        header = {"op": op, "job": self.number, **self._world.owner, **fields}
+    @property
+    def sender(self) -> Sender:
+        """This rank, in requests."""
+        return self._world.sender
+
+    def ask(self, request: Request[AnswerT], *, timeout_seconds: float | None = None) -> AnswerT:
+        """Ask the coordinator."""
         timeout = self._runtime.config.timeout_sec if timeout_seconds is None else timeout_seconds
-        return self._world.channel.call(header, timeout_seconds=timeout)
+        return self._world.channel.call(request, timeout_seconds=timeout)
 
 
 def _wrapped(wrapper: StepWrapper, call: Callable[[Any], Any], ticket: Ticket, batch: Any) -> Any:

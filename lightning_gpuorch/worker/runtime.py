@@ -15,6 +15,7 @@ import torch
 
 from lightning_gpuorch._version import __version__
 from lightning_gpuorch.config import OrchestratorConfig
+from lightning_gpuorch.control.messages.ranks import Agree, BeginStage, ReportDevice
 from lightning_gpuorch.devices.memory import ResourceAllocator, keep_freed_memory
 from lightning_gpuorch.devices.memory.transfer import Transfers
 from lightning_gpuorch.errors import GPUOrchError, InputMismatchError
@@ -138,7 +139,7 @@ class Runtime:
             keep_freed_memory()
         self._training, self._placed = training, False
         if world.topology.world_size > 1:
-            stage = {"op": "stage", "gang": training, "every_replica": evaluating, **world.owner}
+            stage = BeginStage(sender=world.sender, gang=training, every_replica=evaluating)
             world.channel.call(stage, timeout_seconds=30)
         if training or world.settled:
             self.settle(1 if not world.settled else world.topology.ranks_per_replica)
@@ -176,7 +177,7 @@ class Runtime:
         if world.recovery is None and isinstance(group, RecoverableProcessGroup):
             rank, size = world.topology.tensor_parallel_rank, world.topology.tensor_parallel_size
             world.recovery = GroupRecovery(
-                world.channel, world.owner, rank, size, group, self.config.timeout_sec, self._record_recovery
+                world.channel, world.sender, rank, size, group, self.config.timeout_sec, self._record_recovery
             )
             collective_hooks[:] = [_observe_collective]
 
@@ -221,8 +222,8 @@ class Runtime:
         """
         verdict = str(report.verdict)
         if verdict in ("drain", "failed") and self.world.supervised:
-            header = {"op": "verdict", "verdict": verdict, "evidence": list(report.evidence), **self.world.owner}
-            self.world.channel.call(header, timeout_seconds=self.config.timeout_sec)
+            request = ReportDevice(sender=self.world.sender, verdict=verdict, evidence=list(report.evidence))
+            self.world.channel.call(request, timeout_seconds=self.config.timeout_sec)
 
     def note_model(self, module: torch.nn.Module) -> None:
         """Remember what kind of model is run, before it is cut: throughput is only compared with that of its like."""
@@ -326,8 +327,8 @@ class Runtime:
 
         def agree(what: str, value: str) -> None:
             """Compare what this rank reads with what the others read; every rank comes here as often."""
-            header = {"op": "agree", "key": f"share-{number}-{next(times)}", "what": what, "value": value}
-            self.world.channel.call({**header, **self.world.owner}, timeout_seconds=self.config.timeout_sec)
+            request = Agree(sender=self.world.sender, key=f"share-{number}-{next(times)}", what=what, value=value)
+            self.world.channel.call(request, timeout_seconds=self.config.timeout_sec)
 
         times = itertools.count()
         return SharedLoader(describe(loader, limit), lambda: (self.topology.replica, self.topology.num_replicas), agree)

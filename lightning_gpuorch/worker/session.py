@@ -1,8 +1,8 @@
-"""This process's place among the others: its rank, its line to the head, and how it got both.
+"""This process's place among the others: its rank, its line to the coordinator, and how it got both.
 
 There is one per process, as there is one torch.distributed world. It comes about in one of three ways: the supervisor
 started this process and says so in the environment; another launcher did (torchrun, SLURM), then rank 0 hosts the
-head; or the process is alone and hosts the head for itself.
+coordinator; or the process is alone and hosts the coordinator for itself.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.control.collectives import ControlCollectives
-from lightning_gpuorch.control.coordinator import Head
-from lightning_gpuorch.control.disconnects import Presence
+from lightning_gpuorch.control.coordinator import Coordinator
+from lightning_gpuorch.control.disconnects import Disconnects
 from lightning_gpuorch.control.environment import WorkerEnvironment
+from lightning_gpuorch.control.handshake import Peer
 from lightning_gpuorch.control.jobs import Job, remove_ephemeral, verify_complete
+from lightning_gpuorch.control.messages.base import Sender
+from lightning_gpuorch.control.messages.ranks import Lookup, Publish, RegisterRank, UnregisterRank
 from lightning_gpuorch.control.transport import Channel, ControlServer, LocalChannel, RemoteChannel
 from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, MissingPredictionsError, format_indices
 from lightning_gpuorch.parallel.groups.process_group import ProcessGroupManager
@@ -46,19 +49,19 @@ class World:
 
     Attributes:
         topology: Ranks and replicas.
-        channel: Line to the head.
-        collectives: Collectives over all ranks, through the head.
+        channel: Line to the coordinator.
+        collectives: Collectives over all ranks, through the coordinator.
         groups: torch.distributed of this replica.
         generation: How often this replica was started before.
         run_id: Identifies the launch.
-        head: The head, if this process hosts it.
+        coordinator: The coordinator, if this process hosts it.
         supervised: Whether a supervisor restarts ranks.
         run_directory: Where logs, events and metrics of the run go.
         spans_job: Whether torch.distributed's world is the whole job rather than one replica.
         telemetry: What this rank records.
-        records: What this process records of the run as a whole, if it hosts the head.
+        records: What this process records of the run as a whole, if it hosts the coordinator.
         settled: Whether the tensor-parallel size is decided. Until then every rank counts as a replica of its own, and
-            the head has not been told.
+            the coordinator has not been told.
         candidate_sizes: Tensor-parallel sizes that are possible with these ranks, ascending.
         recovery: Mends faults inside of this rank's tensor-parallel group, if it is in one that can be mended.
     """
@@ -69,7 +72,7 @@ class World:
     groups: ProcessGroupManager
     generation: int
     run_id: str
-    head: Head | None
+    coordinator: Coordinator | None
     supervised: bool
     run_directory: Path | None = None
     spans_job: bool = False
@@ -82,9 +85,9 @@ class World:
     _directory_uses: dict[str, int] = field(default_factory=dict)
 
     @property
-    def owner(self) -> dict[str, int]:
-        """Fields that tell the head on whose behalf a request is made."""
-        return {"replica": self.topology.replica, "generation": self.generation, "rank": self.topology.rank}
+    def sender(self) -> Sender:
+        """Tells the coordinator on whose behalf a request is made."""
+        return Sender(rank=self.topology.rank, replica=self.topology.replica, generation=self.generation)
 
     def next_job(self) -> int:
         """Number of the next predict call; the same on every rank, since all run the same script."""
@@ -126,10 +129,9 @@ class World:
         if rank == 0:
             host = (WorkerEnvironment.read() or _NO_WORKER).host
             store: Any = self.groups.create_store(host, 0, True, size)
-            self.channel.call({"op": "publish", "key": key, "value": [host, store.port]}, timeout_seconds=timeout)
+            self.channel.call(Publish(key=key, value=[host, store.port]), timeout_seconds=timeout)
         else:
-            answer = self.channel.call({"op": "lookup", "key": key}, timeout_seconds=timeout)
-            host, port = answer.header["value"]
+            host, port = self.channel.call(Lookup(key=key), timeout_seconds=timeout).value
             store = self.groups.create_store(host, port, False, size)
         self.groups.initialize(rank, size, store=store, is_replica=not whole_job)
         self.spans_job = whole_job
@@ -137,7 +139,7 @@ class World:
     collectives_timeout: float = 1800.0
 
     def settle(self, tensor_parallel_size: int) -> None:
-        """Decide how many ranks share a model, once, and tell the head; all ranks must agree.
+        """Decide how many ranks share a model, once, and tell the coordinator; all ranks must agree.
 
         Raises:
             ConfigurationError: It is decided otherwise already, or other ranks decided otherwise.
@@ -154,17 +156,12 @@ class World:
                 self.topology, tensor_parallel_size=tensor_parallel_size, ranks_per_replica=tensor_parallel_size
             )
         self.settled = True
-        header = {"op": "hello", "tensor_parallel_size": self.topology.ranks_per_replica, **self.owner}
-        self.channel.call(header, timeout_seconds=30)
+        size = self.topology.ranks_per_replica
+        self.channel.call(RegisterRank(sender=self.sender, tensor_parallel_size=size), timeout_seconds=30)
 
 
 _NO_WORKER = WorkerEnvironment(0, 1, 0, 0, "", "", 0, None, "", "127.0.0.1", None, None)
 _world: World | None = None
-
-
-def current_world() -> World | None:
-    """This process's world, if it has joined one."""
-    return _world
 
 
 def join(config: OrchestratorConfig, device: torch.device, external: ExternalRanks | None = None) -> World:
@@ -177,7 +174,7 @@ def join(config: OrchestratorConfig, device: torch.device, external: ExternalRan
 
     Raises:
         ConfigurationError: The ranks cannot be cut into replicas.
-        ControlPlaneError: The head cannot be reached.
+        ControlPlaneError: The coordinator cannot be reached.
     """
     global _world
     worker = WorkerEnvironment.read()
@@ -243,8 +240,8 @@ def stop_recording(world: World) -> None:
     """Write the end of what this process records, and keep it if predictions are kept; safe to call again."""
     if world.telemetry is not None:
         world.telemetry.close()
-    if world.records is not None and world.head is not None:
-        jobs = {number: job for number, job in world.head.jobs.items() if job.directory.is_dir()}
+    if world.records is not None and world.coordinator is not None:
+        jobs = {number: job for number, job in world.coordinator.jobs.items() if job.directory.is_dir()}
         world.records.close([(job.directory, job.ephemeral) for job in jobs.values()], **_how_complete(jobs))
 
 
@@ -309,9 +306,10 @@ def _tensor_parallel_size(config: OrchestratorConfig, world_size: int) -> int | 
 def _join_supervised(
     config: OrchestratorConfig, topology: Topology, groups: ProcessGroupManager, worker: WorkerEnvironment
 ) -> World:
-    # On the head's own node an unreachable head is gone; on another one it may be the network.
+    # On the coordinator's own node an unreachable coordinator is gone; on another one it may be the network.
     patience = config.timeout_sec if worker.node_rank == 0 else config.node_timeout_sec
-    channel = RemoteChannel(worker.control, worker.token, connect_timeout_seconds=patience)
+    peer = Peer("rank", topology.rank)
+    channel = RemoteChannel(worker.control, peer, worker.token, connect_timeout_seconds=patience)
     return World(
         topology=topology,
         channel=channel,
@@ -319,7 +317,7 @@ def _join_supervised(
         groups=groups,
         generation=worker.generation,
         run_id=worker.run_id,
-        head=None,
+        coordinator=None,
         supervised=True,
         run_directory=Path(worker.run_directory) if worker.run_directory else None,
         collectives_timeout=config.collective_timeout_sec,
@@ -329,8 +327,8 @@ def _join_supervised(
 def _alone(config: OrchestratorConfig, topology: Topology, groups: ProcessGroupManager) -> World:
     run_id = new_run_id()
     records = _records(run_id, topology)
-    head = Head(1, config.max_chunk_failures, records.record)
-    channel = LocalChannel(head)
+    coordinator = Coordinator(1, config.max_chunk_failures, records.record)
+    channel = LocalChannel(coordinator)
     world = World(
         topology=topology,
         channel=channel,
@@ -338,12 +336,12 @@ def _alone(config: OrchestratorConfig, topology: Topology, groups: ProcessGroupM
         groups=groups,
         generation=0,
         run_id=run_id,
-        head=head,
+        coordinator=coordinator,
         supervised=False,
         run_directory=records.directory,
         records=records,
     )
-    atexit.register(remove_ephemeral, head.jobs)
+    atexit.register(remove_ephemeral, coordinator.jobs)
     atexit.register(stop_recording, world)  # runs first
     return world
 
@@ -368,26 +366,27 @@ def _join_external(
         external.main_address, external.main_port, topology.rank == 0 and not hosted_by_launcher, topology.world_size
     )
     store = dist.PrefixStore(f"gpuorch/attempt-{attempt}", raw)
-    # 2. Rank 0 hosts the head and says where.
-    head: Head | None = None
+    # 2. Rank 0 hosts the coordinator and says where.
+    coordinator: Coordinator | None = None
     records: RunRecords | None = None
     if topology.rank == 0:
         run_id = new_run_id()
         records = _records(run_id, topology)
         run_directory = records.directory
-        head = Head(topology.world_size, config.max_chunk_failures, records.record)
+        coordinator = Coordinator(topology.world_size, config.max_chunk_failures, records.record)
         local_only = external.main_address in ("127.0.0.1", "localhost")
         token = secrets.token_hex(16)
-        server = ControlServer(head, "127.0.0.1" if local_only else "0.0.0.0", token=token)
+        server = ControlServer(coordinator, "127.0.0.1" if local_only else "0.0.0.0", token=token)
         address = f"{'127.0.0.1' if local_only else external.main_address}:{server.port}"
-        store.set("head", f"{address} {token} {run_id} {socket.gethostname()}:{run_directory or ''}")
-        channel: Channel = LocalChannel(head)
+        store.set("coordinator", f"{address} {token} {run_id} {socket.gethostname()}:{run_directory or ''}")
+        channel: Channel = LocalChannel(coordinator)
     else:
-        address, token, run_id, place = store.get("head").decode().split(" ", 3)
+        address, token, run_id, place = store.get("coordinator").decode().split(" ", 3)
         host, _, shared = place.partition(":")
         run_directory = Path(shared) if shared and host == socket.gethostname() and Path(shared).is_dir() else None
-        channel = RemoteChannel(address, token, connect_timeout_seconds=config.timeout_sec)
-        atexit.register(_say_goodbye, channel, topology.rank)
+        peer = Peer("rank", topology.rank)
+        channel = RemoteChannel(address, peer, token, connect_timeout_seconds=config.timeout_sec)
+        atexit.register(_unregister, channel, topology.rank)
     # 3. One torch.distributed world over all ranks, as that launcher's users expect.
     groups.initialize(topology.rank, topology.world_size, store=dist.PrefixStore("world", store))
     world = World(
@@ -397,34 +396,34 @@ def _join_external(
         groups=groups,
         generation=0,
         run_id=run_id,
-        head=head,
+        coordinator=coordinator,
         supervised=False,
         run_directory=run_directory,
         records=records,
         spans_job=True,
         collectives_timeout=config.collective_timeout_sec,
     )
-    if head is not None:
-        presence = Presence(head, server.connected_ranks, config.lease_term_sec)
-        atexit.register(_outlive_the_others, world, presence, config.collective_timeout_sec)
+    if coordinator is not None:
+        disconnects = Disconnects(coordinator, server.connected_ranks, config.lease_term_sec)
+        atexit.register(_outlive_the_others, world, disconnects, config.collective_timeout_sec)
     else:
-        atexit.register(stop_recording, world)  # runs before the goodbye
+        atexit.register(stop_recording, world)  # runs before this rank unregisters
     return world
 
 
-def _outlive_the_others(world: World, presence: Presence, timeout_seconds: float) -> None:
-    """Rank 0 serves the head until all ranks are done with it."""
-    head = world.head
-    assert head is not None
-    left = presence.outlive_the_others(timeout_seconds)
+def _outlive_the_others(world: World, disconnects: Disconnects, timeout_seconds: float) -> None:
+    """Rank 0 serves the coordinator until all ranks are done with it."""
+    coordinator = world.coordinator
+    assert coordinator is not None
+    left = disconnects.outlive_the_others(timeout_seconds)
     if left:
         log.warning("rank 0 leaves although ranks %s have not", left)
     stop_recording(world)
-    remove_ephemeral(head.jobs)
+    remove_ephemeral(coordinator.jobs)
 
 
-def _say_goodbye(channel: Channel, rank: int) -> None:
+def _unregister(channel: Channel, rank: int) -> None:
     try:
-        channel.call({"op": "goodbye", "rank": rank}, timeout_seconds=5)
-    except ControlPlaneError as error:  # the head is gone already, nobody is waiting
-        log.debug("rank %d could not say goodbye: %s", rank, error)
+        channel.call(UnregisterRank(rank=rank), timeout_seconds=5)
+    except ControlPlaneError as error:  # the coordinator is gone already, nobody is waiting
+        log.debug("rank %d could not unregister: %s", rank, error)

@@ -30,7 +30,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_gpuorch.control.coordinator import Head
+from lightning_gpuorch.control.coordinator import Coordinator
+from lightning_gpuorch.control.handshake import Peer
+from lightning_gpuorch.control.messages.base import Sender
 from lightning_gpuorch.control.transport import ControlServer, RemoteChannel
 from lightning_gpuorch.parallel.groups import recoverable_group as groups
 from lightning_gpuorch.parallel.groups.process_group import ProcessGroupManager
@@ -160,10 +162,10 @@ class Rank:
         self.mesh = self.manager.device_mesh(1, size)
         self.group: groups.RecoverableProcessGroup = self.mesh.get_group("tensor_parallel")  # type: ignore[assignment]
         self.recoveries: list[Recovery] = []
-        self.channel = RemoteChannel(address, "secret")
+        self.channel = RemoteChannel(address, Peer("rank", rank), "secret")
         self.recovery = GroupRecovery(
             self.channel,
-            {"replica": 0, "generation": 0, "rank": rank},
+            Sender(rank=rank, replica=0, generation=0),
             rank,
             size,
             self.group,
@@ -410,9 +412,9 @@ def on_ranks(
     backend: str = "gloo",
     timeout_seconds: float = 600.0,
 ) -> list[Any]:
-    """Run ``work(node, *arguments)`` on ranks with a head outside of them; give the results by rank."""
+    """Run ``work(node, *arguments)`` on ranks with a coordinator outside of them; give the results by rank."""
     context = multiprocessing.get_context("spawn")
-    server = ControlServer(Head(size), token="secret")
+    server = ControlServer(Coordinator(size), token="secret")
     store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
     processes: list[Any] = []
     ends: list[Connection] = []

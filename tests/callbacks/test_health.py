@@ -160,7 +160,7 @@ def test_scaling_efficiency_is_shown_with_a_baseline_by_rank_0_and_follows_the_w
     began = time.monotonic()
     jobs = [Job(tmp_path / str(rank), rank=rank) for rank in range(2)]
     for job in jobs:
-        job.runtime.job.progress = lambda: {"known": True, "samples_done": int((time.monotonic() - began) * 150)}
+        job.runtime.job.progress = lambda: {"samples_done": int((time.monotonic() - began) * 150)}
 
     def look() -> None:
         eventually(lambda: metrics[0].endpoint)

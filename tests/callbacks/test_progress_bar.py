@@ -35,7 +35,7 @@ def test_the_time_left_follows_the_rate_of_this_run(
     def progress() -> dict[str, Any]:
         """One run has left 40 of 200 chunks to this one, which makes two a second."""
         computed = 40 + int(2 * (clock.now - began))
-        return {"known": True, "chunks": 200, "chunks_done": 0, "chunks_computed": computed, "restarts": 0}
+        return {"chunks": 200, "chunks_done": 0, "chunks_computed": computed, "restarts": 0}
 
     monkeypatch.setattr(progress_bar, "time", clock)
     bar: Any = JobProgressBar(log_seconds=10.0)

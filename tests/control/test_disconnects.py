@@ -5,22 +5,25 @@ import time
 import pytest
 
 from lightning_gpuorch.control import disconnects
-from lightning_gpuorch.control.coordinator import Head
-from lightning_gpuorch.control.disconnects import Presence
+from lightning_gpuorch.control.coordinator import Coordinator
+from lightning_gpuorch.control.disconnects import Disconnects
+from lightning_gpuorch.control.handshake import Peer
+from lightning_gpuorch.control.messages.base import Sender
+from lightning_gpuorch.control.messages.ranks import RegisterRank, UnregisterRank
 from lightning_gpuorch.control.transport import ControlServer, RemoteChannel
 
 
 @pytest.fixture
 def job(monkeypatch):
     monkeypatch.setattr(disconnects, "GONE_SECONDS", 0.5)
-    head = Head(3)
-    server = ControlServer(head, token="secret")
-    channels = {rank: RemoteChannel(server.address, "secret") for rank in (1, 2)}
+    coordinator = Coordinator(3)
+    server = ControlServer(coordinator, token="secret")
+    channels = {rank: RemoteChannel(server.address, Peer("rank", rank), "secret") for rank in (1, 2)}
     for rank, channel in channels.items():
-        header = {"op": "hello", "tensor_parallel_size": 1, "rank": rank, "generation": 0}
-        channel.call(header, timeout_seconds=10)
-    watch = Presence(head, server.connected_ranks, give_up_seconds=1.0)
-    yield head, server, channels, watch
+        sender = Sender(rank=rank, replica=rank, generation=0)
+        channel.call(RegisterRank(sender=sender, tensor_parallel_size=1), timeout_seconds=10)
+    watch = Disconnects(coordinator, server.connected_ranks, give_up_seconds=1.0)
+    yield coordinator, server, channels, watch
     watch.close()
     for channel in channels.values():
         channel.close()
@@ -32,7 +35,7 @@ def test_who_is_connected_is_waited_for_and_who_is_gone_is_not(job):
     assert server.connected_ranks() == {1, 2}
     assert watch._left(0.5) == [1, 2]
     channels[1].close()
-    channels[2].call({"op": "goodbye", "rank": 2}, timeout_seconds=10)
+    channels[2].call(UnregisterRank(rank=2), timeout_seconds=10)
     began = time.monotonic()
     assert watch.outlive_the_others(timeout_seconds=30) == []
     assert time.monotonic() - began < 10
@@ -45,10 +48,10 @@ def test_a_living_rank_is_waited_for_until_the_time_is_over(job):
 
 
 def test_a_rank_that_is_gone_for_long_is_given_up_and_others_are_not(job):
-    head, _, channels, _ = job
+    coordinator, _, channels, _ = job
     channels[2].close()
     deadline = time.monotonic() + 20
-    while not head.retired:
+    while not coordinator.retired:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    assert head.retired == {2}
+    assert coordinator.retired == {2}

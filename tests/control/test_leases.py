@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from lightning_gpuorch.control.leases import LeaseQueue
+from lightning_gpuorch.control.messages.leases import Drain, Fenced, Lease, Stop
 
 CHUNKS, SIZE = 12, 4
 
@@ -32,11 +33,11 @@ class Fleet(RuleBasedStateMachine):
         answer = self.queue.next(self.owner(replica), self.sequence[replica], block=False).result(0)
         self.sequence[replica] += 1
         self.answers[replica].append(answer)
-        if answer["do"] == "chunk":
+        if isinstance(answer, Lease):
             others = [c for r in range(3) for c in self.held[r]]
-            assert answer["chunk"] not in others, "leased twice"
-            assert answer["chunk"] not in self.queue.done, "leased although it is done"
-            self.held[replica].append(answer["chunk"])
+            assert answer.chunk not in others, "leased twice"
+            assert answer.chunk not in self.queue.done, "leased although it is done"
+            self.held[replica].append(answer.chunk)
 
     @precondition(lambda self: any(self.answers))
     @rule(replica=st.integers(0, 2), data=st.data())
@@ -45,10 +46,10 @@ class Fleet(RuleBasedStateMachine):
             number = data.draw(st.integers(0, len(self.answers[replica]) - 1))
             assert self.queue.next(self.owner(replica), number, block=False).result(0) == self.answers[replica][number]
 
-    @rule(replica=st.integers(0, 2), won=st.booleans())
-    def finish(self, replica, won):
+    @rule(replica=st.integers(0, 2))
+    def finish(self, replica):
         if self.held[replica]:
-            self.queue.report_done(self.held[replica].pop(0), won)
+            self.queue.report_done(self.held[replica].pop(0))
 
     @rule(replica=st.integers(0, 2), blame=st.booleans())
     def die(self, replica, blame):
@@ -57,7 +58,7 @@ class Fleet(RuleBasedStateMachine):
         back = self.queue.revoke(owner, blamed, (blamed * SIZE, blamed * SIZE + 2) if blamed is not None else None)
         assert sorted(back) == sorted(self.held[replica])
         assert self.queue.revoke(owner) == [], "revoking again takes nothing"
-        assert self.queue.next(owner, self.sequence[replica], block=True).result(0) == {"do": "fenced"}
+        assert self.queue.next(owner, self.sequence[replica], block=True).result(0) == Fenced()
         self.held[replica], self.answers[replica] = [], []
         self.sequence[replica] = 0
         self.generation[replica] += 1
@@ -70,12 +71,12 @@ class Fleet(RuleBasedStateMachine):
     def teardown(self):
         for replica in range(3):
             while self.held[replica]:
-                self.finish(replica, True)
+                self.finish(replica)
         while True:
             answer = self.queue.next((9, 0), self._steps(), block=True).result(0)
-            if answer["do"] == "stop":
+            if isinstance(answer, Stop):
                 break
-            self.queue.report_done(answer["chunk"], True)
+            self.queue.report_done(answer.chunk)
         assert self.queue.done >= set(range(CHUNKS))
 
     def _steps(self):
@@ -90,15 +91,15 @@ class StreamFleet(Fleet):
         super().__init__()
         self.queue = LeaseQueue(None, SIZE, done={3, CHUNKS + 1})
 
-    @rule(replica=st.integers(0, 2), won=st.booleans())
-    def finish(self, replica, won):
+    @rule(replica=st.integers(0, 2))
+    def finish(self, replica):
         if self.held[replica] and self.held[replica][0] >= CHUNKS:
             self.queue.set_num_chunks(CHUNKS)
             for held in self.held:
                 held[:] = [chunk for chunk in held if chunk < CHUNKS]
-            self.queue.report_done(CHUNKS, won)
+            self.queue.report_done(CHUNKS)
         else:
-            super().finish(replica, won)
+            super().finish(replica)
 
     @invariant()
     def nothing_stands_for_a_chunk_that_is_not_done(self):
@@ -120,19 +121,19 @@ TestStreamFleet.settings = TestFleet.settings
 
 def test_blocked_request_is_answered_when_a_chunk_comes_back():
     queue = LeaseQueue(1, SIZE)
-    assert queue.next((0, 0), 0, block=False).result(0)["chunk"] == 0
+    assert queue.next((0, 0), 0, block=False).result(0).chunk == 0
     leader, follower = queue.next((1, 0), 0, block=True), queue.next((1, 0), 0, block=True)
     assert not leader.done()
     queue.revoke((0, 0))
-    assert leader.result(0) == follower.result(0) == {"do": "chunk", "chunk": 0, "left": 0, "again": True}
+    assert leader.result(0) == follower.result(0) == Lease(chunk=0, left=0, again=True)
 
 
 def test_blocked_request_is_answered_stop_when_all_is_done():
     queue = LeaseQueue(1, SIZE)
     queue.next((0, 0), 0, block=False)
     waiting = queue.next((1, 0), 0, block=True)
-    queue.report_done(0, True)
-    assert waiting.result(0) == {"do": "stop"}
+    queue.report_done(0)
+    assert waiting.result(0) == Stop()
 
 
 def test_drain_tells_everybody_to_leave():
@@ -141,15 +142,15 @@ def test_drain_tells_everybody_to_leave():
     queue.next((0, 0), 1, block=False)
     waiting = queue.next((1, 0), 0, block=True)
     queue.drain()
-    assert waiting.result(0) == {"do": "drain"}
-    assert queue.next((0, 0), 2, block=False).result(0) == {"do": "drain"}
+    assert waiting.result(0) == Drain()
+    assert queue.next((0, 0), 2, block=False).result(0) == Drain()
 
 
 def _lease(queue, generation, chunk):
     """Take work as one generation until the chunk comes up; returns the answer that hands it out."""
     for number in range(100):
         answer = queue.next((0, generation), number, block=False).result(0)
-        if answer.get("chunk") == chunk:
+        if isinstance(answer, Lease) and answer.chunk == chunk:
             return answer
     raise AssertionError(f"chunk {chunk} is not handed out")
 
@@ -166,8 +167,8 @@ def test_poison_is_isolated_then_given_up_and_the_rest_of_the_chunk_is_still_wan
         assert queue.quarantined == []
         _die(queue, generation, 1, position)
     chunk = _lease(queue, 9, 1)
-    assert chunk["isolate"] == [4, 8]
-    assert chunk["skip"] == [6]
+    assert chunk.isolate == (4, 8)
+    assert chunk.skip == (6,)
     assert [(q.start, q.stop) for q in queue.quarantined] == [(6, 7)]
 
 
@@ -177,8 +178,8 @@ def test_two_poison_samples_in_one_chunk_are_both_found():
     for generation, position in enumerate(deaths):
         _die(queue, generation, 0, position)
     chunk = _lease(queue, 99, 0)
-    assert chunk["skip"] == [1, 6]
-    assert chunk["isolate"] == [0, 8]
+    assert chunk.skip == (1, 6)
+    assert chunk.isolate == (0, 8)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -188,7 +189,7 @@ def test_random_deaths_give_no_sample_up(seed):
     alone = collections.Counter()
     for generation in range(6):
         answer = _lease(queue, generation, 0)
-        isolate = range(*answer.get("isolate", (0, 0)))
+        isolate = range(*(answer.isolate or (0, 0)))
         unit = rng.randrange(8)
         if unit in isolate and alone[unit]:
             continue  # a second death of the same sample alone is no longer chance
@@ -219,18 +220,18 @@ def test_a_death_outside_a_step_blames_nothing():
 def test_what_seems_to_kill_workers_is_handed_out_last():
     queue = LeaseQueue(4, SIZE, max_chunk_failures=3)
     _die(queue, 0, 0, (0, 2))
-    assert queue.next((0, 1), 0, block=False).result(0)["chunk"] == 0, "one death may be chance"
+    assert queue.next((0, 1), 0, block=False).result(0).chunk == 0, "one death may be chance"
     queue.revoke((0, 1), blamed=0, position=(0, 2))
-    assert [queue.next((0, 2), n, block=False).result(0)["chunk"] for n in range(4)] == [1, 2, 3, 0]
+    assert [queue.next((0, 2), n, block=False).result(0).chunk for n in range(4)] == [1, 2, 3, 0]
 
 
 def test_a_stream_ends_where_it_is_said_to():
     queue = LeaseQueue(None, SIZE)
-    assert [queue.next((0, 0), n, block=False).result(0)["chunk"] for n in range(3)] == [0, 1, 2]
+    assert [queue.next((0, 0), n, block=False).result(0).chunk for n in range(3)] == [0, 1, 2]
     queue.set_num_chunks(2)
     assert queue.leases_of((0, 0)) == [0, 1]
-    queue.report_done(0, True)
-    queue.report_done(1, True)
+    queue.report_done(0)
+    queue.report_done(1)
     assert queue.finished
 
 
@@ -238,17 +239,17 @@ def test_a_stream_ends_where_it_is_said_to():
 def test_resume_hands_out_only_what_is_missing(done):
     queue = LeaseQueue(3, SIZE, done=done)
     taken = []
-    while (answer := queue.next((0, 0), len(taken), block=False).result(0))["do"] == "chunk":
-        taken.append(answer["chunk"])
+    while isinstance(answer := queue.next((0, 0), len(taken), block=False).result(0), Lease):
+        taken.append(answer.chunk)
     assert sorted(taken) == sorted({0, 1, 2} - done)
 
 
 def test_an_answer_tells_how_fast_a_replica_is_beside_those_that_are_known():
     queue = LeaseQueue(num_chunks=8, chunk_size=1)
-    assert queue.next((0, 0), 0, False, 0.1).result(0)["speed"] == 1
+    assert queue.next((0, 0), 0, False, 0.1).result(0).pace.speed == 1
     slow = queue.next((1, 0), 0, False, 0.3).result(0)
-    assert slow["speed"] == pytest.approx(0.5)
-    assert slow["seconds_per_sample"] == 0.3
-    assert queue.next((0, 0), 1, False).result(0)["speed"] == pytest.approx(1.5), "it told before"
+    assert slow.pace.speed == pytest.approx(0.5)
+    assert slow.pace.seconds_per_sample == 0.3
+    assert queue.next((0, 0), 1, False).result(0).pace.speed == pytest.approx(1.5), "it told before"
     assert queue.next((1, 0), 0, False, 9.0).result(0) == slow, "all ranks of a replica get the same answer"
-    assert "speed" not in queue.next((2, 0), 0, False).result(0)
+    assert queue.next((2, 0), 0, False).result(0).pace is None

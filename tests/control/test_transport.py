@@ -1,20 +1,37 @@
 """The wire and the collectives, with real sockets and threads."""
 
+import contextlib
+import re
+import socket
+import struct
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import msgspec
 import pytest
 
+from lightning_gpuorch.control import handshake, transport
+from lightning_gpuorch.control.codec import decode_answer
 from lightning_gpuorch.control.collectives import ControlCollectives
-from lightning_gpuorch.control.coordinator import Head
-from lightning_gpuorch.control.transport import ControlServer, LocalChannel, Message, RemoteChannel
+from lightning_gpuorch.control.coordinator import Coordinator
+from lightning_gpuorch.control.handshake import Hello, Introduction, Peer
+from lightning_gpuorch.control.messages.base import Sender
+from lightning_gpuorch.control.messages.collectives import Gather, Gathered
+from lightning_gpuorch.control.messages.ranks import Lookup, Publish, Published, RegisterRank
+from lightning_gpuorch.control.transport import ControlServer, LocalChannel, RemoteChannel
 from lightning_gpuorch.errors import (
+    EXIT_CONFIGURATION,
     CollectiveMismatchError,
     ConfigurationError,
     ControlPlaneError,
     ControlPlaneTimeoutError,
+    ProtocolError,
+    ProtocolVersionError,
 )
+from tests.support.listener import listener
+
+RANK = Peer("rank", 0)
 
 
 class Echo:
@@ -25,11 +42,17 @@ class Echo:
 
     def handle(self, request):
         future = Future()
-        if request.header["op"] == "echo":
-            future.set_result(Message({"said": request.header["text"]}, request.payload[::-1]))
-        elif request.header["op"] == "later":
-            threading.Thread(target=lambda: (self.release.wait(10), future.set_result(Message({})))).start()
+        if isinstance(request, Gather):
+            future.set_result(Gathered(payloads={request.rank: request.payload[::-1]}))
+        elif isinstance(request, Lookup) and request.key == "later":
+            answer = Published(value="é\n")
+            threading.Thread(target=lambda: (self.release.wait(10), future.set_result(answer))).start()
         return future
+
+
+def _echo(channel, payload=b"xy"):
+    request = Gather(number=0, kind="echo", rank=0, payload=payload)
+    return channel.call(request, timeout_seconds=10).payloads[0]
 
 
 @pytest.fixture
@@ -43,68 +66,66 @@ def server():
 
 
 def test_payloads_of_every_size_come_back(server):
-    channel = RemoteChannel(server.address, "secret")
+    channel = RemoteChannel(server.address, RANK, "secret")
     for size in (0, 1, 65_537, 5 * 2**20):
         payload = bytes(range(256)) * (size // 256 + 1)
-        answer = channel.call({"op": "echo", "text": "é\n"}, payload[:size], timeout_seconds=10)
-        assert answer.header["said"] == "é\n"
-        assert answer.payload == payload[:size][::-1]
+        assert _echo(channel, payload[:size]) == payload[:size][::-1]
     channel.close()
 
 
 def test_a_waiting_request_holds_up_nobody(server):
-    channel = RemoteChannel(server.address, "secret")
+    channel = RemoteChannel(server.address, RANK, "secret")
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(channel.call, {"op": "later"}, timeout_seconds=10)
+        waiting = pool.submit(channel.call, Lookup(key="later"), timeout_seconds=10)
         for _ in range(50):
-            assert channel.call({"op": "echo", "text": "x"}, timeout_seconds=5).header["said"] == "x"
+            assert _echo(channel) == b"yx"
         assert not waiting.done()
         server.echo.release.set()
-        waiting.result(5)
+        assert waiting.result(5).value == "é\n"
     channel.close()
 
 
 def test_no_answer_is_a_timeout_that_names_the_request(server):
-    channel = RemoteChannel(server.address, "secret")
-    with pytest.raises(ControlPlaneTimeoutError, match="'never' was not answered .* within 0.2 s"):
-        channel.call({"op": "never"}, timeout_seconds=0.2)
-    assert channel.call({"op": "echo", "text": "still"}, timeout_seconds=5).header["said"] == "still"
+    channel = RemoteChannel(server.address, RANK, "secret")
+    with pytest.raises(ControlPlaneTimeoutError, match="Lookup was not answered .* within 0.2 s"):
+        channel.call(Lookup(key="never"), timeout_seconds=0.2)
+    assert _echo(channel) == b"yx"
     channel.close()
 
 
 def test_a_stranger_is_not_served(server):
-    channel = RemoteChannel(server.address, "guess", connect_timeout_seconds=0.3)
+    channel = RemoteChannel(server.address, RANK, "guess", connect_timeout_seconds=0.3)
     with pytest.raises(ControlPlaneError, match="cannot be reached"):
-        channel.call({"op": "echo", "text": "x"}, timeout_seconds=2)
+        _echo(channel)
 
 
 def test_a_request_survives_the_loss_of_its_connection():
-    head = Head(1)
-    server = ControlServer(head)
-    channel = RemoteChannel(server.address, connect_timeout_seconds=10)
-    channel.call({"op": "publish", "key": "a", "value": 1}, timeout_seconds=5)
+    coordinator = Coordinator(1)
+    server = ControlServer(coordinator)
+    channel = RemoteChannel(server.address, RANK, connect_timeout_seconds=10)
+    channel.call(Publish(key="a", value=1), timeout_seconds=5)
     port = server.port
     server.close()
-    again = threading.Timer(0.5, lambda: servers.append(ControlServer(head, port=port)))
+    again = threading.Timer(0.5, lambda: servers.append(ControlServer(coordinator, port=port)))
     servers = []
     again.start()
-    assert channel.call({"op": "lookup", "key": "a"}, timeout_seconds=10).header["value"] == 1
+    assert channel.call(Lookup(key="a"), timeout_seconds=10).value == 1
     again.join()
     servers[0].close()
     channel.close()
 
 
 def test_an_unreachable_head_is_named():
-    channel = RemoteChannel("127.0.0.1:9", connect_timeout_seconds=0.2)
-    with pytest.raises(ControlPlaneError, match="head at 127.0.0.1:9 cannot be reached"):
-        channel.call({"op": "echo"}, timeout_seconds=5)
+    channel = RemoteChannel("127.0.0.1:9", RANK, connect_timeout_seconds=0.2)
+    with pytest.raises(ControlPlaneError, match="coordinator at 127.0.0.1:9 cannot be reached"):
+        channel.call(Lookup(key="a"), timeout_seconds=5)
 
 
-def _ranks(count, work, head=None):
+def _ranks(count, work, coordinator=None):
     """Run ``work(collectives, rank)`` on threads, one per rank, over real sockets."""
-    head = head or Head(count)
-    server = ControlServer(head)
-    channels = [RemoteChannel(server.address) for _ in range(count)]
+    coordinator = coordinator or Coordinator(count)
+    server = ControlServer(coordinator)
+    channels = [RemoteChannel(server.address, Peer("rank", rank)) for rank in range(count)]
 
     def one(rank):
         return work(ControlCollectives(channels[rank], rank, 5.0), rank)
@@ -127,9 +148,9 @@ def test_collectives_agree_on_all_ranks():
 
 
 def test_a_restarted_rank_replays_what_was_decided():
-    head = Head(2)
-    first = _ranks(2, lambda c, r: [c.all_gather_object((r, i)) for i in range(5)], head)
-    channel = LocalChannel(head)
+    coordinator = Coordinator(2)
+    first = _ranks(2, lambda c, r: [c.all_gather_object((r, i)) for i in range(5)], coordinator)
+    channel = LocalChannel(coordinator)
     again = ControlCollectives(channel, 1, 1.0)
     assert [again.all_gather_object("something else now") for _ in range(5)] == first[1]
 
@@ -151,8 +172,8 @@ def test_different_calls_are_named():
 
 
 def test_missing_ranks_are_named():
-    head = Head(3)
-    collectives = ControlCollectives(LocalChannel(head), 0, 0.1)
+    coordinator = Coordinator(3)
+    collectives = ControlCollectives(LocalChannel(coordinator), 0, 0.1)
     with pytest.raises(
         ControlPlaneTimeoutError, match=r"rank 0 waited 0.1 s in collective #0 \(barrier\) for ranks \[1, 2\]"
     ):
@@ -160,25 +181,151 @@ def test_missing_ranks_are_named():
 
 
 def test_a_retired_rank_is_no_longer_waited_for():
-    head = Head(2)
+    coordinator = Coordinator(2)
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(ControlCollectives(LocalChannel(head), 0, 5.0).all_gather_object, "here")
-        while head.ledger.missing(0) != [1]:
+        waiting = pool.submit(ControlCollectives(LocalChannel(coordinator), 0, 5.0).all_gather_object, "here")
+        while coordinator.collectives.missing(0) != [1]:
             time.sleep(0.001)
-        head.ledger.retire([1])
+        coordinator.collectives.retire([1])
         assert waiting.result(5) == ["here"]
 
 
 def test_a_rank_that_has_left_is_named():
-    head = Head(2)
-    head.ledger.leave(1, "has ended")
+    coordinator = Coordinator(2)
+    coordinator.collectives.leave(1, "has ended")
     with pytest.raises(CollectiveMismatchError, match="needs rank 1, which has ended"):
-        ControlCollectives(LocalChannel(head), 0, 5.0).barrier()
+        ControlCollectives(LocalChannel(coordinator), 0, 5.0).barrier()
 
 
 def test_ranks_must_agree_on_the_tensor_parallel_size():
-    channel = LocalChannel(Head(4))
-    hello = {"op": "hello", "generation": 0}
-    channel.call({**hello, "rank": 0, "tensor_parallel_size": 2}, timeout_seconds=1)
+    channel = LocalChannel(Coordinator(4))
+
+    def register(rank, size):
+        sender = Sender(rank=rank, replica=rank // size, generation=0)
+        channel.call(RegisterRank(sender=sender, tensor_parallel_size=size), timeout_seconds=1)
+
+    register(0, 2)
     with pytest.raises(ConfigurationError, match="rank 3 uses tensor_parallel_size=4, the others use 2"):
-        channel.call({**hello, "rank": 3, "tensor_parallel_size": 4}, timeout_seconds=1)
+        register(3, 4)
+
+
+# Strangers and other versions
+
+
+def _connect(server):
+    host, port = server.address.split(":")
+    connection = socket.create_connection((host, int(port)), timeout=10)
+    connection.settimeout(10)
+    return connection
+
+
+def _received(connection):
+    """All that comes until the other side closes."""
+    data = b""
+    with contextlib.suppress(ConnectionResetError):  # it closes although more was sent
+        while piece := connection.recv(4096):
+            data += piece
+    return data
+
+
+@pytest.mark.parametrize(
+    ("garbage", "text"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", r"not a gpuorch handshake: it begins with b'GET / HTTP/1'"),
+        (b"gpuorch\n\xff\xff\xff\xff", r"a gpuorch handshake of 4294967295 bytes is longer than 4096"),
+        (b"gpuorch\n\0\0\0\x02{}", r"a malformed gpuorch handshake: Object missing required field `peer`"),
+        (b"gpuorch\n\0\0\0\x04\xff\xfe{}", r"a malformed gpuorch handshake"),
+    ],
+)
+def test_who_sends_garbage_is_refused_in_one_line_and_others_are_served(server, caplog, garbage, text):
+    with _connect(server) as connection:
+        connection.sendall(garbage)
+        assert _received(connection) == b""
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert re.search(text, record.getMessage())
+    assert "\n" not in record.getMessage()
+    channel = RemoteChannel(server.address, RANK, "secret")
+    assert _echo(channel) == b"yx"
+    channel.close()
+
+
+def test_a_malformed_request_is_refused_and_the_connection_goes_on(server, caplog):
+    channel = RemoteChannel(server.address, RANK, "secret")
+    connection = channel._connect(time.monotonic() + 10)
+    for number, body in enumerate([msgspec.msgpack.encode({"type": "Gathering"}), b"\xc1"]):
+        connection.sendall(struct.pack("!IQ", number, len(body)) + body)
+        answer = channel._receive(connection, number, time.monotonic() + 10)
+        with pytest.raises(ProtocolError, match="a malformed request"):
+            decode_answer(answer, Lookup(key="a"))
+    assert "rank 0 is refused: a malformed request was received: Gathering.type: Invalid value" in caplog.text
+    channel._idle.append(connection)
+    assert _echo(channel) == b"yx"
+    channel.close()
+
+
+def test_a_peer_of_another_version_is_refused_by_name_on_both_sides(server, caplog, monkeypatch):
+    monkeypatch.setattr(handshake, "PROTOCOL_VERSION", 1)
+    theirs = handshake.frame(Hello(peer=Peer("node", 3), protocol=2, release="9.9.9", token="secret"))
+    with _connect(server) as connection:
+        connection.sendall(theirs)
+        answer = _received(connection)
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    said = record.getMessage()
+    assert "node 3 at 127.0.0.1" in said
+    assert "speaks control protocol 2 (lightning_gpuorch 9.9.9), this process speaks 1" in said
+    assert "\n" not in said
+    # What it reads of the answer, if it does as we do.
+    monkeypatch.setattr(handshake, "PROTOCOL_VERSION", 2)
+    with pytest.raises(
+        ProtocolVersionError, match=r"coordinator 0 at here speaks control protocol 1 .* speaks 2 "
+    ) as error:
+        handshake.read(Introduction, answer[handshake.PREAMBLE.size :], "here")
+    assert error.value.exit_code == EXIT_CONFIGURATION
+
+
+def test_a_version_is_read_of_a_handshake_with_fields_that_are_not_known(server, caplog):
+    data = b'{"peer":{"role":"node","rank":1,"rack":4},"protocol":99,"release":"3.0","key":{"proof":[1]}}'
+    with _connect(server) as connection:
+        connection.sendall(handshake.PREAMBLE.pack(handshake.MAGIC, len(data)) + data)
+        assert _received(connection).startswith(handshake.MAGIC)
+    assert "node 1 at" in caplog.text
+    assert "protocol 99" in caplog.text
+
+
+def test_a_coordinator_of_another_version_is_not_asked_again():
+    welcome = handshake.frame(Introduction(peer=handshake.COORDINATOR, protocol=7, release="7.0"))
+    with listener(welcome) as address:
+        channel = RemoteChannel(address, RANK, "secret")
+        with pytest.raises(ProtocolVersionError, match=rf"coordinator 0 at {address} speaks control protocol 7 .*7\.0"):
+            channel.call(Lookup(key="a"), timeout_seconds=10)
+
+
+def test_what_is_no_coordinator_is_named():
+    with listener(b"HTTP/1.1 400 Bad Request\r\n\r\n") as address:
+        channel = RemoteChannel(address, RANK, "secret")
+        with pytest.raises(ProtocolError, match=rf"no gpuorch coordinator listens on {address}: .* b'HTTP/1.1 400'"):
+            channel.call(Lookup(key="a"), timeout_seconds=10)
+
+
+def test_a_message_that_is_too_large_is_refused_where_it_is_sent(server, monkeypatch):
+    monkeypatch.setattr(transport, "MAX_MESSAGE_BYTES", 1000)
+    channel = RemoteChannel(server.address, RANK, "secret")
+    with pytest.raises(ProtocolError, match="exceeds the limit of 1000"):
+        _echo(channel, b"x" * 1001)
+    channel.close()
+
+
+def test_a_closed_server_cancels_no_request_of_a_coordinator():
+    coordinator = Coordinator(1)
+    server = ControlServer(coordinator)
+    channel = RemoteChannel(server.address, RANK, connect_timeout_seconds=0.1)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(channel.call, Lookup(key="a"), timeout_seconds=10)
+        deadline = time.monotonic() + 10
+        while not coordinator._key_values._lookups:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        server.close()
+        coordinator.handle(Publish(key="a", value=1)).result(0)
+        with pytest.raises(ControlPlaneError, match="cannot be reached"):
+            waiting.result(10)

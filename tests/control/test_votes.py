@@ -1,4 +1,4 @@
-"""The head's part in the recovery of a group: who is told what, and when."""
+"""The coordinator's part in the recovery of a group: who is told what, and when."""
 
 from __future__ import annotations
 
@@ -6,132 +6,145 @@ from typing import Any
 
 import pytest
 
-from lightning_gpuorch.control.transport import LocalChannel, Message
-from lightning_gpuorch.control.votes import _EXCHANGES_KEPT, RecoveryLedger
+from lightning_gpuorch.control.coordinator import Coordinator
+from lightning_gpuorch.control.messages.base import Done, Request, Sender
+from lightning_gpuorch.control.messages.recovery import (
+    AbortEpoch,
+    DrainStep,
+    EpochAborted,
+    EpochComplete,
+    Exchange,
+    Exchanged,
+    GroupEnded,
+    LeaveGroup,
+    StepDrained,
+    WatchEpoch,
+)
+from lightning_gpuorch.control.transport import LocalChannel
+from lightning_gpuorch.control.votes import _EXCHANGES_KEPT
 from lightning_gpuorch.errors import ControlPlaneTimeoutError, GroupRecoveryError
 
 
 class Rank:
     """Asks as a rank of the group would, over a real channel."""
 
-    def __init__(self, ledger: RecoveryLedger, rank: int, generation: int = 0, size: int = 2):
-        self.ledger, self.size = ledger, size
-        self.owner = {"replica": 0, "generation": generation, "rank": rank}
-        self.channel = LocalChannel(self)  # type: ignore[arg-type]
+    def __init__(self, coordinator: Coordinator, rank: int, generation: int = 0, size: int = 2):
+        self.coordinator, self.rank, self.size = coordinator, rank, size
+        self.sender = Sender(rank=rank, replica=0, generation=generation)
+        self.channel = LocalChannel(coordinator)
 
-    def handle(self, request: Message) -> Any:
-        return self.ledger.handle(request.header)
+    def request(self, kind: type[Request[Any]], epoch: int, fields: dict[str, Any]) -> Request[Any]:
+        return kind(sender=self.sender, group_rank=self.rank, epoch=epoch, **fields)
 
-    def ask(self, step: str, epoch: int = 0, **fields: Any) -> dict[str, Any]:
-        header = {"step": step, **self.owner, "epoch": epoch, **fields}
-        return self.channel.call(header, timeout_seconds=0.05).header
+    def ask(self, kind: type[Request[Any]], epoch: int = 0, **fields: Any) -> Any:
+        return self.channel.call(self.request(kind, epoch, fields), timeout_seconds=0.05)
 
-    def later(self, step: str, epoch: int = 0, **fields: Any) -> Any:
-        return self.ledger.handle({"step": step, **self.owner, "epoch": epoch, **fields})
+    def later(self, kind: type[Request[Any]], epoch: int = 0, **fields: Any) -> Any:
+        return self.coordinator.handle(self.request(kind, epoch, fields))
 
     def vote(self, value: Any, epoch: int = 0) -> Any:
-        return self.later("exchange", epoch, name="votes", size=self.size, value=value)
+        return self.later(Exchange, epoch, name="votes", group_size=self.size, value=value)
 
 
 def test_the_first_to_leave_an_epoch_is_the_one_all_hear_of() -> None:
-    ledger = RecoveryLedger()
-    first, second = Rank(ledger, 0), Rank(ledger, 1)
-    watched = second.later("watch")
+    coordinator = Coordinator(3)
+    first, second = Rank(coordinator, 0), Rank(coordinator, 1)
+    watched = second.later(WatchEpoch)
     assert not watched.done()
-    assert first.ask("abort", reason="memory")["aborted"]["rank"] == 0
-    assert watched.result(0).header["aborted"] == {"rank": 0, "reason": "memory"}
-    assert second.ask("abort", reason="memory, too")["aborted"]["rank"] == 0
-    assert second.ask("watch")["aborted"]["rank"] == 0
+    assert first.ask(AbortEpoch, reason="memory").rank == 0
+    assert watched.result(0) == EpochAborted(rank=0, reason="memory")
+    assert second.ask(AbortEpoch, reason="memory, too").rank == 0
+    assert second.ask(WatchEpoch).rank == 0
     with pytest.raises(ControlPlaneTimeoutError):
-        second.ask("watch", epoch=1)
+        second.ask(WatchEpoch, epoch=1)
 
 
 def test_votes_are_handed_out_when_all_are_in_and_may_be_repeated() -> None:
-    ledger = RecoveryLedger()
-    first, second = Rank(ledger, 0), Rank(ledger, 1)
+    coordinator = Coordinator(3)
+    first, second = Rank(coordinator, 0), Rank(coordinator, 1)
     waiting = second.vote("b")
     again = second.vote("b")
     assert not waiting.done()
-    assert first.vote("a").result(0).header["values"] == ["a", "b"]
-    assert waiting.result(0).header["values"] == again.result(0).header["values"] == ["a", "b"]
-    assert first.vote("a").result(0).header["values"] == ["a", "b"]
+    assert first.vote("a").result(0).values == ["a", "b"]
+    assert waiting.result(0).values == again.result(0).values == ["a", "b"]
+    assert first.vote("a").result(0).values == ["a", "b"]
 
 
 def test_nobody_waits_for_a_rank_that_is_known_to_be_gone() -> None:
-    ledger = RecoveryLedger()
-    first = Rank(ledger, 0)
-    waiting, watched = first.vote("a"), first.later("watch")
-    ledger.end_generation(0, 0)
-    assert waiting.result(0).header["error"]["type"] == "GroupRecoveryError"
-    assert watched.result(0).header == {"over": True}
+    coordinator = Coordinator(3)
+    first = Rank(coordinator, 0)
+    waiting, watched = first.vote("a"), first.later(WatchEpoch)
+    coordinator.end_generation(0, 0)
+    assert isinstance(waiting.exception(0), GroupRecoveryError)
+    assert watched.result(0) == GroupEnded()
     with pytest.raises(GroupRecoveryError, match="generation 0 of replica 0 is over"):
-        first.ask("exchange", name="votes", size=2, value="a")
+        first.ask(Exchange, name="votes", group_size=2, value="a")
     # The next generation has nothing to do with it.
-    assert not Rank(ledger, 0, generation=1).vote("a").done()
+    assert not Rank(coordinator, 0, generation=1).vote("a").done()
 
 
 def test_a_rank_that_is_done_no_longer_watches_and_the_others_do() -> None:
-    ledger = RecoveryLedger()
-    first, second = Rank(ledger, 0), Rank(ledger, 1)
-    watched, other = first.later("watch"), second.later("watch")
-    first.ask("leave")
-    assert watched.result(0).header == {"over": True}
+    coordinator = Coordinator(3)
+    first, second = Rank(coordinator, 0), Rank(coordinator, 1)
+    watched, other = first.later(WatchEpoch), second.later(WatchEpoch)
+    first.ask(LeaveGroup)
+    assert watched.result(0) == GroupEnded()
     assert not other.done()
 
 
 def test_a_step_is_drained_when_all_others_have_heard_that_it_does_not_count() -> None:
-    ledger = RecoveryLedger()
-    first, second, third = (Rank(ledger, rank, size=3) for rank in range(3))
-    watching = [rank.later("watch", heard=0) for rank in (first, second, third)]
-    drain = first.later("drain", size=3, position=7)
-    assert [one.result(0).header for one in watching] == [{"drained": 7, "heard": 1}] * 3
-    second.later("watch", heard=1)
+    coordinator = Coordinator(3)
+    first, second, third = (Rank(coordinator, rank, size=3) for rank in range(3))
+    watching = [rank.later(WatchEpoch, heard=0) for rank in (first, second, third)]
+    drain = first.later(DrainStep, group_size=3, position=7)
+    assert [one.result(0) for one in watching] == [StepDrained(position=7, notice=1)] * 3
+    second.later(WatchEpoch, heard=1)
     assert not drain.done()
-    again = third.later("drain", size=3, position=7)  # fails in the same step
+    again = third.later(DrainStep, group_size=3, position=7)  # fails in the same step
     assert not again.done()
-    third.later("watch", heard=1)
-    assert drain.result(0).header == {}
+    third.later(WatchEpoch, heard=1)
+    assert drain.result(0) == Done()
     assert not again.done(), "the first rank has not said that it has heard"
-    first.later("watch", heard=1)
-    assert again.result(0).header == {}
+    first.later(WatchEpoch, heard=1)
+    assert again.result(0) == Done()
     # A later step is another matter, and one who did not listen hears of it when it asks.
-    drain = second.later("drain", size=3, position=9)
+    drain = second.later(DrainStep, group_size=3, position=9)
     assert not drain.done()
-    assert first.ask("watch", heard=1) == {"drained": 9, "heard": 2}
+    assert first.ask(WatchEpoch, heard=1) == StepDrained(position=9, notice=2)
 
 
 def test_an_abort_and_an_end_free_who_waits_to_drain() -> None:
-    ledger = RecoveryLedger()
-    first, second = Rank(ledger, 0), Rank(ledger, 1)
-    drain = first.later("drain", size=2, position=1)
-    second.ask("abort", reason="memory, too")
-    assert drain.result(0).header["aborted"]["rank"] == 1
-    assert first.ask("drain", size=2, position=1)["aborted"]["rank"] == 1
-    drain = first.later("drain", epoch=1, size=2, position=2)
-    ledger.end_generation(0, 0)
-    assert drain.result(0).header["error"]["type"] == "GroupRecoveryError"
+    coordinator = Coordinator(3)
+    first, second = Rank(coordinator, 0), Rank(coordinator, 1)
+    drain = first.later(DrainStep, group_size=2, position=1)
+    second.ask(AbortEpoch, reason="memory, too")
+    assert drain.result(0).rank == 1
+    assert first.ask(DrainStep, group_size=2, position=1).rank == 1
+    drain = first.later(DrainStep, epoch=1, group_size=2, position=2)
+    coordinator.end_generation(0, 0)
+    assert isinstance(drain.exception(0), GroupRecoveryError)
     with pytest.raises(GroupRecoveryError):
-        first.ask("drain", epoch=1, size=2, position=2)
+        first.ask(DrainStep, epoch=1, group_size=2, position=2)
 
 
 def test_whether_an_epoch_is_given_up_is_settled_with_the_votes() -> None:
-    ledger = RecoveryLedger()
-    first, second = Rank(ledger, 0), Rank(ledger, 1)
+    coordinator = Coordinator(3)
+    first, second = Rank(coordinator, 0), Rank(coordinator, 1)
     first.vote("a"), second.vote("b")
     # Too late: both have been told that the connections are whole.
-    assert first.ask("abort", reason="impatience", before="votes")["aborted"] is None
-    assert first.vote("c").result(0).header == {"values": ["a", "b"], "aborted": False}
+    assert first.ask(AbortEpoch, reason="impatience", before="votes") == EpochComplete()
+    assert first.vote("c").result(0) == Exchanged(values=["a", "b"], aborted=False)
     # The abort of what comes next counts.
-    assert first.ask("abort", reason="memory", before="votes 1")["aborted"]["rank"] == 0
+    assert first.ask(AbortEpoch, reason="memory", before="votes 1").rank == 0
     for rank in (first, second):
-        answer = rank.later("exchange", name="votes 1", size=2, value=rank.owner["rank"])
-    assert answer.result(0).header == {"values": [0, 1], "aborted": True}
+        answer = rank.later(Exchange, name="votes 1", group_size=2, value=rank.rank)
+    assert answer.result(0) == Exchanged(values=[0, 1], aborted=True)
 
 
 def test_old_exchanges_are_forgotten() -> None:
-    ledger = RecoveryLedger()
-    rank = Rank(ledger, 0, size=1)
+    coordinator = Coordinator(3)
+    rank = Rank(coordinator, 0, size=1)
     for number in range(3 * _EXCHANGES_KEPT):
-        rank.ask("exchange", name=f"votes {number}", size=1, value=number)
-    (state,) = ledger._groups.values()
+        rank.ask(Exchange, name=f"votes {number}", group_size=1, value=number)
+    (state,) = coordinator._votes._groups.values()
     assert len(state.exchanges) == _EXCHANGES_KEPT

@@ -12,7 +12,9 @@ import time
 import pytest
 
 from lightning_gpuorch import read_predictions
+from lightning_gpuorch.control import handshake
 from tests.conftest import free_port
+from tests.support.listener import listener
 
 SLOW = "slow_predict.py"
 SHORT_TERMS = {"GPUORCH_LEASE_TERM_SEC": "3", "GPUORCH_NODE_TIMEOUT_SEC": "30", "GPUORCH_TOKEN": "ours"}
@@ -48,35 +50,45 @@ def _right(directory, samples):
     return values == [2.0 * index for index in range(samples)]
 
 
+def test_a_node_of_another_version_does_not_join(runner):
+    welcome = handshake.frame(handshake.Introduction(peer=handshake.COORDINATOR, protocol=7, release="7.0"))
+    with listener(welcome, timeout_seconds=60) as address:
+        node = _start(runner, 1, address.rpartition(":")[2])
+        assert runner.wait(node, 60) == 78
+    (line,) = [line for line in runner.log_of(node).splitlines() if "protocol 7" in line]
+    assert f"coordinator 0 at {address} speaks control protocol 7 (lightning_gpuorch 7.0)" in line
+    assert f"this process speaks {handshake.PROTOCOL_VERSION} (lightning_gpuorch" in line
+
+
 def test_nodes_of_different_size_share_a_job_and_each_restarts_its_own(runner, tmp_path):
     port = free_port()
     harm = ("--samples", 400, "--harm", "kill", "--victim", 2, "--at", 3)
-    head, other = _start(runner, 0, port, *harm), _start(runner, 1, port, *harm, devices=2)
-    assert runner.wait(head) == 0, runner.log_of(head)
+    coordinator, other = _start(runner, 0, port, *harm), _start(runner, 1, port, *harm, devices=2)
+    assert runner.wait(coordinator) == 0, runner.log_of(coordinator)
     assert runner.wait(other) == 0, runner.log_of(other)
     assert _right(tmp_path / "out", 400)
     assert {note[0] for note in _notes(tmp_path)} == {"0", "1", "2"}
     assert "restarting replica 2" in runner.log_of(other)
-    assert "restarting" not in runner.log_of(head), "the other node's supervisor deals with it"
+    assert "restarting" not in runner.log_of(coordinator), "the other node's supervisor deals with it"
     assert len(list(tmp_path.glob("out/runs/*/events/supervisor*.jsonl"))) == 2, "the records of both nodes are kept"
 
 
 def test_a_lost_node_is_given_up_and_the_others_finish(runner, tmp_path):
     port = free_port()
-    head, other = _start(runner, 0, port, "--samples", 600), _start(runner, 1, port, "--samples", 600)
-    _wait_until(lambda: any(note[0] == "1" for note in _notes(tmp_path)), (head, other), "work on node 1")
+    coordinator, other = _start(runner, 0, port, "--samples", 600), _start(runner, 1, port, "--samples", 600)
+    _wait_until(lambda: any(note[0] == "1" for note in _notes(tmp_path)), (coordinator, other), "work on node 1")
     os.killpg(other.pid, signal.SIGKILL)
-    assert runner.wait(head) == 0, runner.log_of(head)
+    assert runner.wait(coordinator) == 0, runner.log_of(coordinator)
     assert _right(tmp_path / "out", 600)
-    assert "node 1 is given up" in runner.log_of(head)
+    assert "node 1 is given up" in runner.log_of(coordinator)
 
 
 def test_sigterm_on_any_node_drains_the_job(runner, tmp_path):
     port = free_port()
-    head, other = _start(runner, 0, port, "--samples", 600), _start(runner, 1, port, "--samples", 600)
-    _wait_until(lambda: len({note[0] for note in _notes(tmp_path)}) == 2, (head, other), "work on both nodes")
+    coordinator, other = _start(runner, 0, port, "--samples", 600), _start(runner, 1, port, "--samples", 600)
+    _wait_until(lambda: len({note[0] for note in _notes(tmp_path)}) == 2, (coordinator, other), "work on both nodes")
     other.send_signal(signal.SIGTERM)
-    assert (runner.wait(head, 60), runner.wait(other, 60)) == (75, 75)
+    assert (runner.wait(coordinator, 60), runner.wait(other, 60)) == (75, 75)
     assert runner.run(SLOW, "--devices", 2, "--output", "out", "--samples", 600).result["right"]
     repeated = collections.Counter(note[3] for note in _notes(tmp_path))
     assert not [batch for batch, count in repeated.items() if count > 1], "a batch was computed again"
@@ -102,10 +114,10 @@ def test_a_replica_over_two_nodes_is_refused(runner):
 def test_a_node_with_another_token_is_not_let_in(runner):
     port = free_port()
     short = {"GPUORCH_START_TIMEOUT_SEC": "4", "GPUORCH_NODE_TIMEOUT_SEC": "4"}
-    head = _start(runner, 0, port, environment=short)
+    coordinator = _start(runner, 0, port, environment=short)
     other = _start(runner, 1, port, environment={**short, "GPUORCH_TOKEN": "guessed"})
-    assert (runner.wait(head, 60), runner.wait(other, 60)) == (1, 1)
-    assert "Nodes [1] have not joined" in runner.log_of(head)
+    assert (runner.wait(coordinator, 60), runner.wait(other, 60)) == (1, 1)
+    assert "Nodes [1] have not joined" in runner.log_of(coordinator)
     assert "cannot be reached" in runner.log_of(other)
 
 
@@ -160,7 +172,7 @@ def test_a_short_cut_of_the_network_changes_nothing_and_a_long_one_loses_nothing
         done = len(of_rank_1())
         time.sleep(seconds)  # the length of the cut is what is tested
         set_cable("up")
-        # The chunk in hand and the one that was asked for: without the head there are no more.
+        # The chunk in hand and the one that was asked for: without the coordinator there are no more.
         assert len(of_rank_1()) - done <= 6
         mended = len(of_rank_1())
         _wait_until(lambda: len(of_rank_1()) > mended, nodes, "work on node 1 after the cut")

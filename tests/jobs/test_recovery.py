@@ -217,7 +217,7 @@ def test_two_tasks_of_slurm_of_which_one_dies_and_is_not_restarted(runner, tmp_p
     ]
     assert runner.wait(tasks[1], 90) == -signal.SIGKILL, "so srun's exit code is not 0"
     assert runner.wait(tasks[0], 60) == 0, runner.log_of(tasks[0])
-    assert "rank 1 has gone without a goodbye" in runner.log_of(tasks[0])
+    assert "rank 1 has disconnected" in runner.log_of(tasks[0])
     assert json.loads((tmp_path / "result.json").read_text())["right"]
     assert {note[0] for note in _notes(tmp_path)} == {"0", "1"}, "both have worked"
 

@@ -169,11 +169,11 @@ def test_a_waiting_put_is_released_by_an_error(slow: SlowStore) -> None:
 
 def test_what_on_committed_raises_is_not_swallowed(tmp_path: Path) -> None:
     def fail(*_: Any) -> None:
-        raise ConnectionError("the head is gone")
+        raise ConnectionError("the coordinator is gone")
 
     writer = PartWriter([PartStore(tmp_path / "d")], max_pending_bytes=10**6, on_committed=fail)
     writer.put(0, 0, one(0), {})
-    with pytest.raises(ConnectionError, match="the head is gone"):
+    with pytest.raises(ConnectionError, match="the coordinator is gone"):
         writer.flush(timeout_seconds=60)
     writer.close()
 

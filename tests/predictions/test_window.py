@@ -16,10 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_gpuorch.control.messages.leases import Lease, Pace
 from lightning_gpuorch.predictions.loading.collector import ChunkCollector
 from lightning_gpuorch.predictions.loading.source import describe
 from lightning_gpuorch.predictions.loading.window_bounds import WindowBounds
 from lightning_gpuorch.predictions.loading.windowed_loader import WindowedLoader
+from lightning_gpuorch.predictions.loading.work import NoWork
 from lightning_gpuorch.predictions.samples import CannotMergeError
 from lightning_gpuorch.predictions.storage.fragments import FragmentReader, FragmentWriter
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout, StoredBatch
@@ -32,14 +34,14 @@ class Queue:
     def __init__(self, chunks: int, done: Collection[int] = (), **extra: dict[int, Any]):
         self.chunks, self.asked, self.done, self.extra = chunks, 0, set(done), extra
 
-    def next(self, block: bool, seconds_per_sample: float = 0.0) -> dict[str, Any]:
+    def next(self, block: bool, seconds_per_sample: float = 0.0) -> Lease | NoWork:
         while self.asked in self.done:
             self.asked += 1
         if self.asked >= self.chunks:
-            return {"do": "stop"}
+            return NoWork.STOP
         chunk, self.asked = self.asked, self.asked + 1
         more = {name: by_chunk[chunk] for name, by_chunk in self.extra.items() if chunk in by_chunk}
-        return {"do": "chunk", "chunk": chunk, "left": self.chunks - self.asked, **more}
+        return Lease(chunk=chunk, left=self.chunks - self.asked, **more)
 
     def end_of_stream(self, units: int) -> None:
         self.chunks = self.asked
@@ -301,9 +303,8 @@ def test_a_step_without_predictions_gives_none_for_each_batch() -> None:
 
 def test_windows_follow_the_speed_of_a_replica_and_what_is_left() -> None:
     def windows(replicas: int, speed: float, seconds_per_sample: float = 0.001, age_seconds: float = 0.0) -> list[int]:
-        told = {"speed": speed, "seconds_per_sample": seconds_per_sample, "age_seconds": age_seconds}
-        answers = {name: dict.fromkeys(range(120), value) for name, value in told.items()}
-        job = Job([3] * 240, 2, 1, 64, replicas, **answers)
+        pace = Pace(speed=speed, seconds_per_sample=seconds_per_sample, age_seconds=age_seconds)
+        job = Job([3] * 240, 2, 1, 64, replicas, pace=dict.fromkeys(range(120), pace))
         job.run(outputs)
         return job.chunks_of_windows
 
@@ -317,10 +318,11 @@ def test_windows_follow_the_speed_of_a_replica_and_what_is_left() -> None:
 
 
 def test_windows_of_a_stream_without_a_known_end_are_small_where_replicas_share_it() -> None:
-    def max_chunks(replicas: int, **answer: float) -> int:
+    def max_chunks(replicas: int, left: int | None = None, **pace: float) -> int:
         bounds = WindowBounds(10, replicas)
         bounds.observe(num_samples=1, num_bytes=1)
-        return bounds.max_chunks(answer, 0)
+        lease = Lease(chunk=0, left=left, pace=Pace(speed=1.0, **pace) if pace else None)
+        return bounds.max_chunks(lease, 0)
 
     assert max_chunks(2) == 2, "nothing is known"
     assert max_chunks(2, left=100) == 40, "its end is known"

@@ -18,25 +18,10 @@ from lightning_gpuorch.predictions.loading.batch_numbers import number_of_span
 from lightning_gpuorch.predictions.loading.source import BatchSource, MapSource, Source, Span, StreamSource
 from lightning_gpuorch.predictions.loading.window import Window
 from lightning_gpuorch.predictions.loading.window_reader import Requested
+from lightning_gpuorch.predictions.loading.work import Lease, NoWork, WorkQueue, isolated_units
 from lightning_gpuorch.predictions.loading.world_of_one import read_alone, world_of_one
 from lightning_gpuorch.predictions.samples.tensors import digest
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
-
-
-class WorkQueue(Protocol):
-    """Where a replica gets its chunks from; see :class:`~lightning_gpuorch.control.leases.LeaseQueue`."""
-
-    def next(self, block: bool, seconds_per_sample: float = 0.0) -> dict[str, Any]:
-        """Ask for work; the second argument says how fast it goes here, if that is known."""
-        ...
-
-    def end_of_stream(self, units: int) -> None:
-        """Report where a stream ended."""
-        ...
-
-    def saw(self, chunk: int, digest: str) -> None:
-        """Report what was read of a stream, to be compared with what others read."""
-        ...
 
 
 class TicketQueue(Protocol):
@@ -120,7 +105,7 @@ class LeasedLoader:
         sink: Told where chunks begin and end.
         delivered: Gets the ticket of each batch that is given out.
         index: Index of the dataloader in the job.
-        on_ended: Called with the last answer (stop, drain or fenced) when the loader ends.
+        on_ended: Told why, when the loader ends: stop, drain or fenced.
     """
 
     def __init__(
@@ -131,14 +116,15 @@ class LeasedLoader:
         sink: ChunkSink,
         delivered: TicketQueue,
         index: int = 0,
-        on_ended: Callable[[str], None] = lambda answer: None,
+        on_ended: Callable[[NoWork], None] = lambda answer: None,
     ):
         self.source, self.layout, self.index = source, layout, index
         self.batch_sampler: Any = None
         """Set by whoever has to satisfy a framework that looks for indices here."""
         self._queue, self._sink, self._delivered, self._on_ended = queue, sink, delivered, on_ended
         self._requested: collections.deque[Requested] = collections.deque()
-        self._answer = ""
+        self._no_work: NoWork | None = None
+        """The last answer, if it was no lease."""
         self._block = False
 
     @property
@@ -159,9 +145,10 @@ class LeasedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         self._requested.clear()
-        self._answer, self._block = "", False
+        self._no_work, self._block = None, False
         yield from self._batches()
-        self._on_ended(self._answer)
+        assert self._no_work is not None
+        self._on_ended(self._no_work)
 
     def _batches(self) -> Iterator[Any]:
         """The loader's own batches."""
@@ -170,11 +157,11 @@ class LeasedLoader:
     def _indexed(self, source: MapSource | BatchSource) -> Iterator[Any]:
         loader = source.reordered(LeasedBatches(self))
         try:
-            while self._answer in ("", "pause"):
+            while self._no_work in (None, NoWork.PAUSE):
                 for batch in read_alone(loader.__iter__, in_this_process=not loader.num_workers):
                     asked = self._next_requested()
                     number = number_of_span(asked.span, self.layout)
-                    self._delivered.append(Ticket(self.index, asked.chunk, asked.span, number, source.collate))
+                    self._delivered.append(Ticket(self.index, asked.lease.chunk, asked.span, number, source.collate))
                     yield batch
                 self._block = True
         finally:
@@ -192,12 +179,12 @@ class LeasedLoader:
         stream = Stream(source.iterate, "batches", self.layout.chunk_size, self._queue.saw)
         while True:
             answer = self._next_answer()
-            if answer["do"] == "pause":
+            if answer is NoWork.PAUSE:
                 self._block = True
-            elif answer["do"] != "chunk":
+            elif isinstance(answer, NoWork):
                 return
-            elif self._reach(stream, int(answer["chunk"])):
-                yield from self._stream_chunk(stream, int(answer["chunk"]), frozenset(answer.get("skip", ())))
+            elif self._reach(stream, answer.chunk):
+                yield from self._stream_chunk(stream, answer.chunk, frozenset(answer.skip))
 
     def _reach(self, stream: Stream, chunk: int) -> bool:
         """Go to the beginning of a chunk; False if the stream ends before."""
@@ -225,29 +212,27 @@ class LeasedLoader:
             yield batch
         self._sink.end(chunk)
 
-    def _next_answer(self) -> dict[str, Any]:
+    def _next_answer(self) -> Lease | NoWork:
         with world_of_one(hide=False):  # asked from within the loader's sampler
             answer = self._queue.next(self._block, self._seconds_per_sample)
         self._block = False
-        self._answer = answer["do"]
+        self._no_work = answer if isinstance(answer, NoWork) else None
         return answer
 
     def _leased_batches(self) -> Iterator[list[Any]]:
         """Dataset indices of one batch after another, until there is no work for the moment."""
         assert not isinstance(self.source, StreamSource)
         while True:
-            answer = self._next_answer()
-            if answer["do"] != "chunk":
+            lease = self._next_answer()
+            if isinstance(lease, NoWork):
                 return
-            chunk = int(answer["chunk"])
-            isolate = range(*answer.get("isolate", (0, 0)))
-            skip = frozenset(answer.get("skip", ()))
-            spans = list(self.source.spans(self.layout, chunk, isolate, skip))
-            self._sink.begin(chunk, len(spans))
+            isolate = isolated_units(lease)
+            spans = list(self.source.spans(self.layout, lease.chunk, isolate, frozenset(lease.skip)))
+            self._sink.begin(lease.chunk, len(spans))
             for span in spans:
                 assert span.indices is not None
                 alone = span.num_units == 1 and span.first_unit in isolate
-                self._requested.append(Requested(chunk, span, answer, alone, is_last=span is spans[-1]))
+                self._requested.append(Requested(lease, span, alone, is_last=span is spans[-1]))
                 yield span.indices
 
 

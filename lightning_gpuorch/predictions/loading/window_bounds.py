@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from lightning_gpuorch.predictions.loading.work import Lease
 
 SAMPLES_PER_WINDOW = 8192
 """Samples that are sorted together at most, unless a single chunk has more."""
@@ -50,11 +49,11 @@ class WindowBounds:
             self.seconds_per_sample = self._measured_seconds / self._num_measured
             self._num_measured, self._measured_seconds = 0, 0.0
 
-    def max_chunks(self, answer: Mapping[str, Any], taken: int) -> int:
+    def max_chunks(self, lease: Lease, taken: int) -> int:
         """How many chunks a window is to hold, of which ``taken`` are in it already.
 
         Args:
-            answer: With which the next one was leased. What differs between the ranks of a group comes with it, since it is
+            lease: The next one. What differs between the ranks of a group comes with it, since it is
                 the same for all of them.
             taken: Chunks of the window before that one.
         """
@@ -62,14 +61,15 @@ class WindowBounds:
             return 1  # nothing is known of this data yet
         size = self._samples_per_chunk
         limits = [SAMPLES_PER_WINDOW / size, BYTES_PER_WINDOW / (self._bytes_per_sample * size)]
-        left, seconds_per_sample = answer.get("left"), answer.get("seconds_per_sample", 0.0)
+        left, pace = lease.left, lease.pace
         without_end = left is None and self._num_replicas > 1
-        if seconds_per_sample:
+        if pace is not None:
             least, ages, most = SECONDS_PER_WINDOW_WITHOUT_END if without_end else SECONDS_PER_WINDOW
-            seconds = min(most, max(least, ages * answer.get("age_seconds", 0.0)))
-            limits.append(seconds / (seconds_per_sample * size))
+            seconds = min(most, max(least, ages * pace.age_seconds))
+            limits.append(seconds / (pace.seconds_per_sample * size))
         elif without_end:
             limits.append(CHUNKS_AT_FIRST_WITHOUT_END)
         if left is not None and self._num_replicas > 1:
-            limits.append((left + taken) * answer.get("speed", 1.0) / (REST_PER_WINDOW * self._num_replicas))
+            speed = 1.0 if pace is None else pace.speed
+            limits.append((left + taken) * speed / (REST_PER_WINDOW * self._num_replicas))
         return max(1, int(min(limits)))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_gpuorch.predictions.loading.source import Span
 from lightning_gpuorch.predictions.loading.window import Window
 from lightning_gpuorch.predictions.loading.window_bounds import WindowBounds
+from lightning_gpuorch.predictions.loading.work import Lease
 
 _CLOSE_SECONDS = 5.0
 
@@ -20,16 +21,14 @@ class Requested:
     """A span that was leased and is being read.
 
     Attributes:
-        chunk: Chunk it belongs to.
+        lease: The chunk it belongs to.
         span: Units, batch number and dataset indices.
-        answer: With which the chunk was leased.
         alone: It must not share a batch with others.
         is_last: It ends its chunk.
     """
 
-    chunk: int
+    lease: Lease
     span: Span
-    answer: Mapping[str, Any]
     alone: bool
     is_last: bool
 
@@ -87,27 +86,26 @@ class WindowReader:
         self._chunk.append((asked, samples))
         if not asked.is_last:
             return
-        before, window = self._open, self._window_of(asked.answer)
+        before, window = self._open, self._window_of(asked.lease)
         if before is not None and before is not window:
             self._whole.append(before)
         for part, samples_of_part in self._chunk:
-            window.add(part.chunk, part.span, samples_of_part, part.alone)
+            window.add(part.lease.chunk, part.span, samples_of_part, part.alone)
         self._chunk.clear()
         if window.closed:
             self._cut()
 
-    def _window_of(self, answer: Mapping[str, Any]) -> Window:
-        """The window of the chunk that was leased with ``answer``: the open one, or a new one, which is open then.
+    def _window_of(self, lease: Lease) -> Window:
+        """The window of a leased chunk: the open one, or a new one, which is open then.
 
         A chunk that was lost by somebody else goes alone, so that blame can be precise.
         """
-        again = bool(answer.get("again"))
-        alone = again or "isolate" in answer
+        alone = lease.again or lease.isolate is not None
         window = self._open
         if window is None or window.closed or alone:
-            window = self._open = Window(again, self._samples_per_unit)
+            window = self._open = Window(lease.again, self._samples_per_unit)
         # Asked for every chunk: where windows are read ahead, more is known when the later ones come.
-        window.max_chunks = 1 if alone else self._bounds.max_chunks(answer, window.num_chunks)
+        window.max_chunks = 1 if alone else self._bounds.max_chunks(lease, window.num_chunks)
         window.num_chunks += 1
         window.closed = window.num_chunks >= window.max_chunks
         return window

@@ -15,6 +15,7 @@ from lightning_gpuorch.predictions.loading.source import BatchSource, Span, Stre
 from lightning_gpuorch.predictions.loading.window import Batcher, Window
 from lightning_gpuorch.predictions.loading.window_bounds import WindowBounds
 from lightning_gpuorch.predictions.loading.window_reader import BackgroundWindowReader, Requested, WindowReader
+from lightning_gpuorch.predictions.loading.work import Lease, NoWork, isolated_units
 from lightning_gpuorch.predictions.loading.world_of_one import read_alone
 from lightning_gpuorch.predictions.storage.writer import size_bytes
 
@@ -51,7 +52,7 @@ class WindowedLoader(LeasedLoader):
         self._delivered_size = 0
         """Samples of the last batch."""
         self._sizes: set[int] = set()
-        self._held: dict[str, Any] | None = None
+        self._held: Lease | NoWork | None = None
 
     @property
     def _seconds_per_sample(self) -> float:
@@ -71,10 +72,10 @@ class WindowedLoader(LeasedLoader):
         self._held = None
         left_early = False
         try:
-            while self._answer in ("", "pause") and not left_early:
+            while self._no_work in (None, NoWork.PAUSE) and not left_early:
                 if self._block:  # waited for here, not where windows are read
                     self._held = self._next_answer()
-                    if self._answer != "chunk":
+                    if self._no_work is not None:
                         break
                 windows = self._reader(begin(), self._requested, self.bounds, self.layout.samples_per_unit)
                 try:
@@ -86,11 +87,11 @@ class WindowedLoader(LeasedLoader):
             if loader is not None:
                 loader._iterator = None  # ends the workers, which outlive one iteration
         if left_early:
-            self._answer = "drain"
+            self._no_work = NoWork.DRAIN
 
     def _batches_of_all(self, windows: WindowReader) -> Generator[Any, None, bool]:
         """The batches of one window after another; returns whether a window was left before its end."""
-        while (window := windows.next()) is not None and self._answer not in ("drain", "fenced"):
+        while (window := windows.next()) is not None and self._no_work not in (NoWork.DRAIN, NoWork.FENCED):
             self._sizes |= self._sink.take_over(window)
             for batch in self._batches_of(window):
                 yield batch
@@ -121,8 +122,8 @@ class WindowedLoader(LeasedLoader):
 
     def _leased_stream(self, stream: Stream) -> Iterator[list[Any]]:
         """The samples of one batch of the stream after another, until there is no work for the moment."""
-        while (answer := self._next_answer())["do"] == "chunk":
-            chunk, start = int(answer["chunk"]), int(answer["chunk"]) * self.layout.chunk_size
+        while not isinstance(lease := self._next_answer(), NoWork):
+            chunk, start = lease.chunk, lease.chunk * self.layout.chunk_size
             if not self._reach(stream, chunk):
                 continue
             read = list(itertools.islice(iter(stream.read, END), self.layout.chunk_size))
@@ -130,15 +131,15 @@ class WindowedLoader(LeasedLoader):
                 self._queue.end_of_stream(stream.position)
             if not read:
                 continue  # there is no such chunk
-            isolate, skip = range(*answer.get("isolate", (0, 0))), frozenset(answer.get("skip", ()))
+            isolate, skip = isolated_units(lease), frozenset(lease.skip)
             batches = [(number, samples) for number, samples in enumerate(read, start) if number not in skip]
             self._sink.begin(chunk, len(batches))
             for number, samples in batches:
                 span, is_last = Span(number, 1, number, None), number == batches[-1][0]
-                self._requested.append(Requested(chunk, span, answer, number in isolate, is_last))
+                self._requested.append(Requested(lease, span, number in isolate, is_last))
                 yield samples
 
-    def _next_answer(self) -> dict[str, Any]:
+    def _next_answer(self) -> Lease | NoWork:
         if self._held is None:
             return super()._next_answer()
         answer, self._held = self._held, None

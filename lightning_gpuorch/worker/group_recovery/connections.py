@@ -1,6 +1,6 @@
 """The epochs of a tensor-parallel group's connections, as one of its ranks sees them: what it tells the others, and hears.
 
-The head passes it on; it answers while the group's own connections are broken. Its part is in
+The coordinator passes it on; it answers while the group's own connections are broken. Its part is in
 :mod:`lightning_gpuorch.control.votes`.
 """
 
@@ -15,6 +15,19 @@ from typing import Any
 import torch
 
 from lightning_gpuorch.control.heartbeat import current_heartbeat
+from lightning_gpuorch.control.messages.base import AnswerT, Sender
+from lightning_gpuorch.control.messages.recovery import (
+    AbortEpoch,
+    DrainStep,
+    EpochAborted,
+    Exchange,
+    Exchanged,
+    GroupEnded,
+    GroupRequest,
+    LeaveGroup,
+    StepDrained,
+    WatchEpoch,
+)
 from lightning_gpuorch.control.transport import Channel
 from lightning_gpuorch.errors import ControlPlaneError, GPUOrchError, GroupRecoveryError
 from lightning_gpuorch.parallel.groups.recoverable_group import live_groups
@@ -30,18 +43,19 @@ class GroupEpochs:
     """Gives up connections and makes new ones, together with the other ranks of the group.
 
     Args:
-        channel: Line to the head.
-        owner: ``replica``, ``generation`` and ``rank`` in the group.
+        channel: Line to the coordinator.
+        sender: This process.
+        rank: Its rank in the group.
         size: Ranks in the group.
-        timeout_seconds: Longest wait for the head; the other ranks get twice as long.
+        timeout_seconds: Longest wait for the coordinator; the other ranks get twice as long.
         name: Of this rank, in messages.
 
     Attributes:
         number: Of the present connections.
     """
 
-    def __init__(self, channel: Channel, owner: dict[str, int], size: int, timeout_seconds: float, name: str):
-        self._channel, self._owner, self._size, self._name = channel, owner, size, name
+    def __init__(self, channel: Channel, sender: Sender, rank: int, size: int, timeout_seconds: float, name: str):
+        self._channel, self._sender, self._rank, self._size, self._name = channel, sender, rank, size, name
         self._timeout_seconds = timeout_seconds
         self.number = 0
         self._round = 0
@@ -54,7 +68,8 @@ class GroupEpochs:
 
     def abort(self, reason: str) -> None:
         """Give up the present epoch on all ranks, unless the last votes about it are in: then it is what they said."""
-        if self._call("abort", reason=reason, before=self._votes)["aborted"] is not None:
+        request = AbortEpoch(**self._place, reason=reason, before=self._votes)
+        if isinstance(self._ask(request, self._timeout_seconds), EpochAborted):
             _give_up(reason, self.number)
 
     def announce_drain(self, position: int, limit_seconds: float) -> bool:
@@ -67,7 +82,8 @@ class GroupEpochs:
         Raises:
             ControlPlaneTimeoutError: They have not.
         """
-        return "aborted" not in self._call("drain", size=self._size, position=position, timeout_seconds=limit_seconds)
+        request = DrainStep(**self._place, group_size=self._size, position=position)
+        return not isinstance(self._ask(request, limit_seconds), EpochAborted)
 
     def is_drained(self, position: int) -> bool:
         """Whether a rank has said that an attempt of the present epoch does not count."""
@@ -128,7 +144,7 @@ class GroupEpochs:
             return
         self._closed = True
         try:
-            self._call("leave", timeout_seconds=5)
+            self._ask(LeaveGroup(**self._place), 5)
         except ControlPlaneError as error:
             log.debug("%s could not say that it is done: %s", self._name, error)
         if threading.current_thread() is not self._watcher:
@@ -150,14 +166,17 @@ class GroupEpochs:
         # A rank that computes without communicating comes only when its step is over.
         limit = 2 * self._timeout_seconds if limit_seconds is None else limit_seconds
         with waiting():
-            answer = self._call("exchange", name=name, size=self._size, value=value, wait=wait, timeout_seconds=limit)
-        return list(answer.get("values", ())), bool(answer.get("aborted"))
+            request = Exchange(**self._place, group_size=self._size, name=name, value=value, wait=wait)
+            answer = self._ask(request, limit)
+        return (answer.values, answer.aborted) if isinstance(answer, Exchanged) else ([], False)
 
-    def _call(self, step: str, timeout_seconds: float | None = None, epoch: int | None = None, **fields: Any) -> Any:
-        number = self.number if epoch is None else epoch
-        header = {"op": "recovery", "step": step, **self._owner, "epoch": number, **fields}
-        timeout = self._timeout_seconds if timeout_seconds is None else timeout_seconds
-        return self._channel.call(header, timeout_seconds=timeout).header
+    @property
+    def _place(self) -> dict[str, Any]:
+        """What every request of a group says first."""
+        return {"sender": self._sender, "group_rank": self._rank, "epoch": self.number}
+
+    def _ask(self, request: GroupRequest[AnswerT], timeout_seconds: float) -> AnswerT:
+        return self._channel.call(request, timeout_seconds=timeout_seconds)
 
     def _watch(self) -> None:
         """Give up each epoch as soon as any rank does, and hear which steps do not count.
@@ -167,18 +186,19 @@ class GroupEpochs:
         epoch = heard = 0
         while not self._closed:
             try:
-                answer = self._call("watch", epoch=epoch, heard=heard, timeout_seconds=_WATCH_SECONDS)
+                request = WatchEpoch(sender=self._sender, group_rank=self._rank, epoch=epoch, heard=heard)
+                answer = self._ask(request, _WATCH_SECONDS)
             except TimeoutError:
                 continue
-            except (GPUOrchError, OSError) as error:  # without the head there is no recovery, and soon no job
+            except (GPUOrchError, OSError) as error:  # without the coordinator there is no recovery, and soon no job
                 log.debug("%s no longer watches: %s", self._name, error)
                 return
-            if "drained" in answer:
-                self._drained, heard = (epoch, answer["drained"]), answer["heard"]  # the next request says so
+            if isinstance(answer, StepDrained):
+                self._drained, heard = (epoch, answer.position), answer.notice  # the next request says so
                 continue
-            if "aborted" not in answer:
+            if isinstance(answer, GroupEnded):
                 return
-            _give_up(answer["aborted"]["reason"], epoch)
+            _give_up(answer.reason, epoch)
             epoch, heard = epoch + 1, 0
 
 

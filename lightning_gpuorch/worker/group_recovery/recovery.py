@@ -1,13 +1,13 @@
 """A fault inside a tensor-parallel group is mended in place: all its ranks leave the step, agree, and try again.
 
-The protocol, for a fault in epoch e. The head stands outside of the group and answers while the group's own
+The protocol, for a fault in epoch e. The coordinator stands outside of the group and answers while the group's own
 connections are broken. Every rank has a request waiting at it, through which it hears of the others' faults.
 
 1. The rank that fails lets go of the failed step's memory. If its memory ran out and it knows what the step would still
    have communicated (:mod:`lightning_gpuorch.parallel.groups.collective_trace`), it *drains* the step: it tells all ranks
-   through the head that this attempt does not count, and when they know, takes part in the rest of it with zeros. The
+   through the coordinator that this attempt does not count, and when they know, takes part in the rest of it with zeros. The
    others come to its end as always, and the connections stay whole.
-2. Otherwise, or if that takes too long, it *aborts*: it gives up epoch e's connections and tells the head. The other
+2. Otherwise, or if that takes too long, it *aborts*: it gives up epoch e's connections and tells the coordinator. The other
    ranks hear of it and give up theirs as well: a wait inside a collective raises.
 3. Every rank hands in its vote (:class:`~lightning_gpuorch.worker.group_recovery.agreement.Vote`) and gets all of them. If
    one is known to be dead, or does not come in time, the process ends and the replica is restarted.
@@ -35,6 +35,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from lightning_gpuorch.control.messages.base import Sender
 from lightning_gpuorch.control.transport import Channel
 from lightning_gpuorch.errors import (
     CollectiveError,
@@ -99,8 +100,8 @@ class GroupRecovery:
     """Runs the steps of one rank of a tensor-parallel group so that the group survives their faults.
 
     Args:
-        channel: Line to the head.
-        owner: ``replica``, ``generation`` and global ``rank`` of this process.
+        channel: Line to the coordinator.
+        sender: This process.
         rank: Rank in the group.
         size: Ranks in the group.
         group: The group over which ranks wait for each other at the end of an attempt.
@@ -113,7 +114,7 @@ class GroupRecovery:
     def __init__(
         self,
         channel: Channel,
-        owner: dict[str, int],
+        sender: Sender,
         rank: int,
         size: int,
         group: RecoverableProcessGroup,
@@ -122,7 +123,7 @@ class GroupRecovery:
         reconnect_seconds: float | None = None,
     ):
         self._size, self._group = size, group
-        self._global_rank = owner["rank"]  # in messages; the group's own numbers mean nothing to a reader
+        self._global_rank = sender.rank  # in messages; the group's own numbers mean nothing to a reader
         self._timeout_seconds = timeout_seconds
         self.on_recovery = on_recovery
         self.num_recoveries = self.num_drains = 0
@@ -136,7 +137,7 @@ class GroupRecovery:
         self._agreed: int | None = None
         self._token: torch.Tensor | None = None
         name = f"rank {self._global_rank}"
-        self.epochs = GroupEpochs(channel, {**owner, "rank": rank}, size, timeout_seconds, name)
+        self.epochs = GroupEpochs(channel, sender, rank, size, timeout_seconds, name)
 
     # Steps
 
@@ -193,7 +194,7 @@ class GroupRecovery:
         try:
             self.epochs.abort(vote.message)
             self.epochs.vote(vote.to_dict(), wait=False)
-        except ControlPlaneError as lost:  # the head is gone: so are we, soon
+        except ControlPlaneError as lost:  # the coordinator is gone: so are we, soon
             log.debug("rank %d could not say that it leaves: %s", self._global_rank, lost)
 
     def close(self) -> None:

@@ -1,0 +1,155 @@
+"""Predict calls and their chunks."""
+
+from __future__ import annotations
+
+from typing import Any, Generic
+
+import msgspec
+
+from lightning_gpuorch.control.messages.base import Answer, AnswerT, Done, Request, Sender, UnitRange
+
+
+class JobRequest(Request[AnswerT], Generic[AnswerT], frozen=True):
+    """About one predict call."""
+
+    sender: Sender
+    job: int
+
+
+class LoaderRequest(JobRequest[AnswerT], Generic[AnswerT], frozen=True):
+    """About one dataloader of a predict call."""
+
+    loader: int
+
+
+class JobOpened(Answer, frozen=True):
+    """The predict call as its first rank opened it."""
+
+    directory: str
+    manifest: dict[str, Any]
+    resumed_chunks: int
+    finished: bool
+
+
+class OpenJob(JobRequest[JobOpened], frozen=True):
+    """Begin a predict call, or take part in it."""
+
+    directory: str
+    ephemeral: bool
+    manifest: dict[str, Any]
+
+
+class Pace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How fast a replica is, also as a multiple of the mean of all, and for how long its queue has been there."""
+
+    seconds_per_sample: float
+    speed: float
+    age_seconds: float
+
+
+class Lease(Answer, frozen=True):
+    """A chunk to compute.
+
+    Attributes:
+        chunk: Which chunk.
+        left: Chunks that nobody has yet; None where the end of a stream is not known.
+        again: Somebody else had it and lost it.
+        isolate: Units to be computed one by one, because workers died in them.
+        skip: Units that are given up.
+        pace: Of the replica, if it ever told.
+    """
+
+    chunk: int
+    left: int | None = None
+    again: bool = False
+    isolate: UnitRange | None = None
+    skip: tuple[int, ...] = ()
+    pace: Pace | None = None
+
+
+class Pause(Answer, frozen=True):
+    """No chunk now; make your own chunks durable, then ask again with ``block``."""
+
+
+class Stop(Answer, frozen=True):
+    """Every chunk is durable."""
+
+
+class Drain(Answer, frozen=True):
+    """Leave; the job can be resumed."""
+
+
+class Fenced(Answer, frozen=True):
+    """This generation was replaced, or its replica retired; leave."""
+
+
+LeaseAnswer = Lease | Pause | Stop | Drain | Fenced
+
+
+class NextChunk(LoaderRequest[LeaseAnswer], frozen=True):
+    """Ask for work; all ranks of a replica repeat a sequence number and get the same answer."""
+
+    sequence: int
+    block: bool
+    seconds_per_sample: float = 0.0
+
+
+class ChunkDone(LoaderRequest[Done], frozen=True):
+    """A chunk's part file is durable, and whether this rank's was the one that counts."""
+
+    chunk: int
+    won: bool
+    samples: int = 0
+    quarantined: tuple[tuple[int, int, str], ...] = ()
+    """Units ``[start, stop)`` without a prediction, and why."""
+
+
+class Kept(Answer, frozen=True):
+    """Whether the replica is to leave."""
+
+    leave: bool
+
+
+class SamplesKept(LoaderRequest[Kept], frozen=True):
+    """Samples of chunks that are not whole yet are computed, and kept."""
+
+    samples: int
+
+
+class InputRead(LoaderRequest[Done], frozen=True):
+    """Digests of what was read of a stream, by chunk; chunk -1 is the first item alone."""
+
+    digests: list[tuple[int, str]]
+
+
+class EndOfStream(LoaderRequest[Done], frozen=True):
+    """Where a stream ended."""
+
+    units: int
+
+
+class JobClosed(Answer, frozen=True):
+    """The predict call is complete."""
+
+    seconds: float
+
+
+class CloseJob(JobRequest[JobClosed], frozen=True):
+    """A rank is through with a predict call; refused while samples are missing."""
+
+
+class JobProgress(Answer, frozen=True):
+    """How far the whole job is; ``chunks_computed`` counts parts of chunks as well."""
+
+    chunks_done: int
+    done_by_loader: list[int]
+    chunks_computed: int
+    chunks: int
+    samples_done: int
+    restarts: int
+
+
+class GetProgress(Request[JobProgress], frozen=True):
+    """Ask how far a predict call is."""
+
+    job: int

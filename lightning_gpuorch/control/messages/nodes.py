@@ -1,0 +1,149 @@
+"""What supervisors ask and report."""
+
+from __future__ import annotations
+
+import msgspec
+
+from lightning_gpuorch.control.messages.base import Answer, Done, LoaderKey, Request, UnitRange
+
+
+class NodeJoined(Answer, frozen=True):
+    """A node's first global rank, the ranks of the job, and the run's name, which is node 0's."""
+
+    first_rank: int
+    world_size: int
+    run_id: str
+
+
+class JoinNode(Request[NodeJoined], frozen=True):
+    """A supervisor takes part with so many ranks; answered when all nodes have joined."""
+
+    node: int
+    ranks: int
+    num_nodes: int
+    run_id: str
+
+
+class DeviceVerdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the generation of a rank reported of its device."""
+
+    verdict: str
+    evidence: list[str]
+    generation: int
+
+
+class JobState(Answer, frozen=True):
+    """What a supervisor has to know of the job.
+
+    Attributes:
+        tensor_parallel_size: Ranks per replica, once a rank has said so.
+        gang: Whether all ranks restart together.
+        gang_generation: How often they did.
+        needs_every_replica: Whether nobody can take over a replica's share.
+        draining: Whether no more work is handed out.
+        abort_code: Exit code with which everything is to end now, if so.
+        lost: Whether the coordinator has given this node up.
+        has_jobs: Whether any predict call was opened.
+        records: Directory for the run's records, where results are kept.
+        chunks_by_replica: Chunks made durable.
+        open_ranks: By rank of this node that may not leave yet: whether all it has opened is complete.
+        verdicts: Last verdict on a rank's device that asks for something.
+    """
+
+    tensor_parallel_size: int | None
+    gang: bool
+    gang_generation: int
+    needs_every_replica: bool
+    draining: bool
+    abort_code: int | None
+    lost: bool
+    has_jobs: bool
+    records: str | None
+    chunks_by_replica: dict[int, int]
+    open_ranks: dict[int, bool]
+    verdicts: dict[int, DeviceVerdict]
+
+
+class GetJobState(Request[JobState], frozen=True):
+    """Ask for the state of the job, which renews the leases of the node."""
+
+    node: int
+
+
+class EndGeneration(Request[Done], frozen=True):
+    """A generation is over, with the chunk and the units it was computing, by job and dataloader."""
+
+    replica: int
+    generation: int
+    blamed: dict[LoaderKey, int]
+    positions: dict[LoaderKey, UnitRange]
+
+
+class Deaths(Answer, frozen=True):
+    """Workers that died in the same units, the most of any unit."""
+
+    deaths: int
+
+
+class GetDeaths(Request[Deaths], frozen=True):
+    """Ask whether workers have died in these units before."""
+
+    blamed: dict[LoaderKey, int]
+    positions: dict[LoaderKey, UnitRange]
+
+
+class RetireReplica(Request[Done], frozen=True):
+    """A replica will not come back."""
+
+    replica: int
+
+
+class DropRanks(Request[Done], frozen=True):
+    """A replica goes on without some of its ranks."""
+
+    ranks: list[int]
+
+
+class EndRank(Request[Done], frozen=True):
+    """A rank has ended, and is no longer part of collectives."""
+
+    rank: int
+    why: str
+
+
+class DrainReplica(Request[Done], frozen=True):
+    """Hand a replica no more work."""
+
+    replica: int
+    generation: int
+
+
+class AbortJob(Request[Done], frozen=True):
+    """End everything, everywhere, with this exit code."""
+
+    code: int
+
+
+class GangRestarted(Answer, frozen=True):
+    """The next generation of all ranks."""
+
+    generation: int
+
+
+class RestartGang(Request[GangRestarted], frozen=True):
+    """Restart all ranks of the job together; repeated requests for one generation count once."""
+
+    generation: int
+
+
+class JobEnded(Answer, frozen=True):
+    """The exit code of the job."""
+
+    exit_code: int
+
+
+class LeaveNode(Request[JobEnded], frozen=True):
+    """All ranks of a node have ended; answered when it is known how the job ends."""
+
+    node: int
+    codes: dict[int, int]

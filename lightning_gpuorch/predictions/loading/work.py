@@ -1,0 +1,93 @@
+"""What a loader is given to do: a leased chunk, or a reason why there is none."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Protocol
+
+
+class NoWork(Enum):
+    """Why there is no chunk."""
+
+    PAUSE = "pause"
+    """Not now; others may give some back."""
+    STOP = "stop"
+    """Every chunk is durable."""
+    DRAIN = "drain"
+    """The job is to stop; it can be resumed."""
+    FENCED = "fenced"
+    """This generation of the replica was replaced."""
+
+
+class Pace(Protocol):
+    """How fast the replica is."""
+
+    @property
+    def seconds_per_sample(self) -> float:
+        """What a sample takes."""
+        ...
+
+    @property
+    def speed(self) -> float:
+        """As a multiple of the mean of all replicas."""
+        ...
+
+    @property
+    def age_seconds(self) -> float:
+        """For how long there has been work."""
+        ...
+
+
+class Lease(Protocol):
+    """A chunk to compute; see :class:`~lightning_gpuorch.control.messages.leases.Lease`."""
+
+    @property
+    def chunk(self) -> int:
+        """Which chunk."""
+        ...
+
+    @property
+    def left(self) -> int | None:
+        """Chunks that nobody has yet; None where the end of a stream is not known."""
+        ...
+
+    @property
+    def again(self) -> bool:
+        """Somebody else had it and lost it."""
+        ...
+
+    @property
+    def isolate(self) -> tuple[int, int] | None:
+        """Units ``[start, stop)`` to be computed one by one."""
+        ...
+
+    @property
+    def skip(self) -> tuple[int, ...]:
+        """Units that are given up."""
+        ...
+
+    @property
+    def pace(self) -> Pace | None:
+        """Of this replica, if it is known."""
+        ...
+
+
+class WorkQueue(Protocol):
+    """Where a replica gets its chunks from; see :class:`~lightning_gpuorch.control.leases.LeaseQueue`."""
+
+    def next(self, block: bool, seconds_per_sample: float = 0.0) -> Lease | NoWork:
+        """Ask for work; the second argument says how fast it goes here, if that is known."""
+        ...
+
+    def end_of_stream(self, units: int) -> None:
+        """Report where a stream ended."""
+        ...
+
+    def saw(self, chunk: int, digest: str) -> None:
+        """Report what was read of a stream, to be compared with what others read."""
+        ...
+
+
+def isolated_units(lease: Lease) -> range:
+    """Units that have to be computed one by one."""
+    return range(*lease.isolate) if lease.isolate is not None else range(0)
