@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.paths import local_path
 
 ENVIRONMENT_PREFIX = "GPUORCH_"
 
@@ -125,6 +126,9 @@ class OrchestratorConfig:
             check = _RANGES.get(field.name)
             if check is not None and not isinstance(value, str) and not check[0](value):
                 raise ConfigurationError(f"{field.name}={value!r} is out of range: it must be {check[1]}.")
+        for name, other_words in _PATHS.items():
+            if getattr(self, name) not in other_words:
+                local_path(getattr(self, name), name)
 
     @classmethod
     def resolve(cls, config: OrchestratorConfig | None = None, /, **overrides: Any) -> OrchestratorConfig:
@@ -160,6 +164,9 @@ class OrchestratorConfig:
 _positive = (lambda v: v > 0, "greater than 0")
 _at_least_one = (lambda v: v >= 1, "1 or more")
 _not_negative = (lambda v: v >= 0, "0 or more")
+
+_PATHS = {"plan_cache": ("auto", "off"), "baseline_file": ("",)}
+"""Fields that are paths, and what else they may be."""
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "timeout_sec": _positive,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_gpuorch.devices.discovery import device_pool
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError
+from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.predictions.reading.reader import read_predictions
 from lightning_gpuorch.strategies import lightning_internals
 from lightning_gpuorch.supervisor.spawn import ForkSpawner, command_of_this_process, script_spawner
@@ -57,6 +58,8 @@ class Launcher:
             What ``function`` returned; for ``trainer.predict`` every prediction of the job.
         """
         strategy = self._strategy
+        if _predicting(trainer) and strategy.runtime.output_dir is None:
+            local_path(trainer.default_root_dir, "default_root_dir")  # refused before processes are started
         if self._runs_here():
             configure_logging(strategy.config.log_level, rank=_rank(), replica=0)
             return self._call(function, args, kwargs, trainer)

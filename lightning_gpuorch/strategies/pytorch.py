@@ -224,7 +224,7 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
         if self.runtime.job is None:
             self.runtime.open_job(
                 [pending.dataloader for pending in self._pending],
-                Path(self._trainer.default_root_dir),
+                self._trainer.default_root_dir,
                 [pending.limit for pending in self._pending],
                 self.model_setup.fingerprint(self.model) if self.model is not None else None,
             )

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ class PredictionJob:
         self,
         runtime: StepContext,
         loaders: Sequence[Any],
-        default_root: Path,
+        default_root: str | os.PathLike[str],
         limits: Sequence[int | None],
         model_fingerprint: str | None,
     ):

@@ -21,6 +21,7 @@ from lightning_gpuorch.errors import GPUOrchError, InputMismatchError
 from lightning_gpuorch.parallel.groups.recoverable_group import RecoverableProcessGroup, collective_hooks
 from lightning_gpuorch.parallel.groups.topology import Topology
 from lightning_gpuorch.parallel.tensor_parallel import Communicator, random_state_digest, synchronize_random_state
+from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.predictions.loading.loader import SharedLoader
 from lightning_gpuorch.predictions.loading.source import describe
 from lightning_gpuorch.predictions.loading.world_of_one import undo_split
@@ -49,7 +50,8 @@ class Runtime:
     """
 
     def __init__(self, config: OrchestratorConfig, output_dir: str | os.PathLike[str] | None = None):
-        self.config, self.output_dir = config, output_dir
+        self.config = config
+        self.output_dir = None if output_dir is None else local_path(output_dir, "output_dir")
         self.step_wrappers: list[StepWrapper] = []
         self.surviving_steps: StepWrapper | None = None
         """Halves batches that do not fit, in place of what a predict call does by itself."""
@@ -337,7 +339,11 @@ class Runtime:
         undo_split(loader, self.world.topology.rank, self.world.topology.world_size)
 
     def open_job(
-        self, loaders: Sequence[Any], default_root: Path, limits: Sequence[int | None], model_fingerprint: str | None
+        self,
+        loaders: Sequence[Any],
+        default_root: str | os.PathLike[str],
+        limits: Sequence[int | None],
+        model_fingerprint: str | None,
     ) -> PredictionJob:
         """Begin a predict call.
 

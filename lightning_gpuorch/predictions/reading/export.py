@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError, UnsupportedPredictionError
+from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.predictions.reading.reader import Predictions, read_predictions
 from lightning_gpuorch.predictions.storage.encode import type_name
 from lightning_gpuorch.predictions.storage.files import storage_error
@@ -63,7 +64,7 @@ def export_predictions(
         CannotSplitError: A prediction cannot be cut by sample.
         PredictionStorageError: The target cannot be written.
     """
-    path = Path(target)
+    path = local_path(target, "target")
     name = format or path.suffix[1:].lower()
     if name not in _WRITERS:
         raise ConfigurationError(

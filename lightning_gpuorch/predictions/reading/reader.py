@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar, overload
 import numpy as np
 
 from lightning_gpuorch.errors import ConfigurationError, MissingPredictionsError
+from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.predictions.reading.part_index import Locator, Segment, UnitRanges, locate
 from lightning_gpuorch.predictions.samples import (
     CannotMergeError,
@@ -47,7 +48,7 @@ def read_predictions(directory: str | os.PathLike[str], *, allow_missing: bool =
         MissingPredictionsError: Predictions are missing, and ``allow_missing`` is False; they are named.
         CorruptPartError: The manifest or the header of a part is damaged. All of a part is checked when it is read.
     """
-    root = Path(directory).absolute()
+    root = local_path(directory, "directory")
     manifest = load(root)
     if manifest is None:
         raise ConfigurationError(f"{root} holds no predictions: there is no manifest.json in it.")

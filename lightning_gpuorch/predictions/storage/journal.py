@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_gpuorch.errors import CorruptPartError, MissingPredictionsError
+from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.predictions.storage.files import (
     content_path,
     remove,
@@ -87,7 +88,7 @@ class PartJournal:
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        self.directory = Path(directory)
+        self.directory = local_path(directory, "directory")
 
     def path(self, chunk: int) -> Path:
         """Return the file of a chunk."""
