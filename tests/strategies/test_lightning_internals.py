@@ -59,6 +59,10 @@ def parameter_like() -> torch.Tensor:
     return tensor
 
 
+def jagged() -> torch.Tensor:
+    return torch.nested.nested_tensor_from_jagged(torch.ones(3, 1), torch.tensor([0, 1, 3]))
+
+
 def nccl_options() -> Any:
     if not torch.distributed.is_nccl_available():
         pytest.skip("torch is built without NCCL")
@@ -154,6 +158,11 @@ RELIED_ON: list[tuple[str, Callable[[], Any], Callable[[Any], bool]]] = [
     ("_accelerator_setAllocatorSettings", lambda: torch._C, callable),
     ("_make_subclass", lambda: torch.Tensor, callable),
     ("_is_param", parameter_like, lambda _: isinstance(parameter_like(), nn.Parameter)),
+    ("_indices", lambda: torch.eye(2).to_sparse(), lambda indices: indices().shape == (2, 2)),
+    ("_values", lambda: torch.eye(2).to_sparse(), lambda values: values().shape == (2,)),
+    ("_make_per_tensor_quantized_tensor", lambda: torch, lambda make: make(torch.ones(1).char(), 0.5, 0).item() == 0.5),
+    ("_make_per_channel_quantized_tensor", lambda: torch, callable),
+    ("_ragged_idx", jagged, lambda dim: dim == 1),
     ("_parameters", lambda: nn.Linear(1, 1), lambda found: list(found) == ["weight", "bias"]),
     ("_compiled_call_impl", lambda: nn.Module, lambda compiled: compiled is None),
     ("_forward_hooks", lambda: nn.Linear(1, 1), lambda hooks: not hooks),
@@ -169,6 +178,8 @@ RELIED_ON: list[tuple[str, Callable[[], Any], Callable[[Any], bool]]] = [
 ]
 
 NOT_REQUIRED = {
+    "_name_": "of a member of an enum, which documents it",
+    "_value_": "of a member of an enum, which documents it",
     "_fields": "of a namedtuple, which documents it",
     "_fingerprint": "of a Hugging Face dataset, where it has one",
     "_tp_plan": "of a transformers model, where it has one",

@@ -25,8 +25,8 @@ import torch
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError, UnsupportedPredictionError
 from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.predictions.reading.reader import Predictions, read_predictions
-from lightning_gpuorch.predictions.storage.encode import type_name
 from lightning_gpuorch.predictions.storage.files import storage_error
+from lightning_gpuorch.predictions.storage.values.base import type_name
 
 _ROWS_PER_GROUP = 1024
 _BYTES_PER_GROUP = 2**23
