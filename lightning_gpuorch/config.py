@@ -92,6 +92,10 @@ class OrchestratorConfig:
     """Replicas; ``auto`` takes all devices divided by the tensor-parallel size."""
     chunk_size: int | Literal["auto"] = "auto"
     """Batches per chunk, the unit that is leased, computed and made durable."""
+    keep_outputs: bool | Literal["auto"] = "auto"
+    """Store what ``predict_step`` returns. Otherwise a marker takes its place: that a batch is done is durable, its output is
+    left to callbacks, and may be of any type. ``auto`` keeps outputs, unless the Trainer was called with
+    ``return_predictions=False`` and there is no ``output_dir``."""
     max_pending_bytes: int = 256 * 2**20
     """Predictions that may wait for the disk before the loop has to."""
     model_fingerprint: str = "auto"

@@ -32,9 +32,9 @@ def verify(directory: Path) -> None:
     bad = False
     try:
         for number, found in enumerate(_loaders(directory)):
-            samples = sum(1 for _ in found.samples())
-            missing = list(found.missing)
-            click.echo(f"dataloader {number}: {len(found)} batches, {samples} samples read and intact")
+            samples, missing = found.verify(), list(found.missing)
+            note = "" if found.keeps_outputs else "; outputs were not kept, only that they were computed"
+            click.echo(f"dataloader {number}: {len(found)} batches, {samples} samples read and intact{note}")
             if missing:
                 bad = True
                 click.echo(f"dataloader {number}: {len(missing)} missing: {format_indices(missing)}", err=True)
@@ -50,7 +50,7 @@ def show(directory: Path, count: int) -> None:
     """Print the first samples."""
     try:
         for number, found in enumerate(_loaders(directory)):
-            click.echo(f"dataloader {number}: {found!r}")
+            click.echo(f"dataloader {number}: {found.description}")
             rows = zip(found.indices, found.samples(), strict=False)
             for index, sample in itertools.islice(rows, count):
                 click.echo(f"  {index}: {sample!r}")

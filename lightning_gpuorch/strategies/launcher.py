@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_gpuorch.devices.discovery import device_pool
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError
 from lightning_gpuorch.paths import local_path
-from lightning_gpuorch.predictions.reading.reader import read_predictions
+from lightning_gpuorch.predictions.reading.reader import results
 from lightning_gpuorch.strategies import lightning_internals
 from lightning_gpuorch.supervisor.spawn import ForkSpawner, command_of_this_process, script_spawner
 from lightning_gpuorch.supervisor.supervisor import Supervisor
@@ -131,7 +131,7 @@ class Launcher:
         if _predicting(trainer):
             head = supervisor.head
             assert head is not None  # a notebook is a job of one node
-            return read_predictions(head.jobs[max(head.jobs)].directory) if result else None
+            return results(head.jobs[max(head.jobs)].directory) if result else None
         return result
 
 

@@ -14,17 +14,21 @@ import lightning.fabric.utilities.rank_zero as fabric_rank_zero
 import lightning.pytorch as pl
 import lightning.pytorch.utilities.rank_zero as pytorch_rank_zero
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loops import prediction_loop
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.trainer.connectors.data_connector import _auto_add_worker_init_fn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
+from lightning_gpuorch.predictions.reading.lazy_list import LazyList
+
 __all__ = [
     "LIGHTNING_VERSION",
     "LeasedIndices",
     "add_worker_seeding",
     "consumed_batch",
+    "has_epoch_writer",
     "is_interactive",
     "keep_user_dataloaders",
     "own_predict_loop",
@@ -32,6 +36,7 @@ __all__ = [
     "refuse_stopped_by_hook",
     "reset_seed",
     "set_rank_zero",
+    "show_predictions",
     "takes_dataloader_iter",
     "transferred",
 ]
@@ -201,6 +206,35 @@ def refuse_stopped_by_hook(trainer: pl.Trainer) -> None:
             f"{hook} raised StopIteration, which Lightning takes for the end of the data; {progress.completed} batches of "
             "this rank were done by then. Find the callback that calls next() on an iterator that is over."
         )
+
+
+class _FinishedPredictions(LazyList):
+    """What Lightning's loop keeps, one entry per dataloader; looking at it waits until the job is complete."""
+
+    _finish: Callable[[], Any]
+
+    def _read(self, position: int) -> Any:
+        found = self._finish()
+        return found if len(self) == 1 else found[position]
+
+
+def show_predictions(loop: Any, finish: Callable[[], Any], num_loaders: int) -> None:
+    """Let ``predict_loop.predictions`` be those of the whole job. The property is public, what it reads is not.
+
+    Args:
+        loop: The predict loop.
+        finish: Gives all predictions.
+        num_loaders: Dataloaders of the call.
+    """
+    predictions = _FinishedPredictions._of_length(num_loaders)
+    predictions._finish = finish
+    loop._predictions = predictions
+
+
+def has_epoch_writer(trainer: pl.Trainer) -> bool:
+    """Whether a prediction writer takes what this rank has computed, with its indices, when the epoch ends."""
+    writers = [callback for callback in trainer.callbacks if isinstance(callback, BasePredictionWriter)]  # type: ignore[attr-defined]
+    return any(writer.interval.on_epoch for writer in writers)
 
 
 def set_rank_zero(rank: int) -> None:

@@ -120,6 +120,12 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
         if trainer.state.fn == TrainerFn.PREDICTING:
             self._undo.append(lightning_internals.own_predict_loop(trainer, self._batch_number))
             self._pending, self._results, self.runtime.job = [], None, None
+            self._wants_predictions = trainer.predict_loop.return_predictions
+            if self._wants_predictions and self.config.keep_outputs is False:
+                raise ConfigurationError(
+                    "keep_outputs=False keeps no outputs, and trainer.predict is to return them: call it with "
+                    "return_predictions=False."
+                )
 
     @property
     def _trainer(self) -> pl.Trainer:
@@ -227,6 +233,7 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
                 self._trainer.default_root_dir,
                 [pending.limit for pending in self._pending],
                 self.model_setup.fingerprint(self.model) if self.model is not None else None,
+                returns_outputs=self._wants_predictions,
             )
         assert self.runtime.job is not None
         return self.runtime.job
@@ -249,9 +256,7 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
         """Keep no predictions in memory: they are read back from the parts."""
         self._refuse_meta()
         self.runtime.transfer = self._transfer
-        loop = self._trainer.predict_loop
-        self._wants_predictions = loop.return_predictions
-        loop.return_predictions = False
+        self._trainer.predict_loop.return_predictions = False
 
     def on_validation_start(self) -> None:
         """Refuse a model whose weights were never read."""
@@ -291,14 +296,29 @@ class GPUOrchStrategy(StrategyShell, DDPStrategy):
 
     def on_predict_end(self) -> None:
         """Make everything durable and wait until the job is complete."""
-        lightning_internals.refuse_stopped_by_hook(self._trainer)
-        self._results = self._open_job().finish()
+        results, loop = self._finish(), self._trainer.predict_loop
+        if self._wants_predictions:
+            lightning_internals.show_predictions(loop, lambda: results, len(self._pending))
+
+    def _finish(self) -> Any:
+        """Wait until the job is complete, once; somebody may look at the predictions before the loop has ended."""
+        if self._results is None:
+            lightning_internals.refuse_stopped_by_hook(self._trainer)
+            self._results = self._open_job().finish()
+        return self._results
+
+    def _end_of_data(self) -> None:
+        """The last batch is done: hooks that follow find all predictions of the job in the loop, as on one device."""
+        loop = self._trainer.predict_loop
+        loop.return_predictions = self._wants_predictions
+        if self._wants_predictions and not lightning_internals.has_epoch_writer(self._trainer):
+            lightning_internals.show_predictions(loop, self._finish, len(self._pending))
 
     def results(self) -> Any:
-        """What ``trainer.predict`` returns: every prediction of the job, or None if none were asked for."""
+        """What ``trainer.predict`` returns: every prediction of the job; None without data, or if none were asked for."""
         if self._results is None and self._pending:  # an empty dataset: Lightning skips the loop and its hooks
-            self._wants_predictions = self._trainer.predict_loop.return_predictions
             self._results = self._open_job().finish()
+            return None
         return self._results if self._wants_predictions else None
 
     # Collectives
@@ -379,6 +399,8 @@ class _PendingLoader:
             ticket = job.batches_in_flight.newest
             self.batch_sampler.append(ticket.number, ticket.indices)
             yield batch
+        if self is self.strategy._pending[-1]:
+            self.strategy._end_of_data()
 
 
 def _limit(limit: int | float, dataloader: Any) -> int | None:

@@ -344,6 +344,8 @@ class Runtime:
         default_root: str | os.PathLike[str],
         limits: Sequence[int | None],
         model_fingerprint: str | None,
+        *,
+        returns_outputs: bool = True,
     ) -> PredictionJob:
         """Begin a predict call.
 
@@ -352,6 +354,7 @@ class Runtime:
             default_root: Where results go if there is no ``output_dir``.
             limits: Batches to take of each loader at most.
             model_fingerprint: Identity of the weights, if known.
+            returns_outputs: Whether the caller asks for the outputs.
 
         Raises:
             ConfigurationError: A loader cannot be predicted on reproducibly.
@@ -364,7 +367,10 @@ class Runtime:
         if self.calibration is not None and self.run_directory is not None:
             # Nothing of what was computed before counts, and nothing is to be found by a later run.
             self.output_dir, default_root = None, self.run_directory
-        self.job = PredictionJob(self, loaders, default_root, limits, model_fingerprint)
+        keep = self.config.keep_outputs
+        if keep == "auto":
+            keep = returns_outputs or self.output_dir is not None
+        self.job = PredictionJob(self, loaders, default_root, limits, model_fingerprint, bool(keep))
         return self.job
 
 

@@ -30,10 +30,13 @@ import scipy.sparse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from lightning_gpuorch.errors import CorruptPartError, GPUOrchError, UnsupportedPredictionError
 from lightning_gpuorch.predictions.storage.part_file import Envelope, encode_envelope
+from lightning_gpuorch.worker import session
 
 # Said by torch when such tensors are made, which is what the tests are about.
 pytestmark = [
@@ -436,3 +439,40 @@ trees = st.recursive(
 @settings(max_examples=150)
 def test_any_tree_of_such_values_comes_back(tree: Any) -> None:
     assert same(round_trip(tree), tree)
+
+
+def test_what_a_step_returns_is_returned(tmp_path: pathlib.Path) -> None:
+    shared = {"frame": pd.DataFrame({"a": [0]}), "array": np.zeros(1), "bytes": bytearray(b"0"), "set": {0}}
+    changing = [shared["frame"], collections.deque([torch.zeros(1)], maxlen=2), np.ma.array([1, 2], mask=[0, 1])]
+
+    class Model(LightningModule):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            # The same objects each time, changed: what is stored must be what was returned.
+            shared["frame"].loc[0, "a"] = batch_idx
+            shared["array"][0] = batch_idx
+            shared["bytes"][0] = batch_idx
+            shared["set"].add(batch_idx)
+            changing[1].append(batch.sum())
+            fixed = [range(3), memoryview(b"ab"), array.array("b", b"x"), b"raw", slice(2), Color.RED, BERLIN]
+            return {
+                "shared": dict(shared),
+                "changing": list(changing),
+                "fixed": fixed,
+                (1, 2): Image.new("L", (1, 1), batch_idx),
+            }
+
+    session.leave()
+    trainer = Trainer(
+        accelerator="cpu", devices=1, strategy="gpuorch", default_root_dir=tmp_path, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    first, _, third = trainer.predict(Model(), DataLoader(torch.ones(3), batch_size=1))
+    session.leave()
+    assert same(third["shared"]["frame"], pd.DataFrame({"a": [2]}))
+    assert [int(one["shared"]["array"][0]) for one in (first, third)] == [0, 2]
+    assert (first["shared"]["bytes"], third["shared"]["bytes"]) == (bytearray([0]), bytearray([2]))
+    assert (first["shared"]["set"], third["shared"]["set"]) == ({0}, {0, 1, 2})
+    assert first["shared"]["frame"]["a"].tolist() == [0]
+    assert (third["changing"][1].maxlen, list(third["changing"][1])) == (2, [1, 1])
+    assert first["fixed"] == [range(3), memoryview(b"ab"), array.array("b", b"x"), b"raw", slice(2), Color.RED, BERLIN]
+    assert third[1, 2].getpixel((0, 0)) == 2

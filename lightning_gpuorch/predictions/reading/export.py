@@ -71,7 +71,7 @@ def export_predictions(
             f"cannot export to {name!r}: name one of {sorted(_WRITERS)}, or a target that ends so."
         )
     found = read_predictions(directory, allow_missing=allow_missing)
-    loaders: list[Predictions] = found if isinstance(found, list) else [found]
+    loaders: list[Predictions] = [found] if isinstance(found, Predictions) else found
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
         num_rows = _WRITERS[name](_rows(loaders), temporary)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from lightning_gpuorch.errors import CorruptPartError, OutputsNotKeptError
+from lightning_gpuorch.errors import CorruptPartError
+from lightning_gpuorch.predictions.samples import NOT_KEPT
 from lightning_gpuorch.predictions.storage.values import arrays, containers, scalars, tables
 from lightning_gpuorch.predictions.storage.values.base import Decode, Node
 
@@ -37,14 +38,14 @@ def decode_tree(node: Node, columns: ColumnReader) -> Any:
         columns: The columns that were collected with it.
 
     Returns:
-        The prediction. It owns its memory: tensors and arrays are writable and independent of ``columns``.
+        The prediction, or ``NOT_KEPT`` where a marker stands in its place. It owns its memory: tensors and arrays are
+        writable and independent of ``columns``.
 
     Raises:
         CorruptPartError: The node is not one of this format, or does not fit the columns.
-        OutputsNotKeptError: A marker stands in its place.
     """
     if node == ["not_kept"]:
-        raise OutputsNotKeptError("outputs were not kept (keep_outputs); that they were computed is all that is known.")
+        return NOT_KEPT
     try:
         return _TreeDecoder(columns).decode(node)
     except CorruptPartError:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from lightning_gpuorch.errors import UnsupportedPredictionError
+from lightning_gpuorch.predictions.samples import NOT_KEPT
 from lightning_gpuorch.predictions.storage.values import arrays, containers, scalars, tables
 from lightning_gpuorch.predictions.storage.values.base import Column, Encode, Finder, Node, refuse
 
@@ -29,18 +30,6 @@ _MODULES = (scalars, arrays, tables, containers)
 _ENCODERS: dict[type, Encode] = {kind: encode for module in _MODULES for kind, encode in module.ENCODERS.items()}
 """Exact types: a subclass may carry state that its base's encoder would drop without a word."""
 _FINDERS: list[Finder] = [finder for module in _MODULES for finder in module.FINDERS]
-
-NOT_KEPT_NODE: Node = ["not_kept"]
-
-
-class NotKept:
-    """Stands in a part for an output that is not kept; see ``keep_outputs``."""
-
-    def __repr__(self) -> str:
-        return "NOT_KEPT"
-
-
-NOT_KEPT = NotKept()
 
 
 class TreeEncoder:
@@ -67,7 +56,7 @@ class TreeEncoder:
             UnsupportedPredictionError: It contains a type without a durable form; nothing was added.
         """
         if tree is NOT_KEPT:
-            return NOT_KEPT_NODE
+            return ["not_kept"]
         num_columns = len(self.columns)
         try:
             return self.encode_part(tree, path, 0)

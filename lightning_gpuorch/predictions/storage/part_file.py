@@ -31,7 +31,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_gpuorch.errors import CorruptPartError, OutputsNotKeptError, PredictionStorageError
+from lightning_gpuorch.errors import CorruptPartError, PredictionStorageError
 from lightning_gpuorch.predictions.storage.decode import decode_tree
 from lightning_gpuorch.predictions.storage.encode import TreeEncoder
 from lightning_gpuorch.predictions.storage.part_frame import (
@@ -166,14 +166,11 @@ class Envelope:
 
         Raises:
             CorruptPartError: It uses a construct that this version does not know, or does not fit its columns.
-            OutputsNotKeptError: A marker stands in its place.
         """
         try:
             return decode_tree(self._nodes[position], self)
         except CorruptPartError as error:
             raise damage(self._source, str(error)) from error
-        except OutputsNotKeptError as error:
-            raise OutputsNotKeptError(f"{self._source}: {error}") from None
 
     def dtype(self, column: int) -> str:
         """Return the safetensors dtype of a column."""

@@ -148,7 +148,9 @@ def _decode_quantized(decoder: Decoder, node: Node, *scale: Node) -> torch.Tenso
     # From the integers themselves: quantizing the dequantized values would round once more.
     parts = [decoder.decode(part) for part in scale]
     make = torch._make_per_tensor_quantized_tensor if len(parts) == 2 else torch._make_per_channel_quantized_tensor
-    return make(decoder.decode(node), *parts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "deprecated": known to whoever returned it
+        return make(decoder.decode(node), *parts)
 
 
 def _decode_nested(decoder: Decoder, nodes: list[Node], dtype: str) -> torch.Tensor:
