@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.paths import local_path
 
 ENVIRONMENT_PREFIX = "GPUORCH_"
 
@@ -91,6 +92,10 @@ class OrchestratorConfig:
     """Replicas; ``auto`` takes all devices divided by the tensor-parallel size."""
     chunk_size: int | Literal["auto"] = "auto"
     """Batches per chunk, the unit that is leased, computed and made durable."""
+    keep_outputs: bool | Literal["auto"] = "auto"
+    """Store what ``predict_step`` returns. Otherwise a marker takes its place: that a batch is done is durable, its output is
+    left to callbacks, and may be of any type. ``auto`` keeps outputs, unless the Trainer was called with
+    ``return_predictions=False`` and there is no ``output_dir``."""
     max_pending_bytes: int = 256 * 2**20
     """Predictions that may wait for the disk before the loop has to."""
     model_fingerprint: str = "auto"
@@ -125,6 +130,9 @@ class OrchestratorConfig:
             check = _RANGES.get(field.name)
             if check is not None and not isinstance(value, str) and not check[0](value):
                 raise ConfigurationError(f"{field.name}={value!r} is out of range: it must be {check[1]}.")
+        for name, other_words in _PATHS.items():
+            if getattr(self, name) not in other_words:
+                local_path(getattr(self, name), name)
 
     @classmethod
     def resolve(cls, config: OrchestratorConfig | None = None, /, **overrides: Any) -> OrchestratorConfig:
@@ -160,6 +168,9 @@ class OrchestratorConfig:
 _positive = (lambda v: v > 0, "greater than 0")
 _at_least_one = (lambda v: v >= 1, "1 or more")
 _not_negative = (lambda v: v >= 0, "0 or more")
+
+_PATHS = {"plan_cache": ("auto", "off"), "baseline_file": ("",)}
+"""Fields that are paths, and what else they may be."""
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "timeout_sec": _positive,

@@ -11,6 +11,7 @@
     │   ├── UnsupportedPredictionError (TypeError)   its type has no durable form
     │   └── StorageFullError (OSError)       no space left on the device
     ├── CorruptPartError                     a part file fails its checksum
+    ├── OutputsNotKeptError                  outputs were asked for of which only markers are kept
     ├── MissingPredictionsError              the job ended with samples missing
     ├── ControlPlaneError                    the coordinator cannot be reached, or ranks disagree
     │   ├── ControlPlaneTimeoutError (TimeoutError)
@@ -119,6 +120,10 @@ class CorruptPartError(GPUOrchError):
     """A part file is truncated or fails its checksum."""
 
     exit_code = EXIT_DATA_MISSING
+
+
+class OutputsNotKeptError(GPUOrchError):
+    """Outputs were asked for that are not kept: the job keeps a marker in place of each (``keep_outputs``)."""
 
 
 class MissingPredictionsError(GPUOrchError):

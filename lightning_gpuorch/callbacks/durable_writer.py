@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from lightning_gpuorch._version import __version__
 from lightning_gpuorch.errors import ConfigurationError, MissingPredictionsError, format_indices
+from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.predictions.loading.source import MapSource, describe
 from lightning_gpuorch.predictions.reading.reader import read_predictions
 from lightning_gpuorch.predictions.samples.tensors import to_host
@@ -54,7 +54,7 @@ class DurablePredictionWriter(BasePredictionWriter):
         completion_timeout_seconds: float = 600.0,
     ):
         super().__init__(write_interval="batch")
-        self.output_dir = Path(output_dir).absolute()
+        self.output_dir = local_path(output_dir, "output_dir")
         self._batches_per_part = batches_per_part
         self._completion_timeout_seconds = completion_timeout_seconds
         self._writer: PartWriter | None = None

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_gpuorch.callbacks._rank import RankInfo, batch_length
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.telemetry.current import current_metrics, use_metrics
 from lightning_gpuorch.telemetry.failures import observer_failures
 from lightning_gpuorch.telemetry.metrics.efficiency import Baseline, ScalingEfficiency
@@ -66,7 +67,8 @@ class PrometheusMetrics(Callback):
     ):
         if port is not None and not 0 <= port <= 65535:
             raise ConfigurationError(f"port={port} must be between 0 and 65535, or None to serve nothing.")
-        if textfile is not None and Path(textfile).suffix != ".prom":
+        directory = None if directory is None else local_path(directory, "directory")
+        if textfile is not None and local_path(textfile, "textfile").suffix != ".prom":
             raise ConfigurationError(f"textfile={os.fspath(textfile)!r} must end in .prom, or nothing reads it.")
         if interval_seconds <= 0:
             raise ConfigurationError(f"interval_seconds={interval_seconds} must be greater than 0.")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from lightning_gpuorch.cli.parameters import LocalPath
 from lightning_gpuorch.telemetry.metrics.efficiency import CALIBRATION
 
 
@@ -17,7 +18,7 @@ from lightning_gpuorch.telemetry.metrics.efficiency import CALIBRATION
     "--seconds", type=click.FloatRange(min=1.0), default=30.0, show_default=True, help="Time to measure after warm-up."
 )
 @click.option(
-    "--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("gpuorch-baseline.json"),
+    "--output", type=LocalPath(dir_okay=False), default=Path("gpuorch-baseline.json"),
     show_default=True, help="The baseline.",
 )  # fmt: skip
 @click.option("--accelerator", type=click.Choice(["cpu", "gpu", "cuda", "auto"]), default="auto", show_default=True,

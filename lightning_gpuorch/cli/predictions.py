@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
+from lightning_gpuorch.cli.parameters import LocalPath
 from lightning_gpuorch.errors import GPUOrchError, format_indices
 
 
@@ -16,7 +18,7 @@ def predictions() -> None:
     """Verify, show and export the predictions in a directory."""
 
 
-def _loaders(directory: str) -> list[Any]:
+def _loaders(directory: Path) -> list[Any]:
     from lightning_gpuorch.predictions import Predictions, read_predictions
 
     found = read_predictions(directory, allow_missing=True)
@@ -24,15 +26,15 @@ def _loaders(directory: str) -> list[Any]:
 
 
 @predictions.command()
-@click.argument("directory", type=click.Path(exists=True, file_okay=False))
-def verify(directory: str) -> None:
+@click.argument("directory", type=LocalPath(exists=True, file_okay=False))
+def verify(directory: Path) -> None:
     """Read every part and check it; name what is missing or damaged. Exit code 0 means complete and undamaged."""
     bad = False
     try:
         for number, found in enumerate(_loaders(directory)):
-            samples = sum(1 for _ in found.samples())
-            missing = list(found.missing)
-            click.echo(f"dataloader {number}: {len(found)} batches, {samples} samples read and intact")
+            samples, missing = found.verify(), list(found.missing)
+            note = "" if found.keeps_outputs else "; outputs were not kept, only that they were computed"
+            click.echo(f"dataloader {number}: {len(found)} batches, {samples} samples read and intact{note}")
             if missing:
                 bad = True
                 click.echo(f"dataloader {number}: {len(missing)} missing: {format_indices(missing)}", err=True)
@@ -42,13 +44,13 @@ def verify(directory: str) -> None:
 
 
 @predictions.command()
-@click.argument("directory", type=click.Path(exists=True, file_okay=False))
+@click.argument("directory", type=LocalPath(exists=True, file_okay=False))
 @click.option("--count", default=5, show_default=True, help="Samples to show.")
-def show(directory: str, count: int) -> None:
+def show(directory: Path, count: int) -> None:
     """Print the first samples."""
     try:
         for number, found in enumerate(_loaders(directory)):
-            click.echo(f"dataloader {number}: {found!r}")
+            click.echo(f"dataloader {number}: {found.description}")
             rows = zip(found.indices, found.samples(), strict=False)
             for index, sample in itertools.islice(rows, count):
                 click.echo(f"  {index}: {sample!r}")
@@ -57,17 +59,17 @@ def show(directory: str, count: int) -> None:
 
 
 @predictions.command()
-@click.argument("directory", type=click.Path(exists=True, file_okay=False))
-@click.argument("target", type=click.Path())
+@click.argument("directory", type=LocalPath(exists=True, file_okay=False))
+@click.argument("target", type=LocalPath())
 @click.option(
     "--format", "kind", type=click.Choice(["parquet", "jsonl"]), default=None, help="Default: by TARGET's name."
 )
-def export(directory: str, target: str, kind: str | None) -> None:
+def export(directory: Path, target: Path, kind: str | None) -> None:
     """Write all samples to TARGET, one row each."""
     from lightning_gpuorch.predictions.reading.export import export_predictions
 
     try:
-        export_predictions(directory, target, kind or ("parquet" if target.endswith(".parquet") else "jsonl"))
+        export_predictions(directory, target, kind or ("parquet" if target.suffix == ".parquet" else "jsonl"))
     except GPUOrchError as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"wrote {target}")

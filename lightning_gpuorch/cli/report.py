@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
+from lightning_gpuorch.cli.parameters import LocalPath
+
 
 @click.command(name="report")
-@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option(
-    "--output", type=click.Path(path_type=Path), default=None, help="Default: report.html in the run's folder."
-)
+@click.argument("directory", type=LocalPath(exists=True, file_okay=False))
+@click.option("--output", type=LocalPath(), default=None, help="Default: report.html in the run's folder.")
 def report(directory: Path, output: Path | None) -> None:
     """Write the report of a run, also of one that was killed.
 

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.paths import local_path
+
 if TYPE_CHECKING:
     from lightning_gpuorch.telemetry.run_directory import Run
 
@@ -67,7 +70,10 @@ def _find(target: str | None, runs: list[Run]) -> tuple[Run | None, Path]:
         raise click.ClickException(
             f"no job of yours is running on this node.{killed} To see another, name its directory."
         )
-    path = Path(target)
+    try:
+        path = local_path(target, "target")
+    except ConfigurationError as error:
+        raise click.ClickException(str(error)) from None
     for run in runs:
         if target == run.run_id or path.absolute() == run.directory:
             return run, run.directory

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from lightning_gpuorch.devices.nvml import DeviceIdentity, DeviceNotFoundError, NVMLReader, nvml_session
 from lightning_gpuorch.devices.verdict import Verdict, judge_reading
+from lightning_gpuorch.paths import local_path
 
 _GIB = 2**30
 _MIN_SHARED_MEMORY_BYTES = _GIB
@@ -69,7 +70,7 @@ def examine(output_dir: str | os.PathLike[str] = ".") -> list[Check]:
         ("peer access", check_peer_access),
         ("shared memory", lambda: [check_shared_memory()]),
         ("file descriptors", lambda: [check_file_descriptors()]),
-        ("disk", lambda: [check_disk(Path(output_dir))]),
+        ("disk", lambda: [check_disk(local_path(output_dir, "output_dir"))]),
         ("clock", lambda: [check_clock()]),
     )
     for name, part in parts:

@@ -125,8 +125,6 @@ class StrategyShell:
         exit_with_codes()
         self.package.of_fabric("plugins.environments").ClusterEnvironment.register(SupervisedEnvironment)
         resolved = OrchestratorConfig.resolve(config, **options)
-        if output_dir is not None and not isinstance(output_dir, (str, os.PathLike)):
-            raise ConfigurationError(f"output_dir={output_dir!r} is a {type(output_dir).__name__}; expected a path.")
         if length_fn is not None and not callable(length_fn):
             raise ConfigurationError(f"length_fn={length_fn!r} is not callable.")
         self.runtime = Runtime(resolved, output_dir)

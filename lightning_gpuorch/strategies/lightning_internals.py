@@ -17,12 +17,15 @@ from lightning_gpuorch.strategies.packages import LightningPackage, package_of
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
+from lightning_gpuorch.predictions.reading.lazy_list import LazyList
+
 __all__ = [
     "LeasedIndices",
     "add_worker_seeding",
     "consumed_batch",
     "external_world_size",
     "fill_progress_bar",
+    "has_epoch_writer",
     "is_interactive",
     "keep_user_dataloaders",
     "launches_nothing",
@@ -32,6 +35,7 @@ __all__ = [
     "refuse_stopped_by_hook",
     "reset_seed",
     "set_rank_zero",
+    "show_predictions",
     "takes_dataloader_iter",
     "transferred",
 ]
@@ -224,6 +228,36 @@ def refuse_stopped_by_hook(trainer: pl.Trainer) -> None:
             f"{hook} raised StopIteration, which Lightning takes for the end of the data; {progress.completed} batches of "
             "this rank were done by then. Find the callback that calls next() on an iterator that is over."
         )
+
+
+class _FinishedPredictions(LazyList):
+    """What Lightning's loop keeps, one entry per dataloader; looking at it waits until the job is complete."""
+
+    _finish: Callable[[], Any]
+
+    def _read(self, position: int) -> Any:
+        found = self._finish()
+        return found if len(self) == 1 else found[position]
+
+
+def show_predictions(loop: Any, finish: Callable[[], Any], num_loaders: int) -> None:
+    """Let ``predict_loop.predictions`` be those of the whole job. The property is public, what it reads is not.
+
+    Args:
+        loop: The predict loop.
+        finish: Gives all predictions.
+        num_loaders: Dataloaders of the call.
+    """
+    predictions = _FinishedPredictions._of_length(num_loaders)
+    predictions._finish = finish
+    loop._predictions = predictions
+
+
+def has_epoch_writer(trainer: pl.Trainer) -> bool:
+    """Whether a prediction writer takes what this rank has computed, with its indices, when the epoch ends."""
+    kind = package_of(trainer).of_pytorch("callbacks").BasePredictionWriter
+    writers = [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+    return any(writer.interval.on_epoch for writer in writers)
 
 
 def set_rank_zero(rank: int) -> None:

@@ -123,6 +123,12 @@ class TrainerStrategy(StrategyShell, _Base):
         if trainer.state.fn == "predict":
             self._undo.append(lightning_internals.own_predict_loop(trainer, self._batch_number, self._batches_done))
             self._pending, self._results, self.runtime.job = [], None, None
+            self._wants_predictions = trainer.predict_loop.return_predictions
+            if self._wants_predictions and self.config.keep_outputs is False:
+                raise ConfigurationError(
+                    "keep_outputs=False keeps no outputs, and trainer.predict is to return them: call it with "
+                    "return_predictions=False."
+                )
 
     @property
     def _trainer(self) -> pl.Trainer:
@@ -243,9 +249,10 @@ class TrainerStrategy(StrategyShell, _Base):
         if self.runtime.job is None:
             self.runtime.open_job(
                 [pending.dataloader for pending in self._pending],
-                Path(self._trainer.default_root_dir),
+                self._trainer.default_root_dir,
                 [pending.limit for pending in self._pending],
                 self.model_setup.fingerprint(self.model) if self.model is not None else None,
+                returns_outputs=self._wants_predictions or self._replay_outputs,
             )
         assert self.runtime.job is not None
         return self.runtime.job
@@ -274,22 +281,21 @@ class TrainerStrategy(StrategyShell, _Base):
         """Keep no predictions in memory: they are read back from the parts."""
         self._refuse_meta()
         self.runtime.transfer = self._transfer
-        loop = self._trainer.predict_loop
-        self._wants_predictions = loop.return_predictions
-        loop.return_predictions = False
+        self._trainer.predict_loop.return_predictions = False
         self._batch_callbacks = BatchCallbacks(self._trainer, self._replay_outputs)
         self._undo.append(self._batch_callbacks.restore)
 
-    def after_batches(self) -> None:
-        """The last dataloader has ended on this rank: nobody has work left."""
-        job, callbacks = self._open_job(), self._batch_callbacks
+    def end_of_data(self) -> None:
+        """The last batch is done: hooks that follow find all predictions of the job in the loop, as on one device."""
+        job, callbacks, loop = self._open_job(), self._batch_callbacks, self._trainer.predict_loop
+        loop.return_predictions = self._wants_predictions
+        if self._wants_predictions and not lightning_internals.has_epoch_writer(self._trainer):
+            lightning_internals.show_predictions(loop, self._finish, len(self._pending))
         if callbacks is None:
             return
         if self._replay_outputs:
-            self._results = job.finish()
-            callbacks.replay(
-                [loader.source for loader in job.loaders], self._results, self._transferred, self.root_device
-            )
+            sources = [loader.source for loader in job.loaders]
+            callbacks.replay(sources, self._finish(), self._transferred, self.root_device)
         elif self.is_global_zero:
             callbacks.warn_of_collections(job.steps, sum(map(job.num_batches, range(len(job.loaders)))))
 
@@ -334,15 +340,22 @@ class TrainerStrategy(StrategyShell, _Base):
 
     def on_predict_end(self) -> None:
         """Make everything durable and wait until the job is complete."""
-        lightning_internals.refuse_stopped_by_hook(self._trainer)
+        results, loop = self._finish(), self._trainer.predict_loop
+        if self._wants_predictions:
+            lightning_internals.show_predictions(loop, lambda: results, len(self._pending))
+
+    def _finish(self) -> Any:
+        """Wait until the job is complete, once; somebody may look at the predictions before the loop has ended."""
         if self._results is None:
+            lightning_internals.refuse_stopped_by_hook(self._trainer)
             self._results = self._open_job().finish()
+        return self._results
 
     def results(self) -> Any:
-        """What ``trainer.predict`` returns: every prediction of the job, or None if none were asked for."""
+        """What ``trainer.predict`` returns: every prediction of the job; None without data, or if none were asked for."""
         if self._results is None and self._pending:  # an empty dataset: Lightning skips the loop and its hooks
-            self._wants_predictions = self._trainer.predict_loop.return_predictions
             self._results = self._open_job().finish()
+            return None
         return self._results if self._wants_predictions else None
 
     # Collectives
@@ -430,7 +443,7 @@ class _PendingLoader:
             num_batches = job.num_batches(index)
             lightning_internals.fill_progress_bar(self.strategy._trainer, num_batches, index)
         if index == len(self.strategy._pending) - 1:
-            self.strategy.after_batches()
+            self.strategy.end_of_data()
 
 
 def _limit(limit: int | float, dataloader: Any) -> int | None:

@@ -23,6 +23,7 @@ import click
 
 from lightning_gpuorch.control.bootstrap import INJECT
 from lightning_gpuorch.errors import EXIT_RESUMABLE, ConfigurationError
+from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.testing import checks
 from lightning_gpuorch.testing.faults import SUPERVISOR_KINDS, Fault, FaultKind, FaultPlan
 from lightning_gpuorch.testing.injection import CHAOS_DIRECTORY, ENTRY_POINT, PLAN_NAME, TOPOLOGY_NAME, marker
@@ -97,7 +98,7 @@ class Chaos:
     def __init__(
         self,
         command: Sequence[str],
-        directory: Path | None = None,
+        directory: str | os.PathLike[str] | None = None,
         *,
         limit_seconds: float = 600.0,
         allow_failure: bool = False,
@@ -109,7 +110,7 @@ class Chaos:
                 f"`predict.py --devices 2 --output {OUTPUT}`."
             )
         self._command = [*([sys.executable] if command[0].endswith(".py") else []), *command]
-        self._directory = directory or Path(tempfile.mkdtemp(prefix="chaos-"))
+        self._directory = local_path(directory, "directory") if directory else Path(tempfile.mkdtemp(prefix="chaos-"))
         self._directory.mkdir(parents=True, exist_ok=True)
         self._limit_seconds, self._allow_failure, self._keep = limit_seconds, allow_failure, keep
         self._runs = 0
@@ -280,13 +281,11 @@ def _plans(chaos: Chaos, plan: str | None, faults: int, seed: int, runs: int) ->
 @click.option("--limit", default=600.0, show_default=True, help="Seconds that one run may take.")
 @click.option("--allow-failure", is_flag=True, help="Accept an exit code other than 0 if all that is missing is named.")
 @click.option("--keep", is_flag=True, help="Keep the output of good runs as well.")
-@click.option(
-    "--directory", type=click.Path(path_type=Path, file_okay=False), default=None, help="Where; default: temporary."
-)
+@click.option("--directory", type=click.Path(), default=None, help="Where; default: temporary.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def chaos(
     command: tuple[str, ...], faults: int, seed: int, runs: int, plan: str | None, limit: float, allow_failure: bool,
-    keep: bool, directory: Path | None,
+    keep: bool, directory: str | None,
 ) -> None:  # fmt: skip
     """Run COMMAND undisturbed, then under faults, and compare the predictions bit by bit.
 

@@ -104,7 +104,9 @@ def leftovers(output: Path, temporary: Path, seen: Iterable[str], killed: Iterab
 
 
 def _as_list(found: Any) -> list[Any]:
-    return found if isinstance(found, list) else [found]
+    from lightning_gpuorch.predictions.reading.reader import Predictions
+
+    return [found] if isinstance(found, Predictions) else found
 
 
 def _names(jobs: Sequence[Path]) -> str:

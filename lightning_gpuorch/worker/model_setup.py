@@ -48,6 +48,7 @@ from lightning_gpuorch.parallel.tensor_parallel.example_input import BatchSource
 from lightning_gpuorch.parallel.tensor_parallel.isolation import CommunicatesError, NoCollectives
 from lightning_gpuorch.parallel.tensor_parallel.plan import format_bytes
 from lightning_gpuorch.parallel.tensor_parallel.reference_run import ExampleError
+from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.predictions.loading.source import describe
 from lightning_gpuorch.predictions.samples.tensors import fingerprint_files, fingerprint_tensors, fingerprint_weights
 from lightning_gpuorch.worker.random_state import keep_random_state
@@ -402,7 +403,7 @@ def plan_cache_directory(setting: str) -> Path | None:
     if setting == "off":
         return None
     if setting != "auto":
-        return Path(setting).expanduser()
+        return local_path(setting, "plan_cache")
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "lightning_gpuorch" / "plans"
 

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +31,8 @@ from lightning_gpuorch.predictions.loading.loader import LeasedLoader, Ticket
 from lightning_gpuorch.predictions.loading.source import Source, default_chunk_batches, describe
 from lightning_gpuorch.predictions.loading.windowed_loader import WindowedLoader
 from lightning_gpuorch.predictions.loading.work import NoWork
-from lightning_gpuorch.predictions.reading.reader import read_predictions
+from lightning_gpuorch.predictions.reading.reader import results
+from lightning_gpuorch.predictions.samples import NOT_KEPT
 from lightning_gpuorch.predictions.samples.tensors import to_host
 from lightning_gpuorch.predictions.storage.fragments import FragmentReader, FragmentWriter
 from lightning_gpuorch.predictions.storage.journal import loader_directory
@@ -60,9 +62,10 @@ class PredictionJob:
         self,
         runtime: StepContext,
         loaders: Sequence[Any],
-        default_root: Path,
+        default_root: str | os.PathLike[str],
         limits: Sequence[int | None],
         model_fingerprint: str | None,
+        keep_outputs: bool,
     ):
         world = runtime.world
         self._runtime, self._world = runtime, world
@@ -81,6 +84,7 @@ class PredictionJob:
                 )
                 for source in sources
             ],
+            keep_outputs=keep_outputs,
             model_fingerprint=model_fingerprint,
             versions={"lightning_gpuorch": __version__, "torch": torch.__version__},
         )
@@ -103,6 +107,7 @@ class PredictionJob:
         manifest = Manifest.from_dict(opened.manifest)
         for index, (source, layout) in enumerate(zip(sources, manifest.loaders, strict=True)):
             source.thaw(loader_directory(self.directory, index), layout)
+        self._keeps_outputs = manifest.keep_outputs
         keeps = self._host_copy if world.topology.is_leader else None
         self.batches_in_flight = BatchesInFlight(keeps, self._keep)
         self._chunks_began: dict[tuple[int, int], float] = {}
@@ -309,6 +314,8 @@ class PredictionJob:
             heartbeat.end_step()
 
     def _host_copy(self, output: Any) -> HostCopy:
+        if not self._keeps_outputs:
+            return HostCopy(NOT_KEPT)
         transfers = self._runtime.transfers
         return HostCopy(to_host(output)) if transfers is None else transfers.to_host(output)
 
@@ -367,7 +374,7 @@ class PredictionJob:
             self._end_calibration()
         if self._world.topology.rank == 0:
             self._summarise(closed.seconds)
-        return read_predictions(self.directory)
+        return results(self.directory)
 
     def flush(self) -> None:
         """Wait until the chunks of all batches that are done are durable, as far as they are whole.

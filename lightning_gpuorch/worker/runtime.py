@@ -22,6 +22,7 @@ from lightning_gpuorch.errors import GPUOrchError, InputMismatchError
 from lightning_gpuorch.parallel.groups.recoverable_group import RecoverableProcessGroup, collective_hooks
 from lightning_gpuorch.parallel.groups.topology import Topology
 from lightning_gpuorch.parallel.tensor_parallel import Communicator, random_state_digest, synchronize_random_state
+from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.predictions.loading.loader import SharedLoader
 from lightning_gpuorch.predictions.loading.source import describe
 from lightning_gpuorch.predictions.loading.world_of_one import undo_split
@@ -50,7 +51,8 @@ class Runtime:
     """
 
     def __init__(self, config: OrchestratorConfig, output_dir: str | os.PathLike[str] | None = None):
-        self.config, self.output_dir = config, output_dir
+        self.config = config
+        self.output_dir = None if output_dir is None else local_path(output_dir, "output_dir")
         self.step_wrappers: list[StepWrapper] = []
         self.surviving_steps: StepWrapper | None = None
         """Halves batches that do not fit, in place of what a predict call does by itself."""
@@ -338,7 +340,13 @@ class Runtime:
         undo_split(loader, self.world.topology.rank, self.world.topology.world_size)
 
     def open_job(
-        self, loaders: Sequence[Any], default_root: Path, limits: Sequence[int | None], model_fingerprint: str | None
+        self,
+        loaders: Sequence[Any],
+        default_root: str | os.PathLike[str],
+        limits: Sequence[int | None],
+        model_fingerprint: str | None,
+        *,
+        returns_outputs: bool = True,
     ) -> PredictionJob:
         """Begin a predict call.
 
@@ -347,6 +355,7 @@ class Runtime:
             default_root: Where results go if there is no ``output_dir``.
             limits: Batches to take of each loader at most.
             model_fingerprint: Identity of the weights, if known.
+            returns_outputs: Whether the caller asks for the outputs.
 
         Raises:
             ConfigurationError: A loader cannot be predicted on reproducibly.
@@ -359,7 +368,10 @@ class Runtime:
         if self.calibration is not None and self.run_directory is not None:
             # Nothing of what was computed before counts, and nothing is to be found by a later run.
             self.output_dir, default_root = None, self.run_directory
-        self.job = PredictionJob(self, loaders, default_root, limits, model_fingerprint)
+        keep = self.config.keep_outputs
+        if keep == "auto":
+            keep = returns_outputs or self.output_dir is not None
+        self.job = PredictionJob(self, loaders, default_root, limits, model_fingerprint, bool(keep))
         return self.job
 
 

@@ -32,6 +32,7 @@ from lightning_gpuorch.control.transport import Channel, ControlServer, LocalCha
 from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, MissingPredictionsError, format_indices
 from lightning_gpuorch.parallel.groups.process_group import ProcessGroupManager
 from lightning_gpuorch.parallel.groups.topology import Topology
+from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.telemetry.run_directory import RunRecords, new_run_id
 from lightning_gpuorch.worker.group_recovery.recovery import GroupRecovery
 
@@ -93,7 +94,7 @@ class World:
         """Number of the next predict call; the same on every rank, since all run the same script."""
         return next(self._jobs)
 
-    def job_directory(self, wanted: str | os.PathLike[str] | None, default_root: Path) -> tuple[Path, bool]:
+    def job_directory(self, wanted: Path | None, default_root: str | os.PathLike[str]) -> tuple[Path, bool]:
         """Where a predict call keeps its results.
 
         Args:
@@ -103,11 +104,13 @@ class World:
         Returns:
             The directory, and whether it is to be removed at the end.
         """
-        base = Path(wanted) if wanted is not None else default_root / "gpuorch" / self.run_id
+        base = wanted
+        if base is None:
+            base = local_path(default_root, "default_root_dir") / "gpuorch" / self.run_id
         use = self._directory_uses.get(str(base), 0)
         self._directory_uses[str(base)] = use + 1
         directory = base / f"predict-{use}" if use or wanted is None else base
-        return directory.absolute(), wanted is None
+        return directory, wanted is None
 
     def form_world(self, topology: Topology, *, whole_job: bool) -> None:
         """Form torch.distributed's world: this replica's ranks, or all ranks of the job.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -44,7 +44,7 @@ class StepContext(Protocol):
     """One rank of a replica; :class:`~lightning_gpuorch.worker.runtime.Runtime` is one."""
 
     config: OrchestratorConfig
-    output_dir: str | os.PathLike[str] | None
+    output_dir: Path | None
     device: torch.device
     length_fn: Callable[[Any], int] | None
     transfer: Callable[[Any, int], Any]

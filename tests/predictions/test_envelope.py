@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import datetime
-import enum
 import json
 import math
 import random
@@ -106,14 +104,6 @@ class Scores(dict):  # type: ignore[type-arg]
 
     def __setitem__(self, key: Any, value: Any) -> None:
         raise AssertionError("reading ran the class's code")
-
-
-class Color(enum.Enum):
-    RED = 1
-
-
-class Level(enum.IntEnum):
-    LOW = 1
 
 
 class Words(list):  # type: ignore[type-arg]
@@ -228,6 +218,7 @@ def test_containers_with_a_class() -> None:
     assert round_trip(MappingProxyType({"a": 1})) == {"a": 1}
     default = round_trip(collections.defaultdict(list, a=[1]))
     assert (type(default), default) == (collections.defaultdict, {"a": [1]})
+    assert default["b"] == []
 
 
 def test_dict_subclass_keeps_its_attributes_without_running_its_code() -> None:
@@ -304,31 +295,25 @@ def test_a_class_whose_fields_have_changed_is_not_used(monkeypatch: pytest.Monke
 
 
 REFUSED = [
-    (lambda: {"boxes": [0, {1, 2}]}, r"output\['boxes'\]\[1\] is of type set.*Return a list"),
-    (lambda: frozenset(), "frozenset.*Return a list"),
-    (lambda: range(3), "range.*Return a list"),
-    (lambda: [slice(3)], r"output\[0\].*slice"),
-    (lambda: Color.RED, "Color.*value or .name"),
-    (lambda: Level.LOW, "Level.*value or .name"),
-    (lambda: Boxes(torch.ones(1), [object()]), r"output\.labels\[0\].*object"),  # type: ignore[list-item]
+    (lambda: {"boxes": [0, {object()}]}, r"output\['boxes'\]\[1\]\[0\] is of type object"),
+    (lambda: Boxes(torch.ones(1), [object()]), r"output\.labels\[0\].*object.*keep_outputs=False"),  # type: ignore[list-item]
     (lambda: Point(torch.ones(1), Words()), r"output\.y.*Words.*list\(\.\.\.\)"),  # type: ignore[arg-type]
-    (lambda: {(1, 2): 3}, r"key \(1, 2\) of type tuple.*Convert the keys"),
+    (lambda: {(1, object()): 3}, r"the key \(1, .*\[1\] is of type object"),
+    (lambda: {torch.ones(1): 3}, r"key that is a tensor"),
     (lambda: Scores({"a": 1}, best=object()), r"output\.best"),  # type: ignore[arg-type]
-    (lambda: datetime.date(2020, 1, 1), "datetime.date"),
-    (lambda: torch.ones(2).to_sparse(), r"sparse.*\.to_dense\(\)"),
-    (lambda: torch.nested.nested_tensor([torch.ones(2)]), "nested.*unbind"),
     (lambda: torch.ones(2, device="meta"), "meta device"),
     (lambda: torch.ones(2).as_subclass(type("Masked", (torch.Tensor,), {})), "Masked.*as_subclass"),
-    (lambda: np.array([object()]), "dtype object"),
-    (lambda: np.zeros(2, [("a", "i4")]), "dtype.*dict of plain arrays"),
-    (lambda: np.ma.array([1, 2], mask=[0, 1]), "MaskedArray.*mask"),
+    (lambda: np.array([object()]), r"output\[0\] is of type object"),
+    (lambda: np.zeros(2, [("a", "O")]), "dtype.*Return a list"),
+    (lambda: np.zeros(2).view(type("Grid", (np.ndarray,), {})), "Grid.*plain array"),
+    (lambda: ValueError("x"), r"ValueError.*repr\(\.\.\.\)"),
+    (lambda: (i for i in ()), r"generator.*list\(\.\.\.\)"),
     (lambda: lambda: 0, "function"),
     (lambda: Boxes, "type.*cannot be stored"),
 ]
 
 
 @pytest.mark.parametrize(("make", "message"), REFUSED, ids=[message[:20] for _, message in REFUSED])
-@pytest.mark.filterwarnings("ignore:.*nested tensors.*:UserWarning")
 def test_what_cannot_be_stored_is_named(make: Any, message: str) -> None:
     prediction = make()
     with pytest.raises(UnsupportedPredictionError, match=message):

@@ -130,7 +130,7 @@ def test_items_belong_to_the_caller(ten: Predictions) -> None:
 def test_pickles_and_says_what_it_is(ten: Predictions, tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(ten[1:]))
     assert all(map(same, again, ten[1:]))
-    assert repr(ten) == f"<Predictions: 10 batches of dataloader 0 in {tmp_path}>"
+    assert ten.description == f"10 batches of dataloader 0 in {tmp_path}"
 
 
 def test_threads_can_read_at_once(ten: Predictions) -> None:
@@ -240,7 +240,7 @@ def test_several_dataloaders_streams_and_empty_ones(tmp_path: Path) -> None:
     stores[1].commit(0, [StoredBatch(0, None, None, ["a"]), StoredBatch(1, None, None, ["b", "c"])], {})
     stores[1].commit(1, [StoredBatch(2, None, None, "free form")], {})
     found = read_predictions(tmp_path)
-    assert isinstance(found, list)
+    assert type(found) is list
     assert [len(predictions) for predictions in found] == [3, 3, 0]
     assert list(found[1]) == [["a"], ["b", "c"], "free form"]
     assert list(found[1][:2].samples()) == ["a", "b", "c"]

@@ -60,6 +60,10 @@ def parameter_like() -> torch.Tensor:
     return tensor
 
 
+def jagged() -> torch.Tensor:
+    return torch.nested.nested_tensor_from_jagged(torch.ones(3, 1), torch.tensor([0, 1, 3]))
+
+
 def nccl_options() -> Any:
     if not torch.distributed.is_nccl_available():
         pytest.skip("torch is built without NCCL")
@@ -121,6 +125,7 @@ RELIED_ON: list[tuple[str, Callable[[], Any], Callable[[Any], bool]]] = [
         lambda source: takes()(source.dataloader) and takes()(source.is_defined),
     ),
     ("_data_fetcher", lambda: trainer().predict_loop, lambda fetcher: fetcher is None),
+    ("_predictions", lambda: trainer().predict_loop, lambda predictions: predictions == []),
     ("_combined_loader", lambda: trainer().predict_loop, lambda loader: loader is None),
     ("_select_data_fetcher", module(PREDICTION_LOOP), callable),
     ("_apply_batch_transfer_handler", lambda: pl.LightningModule, takes("batch", "device", "dataloader_idx")),
@@ -167,6 +172,11 @@ RELIED_ON: list[tuple[str, Callable[[], Any], Callable[[Any], bool]]] = [
     ("_accelerator_setAllocatorSettings", lambda: torch._C, callable),
     ("_make_subclass", lambda: torch.Tensor, callable),
     ("_is_param", parameter_like, lambda _: isinstance(parameter_like(), nn.Parameter)),
+    ("_indices", lambda: torch.eye(2).to_sparse(), lambda indices: indices().shape == (2, 2)),
+    ("_values", lambda: torch.eye(2).to_sparse(), lambda values: values().shape == (2,)),
+    ("_make_per_tensor_quantized_tensor", lambda: torch, callable),
+    ("_make_per_channel_quantized_tensor", lambda: torch, callable),
+    ("_ragged_idx", jagged, lambda dim: dim == 1),
     ("_parameters", lambda: nn.Linear(1, 1), lambda found: list(found) == ["weight", "bias"]),
     ("_modules", lambda: nn.Sequential(nn.Linear(1, 1)), lambda found: list(found) == ["0"]),
     ("_DisableTorchDispatch", lambda: torch._C, lambda guard: hasattr(guard, "__enter__")),
@@ -190,6 +200,8 @@ RELIED_ON: list[tuple[str, Callable[[], Any], Callable[[Any], bool]]] = [
 ]
 
 NOT_REQUIRED = {
+    "_name_": "of a member of an enum, which documents it",
+    "_value_": "of a member of an enum, which documents it",
     "_fields": "of a namedtuple, which documents it",
     "_fingerprint": "of a Hugging Face dataset, where it has one",
     "_tp_plan": "of a transformers model, where it has one",

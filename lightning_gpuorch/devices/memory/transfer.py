@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_gpuorch.devices.memory.pool import BufferPool
+from lightning_gpuorch.predictions.samples.tensors import LEAVES, own_copy
 
 
 class _HasTo(type):
@@ -52,7 +52,7 @@ class HostCopy:
         self._event.synchronize()
         ours = {id(buffer) for buffer in self._buffers}
         tree = apply_to_collection(
-            self._tree, torch.Tensor, lambda tensor: tensor.clone() if id(tensor) in ours else tensor
+            self._tree, (torch.Tensor, *LEAVES), lambda value: value.clone() if id(value) in ours else value
         )
         for buffer in self._buffers:
             self._release(buffer)
@@ -111,8 +111,8 @@ class Transfers:
         buffers: list[torch.Tensor] = []
 
         def copy(value: Any) -> Any:
-            if isinstance(value, np.ndarray):
-                return value.copy()
+            if not isinstance(value, torch.Tensor):
+                return own_copy(value)
             value = value.detach()
             if value.device.type != "cuda":
                 return value.clone()
@@ -123,7 +123,7 @@ class Transfers:
             buffers.append(buffer)
             return buffer
 
-        tree = apply_to_collection(output, (torch.Tensor, np.ndarray), copy)
+        tree = apply_to_collection(output, (torch.Tensor, *LEAVES), copy)
         event = None
         if buffers:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]

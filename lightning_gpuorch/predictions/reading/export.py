@@ -23,9 +23,10 @@ import numpy as np
 import torch
 
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError, UnsupportedPredictionError
+from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.predictions.reading.reader import Predictions, read_predictions
-from lightning_gpuorch.predictions.storage.encode import type_name
 from lightning_gpuorch.predictions.storage.files import storage_error
+from lightning_gpuorch.predictions.storage.values.base import type_name
 
 _ROWS_PER_GROUP = 1024
 _BYTES_PER_GROUP = 2**23
@@ -63,14 +64,14 @@ def export_predictions(
         CannotSplitError: A prediction cannot be cut by sample.
         PredictionStorageError: The target cannot be written.
     """
-    path = Path(target)
+    path = local_path(target, "target")
     name = format or path.suffix[1:].lower()
     if name not in _WRITERS:
         raise ConfigurationError(
             f"cannot export to {name!r}: name one of {sorted(_WRITERS)}, or a target that ends so."
         )
     found = read_predictions(directory, allow_missing=allow_missing)
-    loaders: list[Predictions] = found if isinstance(found, list) else [found]
+    loaders: list[Predictions] = [found] if isinstance(found, Predictions) else found
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
         num_rows = _WRITERS[name](_rows(loaders), temporary)

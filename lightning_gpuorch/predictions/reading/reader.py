@@ -1,8 +1,9 @@
-"""How are a job's predictions read back: lazily, in dataset order, as a single device would have returned them?"""
+"""A job's predictions, read back lazily and in dataset order, as a single device would have returned them."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import os
 import threading
@@ -12,20 +13,25 @@ from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 
-from lightning_gpuorch.errors import ConfigurationError, MissingPredictionsError
+from lightning_gpuorch.errors import ConfigurationError, GPUOrchError, MissingPredictionsError, OutputsNotKeptError
+from lightning_gpuorch.paths import local_path
+from lightning_gpuorch.predictions.reading.lazy_list import LazyList
 from lightning_gpuorch.predictions.reading.part_index import Locator, Segment, UnitRanges, locate
 from lightning_gpuorch.predictions.samples import (
+    NOT_KEPT,
     CannotMergeError,
     CannotSplitError,
     iter_samples,
     merge_samples,
     slice_samples,
 )
+from lightning_gpuorch.predictions.storage.files import content_path
 from lightning_gpuorch.predictions.storage.journal import PartHeader, loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.manifest import Quarantined, load, read_quarantine
 from lightning_gpuorch.predictions.storage.parts import Part, PartStore
 
+_BYTES_AT_ONCE = 16 * 2**20
 _PARTS_IN_MEMORY = 2
 _HEADERS_IN_MEMORY = 64
 
@@ -47,12 +53,12 @@ def read_predictions(directory: str | os.PathLike[str], *, allow_missing: bool =
         MissingPredictionsError: Predictions are missing, and ``allow_missing`` is False; they are named.
         CorruptPartError: The manifest or the header of a part is damaged. All of a part is checked when it is read.
     """
-    root = Path(directory).absolute()
+    root = local_path(directory, "directory")
     manifest = load(root)
     if manifest is None:
         raise ConfigurationError(f"{root} holds no predictions: there is no manifest.json in it.")
     found = [
-        Predictions(root, loader, layout, locate(PartStore(loader_directory(root, loader)), layout))
+        Predictions._open(root, loader, layout, locate(PartStore(loader_directory(root, loader)), layout))
         for loader, layout in enumerate(manifest.loaders)
     ]
     if not allow_missing:
@@ -60,50 +66,84 @@ def read_predictions(directory: str | os.PathLike[str], *, allow_missing: bool =
     return found[0] if len(found) == 1 else found
 
 
-class Predictions(Sequence[Any]):
-    """The predictions of one dataloader: a sequence of the loader's batches, in dataset order.
+def results(directory: str | os.PathLike[str]) -> Any:
+    """What ``trainer.predict`` returns of a job that is complete: as :func:`read_predictions`, a small one read at once.
+
+    So a small result is a list in every respect, also to code that reads a list's memory without asking it.
+    """
+    found = read_predictions(directory)
+    loaders: list[Predictions] = [found] if isinstance(found, Predictions) else found
+    if _are_small(loaders):
+        for predictions in loaders:
+            # What cannot be read says so when it is used: the job is complete all the same.
+            with contextlib.suppress(GPUOrchError):
+                predictions.read_all()
+    return found
+
+
+def _are_small(loaders: Sequence[Predictions]) -> bool:
+    num_bytes = 0
+    for predictions in loaders:
+        for path in predictions._store.directory.glob("part-*"):
+            num_bytes += content_path(path).stat().st_size
+            if num_bytes > _BYTES_AT_ONCE:
+                return False
+    return True
+
+
+class Predictions(LazyList):
+    """The predictions of one dataloader: a list of the outputs of the loader's batches, in dataset order.
 
     Whatever cut the work took (another batch size before a resume, halved batches, shares of other ranks), an item is
     the output of the loader's own batch. Items are read when they are used; two parts are kept in memory, so that
     reading in order reads each part once and memory does not grow. Each access returns a new object that the caller
-    owns. A slice is as lazy as the whole, and both can be pickled (they keep the directory's path) and read by several
-    threads.
+    owns. A slice is as lazy as the whole, and both can be read by several threads. Pickling and copying take the items.
 
-    Made by :func:`read_predictions`.
+    Everything that is done with a list can be done with it. What changes the list itself (``append``, ``sort``,
+    ``predictions[0] = x``) reads all items into memory first; :meth:`samples`, :attr:`indices` and :attr:`missing` go on
+    telling of what is stored.
+
+    Made by :func:`read_predictions`. Calling the class, as libraries do to make a list like a given one, makes a list.
     """
 
-    def __init__(
-        self, directory: Path, loader: int, layout: LoaderLayout, locator: Locator, batches: range | None = None
-    ):
+    _directory: Path
+    _loader: int
+    _layout: LoaderLayout
+    _locator: Locator
+    _batches: range
+    _store: PartStore
+    _parts: _Recent[Part]
+    _headers: _Recent[PartHeader]
+
+    @classmethod
+    def _open(
+        cls, directory: Path, loader: int, layout: LoaderLayout, locator: Locator, batches: range | None = None
+    ) -> Predictions:
+        batches = range(locator.num_batches) if batches is None else batches
+        self: Predictions = cls._of_length(len(batches))
         self._directory, self._loader, self._layout, self._locator = directory, loader, layout, locator
-        self._batches = range(locator.num_batches) if batches is None else batches
+        self._batches = batches
         self._store = PartStore(loader_directory(directory, loader))
-        self._parts: _Recent[Part] = _Recent(_PARTS_IN_MEMORY)
-        self._headers: _Recent[PartHeader] = _Recent(_HEADERS_IN_MEMORY)
+        self._parts, self._headers = _Recent(_PARTS_IN_MEMORY), _Recent(_HEADERS_IN_MEMORY)
+        return self
 
-    def __len__(self) -> int:
-        return len(self._batches)
+    def _read(self, position: int) -> Any:
+        return self._batch(self._batches[position])
 
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
+    def _part_of(self, positions: slice) -> Predictions:
+        return self._open(self._directory, self._loader, self._layout, self._locator, self._batches[positions])
 
-    @overload
-    def __getitem__(self, index: slice) -> Predictions: ...
+    @property
+    def keeps_outputs(self) -> bool:
+        """Whether outputs are stored, and not markers in their place."""
+        manifest = load(self._directory)
+        return manifest is None or manifest.keep_outputs
 
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return Predictions(self._directory, self._loader, self._layout, self._locator, self._batches[index])
-        return self._batch(self._batches[index])
-
-    def __iter__(self) -> Iterator[Any]:
-        return map(self._batch, self._batches)
-
-    def __repr__(self) -> str:
+    @property
+    def description(self) -> str:
+        """What these predictions are, in words."""
         missing = f", {len(self.missing)} missing" if self.missing else ""
-        return f"<Predictions: {len(self)} batches of dataloader {self._loader} in {self._directory}{missing}>"
-
-    def __reduce__(self) -> Any:
-        return Predictions, (self._directory, self._loader, self._layout, self._locator, self._batches)
+        return f"{len(self._batches)} batches of dataloader {self._loader} in {self._directory}{missing}"
 
     @property
     def missing(self) -> UnitRanges:
@@ -145,7 +185,7 @@ class Predictions(Sequence[Any]):
                     yield from zip(indices, iter_samples(self._output(segment, outputs), segment.size), strict=False)
                 except CannotSplitError as error:
                     raise CannotSplitError(
-                        f"batch {batch} of {self!r} cannot be read sample by sample: {error}"
+                        f"batch {batch} of {self.description} cannot be read sample by sample: {error}"
                     ) from error
 
     def stored_batches(self) -> Iterator[tuple[Sequence[int] | None, Any]]:
@@ -156,7 +196,31 @@ class Predictions(Sequence[Any]):
         for chunk in sorted(self._store.done()):
             part = self._part(chunk)
             for position, entry in enumerate(part.header.entries):
-                yield entry.indices, part.output(position)
+                yield entry.indices, self._kept(part.output(position))
+
+    def verify(self) -> int:
+        """Read every part and check that it is whole.
+
+        Returns:
+            Number of samples that are done, as far as parts tell; those of a stream may not be counted.
+
+        Raises:
+            CorruptPartError: A part is damaged.
+        """
+        num_samples = 0
+        for chunk, error in self._store.verify():
+            if error is not None:
+                raise error
+            num_samples += sum(entry.size or 0 for entry in self._header(chunk).entries)
+        return num_samples
+
+    def _kept(self, output: Any) -> Any:
+        if output is NOT_KEPT:
+            raise OutputsNotKeptError(
+                f"outputs were not kept, only that they were computed: {self.description}. They went to the callbacks of "
+                "that run; to keep them as well, set keep_outputs=True and use another output directory."
+            )
+        return output
 
     def _batch(self, batch: int) -> Any:
         segments = self._segments(batch)
@@ -171,8 +235,8 @@ class Predictions(Sequence[Any]):
             return merge_samples(pieces, [size for size in sizes if size is not None])
         except (CannotSplitError, CannotMergeError) as error:
             raise type(error)(
-                f"batch {batch} of {self!r} was computed in other pieces than the loader's batches, and its outputs "
-                f"cannot be put together: {error} Read them as they were computed with stored_batches()."
+                f"batch {batch} of {self.description} was computed in other pieces than the loader's batches, and its "
+                f"outputs cannot be put together: {error} Read them as they were computed with stored_batches()."
             ) from error
 
     def _segments(self, batch: int) -> list[Segment]:
@@ -184,7 +248,7 @@ class Predictions(Sequence[Any]):
         if place not in outputs:
             # Shares of several ranks interleave: all parts that a batch takes from must stay for the next one.
             self._parts.keep_at_least(len({chunk for chunk, _ in outputs}) + 1)
-            outputs[place] = self._part(segment.chunk).output(segment.position)
+            outputs[place] = self._kept(self._part(segment.chunk).output(segment.position))
         if segment.is_whole:
             return outputs[place]
         assert segment.stop is not None
@@ -238,20 +302,20 @@ class _SampleIndices(Sequence[int]):
         return itertools.chain.from_iterable(map(self._of_batch, self._predictions._batches))
 
     def __repr__(self) -> str:
-        return f"<dataset indices of {self._predictions!r}>"
+        return f"<dataset indices of {self._predictions.description}>"
 
     def _of_batch(self, batch: int) -> Iterator[int]:
         for segment in self._predictions._segments(batch):
             if segment.indices is None:
                 raise ConfigurationError(
-                    f"the samples of a stream have no dataset indices; {self._predictions!r} is one."
+                    f"the samples of a stream have no dataset indices: {self._predictions.description}."
                 )
             yield from segment.indices
 
     def _counted(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         if self._ends is None:
             counts = (sum(1 for _ in self._of_batch(batch)) for batch in self._predictions._batches)
-            self._ends = np.cumsum(np.fromiter(counts, np.int64, len(self._predictions)))
+            self._ends = np.cumsum(np.fromiter(counts, np.int64, len(self._predictions._batches)))
         return self._ends
 
 

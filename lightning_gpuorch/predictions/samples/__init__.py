@@ -16,6 +16,7 @@ closes it.
 
 from lightning_gpuorch.predictions.samples.cutting import batch_size_of, iter_samples, slice_samples, take_samples
 from lightning_gpuorch.predictions.samples.kinds import (
+    NOT_KEPT,
     AmbiguousStructureError,
     CannotMergeError,
     CannotSplitError,
@@ -25,6 +26,7 @@ from lightning_gpuorch.predictions.samples.kinds import (
 from lightning_gpuorch.predictions.samples.merging import merge_samples
 
 __all__ = [
+    "NOT_KEPT",
     "AmbiguousStructureError",
     "CannotMergeError",
     "CannotSplitError",

@@ -36,6 +36,16 @@ class AmbiguousStructureError(CannotSplitError, CannotMergeError):
     """There is more than one way to read the structure, and nothing tells which is right."""
 
 
+class NotKept:
+    """Stands in the place of an output that is not kept, whatever its samples are."""
+
+    def __repr__(self) -> str:
+        return "NOT_KEPT"
+
+
+NOT_KEPT = NotKept()
+
+
 class Node(Enum):
     """How a value is treated."""
 
@@ -53,6 +63,7 @@ class Node(Enum):
 
 _CONSTANTS = (
     type(None),
+    NotKept,
     str,
     bytes,
     int,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import array
+import collections
+import copy
 import hashlib
 import zlib
 from collections.abc import Mapping
@@ -114,14 +117,37 @@ def to_host(output: Any) -> Any:
     A copy also for tensors that are there already: the model may reuse its output buffer for the next batch, while this
     one still waits for the disk.
     """
-    return apply_to_collection(output, (torch.Tensor, np.ndarray), _own_copy)
+    return apply_to_collection(output, (torch.Tensor, *LEAVES), own_copy)
 
 
-def _own_copy(value: Any) -> Any:
+class _Foreign(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        return type(instance).__module__.split(".")[0] in ("pandas", "polars", "pyarrow", "PIL", "scipy")
+
+
+class _ForeignValue(metaclass=_Foreign):
+    """Any table, image or matrix of another package, in ``isinstance``."""
+
+
+LEAVES = (np.ndarray, set, collections.deque, bytes, bytearray, memoryview, array.array, range, _ForeignValue)
+"""What is copied as a whole: some can be changed by whoever holds them, others are sequences that no list makes."""
+
+
+def own_copy(value: Any) -> Any:
+    """A copy of a tensor, or of one of :data:`LEAVES`, in memory of its own, on the host."""
     if isinstance(value, torch.Tensor):
         value = value.detach()
         return value.to("cpu") if value.device.type != "cpu" else value.clone()
-    return value.copy()
+    if isinstance(value, collections.deque):
+        return collections.deque(map(to_host, value), value.maxlen)
+    if isinstance(value, memoryview):
+        return value if value.readonly or not value.c_contiguous else _copied_view(value)
+    return value if isinstance(value, (bytes, range)) else copy.deepcopy(value)
+
+
+def _copied_view(view: memoryview) -> memoryview:
+    flat = memoryview(bytearray(view.tobytes()))
+    return flat.cast(view.format, list(view.shape or ())) if view.nbytes else flat  # type: ignore[call-overload]
 
 
 def fingerprint_weights(module: torch.nn.Module, samples_per_tensor: int = 32) -> str:

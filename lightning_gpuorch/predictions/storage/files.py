@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_gpuorch.errors import PredictionStorageError, StorageFullError
+from lightning_gpuorch.paths import local_path
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -169,7 +170,7 @@ def check_writable(directory: str | os.PathLike[str], needed_bytes: int = _PROBE
         StorageFullError: There is no space for ``needed_bytes``.
         PredictionStorageError: The directory cannot be made or written.
     """
-    root = Path(directory)
+    root = local_path(directory, "directory")
     try:
         make_directory(root.absolute())
         temporary = _temporary_path(root)

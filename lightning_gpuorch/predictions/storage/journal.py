@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_gpuorch.errors import CorruptPartError, MissingPredictionsError
+from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.predictions.storage.files import (
     content_path,
     remove,
@@ -87,7 +88,7 @@ class PartJournal:
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        self.directory = Path(directory)
+        self.directory = local_path(directory, "directory")
 
     def path(self, chunk: int) -> Path:
         """Return the file of a chunk."""
@@ -205,7 +206,7 @@ class PartJournal:
         try:
             stored, metadata = fields["chunk"], fields["metadata"]
             entries = [_unpack_entry(entry) for entry in fields["batches"]]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise CorruptPartError(f"{path} is an envelope, but not of a part: {error!r}.") from error
         if stored != chunk:
             raise CorruptPartError(f"{path} holds chunk {stored}: somebody renamed or copied it. Delete it.")
@@ -229,6 +230,10 @@ def opened(path: Path) -> Iterator[tuple[io.FileIO, int, str]]:
 
 
 def _unpack_entry(entry: Mapping[str, Any]) -> BatchEntry:
+    """Raises TypeError or KeyError where an entry is not of this format."""
+    numbers = (entry["first_unit"], entry.get("size") or 0, entry.get("num_lost", 0))
+    if not all(isinstance(number, int) for number in numbers):
+        raise TypeError(f"{numbers} are no integers")
     return BatchEntry(
         first_unit=entry["first_unit"],
         indices=_unpack_integers(entry.get("indices")),
@@ -239,4 +244,8 @@ def _unpack_entry(entry: Mapping[str, Any]) -> BatchEntry:
 
 
 def _unpack_integers(packed: Any) -> Sequence[int] | None:
-    return range(packed["start"], packed["stop"]) if isinstance(packed, dict) else packed
+    if isinstance(packed, dict):
+        return range(packed["start"], packed["stop"])
+    if packed is not None and not isinstance(packed, list):
+        raise TypeError(f"{packed!r} is no list of indices")
+    return packed

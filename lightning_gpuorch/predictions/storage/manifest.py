@@ -55,6 +55,7 @@ class Manifest:
 
     Attributes:
         loaders: One layout per dataloader.
+        keep_outputs: Whether outputs are stored, or markers in their place.
         model_fingerprint: Identity of the weights; None if it is not to be compared.
         versions: Versions of the packages that began the job; for information.
         created: Unix time in seconds at which it began.
@@ -62,6 +63,7 @@ class Manifest:
     """
 
     loaders: Sequence[LoaderLayout]
+    keep_outputs: bool = True
     model_fingerprint: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     created: float = field(default_factory=time.time)
@@ -74,6 +76,7 @@ class Manifest:
             "created": self.created,
             "versions": dict(self.versions),
             "model_fingerprint": self.model_fingerprint,
+            "keep_outputs": self.keep_outputs,
             "loaders": [layout.to_dict() for layout in self.loaders],
             "extra": dict(self.extra),
         }
@@ -88,6 +91,7 @@ class Manifest:
         """
         return cls(
             loaders=[LoaderLayout.from_dict(layout) for layout in data["loaders"]],
+            keep_outputs=data.get("keep_outputs", True),
             model_fingerprint=data["model_fingerprint"],
             versions=data["versions"],
             created=data["created"],
@@ -223,6 +227,9 @@ def compare(
                     key, key
                 )
                 differences.append(f"{prefix}{name}: {values[0]} {there}, {values[1]} {here}")
+    if existing.keep_outputs != wanted.keep_outputs:
+        kept, not_kept = (there, here) if existing.keep_outputs else (here, there)
+        differences.append(f"outputs are kept {kept} and not kept {not_kept} (keep_outputs)")
     fingerprints = (existing.model_fingerprint, wanted.model_fingerprint)
     if None not in fingerprints and fingerprints[0] != fingerprints[1]:
         differences.append(

@@ -33,7 +33,7 @@ from typing import Any
 
 from lightning_gpuorch.errors import CorruptPartError, PredictionStorageError
 from lightning_gpuorch.predictions.storage.decode import decode_tree
-from lightning_gpuorch.predictions.storage.encode import Column, Node, TreeEncoder
+from lightning_gpuorch.predictions.storage.encode import TreeEncoder
 from lightning_gpuorch.predictions.storage.part_frame import (
     COVERED,
     FORMAT_VERSION,
@@ -45,6 +45,7 @@ from lightning_gpuorch.predictions.storage.part_frame import (
     damage,
     without_own_fields,
 )
+from lightning_gpuorch.predictions.storage.values.base import Column, Node
 
 _ALIGNMENT_BYTES = 64
 
@@ -150,22 +151,26 @@ class Envelope:
         structure, columns = body[: header["structure_bytes"]], body[header["structure_bytes"] :]
         self.fields, self.num_bytes = without_own_fields(header), len(view)
         self._source = source
-        self._nodes: list[Node] = json.loads(bytes(structure))
-        self.num_predictions = len(self._nodes)
-        (entries_bytes,) = struct.unpack("<Q", columns[:8])
-        self._entries: dict[str, Any] = json.loads(bytes(columns[8 : 8 + entries_bytes]))
+        # The checksums have said that this is what was written; whoever wrote it may have been another program.
+        try:
+            self._nodes: list[Node] = list(json.loads(bytes(structure)))
+            self.num_predictions = len(self._nodes)
+            (entries_bytes,) = struct.unpack("<Q", columns[:8])
+            self._entries: dict[str, Any] = dict(json.loads(bytes(columns[8 : 8 + entries_bytes])))
+        except (ValueError, TypeError, struct.error, RecursionError, OverflowError) as error:
+            raise damage(source, f"its structure or the list of its columns is not of this format ({error})") from error
         self._data = columns[8 + entries_bytes :]
 
     def prediction(self, position: int) -> Any:
         """Decode one prediction. It owns its memory; its tensors are writable.
 
         Raises:
-            CorruptPartError: It uses a construct that this version does not know.
+            CorruptPartError: It uses a construct that this version does not know, or does not fit its columns.
         """
         try:
             return decode_tree(self._nodes[position], self)
         except CorruptPartError as error:
-            raise damage(self._source, str(error)) from None
+            raise damage(self._source, str(error)) from error
 
     def dtype(self, column: int) -> str:
         """Return the safetensors dtype of a column."""
@@ -178,4 +183,6 @@ class Envelope:
     def buffer(self, column: int) -> memoryview:
         """Return the bytes of a column, in the file's buffer."""
         start, end = self._entries[str(column)]["data_offsets"]
+        if not 0 <= start <= end <= len(self._data):
+            raise CorruptPartError(f"column {column} lies outside of the file")
         return self._data[start:end]

@@ -113,8 +113,14 @@ def check_header(view: memoryview, header_bytes: int, file_bytes: int, source: s
             f"{source} has format {version}, and this version of lightning_gpuorch reads formats up to "
             f"{FORMAT_VERSION}: a newer version has written it. Use that one."
         )
-    header: dict[str, Any] = json.loads(bytes(view[PRELUDE_BYTES:end]))
-    expected_bytes = end + header["structure_bytes"] + header["columns_bytes"]
+    try:
+        header: dict[str, Any] = dict(json.loads(bytes(view[PRELUDE_BYTES:end])))
+        sizes = [header[name] for name in ("structure_bytes", "columns_bytes", "body_crc32")]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise damage(source, f"its header is not of this format ({error!r})") from error
+    if not all(isinstance(size, int) and size >= 0 for size in sizes):
+        raise damage(source, f"its header is not of this format (sizes {sizes})")
+    expected_bytes = end + sizes[0] + sizes[1]
     if file_bytes != expected_bytes:
         raise damage(source, f"it has {file_bytes} bytes in place of {expected_bytes}")
     return header

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.telemetry.atomic_file import replace_file
 
 CALIBRATION = "_GPUORCH_CALIBRATION"
@@ -52,7 +53,7 @@ class Baseline:
         Raises:
             OSError: The file cannot be written.
         """
-        replace_file(Path(path), json.dumps(asdict(self), indent=1, sort_keys=True).encode("utf-8"))
+        replace_file(local_path(path, "path"), json.dumps(asdict(self), indent=1, sort_keys=True).encode("utf-8"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> Baseline:
@@ -67,7 +68,7 @@ class Baseline:
             OSError: The file cannot be read.
         """
         try:
-            stored = json.loads(Path(path).read_text(encoding="utf-8"))
+            stored = json.loads(local_path(path, "path").read_text(encoding="utf-8"))
             baseline = cls(stored["samples_per_second"], stored["fingerprint"], stored["num_samples"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(

@@ -32,6 +32,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.telemetry.atomic_file import replace_file
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
 from lightning_gpuorch.telemetry.metrics.exposition import CONTENT_TYPE, merge_directory, snapshot_name, write_text
@@ -75,10 +76,10 @@ class MetricsExporter:
         before_snapshot: Callable[[], None] | None = None,
         failures: FailureTally = observer_failures,
     ):
-        self.directory = Path(directory).absolute()
+        self.directory = local_path(directory, "directory")
         self._registry, self._rank, self._port, self._address = registry, rank, port, address
         self._path = self.directory / snapshot_name(rank, generation)
-        self._textfile = Path(textfile) if textfile is not None else None
+        self._textfile = local_path(textfile, "textfile") if textfile is not None else None
         self._interval_seconds, self._stale_after_seconds = interval_seconds, stale_after_seconds
         self._before_snapshot, self._failures = before_snapshot, failures
         self._election: socket.socket | None = None

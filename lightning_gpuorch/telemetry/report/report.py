@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lightning_gpuorch._version import __version__
+from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.telemetry.atomic_file import replace_file
 from lightning_gpuorch.telemetry.events.log import read_events
 from lightning_gpuorch.telemetry.report.charts import TimeAxis, axis_time, duration, line_chart
@@ -38,12 +39,12 @@ def write_report(run_directory: str | os.PathLike[str], target: str | os.PathLik
         FileNotFoundError: The directory has no events.
         OSError: The events cannot be read, or the file cannot be written.
     """
-    directory = Path(run_directory) / "events"
+    directory = local_path(run_directory, "run_directory") / "events"
     events, unreadable = read_events(directory)
     if not events:
         raise FileNotFoundError(f"{directory} holds no events: no run has been recorded there.")
     text = render(summarize(events), unreadable)
-    target = Path(target)
+    target = local_path(target, "target")
     replace_file(target, text.encode("utf-8"))
     return target
 
