@@ -27,6 +27,9 @@ TASKS: dict[str, tuple[str, ...]] = {
     "docs": ("sphinx-build -q -W --keep-going -b html docs docs/_build/html",),
     "examples": (
         "lightning run {root}/examples/embed_text.py --devices 2 --limit 200 --output embed",
+        # The same again has nothing left to do, and says so.
+        "sh -c 'lightning run {root}/examples/embed_text.py --devices 1 --limit 200 --output embed"
+        """ | grep "0 of them in this run"'""",
         "gpuorch predictions verify embed",
         "python {root}/examples/predict_trainer.py",
         "python {root}/examples/tensor_parallel.py --devices 2",

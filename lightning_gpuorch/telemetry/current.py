@@ -1,4 +1,4 @@
-"""What does this process report to?
+"""What this process reports to.
 
 A process has at most one event log, one set of metrics and one rank's telemetry. Code that has something to tell (an OOM
 that was handled, a collective that took long) asks here, so that no object has to be handed through everything, and

@@ -1,4 +1,4 @@
-"""How often did something that only watches the run fail?
+"""How often something that only watches the run has failed.
 
 Logs, events, metrics, health readings and traces must never end the inference they observe. What goes wrong in them is
 counted here, said once per observer, and shown as the metric ``gpuorch_observer_failures_total``.

@@ -1,4 +1,4 @@
-"""What does a handful of steps spend its time on, operator by operator? A bounded PyTorch profile.
+"""A bounded PyTorch profile: what a handful of steps spend their time on, operator by operator.
 
 A profile of a whole run would fill memory and disk; this records a few steps after the first ones, and again whenever a
 person asks for it by signal. Between recordings a step costs one comparison.

@@ -1,4 +1,4 @@
-"""Where do the records of a run lie while it runs, and which runs are there on this node?
+"""Where the records of a run are while it runs, and which runs there are on this node.
 
 Every run has a directory ``<temporary directory>/gpuorch-<uid>/<run id>/``: events, logs, metrics, profiles. The file
 ``run.json`` in it names the process that answers for the run, so that whoever wants to look at a running job finds it

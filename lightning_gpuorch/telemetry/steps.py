@@ -1,4 +1,4 @@
-"""What did a rank do in each second, at a cost the loop does not notice?"""
+"""What a rank did in each second, at a cost the loop does not notice."""
 
 from __future__ import annotations
 

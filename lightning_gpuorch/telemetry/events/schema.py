@@ -1,4 +1,4 @@
-"""Which events does a run record, and with which fields?
+"""The events that a run records, and their fields.
 
 The schema is data: the writer reads from it which events are urgent, the report which it can show, tests check every
 event that is written against it, and the table in the documentation is made from it.

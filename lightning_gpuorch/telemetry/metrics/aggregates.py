@@ -1,4 +1,4 @@
-"""What are throughput and latency of the whole job, as numbers a logger can take?
+"""Throughput and latency of the whole job, as numbers a logger can take.
 
 torchmetrics, so that they work wherever those do: as attributes of a module they are gathered over all ranks (with this
 plugin's strategy through the control plane), and ``self.log`` takes them. Their states have a fixed size.

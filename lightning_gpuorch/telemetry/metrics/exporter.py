@@ -1,4 +1,4 @@
-"""How does one Prometheus endpoint per node outlive any of its ranks?
+"""One Prometheus endpoint per node that outlives any of its ranks.
 
 1. Every rank writes its metrics to a file of its own, atomically, once per second.
 2. Every rank tries to bind an abstract Unix socket named after the directory. The kernel lets one process of the node

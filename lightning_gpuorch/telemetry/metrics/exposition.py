@@ -1,4 +1,4 @@
-"""How do the metrics of several ranks, dead ones included, become one Prometheus exposition?
+"""The metrics of several ranks, dead ones included, as one Prometheus exposition.
 
 Each start of a rank writes ``rank<R>.<generation>.prom``. Merged, counters and histograms are summed over the starts
 of a rank, so that nothing is reset when a rank dies; gauges come from its newest start alone, and only while that is

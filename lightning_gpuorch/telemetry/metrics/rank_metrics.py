@@ -1,4 +1,4 @@
-"""Which numbers does a rank show to Prometheus?
+"""The numbers that a rank shows to Prometheus.
 
 Each rank keeps an ordinary ``CollectorRegistry`` of its own; :mod:`lightning_gpuorch.telemetry.metrics.exporter` merges those
 of a node. ``prometheus_client``'s multiprocess mode is not used: it is process-wide, keeps the files of dead processes

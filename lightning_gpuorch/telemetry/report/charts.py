@@ -1,10 +1,10 @@
-"""How are series over time drawn as SVG without scripts, readable with one rank and with 64?"""
+"""Series over time as SVG without scripts, readable with one rank and with 64."""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 WIDTH, LEFT, RIGHT = 1120, 74, 12
@@ -79,7 +79,7 @@ def figure(body: str, height: float, label: str) -> str:
 
 def line_chart(
     axis: TimeAxis,
-    series: dict[str, Sequence[Point]],
+    series: Mapping[str, Sequence[Point]],
     unit: Callable[[float], str],
     label: str,
     *,

@@ -1,4 +1,4 @@
-"""What is a running job doing right now? A view for the terminal, made from the event files as they grow."""
+"""What a running job does right now: a view for the terminal, made from the event files as they grow."""
 
 from __future__ import annotations
 

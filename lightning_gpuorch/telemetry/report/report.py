@@ -1,15 +1,15 @@
-"""What did the run do, what went wrong, and what was lost? One HTML file that says it at a glance.
+"""The report of a run: what it did, what went wrong and what was lost, in one HTML file.
 
 The file holds no script and no link to anywhere, follows the reader's light or dark setting, and is made from events
-alone, so that it can be made for a run that was killed, too.
+alone, so that it can be made for a run that was killed, too. Its form is in ``report.html.jinja``, its looks in
+``report.css``; here is what they show.
 """
 
 from __future__ import annotations
 
-import html
 import os
 import time
-from collections.abc import Iterable, Sequence
+from importlib.resources import files
 from pathlib import Path
 
 from lightning_gpuorch._version import __version__
@@ -18,7 +18,6 @@ from lightning_gpuorch.telemetry.atomic_file import replace_file
 from lightning_gpuorch.telemetry.events.log import read_events
 from lightning_gpuorch.telemetry.report.charts import TimeAxis, axis_time, duration, line_chart
 from lightning_gpuorch.telemetry.report.run_summary import Event, RankSummary, RunSummary, summarize
-from lightning_gpuorch.telemetry.report.style import STYLE
 from lightning_gpuorch.telemetry.report.timeline import describe, draw_lanes
 
 _MAX_INCIDENTS = 400
@@ -56,26 +55,34 @@ def render(summary: RunSummary, unreadable_lines: int = 0) -> str:
         summary: What the run did.
         unreadable_lines: Of the event files; said at the end.
     """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     axis = TimeAxis(summary.begin, summary.end)
-    sections = [
-        _header(summary),
-        _tiles(summary),
-        _lost(summary),
-        _section("Throughput", "Samples per second of the whole job.", _throughput(summary, axis)),
-        _section("What each rank did", "", draw_lanes(summary, axis)) if summary.ranks else "",
-        _section("Incidents", "", _incidents(summary)),
-        _section("Where the time went", "Of each rank's time from start to end of the run.", _time_split(summary)),
-        _section("Device memory", "", _per_rank_chart(summary, axis, "memory")),
-        _section("Device temperature", "", _per_rank_chart(summary, axis, "temperature")),
-        _section("Ranks", "", _rank_table(summary)),
-        _section("Slowest chunks", "From the first step to durable.", _chunks(summary)),
-        _footer(summary, unreadable_lines),
-    ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" '
-        f'content="light dark"><title>{html.escape(_title(summary))}</title><style>{STYLE}</style></head>'
-        f"<body><main>{''.join(sections)}</main></body></html>\n"
+    state, outcome = _outcome(summary)
+    templates = Environment(
+        loader=PackageLoader(__package__, ""), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    return templates.get_template("report.html.jinja").render(
+        title=_title(summary),
+        style=files(__package__).joinpath("report.css").read_text(encoding="utf-8"),
+        state=state,
+        outcome=outcome,
+        facts=_facts(summary),
+        tiles=_tiles(summary),
+        lost=_lost(summary),
+        missing=summary.missing,
+        throughput=_throughput(summary, axis),
+        lanes=draw_lanes(summary, axis) if summary.ranks else "",
+        incidents=_incidents(summary),
+        hidden_incidents=len(summary.incidents) - _MAX_INCIDENTS,
+        split=_time_split(summary),
+        stragglers=_stragglers(summary),
+        memory=_memory(summary, axis),
+        temperature=_temperature(summary, axis),
+        rank_columns=_RANK_COLUMNS,
+        ranks=_rank_rows(summary),
+        chunks=_chunks(summary),
+        footer=_footer(summary, unreadable_lines),
     )
 
 
@@ -84,8 +91,7 @@ def _title(summary: RunSummary) -> str:
     return f"Inference run: {command}" if command else "Inference run"
 
 
-def _header(summary: RunSummary) -> str:
-    state, text = _outcome(summary)
+def _facts(summary: RunSummary) -> list[str]:
     began = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(summary.begin))
     facts = [began, duration(summary.seconds)]
     if summary.run.get("host"):
@@ -95,11 +101,7 @@ def _header(summary: RunSummary) -> str:
         facts.append(f"{summary.run.get('world_size')} ranks, tensor-parallel size {size}")
     if summary.run.get("output_dir"):
         facts.append(f"results in {summary.run['output_dir']}")
-    return (
-        f"<header><h1>{html.escape(_title(summary))}</h1>"
-        f'<p class="outcome {state}">{html.escape(text)}</p>'
-        f'<p class="facts">{html.escape(", ".join(facts))}</p></header>'
-    )
+    return facts
 
 
 def _outcome(summary: RunSummary) -> tuple[str, str]:
@@ -117,9 +119,10 @@ def _outcome(summary: RunSummary) -> tuple[str, str]:
     return "bad", f"Failed with exit code {summary.exit_code}." + (" Samples are missing." if summary.missing else "")
 
 
-def _tiles(summary: RunSummary) -> str:
+def _tiles(summary: RunSummary) -> list[tuple[str, str, str]]:
+    """Value, name, and the look of a value that is not 0."""
     replicas = {rank.replica for rank in summary.ranks.values()} - {None}
-    tiles: list[tuple[str, str, str]] = [
+    return [
         (f"{summary.samples:,}", "samples computed", ""),
         (f"{summary.samples / summary.seconds:,.1f}", "samples per second", ""),
         (str(len(summary.ranks)), f"ranks in {len(replicas)} replicas" if replicas else "ranks", ""),
@@ -129,28 +132,18 @@ def _tiles(summary: RunSummary) -> str:
         (str(summary.count("retire")), "replicas retired", "bad"),
         (f"{sum(stop - start for start, stop, _ in summary.lost):,}", "samples given up", "bad"),
     ]
-    cells = "".join(
-        f'<div class="tile{" " + look if look and value != "0" else ""}"><b>{value}</b><span>{name}</span></div>'
-        for value, name, look in tiles
-    )
-    return f'<div class="tiles">{cells}</div>'
 
 
-def _lost(summary: RunSummary) -> str:
-    if not summary.lost and not summary.missing:
-        return ""
-    rows = [
+def _lost(summary: RunSummary) -> list[tuple[str, str, str]]:
+    return [
         (str(start) if stop - start == 1 else f"{start} to {stop - 1}", f"{stop - start:,}", why)
         for start, stop, why in summary.lost
     ]
-    table = _table(("samples", "number", "why"), rows, numeric=(1,)) if rows else ""
-    missing = f"<p>Without a prediction: {html.escape(summary.missing)}</p>" if summary.missing else ""
-    return _section("What was lost, and why", "", missing + table)
 
 
 def _throughput(summary: RunSummary, axis: TimeAxis) -> str:
     if not summary.throughput:
-        return _nothing("No steps were recorded.")
+        return ""
     width = (axis.end - axis.begin) / _THROUGHPUT_BINS
     # A bin is never shorter than the intervals that steps are recorded in, or the line would show their rhythm.
     longest = sorted(end - begin for begin, end, _ in summary.throughput)[len(summary.throughput) // 2]
@@ -170,30 +163,25 @@ def _throughput(summary: RunSummary, axis: TimeAxis) -> str:
     )
 
 
-def _per_rank_chart(summary: RunSummary, axis: TimeAxis, what: str) -> str:
-    series: dict[str, Sequence[tuple[float, float]]] = {
-        f"rank {number}": getattr(rank, what) for number, rank in summary.ranks.items() if getattr(rank, what)
+def _memory(summary: RunSummary, axis: TimeAxis) -> str:
+    series = {
+        f"rank {r.rank}": [(at, used / 2**30) for at, used in r.memory] for r in summary.ranks.values() if r.memory
     }
+    return line_chart(axis, series, lambda v: f"{v:g} GiB", "Device memory in use over time") if series else ""
+
+
+def _temperature(summary: RunSummary, axis: TimeAxis) -> str:
+    series = {f"rank {r.rank}": r.temperature for r in summary.ranks.values() if r.temperature}
     if not series:
-        return _nothing("No readings: nobody watched the devices, or they do not report it.")
-    if what == "memory":
-        series = {name: [(at, used / 2**30) for at, used in points] for name, points in series.items()}
-        return line_chart(axis, series, lambda v: f"{v:g} GiB", "Device memory in use over time")
+        return ""
     return line_chart(axis, series, lambda v: f"{v:.0f} °C", "Device temperature over time", from_zero=False)
 
 
-def _incidents(summary: RunSummary) -> str:
-    if not summary.incidents:
-        return _nothing("None.")
-    rows = [
+def _incidents(summary: RunSummary) -> list[tuple[str, ...]]:
+    return [
         (axis_time(e["ts"] - summary.begin, summary.seconds), e["kind"], _who(e), describe(e))
         for e in summary.incidents[:_MAX_INCIDENTS]
     ]
-    table = _table(("time", "what", "where", "details"), rows)
-    hidden = len(summary.incidents) - _MAX_INCIDENTS
-    return _fold(table, len(rows), "incidents") + (
-        f"<p>{hidden} more are in the event files.</p>" if hidden > 0 else ""
-    )
 
 
 def _who(event: Event) -> str:
@@ -202,7 +190,8 @@ def _who(event: Event) -> str:
     return f"replica {event['replica']}" if "replica" in event else str(event.get("source", ""))
 
 
-def _time_split(summary: RunSummary) -> str:
+def _time_split(summary: RunSummary) -> list[tuple[int, dict[str, float]]]:
+    """Of each rank, percent of the run by look."""
     rows = []
     for rank in summary.ranks.values():
         if not rank.steps:
@@ -214,28 +203,12 @@ def _time_split(summary: RunSummary) -> str:
         }
         parts["lane"] = max(0.0, summary.seconds - sum(parts.values()))
         total = sum(parts.values())
-        bars = "".join(
-            f'<i class="{look}" style="width:{100 * seconds / total:.2f}%"></i>'
-            for look, seconds in parts.items()
-            if seconds
-        )
-        share = {look: 100 * seconds / total for look, seconds in parts.items()}
-        rows.append(
-            f'<div class="split"><span>rank {rank.rank}</span><div class="bar">{bars}</div>'
-            f"<span>{' / '.join(f'{value:.0f}' for value in share.values())} %</span></div>"
-        )
-    if not rows:
-        return _nothing("No steps were recorded.")
-    legend = (
-        '<p class="legend"><span><i class="key work"></i>computing</span><span><i class="key transfer"></i>transfer '
-        'between ranks</span><span><i class="key wait"></i>waiting for other ranks</span>'
-        '<span><i class="key lane"></i>outside steps (start, loading, recovery)</span></p>'
-    )
-    return legend + _straggler(summary) + _fold("".join(rows), len(rows), "ranks")
+        rows.append((rank.rank, {look: 100 * seconds / total for look, seconds in parts.items()}))
+    return rows
 
 
-def _straggler(summary: RunSummary) -> str:
-    """The rank that waits least is the one the others wait for."""
+def _stragglers(summary: RunSummary) -> list[str]:
+    """The rank of a replica that waits least is the one the others wait for."""
     found = []
     replicas: dict[int | None, list[RankSummary]] = {}
     for rank in summary.ranks.values():
@@ -246,15 +219,17 @@ def _straggler(summary: RunSummary) -> str:
         cost = max(r.waiting_seconds for r in members)
         if len(members) > 1 and cost > 0.1 * least.busy_seconds:
             found.append(f"rank {least.rank} (others wait up to {duration(cost)})")
-    return f"<p>Stragglers: {html.escape(', '.join(found))}.</p>" if found else ""
+    return found
 
 
-def _rank_table(summary: RunSummary) -> str:
-    head = (
-        "rank", "replica", "steps", "samples", "mean step", "slowest step", "peak memory", "hottest", "OOMs", "starts",
-        "device",
-    )  # fmt: skip
-    rows = [
+_RANK_COLUMNS = (
+    "rank", "replica", "steps", "samples", "mean step", "slowest step", "peak memory", "hottest", "OOMs", "starts",
+    "device",
+)  # fmt: skip
+
+
+def _rank_rows(summary: RunSummary) -> list[tuple[str, ...]]:
+    return [
         (
             str(r.rank),
             str(r.replica) if r.replica is not None else "",
@@ -270,13 +245,10 @@ def _rank_table(summary: RunSummary) -> str:
         )
         for r in summary.ranks.values()
     ]
-    return _fold(_table(head, rows, numeric=range(10)), len(rows), "ranks") if rows else _nothing("No rank reported.")
 
 
-def _chunks(summary: RunSummary) -> str:
-    if not summary.slowest_chunks:
-        return _nothing("No chunks with a duration were recorded.")
-    rows = [
+def _chunks(summary: RunSummary) -> list[tuple[str, ...]]:
+    return [
         (
             str(e["chunk"]),
             str(e.get("loader", "")),
@@ -287,10 +259,9 @@ def _chunks(summary: RunSummary) -> str:
         )
         for e in summary.slowest_chunks
     ]
-    return _table(("chunk", "dataloader", "where", "samples", "took", "durable at"), rows, numeric=(0, 1, 3, 4))
 
 
-def _footer(summary: RunSummary, unreadable_lines: int) -> str:
+def _footer(summary: RunSummary, unreadable_lines: int) -> list[str]:
     lines = []
     if summary.observer_failures:
         text = ", ".join(f"{name} {count}" for name, count in sorted(summary.observer_failures.items()))
@@ -301,30 +272,4 @@ def _footer(summary: RunSummary, unreadable_lines: int) -> str:
     if isinstance(versions, dict):
         lines.append("Run with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
     lines.append(f"Written by lightning_gpuorch {__version__}. Times are from the clocks of the ranks' nodes.")
-    return f"<footer>{''.join(f'<p>{html.escape(line)}</p>' for line in lines)}</footer>"
-
-
-def _section(title: str, note: str, body: str) -> str:
-    said = f' <span class="note">{html.escape(note)}</span>' if note else ""
-    return f"<section><h2>{html.escape(title)}{said}</h2>{body}</section>"
-
-
-def _nothing(text: str) -> str:
-    return f'<p class="nothing">{html.escape(text)}</p>'
-
-
-def _fold(body: str, num_rows: int, name: str) -> str:
-    """Long lists open on demand, so that the page stays readable with many ranks."""
-    return body if num_rows <= 16 else f"<details><summary>{num_rows} {name}</summary>{body}</details>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> str:
-    right = set(numeric)
-
-    def cells(tag: str, row: Sequence[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=num' if i in right else ''}>{html.escape(cell)}</{tag}>" for i, cell in enumerate(row)
-        )
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{cells("th", head)}</tr></thead><tbody>{body}</tbody></table></div>'
+    return lines

@@ -1,4 +1,4 @@
-"""What do the events of a run add up to?
+"""What the events of a run add up to.
 
 Pure arithmetic over events, shared by the report and whatever else shows a run. Events may be missing anywhere: a rank
 that was killed has no end, an old run no kind that was added since.

@@ -1,4 +1,4 @@
-"""How is what each rank did drawn as one lane per rank, with what went wrong marked on it?"""
+"""What each rank did, drawn as one lane per rank, with what went wrong marked on it."""
 
 from __future__ import annotations
 
