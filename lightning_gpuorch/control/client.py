@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_gpuorch.control.leases import RaisedException
 from lightning_gpuorch.control.transport import Channel
 from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError
 
@@ -131,10 +132,11 @@ class HeadLink:
         generation: int,
         blamed: dict[JobPosition, int],
         positions: dict[JobPosition, tuple[int, int]],
+        exception: RaisedException | None = None,
     ) -> None:
-        """Report that a generation is over, with what it was computing."""
+        """Report that a generation is over, with what it was computing, and what the script raised there."""
         rows = _blame_rows(blamed, positions)
-        self._call("node_generation_over", replica=replica, generation=generation, blamed=rows)
+        self._call("node_generation_over", replica=replica, generation=generation, blamed=rows, exception=exception)
 
     def retire(self, replica: int) -> None:
         """Report that a replica will not come back."""

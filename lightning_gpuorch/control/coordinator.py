@@ -17,7 +17,7 @@ from typing import Any
 from lightning_gpuorch.control.collectives import CollectiveLedger
 from lightning_gpuorch.control.input_ledger import REMEDY, InputLedger
 from lightning_gpuorch.control.jobs import Job, verify_complete
-from lightning_gpuorch.control.leases import FENCED, LeaseQueue, Owner
+from lightning_gpuorch.control.leases import FENCED, LeaseQueue, Owner, RaisedException
 from lightning_gpuorch.control.node_registry import NodeDesk
 from lightning_gpuorch.control.transport import Message, answered, refused
 from lightning_gpuorch.control.votes import RecoveryLedger
@@ -205,6 +205,7 @@ class Head:
         generation: int,
         blamed: dict[tuple[int, int], int] | None = None,
         positions: dict[tuple[int, int], tuple[int, int]] | None = None,
+        exception: RaisedException | None = None,
     ) -> int:
         """Take back the leases of a generation that is over; every path that ends one passes here. Idempotent.
 
@@ -213,6 +214,7 @@ class Head:
             generation: Which of its starts.
             blamed: Chunk being computed at death, by (job, loader).
             positions: Units of the step it was in, by (job, loader).
+            exception: What the script raised there, if that is what ended it.
 
         Returns:
             Number of chunks that went back.
@@ -225,7 +227,7 @@ class Head:
                 for loader, queue in enumerate(job.queues):
                     key = (number, loader)
                     before = len(queue.quarantined)
-                    back += len(queue.revoke(owner, (blamed or {}).get(key), (positions or {}).get(key)))
+                    back += len(queue.revoke(owner, (blamed or {}).get(key), (positions or {}).get(key), exception))
                     self._record_quarantine(number, loader, before)
             for job in self.jobs.values():
                 job.opened_by.difference_update(self._ranks_of(replica))
@@ -428,7 +430,7 @@ class Head:
                 before = len(queue.quarantined)
                 queue.quarantine(start, stop, reason)
                 self._record_quarantine(int(header["job"]), int(header["loader"]), before)
-        return {}
+        return {"num_errored": sum(entry.stop - entry.start for queue in job.queues for entry in queue.quarantined)}
 
     def _op_kept(self, request: Message) -> dict[str, Any]:
         """Samples of chunks that are not whole yet are computed, and kept: a good moment to leave."""

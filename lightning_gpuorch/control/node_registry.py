@@ -94,6 +94,7 @@ class JobHead(Protocol):
         generation: int,
         blamed: dict[tuple[int, int], int] | None = None,
         positions: dict[tuple[int, int], tuple[int, int]] | None = None,
+        exception: tuple[str, str] | None = None,
     ) -> int:
         """Take back the leases of a generation that is over."""
         ...
@@ -284,7 +285,9 @@ class NodeDesk:
         """A generation has ended: take back what it holds, and blame what it was computing."""
         header = request.header
         blamed, positions = _read_blame(header["blamed"])
-        self._head.end_generation(int(header["replica"]), int(header["generation"]), blamed, positions)
+        raised = header.get("exception")
+        exception = None if raised is None else (str(raised[0]), str(raised[1]))
+        self._head.end_generation(int(header["replica"]), int(header["generation"]), blamed, positions, exception)
         return {}
 
     def op_node_deaths(self, request: Message) -> dict[str, Any]:
