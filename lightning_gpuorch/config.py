@@ -71,6 +71,12 @@ class OrchestratorConfig:
     """Restarts of one replica without progress before it is retired."""
     max_chunk_failures: int = 3
     """Deaths of workers in the same sample before it is given up, at least two of them while it was computed alone."""
+    on_error: Literal["isolate", "raise"] = "isolate"
+    """What to do about a sample that raises when it is read, collated or computed: ``isolate`` gives it up, names it, and
+    completes all others (exit code 65); ``raise`` ends the job at once with the exception."""
+    max_errored_samples: int | None = None
+    """Samples of the job that may be given up; one more ends the job. ``None`` sets no bound, but a job of which nothing at
+    all can be read, or computed, ends at once in any case."""
     enable_oom_halving: bool = True
     """Compute a batch that does not fit into memory in parts; a sample that does not fit alone is given up and named."""
     batch_size: int = 32
@@ -188,6 +194,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "node_timeout_sec": _positive,
     "max_restart_attempts": _not_negative,
     "max_chunk_failures": _at_least_one,
+    "max_errored_samples": (lambda v: v is None or v >= 0, "0 or more, or None"),
     "batch_size": _at_least_one,
     "max_batch_tokens": _at_least_one,
     "tensor_parallel_size": _at_least_one,
@@ -222,6 +229,9 @@ def _parse(hint: Any, text: str, variable: str) -> Any:
             matches = [choice for choice in typing.get_args(kind) if str(choice).lower() == text.strip().lower()]
             if matches:
                 return matches[0]
+        elif kind is type(None):
+            if text.strip().lower() in ("", "none"):
+                return None
         elif kind is bool:
             if text.strip().lower() in _TRUE | _FALSE:
                 return text.strip().lower() in _TRUE
@@ -256,7 +266,7 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(kind) for kind in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
-    return {bool: "true or false", int: "an integer", float: "a number", str: "text"}[hint]
+    return {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "None"}[hint]
 
 
 def _nearest(name: str, known: Mapping[str, Any]) -> str:

@@ -13,6 +13,8 @@
     ├── CorruptPartError                     a part file fails its checksum
     ├── OutputsNotKeptError                  outputs were asked for of which only markers are kept
     ├── MissingPredictionsError              the job ended with samples missing
+    ├── UnreadableStreamError                a stream raised an error, and cannot go on behind it
+    ├── TooManyErroredSamplesError           more samples failed than ``max_errored_samples``
     ├── ControlPlaneError                    the coordinator cannot be reached, or ranks disagree
     │   ├── ControlPlaneTimeoutError (TimeoutError)
     │   ├── ProtocolError                    a message between two processes is malformed
@@ -35,7 +37,11 @@ that ends with a code of :data:`FINAL_EXIT_CODES`: repeating the run cannot chan
 from __future__ import annotations
 
 import os
+import re
+import sysconfig
+import traceback
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 EXIT_FAILURE = 1
 EXIT_DATA_MISSING = os.EX_DATAERR
@@ -140,6 +146,18 @@ class MissingPredictionsError(GPUOrchError):
         self.indices: Sequence[int] = indices if isinstance(indices, Sequence) else tuple(indices)
 
 
+class UnreadableStreamError(GPUOrchError):
+    """A stream raised an error where an item was to be read. What comes behind the item cannot be known."""
+
+    exit_code = EXIT_DATA_MISSING
+
+
+class TooManyErroredSamplesError(GPUOrchError):
+    """More samples were given up than ``max_errored_samples`` allows."""
+
+    exit_code = EXIT_DATA_MISSING
+
+
 class ControlPlaneError(GPUOrchError):
     """The job's control plane failed: its coordinator is gone, or ranks disagree."""
 
@@ -228,3 +246,46 @@ def format_indices(indices: Iterable[int], limit: int = 20) -> str:
     text = ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges[:limit])
     hidden = sum(high - low + 1 for low, high in ranges[limit:])
     return f"{text} and {hidden} more" if hidden else text
+
+
+@dataclass(frozen=True)
+class ExceptionSummary:
+    """An exception in one line.
+
+    Attributes:
+        type: Name of its class.
+        message: First line of what it says.
+        location: ``file:line`` of the innermost frame of the user's code, or of the innermost one at all.
+    """
+
+    type: str
+    message: str
+    location: str
+
+    def __str__(self) -> str:
+        said = f"{self.type}: {self.message}" if self.message else self.type
+        return f"{said} ({self.location})" if self.location else said
+
+
+def summarize_exception(error: BaseException) -> ExceptionSummary:
+    """Tell what an exception says and where it was raised, also where a loader's worker process raised it."""
+    text = str(error)
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if _RAISED_IN_WORKER.match(text):  # torch raises it again here, with the worker's traceback as its message
+        frames = [(file, int(line)) for file, line in _FRAME.findall(text)] or frames
+        text = text.rstrip().rsplit("\n", 1)[-1].removeprefix(f"{type(error).__name__}: ")
+    lines = text.strip().splitlines()
+    message = lines[0] if lines else ""
+    users = [frame for frame in frames if not frame[0].startswith(_NOT_THE_USERS)]
+    file, line = (users or frames or [("", 0)])[-1]
+    location = f"{os.path.basename(file)}:{line}" if file else ""
+    return ExceptionSummary(type(error).__name__, message[:_MESSAGE_CHARACTERS], location)
+
+
+_MESSAGE_CHARACTERS = 300
+_RAISED_IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker process")
+_FRAME = re.compile(r'^  File "(.+)", line (\d+)', re.MULTILINE)
+_NOT_THE_USERS = tuple(
+    {sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    | {os.path.dirname(os.path.abspath(__file__)) + os.sep, "<frozen "}
+)

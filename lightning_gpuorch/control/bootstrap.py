@@ -7,19 +7,23 @@ imported before the script itself asks for it.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import faulthandler
 import importlib
-import json
 import os
 import runpy
 import signal
 import sys
-import traceback
+from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 from lightning_gpuorch.control.environment import WorkerEnvironment
+from lightning_gpuorch.control.error_record import ErrorRecord
 from lightning_gpuorch.control.heartbeat import Phase, current_heartbeat, start_heartbeat
+from lightning_gpuorch.errors import EXIT_FAILURE, EXIT_RESUMABLE
 
+EXIT_SUCCESS = 0
 ERROR_FILE = "_GPUORCH_ERROR_FILE"
 PARENT = "_GPUORCH_PARENT"
 DUMP_FILE = "_GPUORCH_DUMP_FILE"
@@ -65,22 +69,57 @@ def winding_up() -> None:
 
 
 def report_failure(error: BaseException) -> int:
-    """Print an exception as Python would, leave a record for the supervisor, and return the exit code."""
-    shown = _without_our_frames(error.__traceback__)
-    text = "".join(traceback.format_exception(type(error), error, shown))
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    """Leave a record of an exception for the supervisor, which shows it; without one, print it as Python would.
+
+    Returns:
+        The exit code.
+    """
+    record = ErrorRecord.of(error, _without_our_frames(error.__traceback__), os.getpid())
+    if not _leave(record):
+        sys.stderr.write(record.traceback)
+        sys.stderr.flush()
+    return EXIT_FAILURE if record.exit_code is None else record.exit_code
+
+
+def report_exit(leaving: SystemExit) -> int:
+    """Leave a record of a script that ends itself with an exit code, unless it has ended well or a record is there.
+
+    Returns:
+        The exit code.
+    """
+    if leaving.code is None or leaving.code == EXIT_SUCCESS:
+        return EXIT_SUCCESS
+    code = leaving.code if isinstance(leaving.code, int) else EXIT_FAILURE
     path = os.environ.get(ERROR_FILE)
-    if path:
-        record = {"type": type(error).__name__, "message": str(error), "traceback": text, "pid": os.getpid()}
-        if getattr(error, "caused_by", None) is not None:
-            record["caused_by"] = error.caused_by  # type: ignore[attr-defined]
-        try:
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump(record, file)
-        except OSError as failure:  # the record only helps the supervisor's message; the exit code still tells
-            sys.stderr.write(f"gpuorch: no error record at {path}: {failure}\n")
-    return int(getattr(error, "exit_code", 1))
+    if path and not os.path.exists(path):
+        record = ErrorRecord.of(leaving, _without_our_frames(leaving.__traceback__), os.getpid())
+        _leave(dataclasses.replace(record, exited_with=code))
+    if not isinstance(leaving.code, int):
+        sys.stderr.write(f"{leaving.code}\n")
+    return code
+
+
+def leave_resumable() -> NoReturn:
+    """End this process on request, and say so to the supervisor: the exit code alone would not be believed.
+
+    Raises:
+        SystemExit: Always.
+    """
+    _leave(ErrorRecord(type="SystemExit", message="stopped on request", exit_code=EXIT_RESUMABLE, pid=os.getpid()))
+    raise SystemExit(EXIT_RESUMABLE)
+
+
+def _leave(record: ErrorRecord) -> bool:
+    """Write the record where the supervisor looks for it, if there is one."""
+    path = os.environ.get(ERROR_FILE)
+    if not path:
+        return False
+    try:
+        record.write(Path(path))
+    except OSError as failure:
+        sys.stderr.write(f"gpuorch: no error record at {path}: {failure}\n")
+        return False
+    return True
 
 
 def _without_our_frames(tb: TracebackType | None) -> TracebackType | None:
@@ -94,18 +133,18 @@ def _without_our_frames(tb: TracebackType | None) -> TracebackType | None:
 def main(argv: list[str]) -> int:
     """Run the script; returns the exit code."""
     die_with_parent()
-    announce()
-    inject()
     kind, target, *arguments = argv
     sys.argv = [target, *arguments]
     try:
+        announce()
+        inject()
         if kind == "module":
             runpy.run_module(target, run_name="__main__", alter_sys=True)
         else:
             sys.path[0] = os.path.dirname(os.path.abspath(target))
             runpy.run_path(target, run_name="__main__")
-    except SystemExit:
-        raise
+    except SystemExit as leaving:
+        return report_exit(leaving)
     except BaseException as error:  # noqa: BLE001 - whatever ends the script is reported and becomes the exit code
         return report_failure(error)
     finally:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightning_gpuorch.control.messages.base import AnswerT, LoaderKey, Request, UnitRange
+from lightning_gpuorch.control.messages.base import AnswerT, LoaderKey, RaisedException, Request, UnitRange
 from lightning_gpuorch.control.messages.nodes import (
     AbortJob,
     DrainReplica,
@@ -93,10 +93,18 @@ class CoordinatorClient:
         return self._ask(GetDeaths(blamed=blamed, positions=positions)).deaths if blamed else 0
 
     def end_generation(
-        self, replica: int, generation: int, blamed: dict[LoaderKey, int], positions: dict[LoaderKey, UnitRange]
+        self,
+        replica: int,
+        generation: int,
+        blamed: dict[LoaderKey, int],
+        positions: dict[LoaderKey, UnitRange],
+        exception: RaisedException | None = None,
     ) -> None:
-        """Report that a generation is over, with what it was computing."""
-        self._ask(EndGeneration(replica=replica, generation=generation, blamed=blamed, positions=positions))
+        """Report that a generation is over, with what it was computing, and what the script raised there."""
+        request = EndGeneration(
+            replica=replica, generation=generation, blamed=blamed, positions=positions, exception=exception
+        )
+        self._ask(request)
 
     def retire(self, replica: int) -> None:
         """Report that a replica will not come back."""

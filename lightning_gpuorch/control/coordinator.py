@@ -18,7 +18,7 @@ from lightning_gpuorch.control.collectives import CollectiveService
 from lightning_gpuorch.control.job_service import JobService
 from lightning_gpuorch.control.jobs import Job
 from lightning_gpuorch.control.key_values import KeyValueStore
-from lightning_gpuorch.control.messages.base import Done, LoaderKey, Request, UnitRange
+from lightning_gpuorch.control.messages.base import Done, LoaderKey, RaisedException, Request, UnitRange
 from lightning_gpuorch.control.messages.nodes import EndGeneration, RetireReplica
 from lightning_gpuorch.control.messages.ranks import BeginStage, DrainJob, RegisterRank, UnregisterRank
 from lightning_gpuorch.control.node_registry import NodeRegistry
@@ -174,10 +174,11 @@ class Coordinator:
         generation: int,
         blamed: Mapping[LoaderKey, int] | None = None,
         positions: Mapping[LoaderKey, UnitRange] | None = None,
+        exception: RaisedException | None = None,
     ) -> int:
         """End a generation for its group and its leases; see :meth:`JobService.end_generation`."""
         self._votes.end_generation(replica, generation)
-        return self._job_service.end_generation((replica, generation), blamed or {}, positions or {})
+        return self._job_service.end_generation((replica, generation), blamed or {}, positions or {}, exception)
 
     def retire(self, replica: int) -> None:
         """Give a replica up: its work goes back, it gets no more, and collectives no longer wait for it."""
@@ -210,4 +211,4 @@ class Coordinator:
             change(request.sender.rank)
 
     def _end_generation(self, request: EndGeneration) -> None:
-        self.end_generation(request.replica, request.generation, request.blamed, request.positions)
+        self.end_generation(request.replica, request.generation, request.blamed, request.positions, request.exception)

@@ -160,6 +160,13 @@ class Heartbeat:
             unit_start=unit_start, unit_stop=unit_stop,
         )  # fmt: skip
 
+    def reading(self, job: int, loader: int, chunk: int, unit_start: int, unit_stop: int) -> None:
+        """Say what is being read, so that a death can be blamed on it; ``chunk=-1`` says that nothing is."""
+        self._table.write(
+            self._rank, progress_ns=time.monotonic_ns(), job=job, loader=loader, chunk=chunk, unit_start=unit_start,
+            unit_stop=unit_stop,
+        )  # fmt: skip
+
     def end_step(self) -> None:
         """A step is complete."""
         self._progress += 1

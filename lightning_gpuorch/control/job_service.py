@@ -13,9 +13,10 @@ from typing import Any
 from lightning_gpuorch.control.input_ledger import InputLedger
 from lightning_gpuorch.control.jobs import Job, verify_complete
 from lightning_gpuorch.control.leases import LeaseQueue, Owner
-from lightning_gpuorch.control.messages.base import LoaderKey, Sender, UnitRange
+from lightning_gpuorch.control.messages.base import LoaderKey, RaisedException, Sender, UnitRange
 from lightning_gpuorch.control.messages.leases import (
     ChunkDone,
+    ChunkRecorded,
     CloseJob,
     EndOfStream,
     Fenced,
@@ -154,7 +155,11 @@ class JobService:
             return [n for n, job in self.jobs.items() if rank in job.opened_by and rank not in job.closed_by]
 
     def end_generation(
-        self, owner: Owner, blamed: Mapping[LoaderKey, int], positions: Mapping[LoaderKey, UnitRange]
+        self,
+        owner: Owner,
+        blamed: Mapping[LoaderKey, int],
+        positions: Mapping[LoaderKey, UnitRange],
+        exception: RaisedException | None = None,
     ) -> int:
         """Take back the leases of a generation that is over; every path that ends one passes here. Idempotent.
 
@@ -162,6 +167,7 @@ class JobService:
             owner: The replica, and which of its starts.
             blamed: Chunk being computed at death.
             positions: Units of the step it was in.
+            exception: What the script raised there, if that is what ended it.
 
         Returns:
             Number of chunks that went back.
@@ -172,7 +178,7 @@ class JobService:
                 for loader, queue in enumerate(job.queues):
                     key = (number, loader)
                     before = len(queue.quarantined)
-                    back += len(queue.revoke(owner, blamed.get(key), positions.get(key)))
+                    back += len(queue.revoke(owner, blamed.get(key), positions.get(key), exception))
                     self._record_quarantine(number, loader, before)
             for job in self.jobs.values():
                 job.opened_by.difference_update(self._replicas.ranks_of(owner[0]))
@@ -283,7 +289,7 @@ class JobService:
         _, queue = self._job_and_queue(request)
         return queue.next(request.sender.owner, request.sequence, request.block, request.seconds_per_sample)
 
-    def record_chunk(self, request: ChunkDone) -> None:
+    def record_chunk(self, request: ChunkDone) -> ChunkRecorded:
         """A chunk is durable."""
         job, queue = self._job_and_queue(request)
         queue.report_done(request.chunk)
@@ -300,6 +306,8 @@ class JobService:
                 before = len(queue.quarantined)
                 queue.quarantine(start, stop, reason)
                 self._record_quarantine(request.job, request.loader, before)
+            num_errored = sum(entry.stop - entry.start for queue in job.queues for entry in queue.quarantined)
+        return ChunkRecorded(num_errored=num_errored)
 
     def record_kept(self, request: SamplesKept) -> Kept:
         """Samples of chunks that are not whole yet are computed, and kept: a good moment to leave."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -94,18 +95,27 @@ def missing_units(layout: LoaderLayout, done: set[int]) -> list[int]:
     return [unit for chunk in range(layout.num_chunks) if chunk not in done for unit in layout.chunk_range(chunk)]
 
 
-def remove_ephemeral(jobs: Mapping[int, Job]) -> None:
-    """Remove result directories nobody asked to keep, if their job is complete."""
+def remove_ephemeral(jobs: Mapping[int, Job], succeeded: bool | None = None) -> None:
+    """Remove result directories nobody asked to keep, if their job is complete and the script has succeeded.
+
+    Args:
+        jobs: The predict calls.
+        succeeded: Whether the script has; None looks whether an exception is about to end this process.
+    """
+    if succeeded is None:
+        succeeded = getattr(sys, "last_value", None) is None  # set for an exception that nobody has caught
     for job in jobs.values():
-        if not job.ephemeral:
+        if not job.ephemeral or not job.directory.exists():
             continue
-        if job.finished and not any(queue.quarantined for queue in job.queues):
+        complete = job.finished and not any(queue.quarantined for queue in job.queues)
+        if complete and succeeded:
             shutil.rmtree(job.directory, ignore_errors=True)
             for parent in list(job.directory.parents)[:2]:  # the run's folder, and "gpuorch" around it
                 _remove_if_empty(parent)
-        elif job.directory.exists():
+        else:
             log.warning(
-                "incomplete predictions are kept in %s; pass output_dir=%r to go on from there",
+                "%s predictions are kept in %s; pass output_dir=%r to go on from there",
+                "complete" if complete else "incomplete",
                 job.directory,
                 str(job.directory),
             )

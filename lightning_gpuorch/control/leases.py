@@ -17,12 +17,15 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from lightning_gpuorch.control.messages.base import RaisedException
 from lightning_gpuorch.control.messages.leases import Drain, Fenced, Lease, LeaseAnswer, Pace, Pause, Stop
 from lightning_gpuorch.control.pending import answered, pending, resolve
 
 Owner = tuple[int, int]
 """Replica and its generation (how often it was started)."""
 
+_EQUAL_EXCEPTIONS = 2
+"""So often a unit has to raise the same exception, the last time while it was computed alone."""
 _DEATHS_ALONE = 2
 """One death may be chance even where a unit was computed alone."""
 
@@ -38,6 +41,7 @@ class ChunkFault:
         deaths: Workers that died while computing it.
         deaths_of: The same for each unit that was part of the step.
         deaths_alone: Workers that died while they computed nothing but this unit.
+        exceptions_of: How often a unit was part of a step that raised an exception, by unit and exception.
         isolate: Units to be computed one by one from now on, as ``[start, stop)``.
         skip: Units given up.
     """
@@ -45,6 +49,7 @@ class ChunkFault:
     deaths: int = 0
     deaths_of: Counter[int] = field(default_factory=Counter)
     deaths_alone: Counter[int] = field(default_factory=Counter)
+    exceptions_of: Counter[tuple[int, str]] = field(default_factory=Counter)
     isolate: tuple[int, int] | None = None
     skip: list[int] = field(default_factory=list)
 
@@ -163,13 +168,20 @@ class LeaseQueue:
                 heapq.heapify(waiting)
             self._serve_waiting()
 
-    def revoke(self, owner: Owner, blamed: int | None = None, position: tuple[int, int] | None = None) -> list[int]:
+    def revoke(
+        self,
+        owner: Owner,
+        blamed: int | None = None,
+        position: tuple[int, int] | None = None,
+        exception: RaisedException | None = None,
+    ) -> list[int]:
         """Take back everything an owner holds; called on every path that ends a generation. Idempotent.
 
         Args:
             owner: The generation that ended.
             blamed: Chunk it was computing when it died of a fault, if it did.
             position: Units ``[start, stop)`` of the step it was in; without it nothing is blamed.
+            exception: What the script raised in them; None if a death says nothing of its cause.
 
         Returns:
             The chunks that went back.
@@ -181,7 +193,7 @@ class LeaseQueue:
             for chunk in back:
                 del self._leases[chunk]
             if blamed in back and position is not None:
-                self._blame(blamed, position)
+                self._blame(blamed, position, exception)
             for chunk in back:
                 self._put_back(chunk)
             self._answers.pop(owner, None)
@@ -228,20 +240,33 @@ class LeaseQueue:
         """Those that there are: a part behind the end of a stream, if there is one, does not stand for another."""
         return {chunk for chunk in chunks if self.num_chunks is None or chunk < self.num_chunks}
 
-    def _blame(self, chunk: int, position: tuple[int, int]) -> None:
+    def _blame(self, chunk: int, position: tuple[int, int], exception: RaisedException | None) -> None:
         fault = self.faults.setdefault(chunk, ChunkFault())
         fault.deaths += 1
         units = range(*position)
         fault.deaths_of.update(units)
+        if exception is not None:
+            fault.exceptions_of.update((unit, exception[0]) for unit in units)
         if len(units) == 1:
-            unit = units.start
-            fault.deaths_alone[unit] += 1
-            if fault.deaths_alone[unit] >= _DEATHS_ALONE and fault.deaths_of[unit] >= self._max_chunk_failures:
-                fault.skip.append(unit)
-                self.quarantine(unit, unit + 1, f"{fault.deaths_of[unit]} workers died computing it")
-        suspects = [u for u, deaths in fault.deaths_of.items() if deaths >= max(1, self._max_chunk_failures - 1)]
+            self._give_up_if_guilty(fault, units.start, exception)
+        # An exception says that it is the step's fault, which of several deaths only the repetition does.
+        enough = 1 if exception is not None else max(1, self._max_chunk_failures - 1)
+        suspects = {u for u, deaths in fault.deaths_of.items() if deaths >= enough}
+        suspects |= {unit for unit, _ in fault.exceptions_of}
         if suspects:
             fault.isolate = (min(suspects), max(suspects) + 1)
+
+    def _give_up_if_guilty(self, fault: ChunkFault, unit: int, exception: RaisedException | None) -> None:
+        """Give up a unit that a worker has just died of while it computed nothing else."""
+        fault.deaths_alone[unit] += 1
+        if unit in fault.skip:
+            return
+        if exception is not None and fault.exceptions_of[unit, exception[0]] >= _EQUAL_EXCEPTIONS:
+            fault.skip.append(unit)
+            self.quarantine(unit, unit + 1, exception[1])
+        elif fault.deaths_alone[unit] >= _DEATHS_ALONE and fault.deaths_of[unit] >= self._max_chunk_failures:
+            fault.skip.append(unit)
+            self.quarantine(unit, unit + 1, f"{fault.deaths_of[unit]} workers died computing it")
 
     def _decide(self, owner: Owner, block: bool) -> LeaseAnswer | None:
         if self.finished:

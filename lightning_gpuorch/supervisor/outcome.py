@@ -52,6 +52,8 @@ def conclude(coordinator: Coordinator, exit_codes: Collection[int], stopped: boo
         return Conclusion(code, error, by_failure=True)
     whole = coordinator.gang or coordinator.needs_every_replica  # a stage that a retired replica leaves incomplete
     others_finished = bool(coordinator.jobs and coordinator.retired) and 0 in codes and codes <= {0, EXIT_FAILURE}
+    if coordinator.jobs and codes <= {0, EXIT_DATA_MISSING}:
+        return Conclusion(0)  # what one rank could not read, another one has
     if codes <= {0} or (others_finished and not whole):
         return Conclusion(0)
     if stopped:

@@ -12,6 +12,9 @@ from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 
+from lightning_gpuorch.control.error_record import PREDICT_STEP, ErrorRecord
+from lightning_gpuorch.errors import EXIT_CONFIGURATION, EXIT_DATA_MISSING, EXIT_RESUMABLE, EXIT_STORAGE
+
 log = logging.getLogger(__name__)
 
 
@@ -23,6 +26,9 @@ class FailureKind(Enum):
     COLLECTIVE_ERROR = "collective error"
     RANK_DEATH = "rank death"
     EARLY_EXIT = "left with exit code 0 in the middle of a job"
+    ENVIRONMENT_EXCEPTION = "an exception that tells of the device, the network or the machine"
+    STEP_EXCEPTION = "an exception in a step"
+    DETERMINISTIC_EXCEPTION = "an exception that a restart would only repeat"
     STUCK = "no progress"
     GPU_FAILED = "GPU failed"
     GPU_DRAIN = "GPU is about to fail"
@@ -65,6 +71,9 @@ RULES: dict[FailureKind, Rule] = {
     FailureKind.COLLECTIVE_ERROR: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
     FailureKind.RANK_DEATH: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
     FailureKind.EARLY_EXIT: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
+    FailureKind.ENVIRONMENT_EXCEPTION: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
+    FailureKind.STEP_EXCEPTION: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
+    FailureKind.DETERMINISTIC_EXCEPTION: Rule(Action.FAIL, Action.FAIL, costs_budget=False),
     FailureKind.STUCK: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
     # Without a spare the replica is retired; with DRAIN, after it has finished the chunks it holds.
     FailureKind.GPU_FAILED: Rule(Action.REPLACE_DEVICE, Action.RETIRE_REPLICA, costs_budget=False),
@@ -76,6 +85,65 @@ RULES: dict[FailureKind, Rule] = {
     FailureKind.MISSING_DATA: Rule(Action.FAIL, Action.FAIL, costs_budget=False),
     FailureKind.STOP_REQUESTED: Rule(Action.DRAIN, Action.DRAIN, costs_budget=False),
 }
+
+
+EXCEPTIONS = frozenset(
+    {FailureKind.ENVIRONMENT_EXCEPTION, FailureKind.STEP_EXCEPTION, FailureKind.DETERMINISTIC_EXCEPTION}
+)
+"""Kinds whose evidence is the exception itself, which says more than the kind."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What shows why a worker has ended by itself.
+
+    Attributes:
+        exit_code: Its exit code.
+        record: What it has left about its exception, if anything.
+        generation: How often its replica was started before.
+        has_worked: Whether its replica has completed a step in this life.
+        has_open_jobs: Whether it has opened a predict call and not closed it.
+        has_closed_jobs: Whether predict calls were opened, and it has closed all of its own.
+        is_repeated: Whether the same exception was seen before, and nobody has made progress since.
+    """
+
+    exit_code: int
+    record: ErrorRecord | None
+    generation: int = 0
+    has_worked: bool = False
+    has_open_jobs: bool = True
+    has_closed_jobs: bool = False
+    is_repeated: bool = False
+
+
+REPORTED: dict[int, FailureKind] = {
+    EXIT_CONFIGURATION: FailureKind.CONFIGURATION,
+    EXIT_STORAGE: FailureKind.STORAGE,
+    EXIT_DATA_MISSING: FailureKind.MISSING_DATA,
+    EXIT_RESUMABLE: FailureKind.STOP_REQUESTED,
+}
+"""Kinds that a worker reports itself; its exit code alone says nothing."""
+
+
+def classify(evidence: Evidence) -> FailureKind:
+    """Tell what kind of failure the evidence shows."""
+    record, code = evidence.record, evidence.exit_code
+    if record is None:
+        return FailureKind.EARLY_EXIT if code == 0 else FailureKind.RANK_DEATH
+    if record.exit_code is not None and record.exit_code == code and code in REPORTED:
+        return REPORTED[code]
+    if record.is_final:
+        return FailureKind.DETERMINISTIC_EXCEPTION
+    if record.is_environment:
+        return FailureKind.ENVIRONMENT_EXCEPTION
+    if code < 0 or record.exited_with == 0:
+        return FailureKind.RANK_DEATH
+    # The first step itself may have met a bad sample; whatever comes before it is the same in every life.
+    before_first_step = not (evidence.generation or evidence.has_worked) and record.doing != PREDICT_STEP
+    after_the_work = evidence.has_closed_jobs and not evidence.has_open_jobs
+    if before_first_step or after_the_work or evidence.is_repeated:
+        return FailureKind.DETERMINISTIC_EXCEPTION
+    return FailureKind.STEP_EXCEPTION if record.units is not None else FailureKind.RANK_DEATH
 
 
 @dataclass(frozen=True)
@@ -134,7 +202,9 @@ class FailureRecoveryManager:
                 if self._attempts[replica] > self.max_restart_attempts:
                     action = rule.when_spent
             attempt = self._attempts[replica]
-        reason = f"rank {rank}: {kind.value}" + (f" ({evidence})" if evidence else "")
+        reason = f"rank {rank}: {evidence or kind.value}"
+        if evidence and kind not in EXCEPTIONS:
+            reason = f"rank {rank}: {kind.value} ({evidence})"
         return Decision(kind, action, replica, attempt, reason)
 
     def handle_gpu_oom(self, rank: int) -> Decision:

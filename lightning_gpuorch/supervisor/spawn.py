@@ -10,7 +10,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lightning_gpuorch.control.bootstrap import PARENT, announce, die_with_parent, inject, report_failure, winding_up
+from lightning_gpuorch.control.bootstrap import (
+    PARENT,
+    announce,
+    die_with_parent,
+    inject,
+    report_exit,
+    report_failure,
+    winding_up,
+)
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.supervisor.fork_server import ZygoteSpawner
 from lightning_gpuorch.supervisor.workers import Process, Spawner
@@ -107,7 +115,7 @@ class ForkSpawner:
         try:
             self._target()
         except SystemExit as leaving:
-            code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+            code = report_exit(leaving)
         except BaseException as error:  # noqa: BLE001 - whatever ends the function is reported and becomes the exit code
             code = report_failure(error)
         else:

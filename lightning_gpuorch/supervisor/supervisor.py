@@ -9,6 +9,8 @@ as dead. Before a generation starts, its GPUs are checked; a bad one is replaced
 from __future__ import annotations
 
 import atexit
+import dataclasses
+import functools
 import logging
 import os
 import shlex
@@ -18,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,18 +30,17 @@ from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.control.client import NodePlace
 from lightning_gpuorch.control.coordinator import Coordinator
 from lightning_gpuorch.control.environment import WorkerEnvironment
+from lightning_gpuorch.control.error_record import ErrorRecord
 from lightning_gpuorch.control.heartbeat import waits_for_others
 from lightning_gpuorch.control.jobs import remove_ephemeral
 from lightning_gpuorch.control.messages.nodes import JobState
 from lightning_gpuorch.devices.pool import DevicePool
 from lightning_gpuorch.errors import (
-    EXIT_CONFIGURATION,
     EXIT_DATA_MISSING,
     EXIT_FAILURE,
     EXIT_RESUMABLE,
-    EXIT_STORAGE,
-    FINAL_EXIT_CODES,
     ControlPlaneError,
+    MissingPredictionsError,
     format_indices,
 )
 from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_directory
@@ -47,8 +48,17 @@ from lightning_gpuorch.supervisor.hang_detector import RankWatch
 from lightning_gpuorch.supervisor.outcome import Conclusion, conclude
 from lightning_gpuorch.supervisor.pending_starts import Beginnings
 from lightning_gpuorch.supervisor.rendezvous import Membership
-from lightning_gpuorch.supervisor.restart_policy import Action, Decision, FailureKind, FailureRecoveryManager
-from lightning_gpuorch.supervisor.run_records import describe_failure, failure_record
+from lightning_gpuorch.supervisor.restart_policy import (
+    EXCEPTIONS,
+    REPORTED,
+    Action,
+    Decision,
+    Evidence,
+    FailureKind,
+    FailureRecoveryManager,
+    classify,
+)
+from lightning_gpuorch.supervisor.run_records import FailureLog, failure_record
 from lightning_gpuorch.supervisor.workers import Spawner, Worker, Workers, describe_exit
 from lightning_gpuorch.telemetry.events.log import EventLog
 from lightning_gpuorch.telemetry.run_directory import (
@@ -62,12 +72,6 @@ from lightning_gpuorch.telemetry.run_directory import (
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02
-_FINAL_KINDS = {
-    EXIT_CONFIGURATION: FailureKind.CONFIGURATION,
-    EXIT_STORAGE: FailureKind.STORAGE,
-    EXIT_DATA_MISSING: FailureKind.MISSING_DATA,
-    EXIT_RESUMABLE: FailureKind.STOP_REQUESTED,
-}
 
 
 @dataclass
@@ -132,7 +136,9 @@ class Supervisor:
         )
         self._leaving: dict[int, _Leaving] = {}
         self._seen_verdicts: set[tuple[int, int, str]] = set()
-        self._first_failure: dict[str, Any] | None = None
+        self._failures = FailureLog()
+        self._raised_at: dict[str, int] = {}
+        """Durable chunks of the job when an exception was seen last, by its signature."""
         self._stop_signals: list[int] = []
         self._drain_deadline: float | None = None
         self._progress: dict[int, int] = {}
@@ -191,7 +197,7 @@ class Supervisor:
                 signal.signal(number, handler)
             self._workers.close()
             self._job.stop_watching()
-            self._clean_up()
+            self._clean_up(code)
         return code
 
     @property
@@ -283,30 +289,60 @@ class Supervisor:
             self._ended[rank] = 0
             self._client.rank_left(rank, "has ended")
             return
-        if code in FINAL_EXIT_CODES:
-            self._on_final_exit(worker, code)
-            return
-        kind = FailureKind.EARLY_EXIT if code == 0 else FailureKind.RANK_DEATH
-        self._on_failure(worker, kind, describe_exit(code))
+        record = worker.error_record()
+        progress = sum(state.chunks_by_replica.values())
+        repeated = record is not None and self._raised_at.get(record.signature) == progress
+        if record is not None:
+            self._raised_at[record.signature] = progress
+        works = self._watch.have_worked(self._group_of(rank, state))
+        evidence = Evidence(
+            code,
+            record,
+            generation=worker.generation,
+            has_worked=works,
+            has_open_jobs=rank in state.open_ranks,
+            has_closed_jobs=state.has_jobs,
+            is_repeated=repeated and not works,
+        )
+        kind = classify(evidence)
+        if kind in REPORTED.values():
+            self._on_reported_exit(worker, code, kind)
+        else:
+            self._on_failure(worker, kind, describe_exit(code) if record is None else record.headline, record=record)
 
-    def _on_final_exit(self, worker: Worker, code: int) -> None:
-        """An end that a restart would only repeat."""
-        rank = worker.rank
+    def _on_reported_exit(self, worker: Worker, code: int, kind: FailureKind) -> None:
+        """An end that the worker itself reports, and a restart would only repeat."""
+        rank, record = worker.rank, worker.error_record()
+        assert record is not None
         replica = rank // (self._state.tensor_parallel_size or 1)
-        if code == EXIT_RESUMABLE and replica in self._leaving:
+        if kind is FailureKind.STOP_REQUESTED and replica in self._leaving:
             self._on_left(replica, rank)
             return
         self._ended[rank] = code
         self._client.rank_left(rank, f"ended with exit code {code}")
-        if code == EXIT_RESUMABLE:
+        if not any(peer in self._workers for peer in self._group_of(rank, self._state)):
+            self._client.end_generation(replica, self._generation[rank], {}, {})  # what it holds is for others to try
+        if kind is FailureKind.STOP_REQUESTED:
             return
-        self._remember_failure(worker, _FINAL_KINDS[code].value)
-        if code == EXIT_CONFIGURATION:
+        is_missing = record.type == MissingPredictionsError.__name__  # told in full when all ranks have ended
+        text = f"rank {rank}: {kind.value}" if is_missing else f"rank {rank}: {record.headline}"
+        failure = failure_record(worker, kind.value)
+        self._record("failure", **failure)
+        if not is_missing:
+            self._failures.show(failure, logging.ERROR, text)
+        if kind is FailureKind.CONFIGURATION or record.is_final:
             self._client.abort(code)
-        elif code == EXIT_STORAGE:
-            self._begin_drain(FailureKind.STORAGE.value)
+        elif kind is FailureKind.STORAGE:
+            self._begin_drain(kind.value)
 
-    def _on_failure(self, worker: Worker, kind: FailureKind, evidence: str, in_step: bool = True) -> None:
+    def _on_failure(
+        self,
+        worker: Worker,
+        kind: FailureKind,
+        evidence: str,
+        in_step: bool = True,
+        record: ErrorRecord | None = None,
+    ) -> None:
         rank, state = worker.rank, self._job.state(fresh=True)
         size = state.tensor_parallel_size
         group = self._group_of(rank, state)
@@ -317,44 +353,63 @@ class Supervisor:
         works = self._watch.have_worked(group)
         complete = state.open_ranks.get(rank, False)
         self._workers.kill(group)
-        if works and self._client.deaths_before(blamed, positions):
+        raised = (
+            None if record is None or kind is not FailureKind.STEP_EXCEPTION else (record.signature, record.summary)
+        )
+        decided = kind
+        if kind is not FailureKind.DETERMINISTIC_EXCEPTION and works and self._client.deaths_before(blamed, positions):
             # The replica can compute, and this is not the first death in the same samples: it is their fault.
-            kind = FailureKind.POISON
-        decision = self.recovery.decide(kind, rank, evidence)
+            decided = FailureKind.POISON
+        decision = self.recovery.decide(decided, rank, evidence)
+        if kind in EXCEPTIONS:
+            decision = dataclasses.replace(decision, reason=f"rank {rank}: {evidence}")
         if decision.action is Action.RETIRE_REPLICA:
             blamed = {}  # it is the replica's fault, not that of what it happened to compute
         for member in {r // (size or 1) for r in group}:
             # Its device is condemned already: the next generation gets another one, or none.
             self._leaving.pop(member, None)
-            self._client.end_generation(member, generation, blamed, positions)
-        self._remember_failure(worker, evidence)
+            self._client.end_generation(member, generation, blamed, positions, raised)
+        failure = failure_record(worker, evidence)
+        self._record("failure", **failure)
+        if decision.action is Action.FAIL:
+            self._failures.show(failure, logging.ERROR, f"{decision.reason}; the job ends")
+            code = (record.exited_with if record is not None else None) or EXIT_FAILURE
+            self._ended.update(dict.fromkeys(group, code))
+            self._client.abort(code)
+            return
+        show = functools.partial(self._failures.show, failure)
         if self._drain_deadline is not None:
+            show(logging.WARNING, decision.reason)
             self._ended.update(dict.fromkeys(group, EXIT_RESUMABLE))
             return
         if any(self._ended.get(peer) == 0 for peer in self._group_of(rank, state, with_ended=True)):
             # Its peers have left in good order, so they cannot form a group with it again, nor did they need it.
             self._ended[rank] = 0 if complete else EXIT_FAILURE
-            log.warning("%s; the others of its replica are done, so it is ended, not restarted", decision.reason)
+            show(
+                logging.WARNING, f"{decision.reason}; the others of its replica are done, so it is ended, not restarted"
+            )
             return
         moved = decision.action is Action.REPLACE_DEVICE and self._beginnings.replace_device(rank, evidence)
         if decision.action is Action.RESTART_REPLICA and state.gang:
-            self._tell_restart(decision, group)
+            self._tell_restart(decision, group, show)
             self._restart_gang(self._client.restart_gang(self._gang_generation))
         elif decision.action is Action.RESTART_REPLICA or moved:
-            self._tell_restart(decision, group)
+            self._tell_restart(decision, group, show)
             self._next_generation(group, generation + 1)
         else:
+            show(logging.ERROR, decision.reason)
             self._retire(decision.replica, group, decision.reason)
 
-    def _tell_restart(self, decision: Decision, group: Sequence[int]) -> None:
+    def _tell_restart(self, decision: Decision, group: Sequence[int], show: Callable[[int, str], None]) -> None:
         self._restarts += 1
         most = self.recovery.max_restart_attempts
         self._record(
             "restart", replica=decision.replica, reason=decision.reason, attempt=decision.attempt, max_attempts=most,
             ranks=list(group),
         )  # fmt: skip
-        log.warning(
-            "%s; restarting replica %d (attempt %d of %d)", decision.reason, decision.replica, decision.attempt, most
+        show(
+            logging.WARNING,
+            f"{decision.reason}; restarting replica {decision.replica} (attempt {decision.attempt} of {most})",
         )
 
     def _next_generation(self, group: Sequence[int], generation: int) -> None:
@@ -546,8 +601,8 @@ class Supervisor:
         missing, code = end.missing, end.exit_code
         if missing is not None:
             self._missing = {"missing_samples": format_indices(missing.indices), "num_missing": len(missing.indices)}
-        if end.by_failure and self._first_failure is not None:
-            log.error("%s", describe_failure(self._first_failure))
+        if end.by_failure and self._failures.first is not None:
+            log.error("%s", self._failures.summary())
         if code == EXIT_RESUMABLE and missing is not None:
             log.info("stopped on request; the same command goes on from here")
         elif missing is not None and code in (EXIT_DATA_MISSING, EXIT_FAILURE):
@@ -556,15 +611,10 @@ class Supervisor:
         if code == 0 and (self._restarts or retired):
             log.info("complete after %d restarts; %d replicas retired", self._restarts, retired)
 
-    def _remember_failure(self, worker: Worker, reason: str) -> None:
-        record = failure_record(worker, reason)
-        self._record("failure", **record)
-        self._first_failure = self._first_failure or record
-
     def _record(self, kind: str, **fields: Any) -> None:
         self._events.record(kind, **fields)
 
-    def _clean_up(self) -> None:
+    def _clean_up(self, code: int) -> None:
         self._watch.close()
         self._events.close()
         coordinator = self.coordinator
@@ -581,5 +631,5 @@ class Supervisor:
         if self.keep_results:
             return
         if coordinator is not None:
-            remove_ephemeral(coordinator.jobs)
+            remove_ephemeral(coordinator.jobs, succeeded=code == 0)
         shutil.rmtree(self.run_directory, ignore_errors=True)

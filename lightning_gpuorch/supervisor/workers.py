@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -10,9 +9,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from lightning_gpuorch.control.bootstrap import DUMP_FILE, DUMP_SIGNAL, ERROR_FILE
+from lightning_gpuorch.control.error_record import ErrorRecord
 from lightning_gpuorch.control.heartbeat import main_thread_of_dump
 
 log = logging.getLogger(__name__)
@@ -72,14 +72,9 @@ class Worker:
     started_ns: int = field(default_factory=time.monotonic_ns)
     ended_ns: int | None = None
 
-    def error_record(self) -> dict[str, Any]:
-        """What it has left about the exception that ended it; empty if nothing, as after a kill."""
-        try:
-            record = json.loads(self.error_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            log.debug("rank %d left no error record: %s", self.rank, error)
-            return {}
-        return record if isinstance(record, dict) else {}
+    def error_record(self) -> ErrorRecord | None:
+        """What it has left about the exception that ended it; None if nothing, as after a kill."""
+        return ErrorRecord.read(self.error_file)
 
 
 class Workers:
@@ -134,7 +129,8 @@ class Workers:
         if worker.ended_ns is None:
             worker.ended_ns = time.monotonic_ns()
         waited_seconds = (time.monotonic_ns() - worker.ended_ns) / 1e9
-        culprit = worker.error_record().get("caused_by")
+        record = worker.error_record()
+        culprit = None if record is None else record.caused_by
         return culprit != worker.rank and culprit in self._running and waited_seconds < _CULPRIT_SECONDS
 
     def kill(self, ranks: Sequence[int]) -> None:

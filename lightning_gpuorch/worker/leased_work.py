@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lightning_gpuorch.control.error_record import READING, note_failure
 from lightning_gpuorch.control.heartbeat import Phase, current_heartbeat, phase
 from lightning_gpuorch.control.messages.base import AnswerT, Request, Sender
 from lightning_gpuorch.control.messages.leases import (
@@ -39,6 +40,7 @@ class Job(Protocol):
 
     number: int
     steps: int
+    raises_errors: bool
 
     @property
     def sender(self) -> Sender:
@@ -59,6 +61,10 @@ class Job(Protocol):
 
     def begin_waiting(self) -> None:
         """A wait for work has ended, which was no work."""
+        ...
+
+    def give_up(self, loader: int, reasons: Mapping[int, str]) -> None:
+        """Units have no prediction."""
         ...
 
 
@@ -139,6 +145,28 @@ class ReplicaSink:
         """A chunk of unknown length is over: what is done of it is handed on first."""
         self._job.collect()
         self._collector.end(chunk)
+
+    def reading(self, chunk: int, units: range) -> None:
+        """Units are being read; a death is blamed on them."""
+        heartbeat = current_heartbeat()
+        if heartbeat is not None:
+            at = chunk if units else -1
+            heartbeat.reading(self._job.number, self._loader, at, units.start, units.stop)
+
+    def cannot_read(self, chunk: int, units: range, error: Exception) -> None:
+        """An error of reading is about to end this rank: what was being read goes into its record."""
+        note_failure(error, READING, loader=self._loader, units=units, is_final=self._job.raises_errors)
+
+    def give_up(self, chunk: int, reasons: Mapping[int, str], whole_batch: bool) -> None:
+        """Units cannot be read, and have no prediction."""
+        self._job.give_up(self._loader, reasons)
+        if whole_batch:
+            self._collector.give_up_batch(chunk)
+
+    def give_up_in_window(self, window: Window, positions: Sequence[int], reasons: Mapping[int, str]) -> None:
+        """Samples of a window cannot be collated, and have no prediction."""
+        self._job.give_up(self._loader, reasons)
+        self._collector.give_up_in_window(window, len(positions))
 
     def take_over(self, window: Window) -> set[int]:
         """Take what is known of a window's samples already."""

@@ -12,7 +12,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ import msgspec
 import torch
 
 from lightning_gpuorch._version import __version__
+from lightning_gpuorch.control.bootstrap import leave_resumable
+from lightning_gpuorch.control.error_record import PREDICT_STEP, note_failure
 from lightning_gpuorch.control.heartbeat import Phase, current_heartbeat, phase
 from lightning_gpuorch.control.messages.base import AnswerT, Request, Sender
 from lightning_gpuorch.control.messages.leases import ChunkDone, CloseJob, GetProgress, OpenJob, SamplesKept
 from lightning_gpuorch.control.messages.ranks import DrainJob
 from lightning_gpuorch.devices.memory.transfer import HostCopy
-from lightning_gpuorch.errors import EXIT_RESUMABLE
+from lightning_gpuorch.errors import TooManyErroredSamplesError
 from lightning_gpuorch.predictions.loading.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.loading.loader import LeasedLoader, Ticket
 from lightning_gpuorch.predictions.loading.source import Source, default_chunk_batches, describe
@@ -105,6 +107,7 @@ class PredictionJob:
         self.finished_before = opened.finished
         self.resumed_chunks = opened.resumed_chunks
         manifest = Manifest.from_dict(opened.manifest)
+        self._layouts = manifest.loaders
         for index, (source, layout) in enumerate(zip(sources, manifest.loaders, strict=True)):
             source.thaw(loader_directory(self.directory, index), layout)
         self._keeps_outputs = manifest.keep_outputs
@@ -121,6 +124,11 @@ class PredictionJob:
         self._ended: NoWork | None = None
         self._lost: set[int] = set()
         self._quarantined: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
+        """What is given up of chunks that are not durable, and why."""
+        self._num_errored = 0
+        """Samples given up in chunks that are durable, by all ranks."""
+        self.raises_errors = runtime.config.on_error == "raise"
+        """Whether an error of a sample ends the job."""
         self._fragments = [self._fragments_of(index, layout) for index, layout in enumerate(manifest.loaders)]
         self._writer = self._make_writer(manifest.loaders) if world.topology.is_leader else None
         self._collectors = [
@@ -143,7 +151,10 @@ class PredictionJob:
     ) -> LeasedLoader:
         topology = self._world.topology
         sink = ReplicaSink(self, self._world, index, self._collectors[index])
-        leased = (source, layout, self._queues[index], sink, self.batches_in_flight, index, self._on_ended)
+        leased = (
+            source, layout, self._queues[index], sink, self.batches_in_flight, index, self._on_ended,
+            not self.raises_errors,
+        )  # fmt: skip
         if self._dynamic is None or batcher is None:
             return LeasedLoader(*leased)
         dynamic = self._dynamic
@@ -207,12 +218,31 @@ class PredictionJob:
             reason: Why, for the report and the error at the end.
         """
         self._lost.update(positions)
-        span = ticket.span
-        chunk_size = self.loaders[ticket.loader].layout.chunk_size
-        for position in positions:
-            unit = span.unit(position)
-            entries = self._quarantined.setdefault((ticket.loader, unit // chunk_size), [])
-            entries.append((unit, unit + 1, reason))
+        self.give_up(ticket.loader, dict.fromkeys(map(ticket.span.unit, positions), reason))
+
+    def give_up(self, loader: int, reasons: Mapping[int, str]) -> None:
+        """Note units that will have no prediction; the head is told with their chunk.
+
+        Args:
+            loader: Their dataloader.
+            reasons: Why, by unit.
+
+        Raises:
+            TooManyErroredSamplesError: There are more of them than the configuration allows.
+        """
+        chunk_size = self._layouts[loader].chunk_size
+        for unit, reason in reasons.items():
+            self._quarantined.setdefault((loader, unit // chunk_size), []).append((unit, unit + 1, reason))
+            log.warning("%s %d is given up: %s", self._layouts[loader].noun, unit, reason)
+        most = self._runtime.config.max_errored_samples
+        num_errored = self._num_errored + sum(map(len, list(self._quarantined.values())))
+        if most is not None and num_errored > most:
+            error = TooManyErroredSamplesError(
+                f"{num_errored} samples failed, and max_errored_samples={most}; the last one: {list(reasons.values())[-1]}. "
+                f"What is computed is kept in {self.directory}."
+            )
+            note_failure(error, "", is_final=True)
+            raise error
 
     def run_step(self, call: Callable[[Any], Any], batch: Any) -> Any:
         """Compute the batch that was given out; its output is kept when callbacks are through with it.
@@ -247,6 +277,8 @@ class PredictionJob:
             raise RuntimeError(f"the predict step raised StopIteration on batch {ticket.number}") from error
         except Exception as error:
             telemetry.fail_step(error)
+            units = range(ticket.span.first_unit, ticket.span.first_unit + ticket.span.num_units)
+            note_failure(error, PREDICT_STEP, loader=ticket.loader, units=units, is_final=self.raises_errors)
             if self._world.recovery is not None:
                 self._world.recovery.abandon(error)
             raise
@@ -360,15 +392,19 @@ class PredictionJob:
 
         Raises:
             MissingPredictionsError: Samples are missing; they are named.
+            UnreadableStreamError: A stream has raised an error.
             SystemExit: The job was asked to stop; the exit code says that it can be resumed.
         """
         with phase(Phase.COMMIT, then=Phase.OUTSIDE):
             self.end_batch()
             self.collect()
             self.close()
+        for loader in self.loaders:
+            if loader.failure is not None:
+                raise loader.failure
         if self._ended in (NoWork.DRAIN, NoWork.FENCED):
             log.info("stopped on request; the same command goes on from here")
-            raise SystemExit(EXIT_RESUMABLE)
+            leave_resumable()
         closed = self.ask(CloseJob(sender=self.sender, job=self.number))
         if self._runtime.calibration is not None:  # the data ended before the time
             self._end_calibration()
@@ -468,7 +504,7 @@ class PredictionJob:
             sender=self.sender, job=self.number, loader=loader, chunk=chunk, won=won, samples=samples,
             quarantined=tuple(quarantined),
         )  # fmt: skip
-        self.ask(request)
+        self._num_errored = max(self._num_errored, self.ask(request).num_errored)
 
     def _on_ended(self, answer: NoWork) -> None:
         self._ended = answer

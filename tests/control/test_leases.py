@@ -253,3 +253,21 @@ def test_an_answer_tells_how_fast_a_replica_is_beside_those_that_are_known():
     assert queue.next((0, 0), 1, False).result(0).pace.speed == pytest.approx(1.5), "it told before"
     assert queue.next((1, 0), 0, False, 9.0).result(0) == slow, "all ranks of a replica get the same answer"
     assert queue.next((2, 0), 0, False).result(0).pace is None
+
+
+def test_an_exception_isolates_at_once_and_the_same_one_alone_gives_the_sample_up():
+    queue = LeaseQueue(2, SIZE, max_chunk_failures=10)
+    _lease(queue, 0, 1)
+    queue.revoke((0, 0), blamed=1, position=(4, 8), exception=("ValueError at a.py:3", "ValueError: too long (a.py:3)"))
+    assert _lease(queue, 1, 1).isolate == (4, 8)
+    queue.revoke((0, 1), blamed=1, position=(6, 7), exception=("ValueError at a.py:3", "ValueError: 9 (a.py:3)"))
+    assert [(q.start, q.reason) for q in queue.quarantined] == [(6, "ValueError: 9 (a.py:3)")]
+    assert _lease(queue, 2, 1).skip == (6,)
+
+
+def test_different_exceptions_of_a_sample_are_no_proof():
+    queue = LeaseQueue(1, SIZE, max_chunk_failures=10)
+    for generation, exception in enumerate(["ValueError at a.py:3", "OSError at b.py:9", "KeyError at c.py:1"]):
+        _lease(queue, generation, 0)
+        queue.revoke((0, generation), blamed=0, position=(2, 3), exception=(exception, exception))
+    assert queue.quarantined == []

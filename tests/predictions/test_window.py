@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -50,6 +50,27 @@ class Queue:
         pass
 
 
+class Sink(ChunkCollector):
+    """A collector, and what it is told of samples that cannot be read."""
+
+    given_up: dict[int, str]
+
+    def reading(self, chunk: int, units: range) -> None:
+        pass
+
+    def cannot_read(self, chunk: int, units: range, error: Exception) -> None:
+        pass
+
+    def give_up(self, chunk: int, reasons: Mapping[int, str], whole_batch: bool) -> None:
+        self.given_up = {**getattr(self, "given_up", {}), **reasons}
+        if whole_batch:
+            self.give_up_batch(chunk)
+
+    def give_up_in_window(self, window: Any, positions: Any, reasons: Mapping[int, str] = {}) -> None:  # type: ignore[override]
+        self.given_up = {**getattr(self, "given_up", {}), **reasons}
+        super().give_up_in_window(window, len(positions))
+
+
 class Stream(IterableDataset[Any]):
     def __init__(self, samples: list[Any]):
         self.samples = samples
@@ -82,7 +103,7 @@ class Job:
         self.stored: dict[int, list[StoredBatch]] = {}
         clock = itertools.count(0, 2).__next__  # a fragment is due now and then
         self.writer = FragmentWriter(directory, 0, self.layout.samples_per_chunk, clock=clock) if directory else None
-        self.collector = ChunkCollector(
+        self.collector = Sink(
             self.commit, (self.writer, FragmentReader(directory, 0)) if self.writer is not None else None
         )
         self.tickets: Any = collections.deque()

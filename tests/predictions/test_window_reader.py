@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import collections
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from lightning_gpuorch.control.messages.leases import Lease
 from lightning_gpuorch.predictions.loading import window_bounds, window_reader
 from lightning_gpuorch.predictions.loading.source import Span
 from lightning_gpuorch.predictions.loading.window import Window
@@ -22,18 +22,17 @@ class Spans:
     """Chunks of two spans of four samples; ``before(n)`` is called before span ``n`` is read."""
 
     def __init__(self, num_chunks: int, before: Callable[[int], None] = lambda span: None, **answer: Any):
-        self.requested: collections.deque[Requested] = collections.deque()
         self.num_chunks, self.before, self.answer = num_chunks, before, answer
         self.read = 0
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[tuple[Requested, list[int]]]:
         for number in range(2 * self.num_chunks):
             self.before(number)
             indices = list(range(4 * number, 4 * number + 4))
             span = Span(indices[0], 4, number, indices)
-            self.requested.append(Requested(number // 2, span, self.answer, False, number % 2 == 1))
+            asked = Requested(Lease(chunk=number // 2, **self.answer), span, False, number % 2 == 1)
             self.read += 1
-            yield indices
+            yield asked, indices
 
 
 def bounds(chunks: int) -> WindowBounds:
@@ -50,7 +49,7 @@ def chunks_of(window: Window | None) -> list[int]:
 
 def test_all_of_a_window_is_read_when_it_is_needed() -> None:
     spans = Spans(7)
-    reader = WindowReader(iter(spans), spans.requested, bounds(3))
+    reader = WindowReader(iter(spans), bounds(3))
     assert spans.read == 0
     assert chunks_of(reader.next()) == [0, 1, 2]
     assert spans.read == 6
@@ -61,7 +60,7 @@ def test_all_of_a_window_is_read_when_it_is_needed() -> None:
 
 def test_some_of_the_next_one_is_read_when_told_and_no_more_than_that_one() -> None:
     spans = Spans(7)
-    reader = WindowReader(iter(spans), spans.requested, bounds(2))
+    reader = WindowReader(iter(spans), bounds(2))
     assert chunks_of(reader.next()) == [0, 1]
     reader.read_ahead(7)
     assert spans.read == 6, "eight samples: spans are read as a whole"
@@ -80,7 +79,7 @@ def test_in_the_background_a_window_is_cut_where_it_stands() -> None:
             assert go_on.wait(SECONDS)
 
     spans = Spans(7, before)
-    reader = BackgroundWindowReader(iter(spans), spans.requested, bounds(5))
+    reader = BackgroundWindowReader(iter(spans), bounds(5))
     assert stands.wait(SECONDS)
     assert chunks_of(reader.next()) == [0, 1, 2]
     go_on.set()
@@ -102,7 +101,7 @@ def test_in_the_background_a_chunk_is_never_cut() -> None:
         spans_of_windows.append(0 if window is None else len(window.pieces))
 
     spans = Spans(3, before)
-    reader = BackgroundWindowReader(iter(spans), spans.requested, bounds(3))
+    reader = BackgroundWindowReader(iter(spans), bounds(3))
     begun.set()
     with reader._changed:
         assert reader._changed.wait_for(lambda: reader._whole, SECONDS)
@@ -114,7 +113,7 @@ def test_in_the_background_a_chunk_is_never_cut() -> None:
 def test_in_the_background_no_more_than_one_whole_window_is_read_ahead() -> None:
     read = threading.Event()
     spans = Spans(100, lambda span: read.set() if span == 3 else None)
-    reader = BackgroundWindowReader(iter(spans), spans.requested, bounds(2))
+    reader = BackgroundWindowReader(iter(spans), bounds(2))
     assert chunks_of(reader.next())[0] == 0
     assert read.wait(SECONDS)
     with reader._changed:
@@ -130,7 +129,7 @@ def test_an_error_of_the_dataset_is_raised_when_all_before_it_is_computed() -> N
             raise OSError("sample 20 is not there")
 
     spans = Spans(7, before)
-    reader = BackgroundWindowReader(iter(spans), spans.requested, bounds(5))
+    reader = BackgroundWindowReader(iter(spans), bounds(5))
     chunks: list[int] = []
     with pytest.raises(OSError, match="sample 20 is not there"):
         chunks.extend(chunk for window in iter(reader.next, None) for chunk in chunks_of(window))
@@ -142,7 +141,7 @@ def test_a_dataset_that_hangs_is_not_waited_for_at_the_end(monkeypatch: pytest.M
     monkeypatch.setattr(window_reader, "_CLOSE_SECONDS", 0.1)
     go_on = threading.Event()
     spans = Spans(7, lambda span: None if span < 2 else go_on.wait(SECONDS) and None)
-    reader = BackgroundWindowReader(iter(spans), spans.requested, bounds(5))
+    reader = BackgroundWindowReader(iter(spans), bounds(5))
     assert chunks_of(reader.next()) == [0]
     reader.close()
     assert reader._thread.is_alive()

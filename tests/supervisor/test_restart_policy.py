@@ -1,5 +1,14 @@
+import pytest
+
 from lightning_gpuorch import FailureRecoveryManager
-from lightning_gpuorch.supervisor.restart_policy import RULES, Action, FailureKind
+from lightning_gpuorch.control.error_record import ErrorRecord, note_failure
+from lightning_gpuorch.errors import (
+    ConfigurationError,
+    MissingPredictionsError,
+    StorageFullError,
+    UnreadableStreamError,
+)
+from lightning_gpuorch.supervisor.restart_policy import RULES, Action, Evidence, FailureKind, classify
 
 
 def test_every_kind_of_failure_has_a_rule():
@@ -41,3 +50,72 @@ def test_reset_forgets():
     manager.reset()
     assert manager.decide(FailureKind.RANK_DEATH, 0).attempt == 1
     assert manager.counts[FailureKind.RANK_DEATH] == 1
+
+
+def _record(error: BaseException, **changed: object) -> ErrorRecord:
+    """The record of an exception that was raised here."""
+    try:
+        raise error
+    except BaseException as raised:  # noqa: BLE001 - also what ends a script
+        return ErrorRecord(**{**vars(ErrorRecord.of(raised, raised.__traceback__, 1)), **changed})
+
+
+IN_STEP = {"doing": "predict_step", "units": (4, 8)}
+
+
+@pytest.mark.parametrize(
+    ("evidence", "kind"),
+    [
+        # An exit code alone is no evidence.
+        *[(Evidence(code, None, has_worked=True), FailureKind.RANK_DEATH) for code in (1, 9, 65, 74, 75, 78, -9)],
+        (Evidence(0, None), FailureKind.EARLY_EXIT),
+        # What a worker reports itself is.
+        (Evidence(78, _record(ConfigurationError("no"))), FailureKind.CONFIGURATION),
+        (Evidence(65, _record(MissingPredictionsError("3"))), FailureKind.MISSING_DATA),
+        (Evidence(65, _record(UnreadableStreamError("3"))), FailureKind.MISSING_DATA),
+        (Evidence(74, _record(StorageFullError("full"))), FailureKind.STORAGE),
+        (Evidence(75, ErrorRecord(type="SystemExit", message="", exit_code=75)), FailureKind.STOP_REQUESTED),
+        (Evidence(75, _record(SystemExit(75), exited_with=75), has_worked=True, generation=1), FailureKind.RANK_DEATH),
+        (Evidence(1, _record(ConfigurationError("no"))), FailureKind.DETERMINISTIC_EXCEPTION),
+        # Exceptions of the script.
+        (Evidence(1, _record(ValueError("label 17"))), FailureKind.DETERMINISTIC_EXCEPTION),
+        (Evidence(1, _record(ValueError("label 17")), generation=1), FailureKind.RANK_DEATH),
+        (Evidence(1, _record(ValueError("x"), **IN_STEP)), FailureKind.STEP_EXCEPTION),
+        (Evidence(1, _record(ValueError("x"), **IN_STEP), has_worked=True), FailureKind.STEP_EXCEPTION),
+        (Evidence(1, _record(ValueError("x"), **IN_STEP), is_repeated=True), FailureKind.DETERMINISTIC_EXCEPTION),
+        (Evidence(1, _record(ValueError("x"), is_final=True), has_worked=True), FailureKind.DETERMINISTIC_EXCEPTION),
+        (
+            Evidence(1, _record(ValueError("x")), has_worked=True, has_open_jobs=False, has_closed_jobs=True),
+            FailureKind.DETERMINISTIC_EXCEPTION,
+        ),
+        # Exceptions of the machine.
+        (Evidence(1, _record(RuntimeError("CUDA error: an illegal memory access"))), FailureKind.ENVIRONMENT_EXCEPTION),
+        (Evidence(1, _record(ConnectionResetError())), FailureKind.ENVIRONMENT_EXCEPTION),
+        (Evidence(1, _record(OSError(5, "Input/output error"))), FailureKind.ENVIRONMENT_EXCEPTION),
+        (Evidence(1, _record(FileNotFoundError(2, "labels.json"))), FailureKind.DETERMINISTIC_EXCEPTION),
+    ],
+)
+def test_a_failure_is_classified_by_its_evidence(evidence, kind):
+    assert classify(evidence) is kind
+
+
+def test_the_record_names_the_exception_the_line_and_the_samples(tmp_path):
+    def step():
+        raise ValueError("prompt is too long\nby 12 tokens")
+
+    try:
+        step()
+    except ValueError as error:
+        note_failure(error, "predict_step", units=range(136, 140))
+        ErrorRecord.of(error, error.__traceback__, 7).write(tmp_path / "record")
+    record = ErrorRecord.read(tmp_path / "record")
+    line = step.__code__.co_firstlineno + 1
+    assert record.headline == f"ValueError: prompt is too long (predict_step of 136-139, test_restart_policy.py:{line})"
+    assert record.signature == f"ValueError at test_restart_policy.py:{line}"
+    assert "by 12 tokens" in record.traceback
+
+
+def test_a_record_that_was_cut_off_is_none(tmp_path):
+    (tmp_path / "record").write_text('{"type": "Val')
+    assert ErrorRecord.read(tmp_path / "record") is None
+    assert ErrorRecord.read(tmp_path / "nothing") is None

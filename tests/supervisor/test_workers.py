@@ -38,7 +38,8 @@ class _Spawner:
 
     def spawn(self, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         first = not self.processes
-        record = {"type": "PeerFailedError", "caused_by": 1} if first else {"type": "RuntimeError"}
+        record = {"type": "PeerFailedError" if first else "RuntimeError", "message": "", "units": None}
+        record |= {"caused_by": 1} if first else {}
         self.processes.append(
             subprocess.Popen(
                 [sys.executable, "-c", SCRIPT, json.dumps(record), "" if first else str(self._go)],

@@ -11,6 +11,8 @@ LoaderKey = tuple[int, int]
 """Job and dataloader."""
 UnitRange = tuple[int, int]
 """Units ``[start, stop)``."""
+RaisedException = tuple[str, str]
+"""What is the same whenever the same line raises the same type, and the exception in one line."""
 
 
 class Message(

@@ -94,7 +94,13 @@ class NextChunk(LoaderRequest[LeaseAnswer], frozen=True):
     seconds_per_sample: float = 0.0
 
 
-class ChunkDone(LoaderRequest[Done], frozen=True):
+class ChunkRecorded(Answer, frozen=True):
+    """Samples of the job that are given up, in chunks that are durable."""
+
+    num_errored: int
+
+
+class ChunkDone(LoaderRequest[ChunkRecorded], frozen=True):
     """A chunk's part file is durable, and whether this rank's was the one that counts."""
 
     chunk: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from lightning_gpuorch.control.messages.base import Answer, Done, LoaderKey, Request, UnitRange
+from lightning_gpuorch.control.messages.base import Answer, Done, LoaderKey, RaisedException, Request, UnitRange
 
 
 class NodeJoined(Answer, frozen=True):
@@ -77,6 +77,8 @@ class EndGeneration(Request[Done], frozen=True):
     generation: int
     blamed: dict[LoaderKey, int]
     positions: dict[LoaderKey, UnitRange]
+    exception: RaisedException | None = None
+    """What the script raised there, if that is what ended it."""
 
 
 class Deaths(Answer, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,7 @@ class ChunkCollector:
         self._reader = None if fragments is None else fragments[1]
         self._open: dict[int, _OpenChunk] = {}
         self._layout = OutputLayout()
+        self._counting = threading.Lock()
 
     def begin(self, chunk: int, num_batches: int | None) -> None:
         """See :class:`~lightning_gpuorch.predictions.loading.loader.ChunkSink`."""
@@ -58,6 +60,16 @@ class ChunkCollector:
             self._add_to_window(ticket, ticket.window, output, lost)
             return
         self._store(ticket.chunk, _stored(ticket.span, output, lost))
+
+    def give_up_batch(self, chunk: int) -> None:
+        """No output will follow for a batch of a chunk. From any thread."""
+        self._count_down(chunk)
+
+    def give_up_in_window(self, window: Window, num_samples: int) -> None:
+        """No output will follow for samples of a window."""
+        window.num_open -= num_samples
+        if not window.num_open:
+            self._end_window(window)
 
     def _add_to_window(self, ticket: Ticket, window: Window, output: Any, lost: frozenset[int]) -> None:
         """Keep the output; the last one of a window gives the outputs of the loader's batches."""
@@ -120,13 +132,19 @@ class ChunkCollector:
         self._complete(chunk)
 
     def _store(self, chunk: int, stored: StoredBatch) -> None:
-        entry = self._open[chunk]
         if stored.size != 0:
-            entry.batches.append(stored)
-        if entry.expected is not None:
+            self._open[chunk].batches.append(stored)
+        self._count_down(chunk)
+
+    def _count_down(self, chunk: int) -> None:
+        entry = self._open[chunk]
+        if entry.expected is None:
+            return
+        with self._counting:
             entry.expected -= 1
-            if entry.expected == 0:
-                self._complete(chunk)
+            is_whole = entry.expected == 0
+        if is_whole:
+            self._complete(chunk)
 
     def _complete(self, chunk: int) -> None:
         self._commit(chunk, self._open.pop(chunk).batches)
@@ -134,11 +152,11 @@ class ChunkCollector:
 
 def _stored(span: Span, output: Any, lost: frozenset[int]) -> StoredBatch:
     """The batch of a span, less its lost positions, which the output does not cover."""
-    indices, units = span.indices, None
+    indices, units = span.indices, span.units
     if lost and indices is not None:
         kept = [position for position in range(len(indices)) if position not in lost]
         indices = [indices[position] for position in kept]
-        units = [span.first_unit + position for position in kept] if span.num_units > 1 else None
+        units = [span.unit(position) for position in kept] if span.num_units > 1 else None
     return StoredBatch(span.first_unit, indices, None, output, units, num_lost=len(lost))
 
 
@@ -152,6 +170,12 @@ class NoCollector:
         """Nothing is collected."""
 
     def add(self, ticket: Ticket, output: Any, lost: frozenset[int] = frozenset()) -> None:
+        """Nothing is collected."""
+
+    def give_up_batch(self, chunk: int) -> None:
+        """Nothing is collected."""
+
+    def give_up_in_window(self, window: Window, num_samples: int) -> None:
         """Nothing is collected."""
 
     def take_over(self, window: Window) -> set[int]:

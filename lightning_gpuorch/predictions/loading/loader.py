@@ -8,16 +8,21 @@ order. A batch is done when the batch after is asked for; when no work is left f
 from __future__ import annotations
 
 import collections
+import dataclasses
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lightning_gpuorch.errors import ConfigurationError
+from torch.utils.data import DataLoader
+
+from lightning_gpuorch.errors import ConfigurationError, UnreadableStreamError, summarize_exception
 from lightning_gpuorch.predictions.loading.batch_numbers import number_of_span
+from lightning_gpuorch.predictions.loading.isolation import SampleIsolation
+from lightning_gpuorch.predictions.loading.loader_workers import end_workers, worker_is_lost
 from lightning_gpuorch.predictions.loading.source import BatchSource, MapSource, Source, Span, StreamSource
 from lightning_gpuorch.predictions.loading.window import Window
-from lightning_gpuorch.predictions.loading.window_reader import Requested
+from lightning_gpuorch.predictions.loading.window_reader import LOST, Requested
 from lightning_gpuorch.predictions.loading.work import Lease, NoWork, WorkQueue, isolated_units
 from lightning_gpuorch.predictions.loading.world_of_one import read_alone, world_of_one
 from lightning_gpuorch.predictions.samples.tensors import digest
@@ -45,6 +50,34 @@ class ChunkSink(Protocol):
 
     def take_over(self, window: Window) -> set[int]:
         """Take what is known of a window's samples already; returns the sizes of the batches it came in."""
+        ...
+
+    def reading(self, chunk: int, units: range) -> None:
+        """Units are being read, here or in a worker that reads nothing else; none are, where the range is empty."""
+        ...
+
+    def cannot_read(self, chunk: int, units: range, error: Exception) -> None:
+        """An error of reading is about to be raised, since it is not one of a sample."""
+        ...
+
+    def give_up(self, chunk: int, reasons: Mapping[int, str], whole_batch: bool) -> None:
+        """Units cannot be read, and have no prediction.
+
+        Args:
+            chunk: Their chunk.
+            reasons: Why, by unit.
+            whole_batch: No output will follow for the batch they are in.
+        """
+        ...
+
+    def give_up_in_window(self, window: Window, positions: Sequence[int], reasons: Mapping[int, str]) -> None:
+        """Samples of a window have no prediction.
+
+        Args:
+            window: The window.
+            positions: Their positions in it.
+            reasons: Why, by unit.
+        """
         ...
 
 
@@ -106,6 +139,7 @@ class LeasedLoader:
         delivered: Gets the ticket of each batch that is given out.
         index: Index of the dataloader in the job.
         on_ended: Told why, when the loader ends: stop, drain or fenced.
+        isolates: Give up samples that cannot be read, and go on with the others; otherwise what reading raises is raised.
     """
 
     def __init__(
@@ -117,14 +151,20 @@ class LeasedLoader:
         delivered: TicketQueue,
         index: int = 0,
         on_ended: Callable[[NoWork], None] = lambda answer: None,
+        isolates: bool = True,
     ):
         self.source, self.layout, self.index = source, layout, index
+        self.failure: UnreadableStreamError | None = None
+        """What ended the loader before its end."""
         self.batch_sampler: Any = None
         """Set by whoever has to satisfy a framework that looks for indices here."""
         self._queue, self._sink, self._delivered, self._on_ended = queue, sink, delivered, on_ended
         self._requested: collections.deque[Requested] = collections.deque()
         self._no_work: NoWork | None = None
         """The last answer, if it was no lease."""
+        self._isolates = isolates
+        self._leasing: Iterator[list[Any]] | None = None
+        self._failed_request: Exception | None = None
         self._block = False
 
     @property
@@ -145,10 +185,9 @@ class LeasedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         self._requested.clear()
-        self._no_work, self._block = None, False
+        self._leasing, self._no_work, self._block = None, None, False
         yield from self._batches()
-        assert self._no_work is not None
-        self._on_ended(self._no_work)
+        self._on_ended(self._no_work or NoWork.STOP)  # a stream that has failed ends in the middle of a lease
 
     def _batches(self) -> Iterator[Any]:
         """The loader's own batches."""
@@ -156,16 +195,80 @@ class LeasedLoader:
 
     def _indexed(self, source: MapSource | BatchSource) -> Iterator[Any]:
         loader = source.reordered(LeasedBatches(self))
+        isolation = SampleIsolation(source)
         try:
             while self._no_work in (None, NoWork.PAUSE):
-                for batch in read_alone(loader.__iter__, in_this_process=not loader.num_workers):
-                    asked = self._next_requested()
+                for asked, batch in self._read(loader, isolation):
+                    if batch is LOST:
+                        continue
                     number = number_of_span(asked.span, self.layout)
                     self._delivered.append(Ticket(self.index, asked.lease.chunk, asked.span, number, source.collate))
                     yield batch
                 self._block = True
         finally:
             loader._iterator = None  # ends the workers, which outlive one iteration
+
+    def _read(self, loader: DataLoader[Any], isolation: SampleIsolation) -> Iterator[tuple[Requested, Any]]:
+        """Each batch that was leased, less the samples that cannot be read; ``LOST`` where that is all of them."""
+        batches = read_alone(loader.__iter__, in_this_process=not loader.num_workers)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                if not self._requested:
+                    return
+                error: Exception = RuntimeError("reading a sample raised StopIteration")
+            except Exception as raised:
+                if raised is self._failed_request or not self._requested:
+                    raise
+                error = raised
+            else:
+                asked = self._next_requested()
+                assert asked.span.indices is not None
+                isolation.note_good(asked.span.indices)
+                yield asked, batch
+                continue
+            if not self._isolates:
+                self._tell_unreadable(self._requested[0], error)
+                raise error
+            lost_worker = worker_is_lost(error)
+            failed = list(self._requested) if lost_worker else [self._requested[0]]
+            for _ in failed:
+                self._requested.popleft()
+            if lost_worker:  # and with it what it had read, and what it was to read
+                end_workers(loader._iterator)
+                loader._iterator = None
+                batches = read_alone(loader.__iter__, in_this_process=not loader.num_workers)
+            for asked in failed:
+                yield from self._read_again(asked, isolation, error, has_failed=not lost_worker)
+
+    def _read_again(
+        self, asked: Requested, isolation: SampleIsolation, error: Exception, has_failed: bool
+    ) -> Iterator[tuple[Requested, Any]]:
+        """What can be read of a batch that could not be read as a whole, if anything can."""
+        span = asked.span
+        assert span.indices is not None
+
+        def reading(position: int) -> None:
+            self._sink.reading(asked.lease.chunk, range(span.unit(position), span.unit(position) + 1))
+
+        try:
+            readable = isolation.isolate(span.indices, error, has_failed, reading)
+        except Exception as raised:
+            self._tell_unreadable(asked, raised)
+            raise
+        self._sink.reading(asked.lease.chunk, range(0))
+        if readable.reasons:
+            reasons = {span.unit(position): reason for position, reason in readable.reasons.items()}
+            self._sink.give_up(asked.lease.chunk, reasons, whole_batch=not readable.positions)
+            units = [span.unit(position) for position in readable.positions]
+            indices = [span.indices[position] for position in readable.positions]
+            asked = dataclasses.replace(asked, span=dataclasses.replace(span, indices=indices, units=units))
+        yield asked, readable.batch if readable.positions else LOST
+
+    def _tell_unreadable(self, asked: Requested, error: Exception) -> None:
+        span = asked.span
+        self._sink.cannot_read(asked.lease.chunk, range(span.first_unit, span.first_unit + span.num_units), error)
 
     def _next_requested(self) -> Requested:
         if not self._requested:
@@ -181,10 +284,27 @@ class LeasedLoader:
             answer = self._next_answer()
             if answer is NoWork.PAUSE:
                 self._block = True
-            elif isinstance(answer, NoWork):
+                continue
+            if isinstance(answer, NoWork):
                 return
-            elif self._reach(stream, answer.chunk):
-                yield from self._stream_chunk(stream, answer.chunk, frozenset(answer.skip))
+            try:
+                if self._reach(stream, answer.chunk):
+                    yield from self._stream_chunk(stream, answer.chunk, frozenset(answer.skip))
+            except UnreadableStreamError as error:
+                self._end_unreadable(error)
+                return
+
+    def _end_unreadable(self, error: UnreadableStreamError) -> None:
+        """End the loader where its stream has failed; what it has given out before is still computed.
+
+        Raises:
+            Exception: What the stream raised, where errors are to be raised at once.
+        """
+        cause = error.__cause__
+        if not self._isolates and isinstance(cause, Exception):
+            self._sink.cannot_read(-1, range(0), cause)
+            raise cause
+        self.failure = error
 
     def _reach(self, stream: Stream, chunk: int) -> bool:
         """Go to the beginning of a chunk; False if the stream ends before."""
@@ -212,9 +332,20 @@ class LeasedLoader:
             yield batch
         self._sink.end(chunk)
 
+    @property
+    def _reads_here(self) -> bool:
+        """Whether samples are read by this thread, one batch when it is asked for."""
+        return not getattr(self.source.loader, "num_workers", 0)
+
     def _next_answer(self) -> Lease | NoWork:
-        with world_of_one(hide=False):  # asked from within the loader's sampler
-            answer = self._queue.next(self._block, self._seconds_per_sample)
+        if self._reads_here:
+            self._sink.reading(-1, range(0))
+        try:
+            with world_of_one(hide=False):  # asked from within the loader's sampler
+                answer = self._queue.next(self._block, self._seconds_per_sample)
+        except Exception as error:
+            self._failed_request = error
+            raise
         self._block = False
         self._no_work = answer if isinstance(answer, NoWork) else None
         return answer
@@ -225,6 +356,7 @@ class LeasedLoader:
         while True:
             lease = self._next_answer()
             if isinstance(lease, NoWork):
+                self._leasing = None
                 return
             isolate = isolated_units(lease)
             spans = list(self.source.spans(self.layout, lease.chunk, isolate, frozenset(lease.skip)))
@@ -233,17 +365,25 @@ class LeasedLoader:
                 assert span.indices is not None
                 alone = span.num_units == 1 and span.first_unit in isolate
                 self._requested.append(Requested(lease, span, alone, is_last=span is spans[-1]))
+                if self._reads_here:
+                    self._sink.reading(lease.chunk, range(span.first_unit, span.first_unit + span.num_units))
                 yield span.indices
 
 
 class LeasedBatches:
-    """The batch sampler of a leased loader's inner ``DataLoader``; iterated again after each pause."""
+    """The batch sampler of a leased loader's inner ``DataLoader``.
+
+    Iterated again after each pause; and where a worker was lost, in which case it goes on where it was.
+    """
 
     def __init__(self, owner: LeasedLoader):
         self._owner = owner
 
     def __iter__(self) -> Iterator[list[Any]]:
-        return self._owner._leased_batches()
+        owner = self._owner
+        if owner._leasing is None:
+            owner._leasing = owner._leased_batches()
+        return owner._leasing
 
 
 class SharedLoader:
@@ -336,8 +476,19 @@ class Stream:
             pass
 
     def read(self) -> Any:
-        """The next item, or ``END``."""
-        item = next(self._iterator, END)
+        """The next item, or ``END``.
+
+        Raises:
+            UnreadableStreamError: The stream has raised an error.
+        """
+        try:
+            item = next(self._iterator, END)
+        except Exception as error:
+            raise UnreadableStreamError(
+                f"batch {self.position} of the stream cannot be read, and a stream cannot go on behind an error: "
+                f"{summarize_exception(error)}. Batches before it are kept as far as their chunk is whole; what follows is "
+                "not computed. Catch the error in the dataset, and leave the item out there."
+            ) from error
         if item is END:
             self._tell()
             return END

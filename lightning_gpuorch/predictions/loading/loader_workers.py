@@ -6,20 +6,29 @@ what they are reading until then.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import itertools
+import logging
 import multiprocessing
 import os
+import re
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data._utils import signal_handling
 
 from lightning_gpuorch.predictions.loading.world_of_one import world_of_one
+
+log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.5
 _READ_SECONDS = 120
@@ -50,8 +59,9 @@ def read_in_worker(loader: DataLoader[Any], **changed: Any) -> Iterator[Any]:
         loader: The user's loader.
         **changed: Attributes in which it differs for this reading, such as ``collate_fn``.
 
-    Yields:
-        Batches, never pinned.
+    Returns:
+        Batches, never pinned. A batch that cannot be read raises; the next one can be asked for unless
+        :func:`worker_is_lost`.
 
     Raises:
         Exception: What reading raised, or that the worker did not answer in time.
@@ -63,8 +73,106 @@ def read_in_worker(loader: DataLoader[Any], **changed: Any) -> Iterator[Any]:
         own |= {"multiprocessing_context": context, "worker_init_fn": None, "timeout": _READ_SECONDS}
     clone = copy_loader(loader, **own, generator=torch.Generator().manual_seed(0), **changed)
     with world_of_one():
-        batches = DataLoader.__iter__(clone)  # the class may have one that reads elsewhere
-    yield from batches
+        return DataLoader.__iter__(clone)  # the class may have one that reads elsewhere
+
+
+def outcomes_in_worker(loader: DataLoader[Any], batches: Sequence[list[Any]], **changed: Any) -> Iterator[Any]:
+    """Read batches in one worker process; where one cannot be read, give the exception in its place.
+
+    A batch that ends its worker is read once more, by a worker that reads nothing else: of a worker that has ended it is not
+    known how far it had come.
+
+    Args:
+        loader: The user's loader.
+        batches: Dataset indices of each batch.
+        **changed: Attributes in which the loader differs for this reading.
+    """
+    position, alone = 0, False
+    while position < len(batches):
+        part = batches[position : position + 1 if alone else len(batches)]
+        reader = read_in_worker(loader, **fed_by(loader, part), **changed)
+        try:
+            for _ in part:
+                try:
+                    with _worker_deaths_raise():
+                        outcome = next(reader)
+                except Exception as error:  # noqa: BLE001 - whatever reading raises is the outcome
+                    if worker_is_lost(error) and not alone:
+                        alone = True
+                        break
+                    outcome = error
+                yield outcome
+                position, alone = position + 1, False
+        finally:
+            end_workers(reader)
+
+
+def fed_by(loader: DataLoader[Any], batches: Iterable[list[Any]]) -> dict[str, Any]:
+    """Attributes of a copy of a loader that reads given batches of dataset indices, as many as the loader makes of one."""
+    return {"batch_sampler": batches} if loader.batch_sampler is not None else {"sampler": Flattened(batches)}
+
+
+class Flattened(Sampler[Any]):
+    """Single indices out of batches of one."""
+
+    def __init__(self, batches: Iterable[list[Any]]):
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(self._batches)
+
+
+def worker_is_lost(error: BaseException) -> bool:
+    """Whether an error says that a worker process has ended or does not answer, so that its loader gives nothing more."""
+    return isinstance(error, RuntimeError) and bool(_LOST_WORKER.match(str(error)))
+
+
+_LOST_WORKER = re.compile(r"DataLoader (worker \(pid|timed out after)")
+
+
+def end_workers(iterator: Any) -> None:
+    """End the worker processes of an iterator over a loader, whatever else still refers to it."""
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
+
+
+def _hold_worker_deaths() -> None:
+    """Keep the end of a worker process from raising in whatever the main thread does at that moment.
+
+    torch raises from its handler of SIGCHLD, which may interrupt a step, or a request to the coordinator, that has nothing
+    to do with it. The loader finds out by itself when the next batch does not come.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    signal_handling._set_SIGCHLD_handler()
+    torchs = signal.getsignal(signal.SIGCHLD)
+    if not callable(torchs) or getattr(torchs, "__module__", None) != signal_handling.__name__:
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        try:
+            torchs(number, frame)
+        except RuntimeError as error:
+            if _deaths_raise:
+                raise
+            log.debug("found when the next batch is read: %s", error)
+
+    signal.signal(signal.SIGCHLD, handler)
+
+
+_deaths_raise = False
+
+
+@contextlib.contextmanager
+def _worker_deaths_raise() -> Iterator[None]:
+    """Within, the end of a worker raises at once where the main thread waits for it, and not only after seconds."""
+    global _deaths_raise
+    _deaths_raise = threading.current_thread() is threading.main_thread()
+    try:
+        yield
+    finally:
+        _deaths_raise = False
 
 
 def tie_workers(loader: DataLoader[Any]) -> None:
@@ -74,6 +182,7 @@ def tie_workers(loader: DataLoader[Any]) -> None:
     ahead.
     """
     if loader.num_workers:
+        _hold_worker_deaths()
         loader.worker_init_fn = functools.partial(_begin, loader.worker_init_fn)
 
 

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,14 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
 from lightning_gpuorch.errors import ConfigurationError
-from lightning_gpuorch.predictions.loading.loader_workers import copy_loader, read_in_worker
+from lightning_gpuorch.predictions.loading.loader_workers import (
+    copy_loader,
+    fed_by,
+    outcomes_in_worker,
+    read_in_worker,
+)
 from lightning_gpuorch.predictions.loading.order import Order, draw_worker_seed
-from lightning_gpuorch.predictions.loading.world_of_one import read_alone
+from lightning_gpuorch.predictions.loading.world_of_one import read_alone, world_of_one
 from lightning_gpuorch.predictions.samples.tensors import digest
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 
@@ -155,6 +160,10 @@ class _IndexedSource:
             return None
         return hashlib.sha256(repr([first, *others]).encode()).hexdigest()[:16]
 
+    def some_batches(self) -> list[list[Any]]:
+        """Small batches of samples from the beginning, the middle and the end of the work."""
+        return [[index] for index in self.some_indices()]
+
     def some_indices(self) -> list[Any]:
         """The lowest dataset index, one from the middle, and the highest."""
         if self.order is not None:
@@ -183,9 +192,7 @@ class _IndexedSource:
 
     def reordered(self, batches: Iterable[list[Any]]) -> DataLoader[Any]:
         """The user's loader, fed by ``batches`` of dataset indices instead of its own sampler."""
-        changed: dict[str, Any] = {"batch_sampler": batches}
-        if self.loader.batch_sampler is None:
-            changed = {"sampler": _Flattened(batches)}
+        changed = fed_by(self.loader, batches)
         if self.loader.num_workers:
             changed["persistent_workers"] = True  # the loader is iterated again after a pause
         if self._seeds is not None:
@@ -195,11 +202,35 @@ class _IndexedSource:
     def collate(self, indices: list[Any]) -> Any:
         """Build a batch of the given samples again, as the loader would and where the loader would."""
         if self.loader.num_workers:
-            return next(read_in_worker(self.loader, batch_sampler=[indices]))
+            return next(read_in_worker(self.loader, **fed_by(self.loader, [indices])))
+        return self._collate_here(indices, self.loader.collate_fn)
+
+    def _collate_here(self, indices: list[Any], collate: Callable[[Any], Any]) -> Any:
         dataset: Any = self.loader.dataset
+        if self.loader.batch_sampler is None:  # samples are converted one by one
+            return collate(dataset[indices[0]])
         if hasattr(dataset, "__getitems__"):
-            return self.loader.collate_fn(dataset.__getitems__(indices))
-        return self.loader.collate_fn([dataset[index] for index in indices])
+            return collate(dataset.__getitems__(indices))
+        return collate([dataset[index] for index in indices])
+
+    def outcomes(self, batches: Sequence[list[Any]], uncollated: bool = False) -> Iterator[Any]:
+        """Read batches again where the loader reads, each when it is asked for; in place of one that cannot be, its error.
+
+        Args:
+            batches: Dataset indices of each batch.
+            uncollated: Give lists of samples.
+        """
+        loader, collate = self.loader, _as_it_is if uncollated else self.loader.collate_fn
+        if loader.num_workers:
+            yield from outcomes_in_worker(loader, batches, collate_fn=collate)
+            return
+        for indices in batches:
+            try:
+                with world_of_one():
+                    outcome = self._collate_here(indices, collate)
+            except Exception as error:  # noqa: BLE001 - whatever a dataset raises is the outcome
+                outcome = error
+            yield outcome
 
     def first_batch(self) -> Any:
         """The first batch as the loader gives it, read in a worker process; None if there is none."""
@@ -305,6 +336,12 @@ class BatchSource(_IndexedSource):
         for number in layout.chunk_range(chunk):
             if number not in skip:
                 yield Span(number, 1, number, self.order.batch(number))
+
+    def some_batches(self) -> list[list[Any]]:
+        """Batches from the beginning, the middle and the end of the work."""
+        assert self.order is not None
+        count = len(self.order)
+        return [self.order.batch(number) for number in sorted({0, count // 2, count - 1})] if count else []
 
     def first_batch(self) -> Any:
         """The first batch as the loader gives it, read in a worker process; None if there is none."""
@@ -454,16 +491,6 @@ def default_chunk_batches(num_batches: int | None, num_replicas: int, windows: b
         return 4
     wanted = num_replicas * CHUNKS_PER_REPLICA * (2 if windows else 1)
     return max(1, min(MAX_CHUNK_BATCHES, num_batches // wanted))
-
-
-class _Flattened(Sampler[Any]):
-    """Single indices out of batches of one."""
-
-    def __init__(self, batches: Iterable[list[Any]]):
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[Any]:
-        return itertools.chain.from_iterable(self._batches)
 
 
 def _deterministic_sampler(loader: DataLoader[Any]) -> Sampler[int]:

@@ -1,4 +1,4 @@
-"""When are the samples of a window read: when it begins, or while the one before is computed?"""
+"""The samples of a window are read when it begins, or while the one before is computed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from lightning_gpuorch.predictions.loading.window_bounds import WindowBounds
 from lightning_gpuorch.predictions.loading.work import Lease
 
 _CLOSE_SECONDS = 5.0
+
+LOST = object()
+"""Stands for a batch of which no sample can be read."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +40,19 @@ class WindowReader:
     """Reads all of a window when it is needed, or some of the next one whenever it is told to.
 
     Args:
-        spans: Samples of one span after another.
-        requested: What they are, in the same order; filled while ``spans`` is read.
+        spans: One span after another with its samples, or ``LOST``. What it raises is raised when all windows before are
+            through.
         bounds: Of windows.
         samples_per_unit: See :class:`~lightning_gpuorch.predictions.loading.window.Window`.
     """
 
     def __init__(
         self,
-        spans: Iterator[list[Any]],
-        requested: collections.deque[Requested],
+        spans: Iterator[tuple[Requested, Any]],
         bounds: WindowBounds,
         samples_per_unit: int = 1,
     ):
-        self._spans, self._requested = spans, requested
+        self._spans = spans
         self._bounds, self._samples_per_unit = bounds, samples_per_unit
         self._open: Window | None = None
         """The one that chunks are put into."""
@@ -58,11 +60,17 @@ class WindowReader:
         self._chunk: list[tuple[Requested, list[Any]]] = []
         """What is read of a chunk that is not whole."""
         self._ended = False
+        self._error: BaseException | None = None
 
     def next(self) -> Window | None:
         """The next window; None when there is no work for the moment."""
         while not self._whole and not self._ended:
             self._read_span()
+        return self._next_whole()
+
+    def _next_whole(self) -> Window | None:
+        if not self._whole and self._error is not None:
+            raise self._error
         return self._whole.popleft() if self._whole else None
 
     def read_ahead(self, num_samples: int) -> None:
@@ -74,15 +82,17 @@ class WindowReader:
         """Read no more."""
 
     def _read_span(self) -> int:
-        samples = next(self._spans, None)
-        if samples is None:
+        try:
+            read = next(self._spans, None)
+        except Exception as error:  # noqa: BLE001 - raised where the samples are needed
+            self._error, read = error, None
+        if read is None:
             self._end()
             return 0
-        self._add(samples)
-        return len(samples)
+        self._add(*read)
+        return 0 if read[1] is LOST else len(read[1])
 
-    def _add(self, samples: list[Any]) -> None:
-        asked = self._requested.popleft()
+    def _add(self, asked: Requested, samples: Any) -> None:
         self._chunk.append((asked, samples))
         if not asked.is_last:
             return
@@ -90,6 +100,8 @@ class WindowReader:
         if before is not None and before is not window:
             self._whole.append(before)
         for part, samples_of_part in self._chunk:
+            if samples_of_part is LOST:
+                continue
             window.add(part.lease.chunk, part.span, samples_of_part, part.alone)
         self._chunk.clear()
         if window.closed:
@@ -133,7 +145,6 @@ class BackgroundWindowReader(WindowReader):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._closing = False
-        self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="gpuorch-reader", daemon=True)
         self._thread.start()
@@ -144,10 +155,8 @@ class BackgroundWindowReader(WindowReader):
             self._changed.wait_for(lambda: self._whole or self._open is not None or self._ended)
             if not self._whole:
                 self._cut()
-            if not self._whole and self._error is not None:
-                raise self._error
             self._changed.notify_all()
-            return self._whole.popleft() if self._whole else None
+            return self._next_whole()
 
     def read_ahead(self, num_samples: int) -> None:
         """It does so by itself."""
@@ -174,10 +183,10 @@ class BackgroundWindowReader(WindowReader):
             self._changed.wait_for(lambda: self._closing or not self._whole)
             if self._closing:
                 return False
-        samples = next(self._spans, None)
+        read = next(self._spans, None)
         with self._changed:
-            if samples is None:
+            if read is None:
                 return False
-            self._add(samples)
+            self._add(*read)
             self._changed.notify_all()
         return True

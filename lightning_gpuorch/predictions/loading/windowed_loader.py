@@ -9,14 +9,15 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from lightning_gpuorch.errors import UnreadableStreamError, summarize_exception
 from lightning_gpuorch.predictions.loading.batch_numbers import number_of_dynamic_batch
+from lightning_gpuorch.predictions.loading.isolation import SampleIsolation
 from lightning_gpuorch.predictions.loading.loader import END, LeasedBatches, LeasedLoader, Stream, Ticket
 from lightning_gpuorch.predictions.loading.source import BatchSource, Span, StreamSource
 from lightning_gpuorch.predictions.loading.window import Batcher, Window
 from lightning_gpuorch.predictions.loading.window_bounds import WindowBounds
 from lightning_gpuorch.predictions.loading.window_reader import BackgroundWindowReader, Requested, WindowReader
 from lightning_gpuorch.predictions.loading.work import Lease, NoWork, isolated_units
-from lightning_gpuorch.predictions.loading.world_of_one import read_alone
 from lightning_gpuorch.predictions.storage.writer import size_bytes
 
 
@@ -65,10 +66,10 @@ class WindowedLoader(LeasedLoader):
         loader: DataLoader[Any] | None = None
         if isinstance(source, StreamSource):
             stream = Stream(source.iterate_uncollated, "samples", self.layout.chunk_size, self._queue.saw)
-            begin: Callable[[], Iterator[Any]] = functools.partial(self._leased_stream, stream)
+            begin: Callable[[], Iterator[tuple[Requested, Any]]] = functools.partial(self._leased_stream, stream)
         else:
             loader = source.uncollated(LeasedBatches(self))
-            begin = functools.partial(read_alone, loader.__iter__, in_this_process=not loader.num_workers)
+            begin = functools.partial(self._read, loader, SampleIsolation(source, uncollated=True))
         self._held = None
         left_early = False
         try:
@@ -77,9 +78,12 @@ class WindowedLoader(LeasedLoader):
                     self._held = self._next_answer()
                     if self._no_work is not None:
                         break
-                windows = self._reader(begin(), self._requested, self.bounds, self.layout.samples_per_unit)
+                windows = self._reader(begin(), self.bounds, self.layout.samples_per_unit)
                 try:
                     left_early = yield from self._batches_of_all(windows)
+                except UnreadableStreamError as error:
+                    self._end_unreadable(error)
+                    return
                 finally:
                     windows.close()
                 self._block = True
@@ -108,9 +112,9 @@ class WindowedLoader(LeasedLoader):
         self.bounds.observe(num_bytes=size_bytes(window.samples), num_samples=len(window.samples))
         collate = None if isinstance(self.source, StreamSource) else self.source.collate
         for positions, longest in window.batches(self._batcher, self._sizes):
-            batch = self.source.loader.collate_fn([window.samples[position] for position in positions])
-            for position in positions:
-                window.samples[position] = None
+            positions, batch = self._collate(window, positions)
+            if not positions:
+                continue
             chunk, span = window.ticket_span(positions)
             number = number_of_dynamic_batch(window.numbers(positions))
             shape = self._batcher.formed(batch, longest) or (len(positions), longest)
@@ -120,7 +124,43 @@ class WindowedLoader(LeasedLoader):
             yield batch
         self.bounds.end_window()
 
-    def _leased_stream(self, stream: Stream) -> Iterator[list[Any]]:
+    def _collate(self, window: Window, positions: list[int]) -> tuple[list[int], Any]:
+        """The batch of samples of a window, less those that cannot be collated, and their positions."""
+        samples = [window.samples[position] for position in positions]
+        for position in positions:
+            window.samples[position] = None
+        assert isinstance(self.source.loader, DataLoader)
+        collate = self.source.loader.collate_fn
+        try:
+            return positions, collate(samples)
+        except Exception as error:
+            chunk, span = window.ticket_span(positions)
+            if not self._isolates:
+                self._sink.cannot_read(chunk, range(span.first_unit, span.first_unit + span.num_units), error)
+                raise
+            alone = [self._try_to_collate(collate, [sample]) for sample in samples]
+            kept = [place for place, refused in enumerate(alone) if refused is None]
+            refused = self._try_to_collate(collate, [samples[place] for place in kept]) if kept else error
+            if refused is not None or len(kept) == len(samples):  # no single sample is to blame
+                self._sink.cannot_read(chunk, range(span.first_unit, span.first_unit + span.num_units), error)
+                raise
+            reasons = {
+                span.unit(place): str(summarize_exception(why)) for place, why in enumerate(alone) if why is not None
+            }
+            self._sink.give_up_in_window(
+                window, [positions[p] for p in range(len(positions)) if p not in kept], reasons
+            )
+        return [positions[place] for place in kept], collate([samples[place] for place in kept])
+
+    @staticmethod
+    def _try_to_collate(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Exception | None:
+        try:
+            collate(samples)
+        except Exception as error:  # noqa: BLE001 - the caller decides
+            return error
+        return None
+
+    def _leased_stream(self, stream: Stream) -> Iterator[tuple[Requested, Any]]:
         """The samples of one batch of the stream after another, until there is no work for the moment."""
         while not isinstance(lease := self._next_answer(), NoWork):
             chunk, start = lease.chunk, lease.chunk * self.layout.chunk_size
@@ -136,8 +176,7 @@ class WindowedLoader(LeasedLoader):
             self._sink.begin(chunk, len(batches))
             for number, samples in batches:
                 span, is_last = Span(number, 1, number, None), number == batches[-1][0]
-                self._requested.append(Requested(lease, span, number in isolate, is_last))
-                yield samples
+                yield Requested(lease, span, number in isolate, is_last), samples
 
     def _next_answer(self) -> Lease | NoWork:
         if self._held is None:

@@ -92,24 +92,24 @@ def world_of_one(hide: bool = True) -> Iterator[None]:
         leave()
 
 
-def read_alone(make: Callable[[], Iterator[T]], in_this_process: bool) -> Iterator[T]:
-    """Iterate with the job hidden.
+class read_alone(Iterator[T]):  # noqa: N801 - called like the generator function that it is
+    """Iterate with the job hidden. An item that cannot be read raises, and the iteration goes on behind it if it can.
 
     Args:
         make: Starts the iteration.
         in_this_process: Items are made here, so that the job is hidden for each of them; otherwise worker processes
             make them, which inherit what they were started in.
     """
-    with world_of_one():
-        items = make()
-        item = next(items, _END)  # a loader may start its workers no sooner than here
-    while item is not _END:
-        yield item  # type: ignore[misc]
-        with world_of_one(hide=in_this_process):
-            item = next(items, _END)
 
+    def __init__(self, make: Callable[[], Iterator[T]], in_this_process: bool):
+        self._make, self._in_this_process = make, in_this_process
+        self._items: Iterator[T] | None = None
 
-_END = object()
+    def __next__(self) -> T:
+        with world_of_one(hide=self._in_this_process or self._items is None):
+            if self._items is None:
+                self._items = self._make()  # a loader may start its workers no sooner than with the first item
+            return next(self._items)
 
 
 def undo_split(loader: Any, rank: int, world_size: int) -> None:

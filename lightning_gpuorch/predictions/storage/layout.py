@@ -60,6 +60,11 @@ class LoaderLayout:
             raise ConfigurationError(f"batch_size must be at least 1, got {self.batch_size}")
 
     @property
+    def noun(self) -> str:
+        """What a unit is to the user."""
+        return "batch" if self.unit == "batch" else "sample"
+
+    @property
     def samples_per_unit(self) -> int:
         """Samples of a unit at most; 1 also where that is not known."""
         return int(self.identity.get("batch_size") or 1) if self.unit == "batch" else 1
