@@ -169,8 +169,8 @@ def test_a_file_in_place_of_the_directory(tmp_path):
 
 
 def test_a_prediction_without_durable_form_is_named(tmp_path):
-    model = Model(lambda batch: {"scores": [batch, {1, 2}]})
-    with pytest.raises(UnsupportedPredictionError, match=r"\['scores'\]\[1\].* set"):
+    model = Model(lambda batch: {"scores": [batch, object()]})
+    with pytest.raises(UnsupportedPredictionError, match=r"\['scores'\]\[1\].* object"):
         predict(model, rows(), output_dir=tmp_path)
 
 

@@ -1,10 +1,10 @@
 """Workers that start at once: forked from a process that has done the heavy imports already.
 
 Importing torch and Lightning takes seconds of CPU per process, and a restarted worker would pay them again while its
-replica stands still. One process per node, the zygote, imports them once; each worker is a fork of it, in which the
-user's script runs from its first line. The zygote touches no CUDA, opens no thread, and runs none of the user's code.
+replica stands still. One process per node, the fork server, imports them once; each worker is a fork of it, in which the
+user's script runs from its first line. The fork server touches no CUDA, opens no thread, and runs none of the user's code.
 
-The supervisor talks to it over a socket, one JSON object per line: it sends what to start, the zygote answers with the
+The supervisor talks to it over a socket, one JSON object per line: it sends what to start, the fork server answers with the
 process id, and later with how that process ended.
 """
 
@@ -29,8 +29,8 @@ PRELOADED = ("torch", "torchmetrics", "lightning.pytorch", "lightning_gpuorch.py
 START_SECONDS = 300.0
 
 
-class ZygoteSpawner:
-    """Starts workers by asking a zygote to fork; see :class:`~lightning_gpuorch.supervisor.workers.Spawner`.
+class ForkServerSpawner:
+    """Starts workers by asking a fork server to fork; see :class:`~lightning_gpuorch.supervisor.workers.Spawner`.
 
     Args:
         command: ``("script", PATH, *ARGS)`` or ``("module", NAME, *ARGS)``.
@@ -38,7 +38,7 @@ class ZygoteSpawner:
 
     def __init__(self, command: Sequence[str]):
         self._command = list(command)
-        self._zygote: subprocess.Popen[bytes] | None = None
+        self._server: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._buffer = b""
         self._answers: list[dict[str, Any]] = []
@@ -46,14 +46,14 @@ class ZygoteSpawner:
 
     def prepare(self) -> None:
         """See :meth:`~lightning_gpuorch.supervisor.workers.Spawner.prepare`: the imports begin now."""
-        if self._zygote is None or self._zygote.poll() is not None:
+        if self._server is None or self._server.poll() is not None:
             self._start()
 
     def spawn(self, environment: Mapping[str, str]) -> _ForkedWorker:
         """See :meth:`~lightning_gpuorch.supervisor.workers.Spawner.spawn`.
 
         Raises:
-            OSError: The zygote cannot be started.
+            OSError: The fork server cannot be started.
         """
         self.prepare()
         self._send({"command": self._command, "environment": dict(environment)})
@@ -65,27 +65,27 @@ class ZygoteSpawner:
         return _ForkedWorker(self, int(self._answers.pop(0)["pid"]))
 
     def exit_code(self, pid: int) -> int | None:
-        """How a worker ended; None while it runs. If the zygote is gone, its workers are as well."""
+        """How a worker ended; None while it runs. If the fork server is gone, its workers are as well."""
         self._receive(0.0)
         if pid in self._exit_codes:
             return self._exit_codes[pid]
         return -signal.SIGKILL if self._socket is None else None
 
     def close(self) -> None:
-        """End the zygote."""
+        """End the fork server."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
-        if self._zygote is not None:
-            self._zygote.kill()
-            self._zygote.wait(10)
-            self._zygote = None
+        if self._server is not None:
+            self._server.kill()
+            self._server.wait(10)
+            self._server = None
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         os.set_inheritable(theirs.fileno(), True)
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-        self._zygote = subprocess.Popen(
+        self._server = subprocess.Popen(
             [sys.executable, "-u", *flags, "-m", "lightning_gpuorch.supervisor.fork_server", str(theirs.fileno())],
             env={**os.environ, bootstrap.PARENT: str(os.getpid())},
             pass_fds=(theirs.fileno(),),
@@ -124,7 +124,7 @@ class ZygoteSpawner:
 
 
 class _ForkedWorker:
-    def __init__(self, spawner: ZygoteSpawner, pid: int):
+    def __init__(self, spawner: ForkServerSpawner, pid: int):
         self._spawner, self.pid = spawner, pid
 
     def poll(self) -> int | None:
@@ -177,7 +177,7 @@ def _leave(code: Any) -> None:
 
 
 def serve(connection: socket.socket, preload: Sequence[str] = PRELOADED) -> None:
-    """The zygote's life: import, then fork on request and report who ended, until the supervisor is gone."""
+    """The fork server's life: import, then fork on request and report who ended, until the supervisor is gone."""
     for name in preload:
         importlib.import_module(name)
     import gc
@@ -195,7 +195,7 @@ def serve(connection: socket.socket, preload: Sequence[str] = PRELOADED) -> None
     selector.register(connection, selectors.EVENT_READ)
     selector.register(woken, selectors.EVENT_READ)
     buffer = b""
-    zygote = os.getpid()
+    server_pid = os.getpid()
     while True:
         ready = {key.fileobj for key, _ in selector.select()}
         if woken in ready:
@@ -219,7 +219,7 @@ def serve(connection: socket.socket, preload: Sequence[str] = PRELOADED) -> None
                 connection.close()
                 os.close(woken)
                 os.close(wake)
-                _become_worker(request["command"], request["environment"], zygote)
+                _become_worker(request["command"], request["environment"], server_pid)
             connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
 
 

@@ -1,4 +1,4 @@
-"""The supervisor's eye on its ranks: their table in shared memory, who is stuck, and what they were computing."""
+"""Finds ranks that are stuck, from outside: their table in shared memory, who is stuck, and what they were computing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ JUDGE_SECONDS = 0.2
 _SHARED_MEMORY = Path("/dev/shm")
 
 
-class RankWatch:
+class HangDetector:
     """Watches the ranks of a node.
 
     Args:
@@ -50,7 +50,7 @@ class RankWatch:
         return self._table.path
 
     def forget(self, rank: int) -> None:
-        """A rank is about to be started anew."""
+        """A rank is about to be started again."""
         self._table.clear(self._local(rank))
         self._judge.forget(self._local(rank))
 

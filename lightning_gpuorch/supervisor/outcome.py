@@ -1,4 +1,4 @@
-"""How did the job end? Exit code 0 if and only if every opened job is complete, by the part files themselves."""
+"""How a job ends: exit code 0 if and only if every opened job is complete, by the part files themselves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_gpuorch.errors import (
 
 
 @dataclass(frozen=True)
-class Conclusion:
+class Outcome:
     """The end of a job.
 
     Attributes:
@@ -31,7 +31,7 @@ class Conclusion:
     by_failure: bool = False
 
 
-def conclude(coordinator: Coordinator, exit_codes: Collection[int], stopped: bool) -> Conclusion:
+def decide_outcome(coordinator: Coordinator, exit_codes: Collection[int], stopped: bool) -> Outcome:
     """Judge a job of which every rank has ended, or was given up.
 
     Args:
@@ -45,17 +45,17 @@ def conclude(coordinator: Coordinator, exit_codes: Collection[int], stopped: boo
     except MissingPredictionsError as error:
         for code in (EXIT_CONFIGURATION, EXIT_STORAGE):
             if code in codes:
-                return Conclusion(code, error, by_failure=True)
+                return Outcome(code, error, by_failure=True)
         if stopped or EXIT_RESUMABLE in codes:
-            return Conclusion(EXIT_RESUMABLE, error)
+            return Outcome(EXIT_RESUMABLE, error)
         code = EXIT_DATA_MISSING if codes <= {0, EXIT_DATA_MISSING} else EXIT_FAILURE
-        return Conclusion(code, error, by_failure=True)
+        return Outcome(code, error, by_failure=True)
     whole = coordinator.gang or coordinator.needs_every_replica  # a stage that a retired replica leaves incomplete
     others_finished = bool(coordinator.jobs and coordinator.retired) and 0 in codes and codes <= {0, EXIT_FAILURE}
     if coordinator.jobs and codes <= {0, EXIT_DATA_MISSING}:
-        return Conclusion(0)  # what one rank could not read, another one has
+        return Outcome(0)  # what one rank could not read, another one has
     if codes <= {0} or (others_finished and not whole):
-        return Conclusion(0)
+        return Outcome(0)
     if stopped:
-        return Conclusion(EXIT_RESUMABLE)
-    return Conclusion(max(codes - {0}), by_failure=True)
+        return Outcome(EXIT_RESUMABLE)
+    return Outcome(max(codes - {0}), by_failure=True)

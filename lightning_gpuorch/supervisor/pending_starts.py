@@ -1,4 +1,4 @@
-"""Generations about to begin: their devices are checked first, and bad ones replaced, without anybody waiting."""
+"""Generations that are about to start: their devices are checked first, and bad ones replaced, while others go on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Beginning:
+class PendingStart:
     """Ranks that are to start together.
 
     Attributes:
@@ -27,7 +27,7 @@ class Beginning:
     faults: dict[int, str] = field(default_factory=dict)
 
 
-class Beginnings:
+class PendingStarts:
     """Checks devices before ranks are started on them.
 
     Args:
@@ -38,7 +38,7 @@ class Beginnings:
 
     def __init__(self, devices: DevicePool, local: Callable[[int], int], timeout_seconds: float | None):
         self._devices, self._local, self._timeout_seconds = devices, local, timeout_seconds
-        self._under_way: list[Beginning] = []
+        self._under_way: list[PendingStart] = []
 
     def __bool__(self) -> bool:
         return bool(self._under_way)
@@ -46,7 +46,7 @@ class Beginnings:
     @property
     def ranks(self) -> list[int]:
         """Ranks whose devices are being checked."""
-        return [rank for beginning in self._under_way for rank in beginning.ranks]
+        return [rank for start in self._under_way for rank in start.ranks]
 
     def begin(self, ranks: Sequence[int]) -> None:
         """Start the checks for ranks that are to start."""
@@ -55,18 +55,18 @@ class Beginnings:
             device = self._devices.holders.get(self._local(rank))
             if self._timeout_seconds is not None and device is not None and device.index is not None:
                 checks[rank] = Preflight(device.index, self._timeout_seconds)
-        self._under_way.append(Beginning(list(ranks), checks))
+        self._under_way.append(PendingStart(list(ranks), checks))
 
-    def ready(self) -> Iterator[Beginning]:
-        """Beginnings whose devices have all been checked."""
-        for beginning in list(self._under_way):
-            for rank, check in list(beginning.checks.items()):
+    def ready(self) -> Iterator[PendingStart]:
+        """PendingStarts whose devices have all been checked."""
+        for start in list(self._under_way):
+            for rank, check in list(start.checks.items()):
                 found = check.poll()
                 if found is not None:
-                    self._take(beginning, rank, found)
-            if not beginning.checks:
-                self._under_way.remove(beginning)
-                yield beginning
+                    self._take(start, rank, found)
+            if not start.checks:
+                self._under_way.remove(start)
+                yield start
 
     def replace_device(self, rank: int, why: str) -> bool:
         """Condemn a rank's device and give it a spare; False if there is none."""
@@ -79,22 +79,22 @@ class Beginnings:
 
     def cancel(self) -> None:
         """Give up all that has not begun."""
-        for beginning in self._under_way:
-            for check in beginning.checks.values():
+        for start in self._under_way:
+            for check in start.checks.values():
                 check.cancel()
         self._under_way.clear()
 
-    def _take(self, beginning: Beginning, rank: int, found: Finding) -> None:
-        del beginning.checks[rank]
+    def _take(self, start: PendingStart, rank: int, found: Finding) -> None:
+        del start.checks[rank]
         device = self._devices.holders[self._local(rank)]
         device.uuid = found.uuid or device.uuid
         if found.ok:
             return
         log.error("%s of rank %d fails its check: %s", device, rank, found.evidence)
         if not self.replace_device(rank, found.evidence):
-            beginning.faults[rank] = f"{device} of rank {rank} fails its check ({found.evidence}) and there is no spare"
+            start.faults[rank] = f"{device} of rank {rank} fails its check ({found.evidence}) and there is no spare"
             return
         assert self._timeout_seconds is not None
         spare = self._devices.holders[self._local(rank)].index
         assert spare is not None  # places on the CPU are neither checked nor spares
-        beginning.checks[rank] = Preflight(spare, self._timeout_seconds)
+        start.checks[rank] = Preflight(spare, self._timeout_seconds)

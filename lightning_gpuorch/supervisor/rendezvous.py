@@ -21,7 +21,7 @@ _POLL_SECONDS = 0.02
 _ASK_SECONDS = 5.0
 
 
-class Membership:
+class Rendezvous:
     """A node's seat in a job.
 
     Args:

@@ -20,7 +20,7 @@ from lightning_gpuorch.control.bootstrap import (
     winding_up,
 )
 from lightning_gpuorch.errors import ConfigurationError
-from lightning_gpuorch.supervisor.fork_server import ZygoteSpawner
+from lightning_gpuorch.supervisor.fork_server import ForkServerSpawner
 from lightning_gpuorch.supervisor.workers import Process, Spawner
 
 
@@ -31,7 +31,7 @@ def script_spawner(command: Sequence[str], warm_start: bool) -> Spawner:
         command: ``("script", PATH, *ARGS)`` or ``("module", NAME, *ARGS)``.
         warm_start: Whether to preload.
     """
-    return ZygoteSpawner(command) if warm_start else ScriptSpawner(command)
+    return ForkServerSpawner(command) if warm_start else ScriptSpawner(command)
 
 
 def command_of_this_process() -> list[str]:

@@ -44,10 +44,10 @@ from lightning_gpuorch.errors import (
     format_indices,
 )
 from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_directory
-from lightning_gpuorch.supervisor.hang_detector import RankWatch
-from lightning_gpuorch.supervisor.outcome import Conclusion, conclude
-from lightning_gpuorch.supervisor.pending_starts import Beginnings
-from lightning_gpuorch.supervisor.rendezvous import Membership
+from lightning_gpuorch.supervisor.hang_detector import HangDetector
+from lightning_gpuorch.supervisor.outcome import Outcome, decide_outcome
+from lightning_gpuorch.supervisor.pending_starts import PendingStarts
+from lightning_gpuorch.supervisor.rendezvous import Rendezvous
 from lightning_gpuorch.supervisor.restart_policy import (
     EXCEPTIONS,
     REPORTED,
@@ -118,20 +118,20 @@ class Supervisor:
         self._events = EventLog(self.run_directory / "events", source)
         self.keep_results = False
         """Leave results nobody asked to keep for :meth:`clean_up_at_exit`: the caller is this process."""
-        self._job = Membership(config, place, num_workers, self.run_id, tensor_parallel_size, self._record)
-        self._client = self._job.client
+        self._rendezvous = Rendezvous(config, place, num_workers, self.run_id, tensor_parallel_size, self._record)
+        self._client = self._rendezvous.client
         self.recovery = FailureRecoveryManager(config.max_restart_attempts, config.enable_auto_restart)
         self._devices = devices or DevicePool.of_indices([None] * num_workers)
         self._environment = dict(environment or {})
         self._spawner = spawner
         self._workers = Workers(spawner, self.run_directory / "errors")
         name = f"gpuorch-{self.run_id}-{place.node_rank}"
-        self._watch = RankWatch(config, name, self.run_directory, num_workers, self._local)
+        self._hang_detector = HangDetector(config, name, self.run_directory, num_workers, self._local)
         self._generation: dict[int, int] = {}
         self._gang_generation = 0
         self._ended: dict[int, int] = {}
         self._shrunk: dict[int, tuple[int, int]] = {}
-        self._beginnings = Beginnings(
+        self._pending_starts = PendingStarts(
             self._devices, self._local, config.preflight_timeout_sec if config.enable_preflight else None
         )
         self._leaving: dict[int, _Leaving] = {}
@@ -148,7 +148,7 @@ class Supervisor:
     @property
     def coordinator(self) -> Coordinator | None:
         """The coordinator of the job, on node 0."""
-        return self._job.coordinator
+        return self._rendezvous.coordinator
 
     def add_environment(self, variables: dict[str, str]) -> None:
         """Give more variables to workers that are started from now on."""
@@ -169,16 +169,16 @@ class Supervisor:
         previous = self._install_signal_handlers()
         code = EXIT_FAILURE
         try:
-            self._job.join()
-            self.run_id = self._job.run_id
+            self._rendezvous.join()
+            self.run_id = self._rendezvous.run_id
             self._record(
-                "run", world_size=self._job.world_size, tensor_parallel_size=self._state.tensor_parallel_size or 1,
+                "run", world_size=self._rendezvous.world_size, tensor_parallel_size=self._state.tensor_parallel_size or 1,
                 command=shlex.join(sys.argv), run_id=self.run_id, host=socket.gethostname(),
             )  # fmt: skip
-            ranks = list(range(self._job.first_rank, self._job.first_rank + self.num_workers))
+            ranks = list(range(self._rendezvous.first_rank, self._rendezvous.first_rank + self.num_workers))
             self._generation = dict.fromkeys(ranks, 0)
             self._begin(ranks)
-            while self._workers or self._beginnings:
+            while self._workers or self._pending_starts:
                 time.sleep(POLL_SECONDS)
                 self._look_around()
             code = self._finish()
@@ -186,7 +186,7 @@ class Supervisor:
             log.error("%s; this node stops, what it has computed is durable", error)
         finally:
             self._workers.kill(list(self._workers))
-            self._beginnings.cancel()
+            self._pending_starts.cancel()
             done = (
                 {}
                 if self.coordinator is None
@@ -196,31 +196,31 @@ class Supervisor:
             for number, handler in previous.items():
                 signal.signal(number, handler)
             self._workers.close()
-            self._job.stop_watching()
+            self._rendezvous.stop_watching()
             self._clean_up(code)
         return code
 
     @property
     def _state(self) -> JobState:
-        return self._job.state()
+        return self._rendezvous.state()
 
     def _look_around(self) -> None:
         """One round of watching."""
-        self._heed()
-        self._check_beginnings()
+        self._follow_requests()
+        self._check_pending_starts()
         self._check_verdicts()
         for worker, code in self._workers.ended():
             self._on_exit(worker, code)
         self._check_liveness()
 
-    def _heed(self) -> None:
+    def _follow_requests(self) -> None:
         """Do what somebody asks for, here or elsewhere."""
         self._check_signals()
         self._check_job()
 
     def _check_job(self) -> None:
         """Follow what the coordinator and other nodes have decided."""
-        self._job.check()
+        self._rendezvous.check()
         state = self._state
         if state.abort_code is not None:
             self._end_all(state.abort_code)
@@ -235,56 +235,56 @@ class Supervisor:
                 self._progress[replica] = chunks
                 self.recovery.record_progress(replica)
 
-    # Beginning a generation
+    # PendingStart a generation
 
     def _begin(self, ranks: Sequence[int]) -> None:
         """Start ranks, as soon as their devices have been checked."""
         self._spawner.prepare()
-        self._beginnings.begin(ranks)
+        self._pending_starts.begin(ranks)
 
-    def _check_beginnings(self) -> None:
-        for beginning in self._beginnings.ready():
+    def _check_pending_starts(self) -> None:
+        for start in self._pending_starts.ready():
             size = self._state.tensor_parallel_size or 1
-            doomed = {rank // size: why for rank, why in beginning.faults.items()}
-            for rank in beginning.ranks:
+            doomed = {rank // size: why for rank, why in start.faults.items()}
+            for rank in start.ranks:
                 if rank // size not in doomed:
                     self._start(rank)
             for replica, why in doomed.items():
-                self._retire(replica, [r for r in beginning.ranks if r // size == replica], why)
+                self._retire(replica, [r for r in start.ranks if r // size == replica], why)
 
     def _start(self, rank: int) -> None:
         local = self._local(rank)
         device = self._devices.holders.get(local)
         worker = WorkerEnvironment(
             rank=rank,
-            world_size=self._job.world_size,
+            world_size=self._rendezvous.world_size,
             local_rank=local,
             node_rank=self.place.node_rank,
-            control=self._job.control,
-            token=self._job.token,
+            control=self._rendezvous.control,
+            token=self._rendezvous.token,
             generation=self._generation[rank],
             device_index=device.index if device is not None else None,
             run_id=self.run_id,
             host=self.place.main_address if self.place.num_nodes > 1 and not self.place.node_rank else "127.0.0.1",
-            heartbeat=self._watch.path,
+            heartbeat=self._hang_detector.path,
             run_directory=str(self.run_directory),
             local_world_size=self.num_workers,
             shrunk=self._shrunk.get(rank),
         )
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.num_workers)))
-        self._watch.forget(rank)
+        self._hang_detector.forget(rank)
         self._workers.start(
             rank, worker.generation, {**self._environment, **worker.variables(), "OMP_NUM_THREADS": threads}
         )
 
     def _local(self, rank: int) -> int:
-        return rank - self._job.first_rank
+        return rank - self._rendezvous.first_rank
 
     # Watching
 
     def _on_exit(self, worker: Worker, code: int) -> None:
         rank = worker.rank
-        state = self._job.state(fresh=True)  # what it has closed just now counts
+        state = self._rendezvous.state(fresh=True)  # what it has closed just now counts
         if code == 0 and rank not in state.open_ranks:
             self._ended[rank] = 0
             self._client.rank_left(rank, "has ended")
@@ -294,7 +294,7 @@ class Supervisor:
         repeated = record is not None and self._raised_at.get(record.signature) == progress
         if record is not None:
             self._raised_at[record.signature] = progress
-        works = self._watch.have_worked(self._group_of(rank, state))
+        works = self._hang_detector.have_worked(self._group_of(rank, state))
         evidence = Evidence(
             code,
             record,
@@ -343,14 +343,14 @@ class Supervisor:
         in_step: bool = True,
         record: ErrorRecord | None = None,
     ) -> None:
-        rank, state = worker.rank, self._job.state(fresh=True)
+        rank, state = worker.rank, self._rendezvous.state(fresh=True)
         size = state.tensor_parallel_size
         group = self._group_of(rank, state)
         generation = self._generation[rank]
         self.recovery.tensor_parallel_size = size or 1
         by_device = kind in (FailureKind.GPU_FAILED, FailureKind.GPU_DRAIN)
-        blamed, positions = self._watch.in_work(rank, group) if in_step and not by_device else ({}, {})
-        works = self._watch.have_worked(group)
+        blamed, positions = self._hang_detector.in_work(rank, group) if in_step and not by_device else ({}, {})
+        works = self._hang_detector.have_worked(group)
         complete = state.open_ranks.get(rank, False)
         self._workers.kill(group)
         raised = (
@@ -389,7 +389,7 @@ class Supervisor:
                 logging.WARNING, f"{decision.reason}; the others of its replica are done, so it is ended, not restarted"
             )
             return
-        moved = decision.action is Action.REPLACE_DEVICE and self._beginnings.replace_device(rank, evidence)
+        moved = decision.action is Action.REPLACE_DEVICE and self._pending_starts.replace_device(rank, evidence)
         if decision.action is Action.RESTART_REPLICA and state.gang:
             self._tell_restart(decision, group, show)
             self._restart_gang(self._client.restart_gang(self._gang_generation))
@@ -433,10 +433,10 @@ class Supervisor:
         freed = self._devices.release(map(self._local, group))
         if freed:
             log.info("%s can serve other replicas now", ", ".join(map(str, freed)))
-        state = self._job.state(fresh=True)
-        left = len(self._workers) + len(self._beginnings.ranks)
+        state = self._rendezvous.state(fresh=True)
+        left = len(self._workers) + len(self._pending_starts.ranks)
         whole = state.gang or state.needs_every_replica
-        if (left or self._job.others_present()) and not whole:
+        if (left or self._rendezvous.others_present()) and not whole:
             log.error("%s; replica %d is retired, %d workers go on", reason, replica, left)
             return
         # The others may have done their own part already, and left: that is not what went wrong.
@@ -445,8 +445,11 @@ class Supervisor:
 
     def _shrink(self, replica: int, group: Sequence[int], reason: str) -> bool:
         """Let a replica that would be retired go on with the devices it has left; only the last one, and if allowed."""
-        state = self._job.state(fresh=True)
-        size, others = state.tensor_parallel_size or 1, self._workers or self._beginnings or self._job.others_present()
+        state = self._rendezvous.state(fresh=True)
+        size, others = (
+            state.tensor_parallel_size or 1,
+            self._workers or self._pending_starts or self._rendezvous.others_present(),
+        )
         healthy = [rank for rank in group if self._local(rank) in self._devices.holders]
         if not self.config.allow_tensor_parallel_shrink or others or state.gang or len(healthy) == len(group):
             return False
@@ -471,7 +474,7 @@ class Supervisor:
 
     def _check_liveness(self) -> None:
         """Find who is stuck; show where it stands, and treat it as dead."""
-        found = self._watch.find_stuck(self._workers)
+        found = self._hang_detector.find_stuck(self._workers)
         if found is None:
             return
         rank, verdict = found
@@ -570,8 +573,8 @@ class Supervisor:
         self._check_job()
 
     def _end_all(self, code: int) -> None:
-        self._ended.update(dict.fromkeys([*self._beginnings.ranks, *self._workers], code))
-        self._beginnings.cancel()
+        self._ended.update(dict.fromkeys([*self._pending_starts.ranks, *self._workers], code))
+        self._pending_starts.cancel()
         self._workers.kill(list(self._workers))
 
     # The end
@@ -583,13 +586,13 @@ class Supervisor:
             records = self._state.records
             if records is not None:
                 keep_records(self.run_directory, Path(records) / "runs" / self.run_id)
-            return self._job.leave(self._ended, meanwhile=self._pass_on_stop)
-        self._job.wait_for_others(meanwhile=self._heed)
+            return self._rendezvous.leave(self._ended, meanwhile=self._pass_on_stop)
+        self._rendezvous.wait_for_others(meanwhile=self._follow_requests)
         codes = {*self._ended.values(), *coordinator.nodes.codes().values()}
-        end = conclude(
+        end = decide_outcome(
             coordinator, codes | {EXIT_FAILURE} if coordinator.nodes.lost_ranks() else codes, bool(self._stop_signals)
         )
-        self._tell_conclusion(end)
+        self._tell_outcome(end)
         coordinator.nodes.conclude(end.exit_code)
         return end.exit_code
 
@@ -597,7 +600,7 @@ class Supervisor:
         if self._stop_signals and not self._state.draining:
             self._client.drain()
 
-    def _tell_conclusion(self, end: Conclusion) -> None:
+    def _tell_outcome(self, end: Outcome) -> None:
         missing, code = end.missing, end.exit_code
         if missing is not None:
             self._missing = {"missing_samples": format_indices(missing.indices), "num_missing": len(missing.indices)}
@@ -615,7 +618,7 @@ class Supervisor:
         self._events.record(kind, **fields)
 
     def _clean_up(self, code: int) -> None:
-        self._watch.close()
+        self._hang_detector.close()
         self._events.close()
         coordinator = self.coordinator
         if coordinator is not None:
@@ -627,7 +630,7 @@ class Supervisor:
             if target is not None:
                 keep_records(self.run_directory, target)
                 report_run(target)
-        self._job.close()
+        self._rendezvous.close()
         if self.keep_results:
             return
         if coordinator is not None:

@@ -160,6 +160,13 @@ RELIED_ON: list[tuple[str, Callable[[], Any], Callable[[Any], bool]]] = [
     ("_allgather_base", lambda: ProcessGroup, callable),
     ("_reduce_scatter_base", lambda: ProcessGroup, callable),
     # torch
+    ("_utils", module("torch.utils.data"), lambda utils: hasattr(utils, "signal_handling")),
+    ("_set_SIGCHLD_handler", module("torch.utils.data._utils.signal_handling"), takes()),
+    (
+        "_shutdown_workers",
+        lambda: importlib.import_module("torch.utils.data.dataloader")._MultiProcessingDataLoaderIter,
+        callable,
+    ),
     ("_pytree", module("torch.utils"), lambda pytree: pytree.tree_leaves([1, {"a": 2}]) == [1, 2]),
     (
         "_python_dispatch",
