@@ -60,7 +60,7 @@ def test_communication_that_fails_again_and_again_restarts_the_replica(runner: R
 
 def test_a_bug_on_one_rank_is_not_retried_and_the_other_rank_says_whose_it_is(runner: Runner) -> None:
     ended = runner.run("tp_faults.py", "--tp", 2, "--restarts", 0, "--faults", "bug:16:1", code=1)
-    assert "PeerFailedError: the step failed on rank 1: RuntimeError: shapes do not match" in ended.output
+    assert "error: rank 1: RuntimeError: shapes do not match" in ended.output
     assert "Traceback" in ended.output
     assert "44 units missing: 16-59" in ended.output
 

@@ -31,16 +31,21 @@ class Dies(Doubler):
     file = ""
     output = None
 
-    def wait_for_a_part(self):
-        """Parts are written in the background."""
-        deadline = time.monotonic() + 30
-        while self.output and not list(Path(self.output).rglob("part-*")):
+    def wait_for(self, condition):
+        deadline = time.monotonic() + 60
+        while not condition():
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+    def wait_for_a_part(self):
+        """Parts are written in the background."""
+        self.wait_for(lambda: not self.output or list(Path(self.output).rglob("part-*")))
 
     def predict_step(self, batch, batch_idx, dataloader_idx=0):
         torch.rand(3)  # a model that draws as well
         last = int(os.environ.get("WORLD_SIZE", 1)) - 1
+        if self.file and self.trainer.global_rank != last:
+            self.wait_for(lambda: os.path.exists(self.file))  # else this rank might do all of the work
         if self.file and self.trainer.global_rank == last and batch_idx >= 5 and not os.path.exists(self.file):
             Path(self.file).touch()
             self.wait_for_a_part()
