@@ -28,6 +28,7 @@ class FailureKind(Enum):
     EARLY_EXIT = "left with exit code 0 in the middle of a job"
     ENVIRONMENT_EXCEPTION = "an exception that tells of the device, the network or the machine"
     STEP_EXCEPTION = "an exception in a step"
+    EXCEPTION = "an exception outside of a step, as in a callback"
     DETERMINISTIC_EXCEPTION = "an exception that a restart would only repeat"
     STUCK = "no progress"
     GPU_FAILED = "GPU failed"
@@ -73,6 +74,7 @@ RULES: dict[FailureKind, Rule] = {
     FailureKind.EARLY_EXIT: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
     FailureKind.ENVIRONMENT_EXCEPTION: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
     FailureKind.STEP_EXCEPTION: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
+    FailureKind.EXCEPTION: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
     FailureKind.DETERMINISTIC_EXCEPTION: Rule(Action.FAIL, Action.FAIL, costs_budget=False),
     FailureKind.STUCK: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
     # Without a spare the replica is retired; with DRAIN, after it has finished the chunks it holds.
@@ -88,7 +90,12 @@ RULES: dict[FailureKind, Rule] = {
 
 
 EXCEPTIONS = frozenset(
-    {FailureKind.ENVIRONMENT_EXCEPTION, FailureKind.STEP_EXCEPTION, FailureKind.DETERMINISTIC_EXCEPTION}
+    {
+        FailureKind.ENVIRONMENT_EXCEPTION,
+        FailureKind.STEP_EXCEPTION,
+        FailureKind.EXCEPTION,
+        FailureKind.DETERMINISTIC_EXCEPTION,
+    }
 )
 """Kinds whose evidence is the exception itself, which says more than the kind."""
 
@@ -102,6 +109,7 @@ class Evidence:
         record: What it has left about its exception, if anything.
         generation: How often its replica was started before.
         has_worked: Whether its replica has completed a step in this life.
+        in_batch: Whether it had a batch in hand: in its step, or in a callback of it.
         has_open_jobs: Whether it has opened a predict call and not closed it.
         has_closed_jobs: Whether predict calls were opened, and it has closed all of its own.
         is_repeated: Whether the same exception was seen before, and nobody has made progress since.
@@ -111,6 +119,7 @@ class Evidence:
     record: ErrorRecord | None
     generation: int = 0
     has_worked: bool = False
+    in_batch: bool = False
     has_open_jobs: bool = True
     has_closed_jobs: bool = False
     is_repeated: bool = False
@@ -138,12 +147,13 @@ def classify(evidence: Evidence) -> FailureKind:
         return FailureKind.ENVIRONMENT_EXCEPTION
     if code < 0 or record.exited_with == 0:
         return FailureKind.RANK_DEATH
-    # The first step itself may have met a bad sample; whatever comes before it is the same in every life.
-    before_first_step = not (evidence.generation or evidence.has_worked) and record.doing != PREDICT_STEP
+    # The first batch may hold a bad sample; whatever comes before it is the same in every life.
+    in_batch = evidence.in_batch or record.doing == PREDICT_STEP
+    before_first_batch = not (evidence.generation or evidence.has_worked or in_batch)
     after_the_work = evidence.has_closed_jobs and not evidence.has_open_jobs
-    if before_first_step or after_the_work or evidence.is_repeated:
+    if before_first_batch or after_the_work or evidence.is_repeated:
         return FailureKind.DETERMINISTIC_EXCEPTION
-    return FailureKind.STEP_EXCEPTION if record.units is not None else FailureKind.RANK_DEATH
+    return FailureKind.STEP_EXCEPTION if record.units is not None else FailureKind.EXCEPTION
 
 
 @dataclass(frozen=True)

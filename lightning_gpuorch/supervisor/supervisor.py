@@ -300,6 +300,7 @@ class Supervisor:
             record,
             generation=worker.generation,
             has_worked=works,
+            in_batch=bool(self._hang_detector.in_work(rank, ())[0]),
             has_open_jobs=rank in state.open_ranks,
             has_closed_jobs=state.has_jobs,
             is_repeated=repeated and not works,

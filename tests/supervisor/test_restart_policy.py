@@ -75,10 +75,11 @@ IN_STEP = {"doing": "predict_step", "units": (4, 8)}
         (Evidence(65, _record(UnreadableStreamError("3"))), FailureKind.MISSING_DATA),
         (Evidence(74, _record(StorageFullError("full"))), FailureKind.STORAGE),
         (Evidence(75, ErrorRecord(type="SystemExit", message="", exit_code=75)), FailureKind.STOP_REQUESTED),
-        (Evidence(75, _record(SystemExit(75), exited_with=75), has_worked=True, generation=1), FailureKind.RANK_DEATH),
+        (Evidence(75, _record(SystemExit(75), exited_with=75), has_worked=True, generation=1), FailureKind.EXCEPTION),
         (Evidence(1, _record(ConfigurationError("no"))), FailureKind.DETERMINISTIC_EXCEPTION),
         # Exceptions of the script.
         (Evidence(1, _record(ValueError("label 17"))), FailureKind.DETERMINISTIC_EXCEPTION),
+        (Evidence(1, _record(OSError("a callback cannot write")), in_batch=True), FailureKind.EXCEPTION),
         (Evidence(1, _record(ValueError("label 17")), generation=1), FailureKind.RANK_DEATH),
         (Evidence(1, _record(ValueError("x"), **IN_STEP)), FailureKind.STEP_EXCEPTION),
         (Evidence(1, _record(ValueError("x"), **IN_STEP), has_worked=True), FailureKind.STEP_EXCEPTION),

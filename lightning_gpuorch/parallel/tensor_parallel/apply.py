@@ -28,7 +28,7 @@ from lightning_gpuorch.parallel.tensor_parallel.swap import swap_class
 UNCHANGED_KINDS = frozenset({LayerKind.REPLICATED, LayerKind.LOCAL})
 """Kinds of layers whose class stays as it is."""
 
-_applied: weakref.WeakKeyDictionary[nn.Module, tuple[TensorParallelPlan, int]] = weakref.WeakKeyDictionary()
+_applied: weakref.WeakKeyDictionary[nn.Module, tuple[TensorParallelPlan, Communicator]] = weakref.WeakKeyDictionary()
 
 
 def apply_plan(
@@ -79,12 +79,27 @@ def apply_plan(
         _leave_fused_kernels(module)
     for scope, rules in plan.shape_rules.items():
         swap_shape_ruled(modules[scope], rules, rank)
-    _applied[model] = (plan, rank)
+    _applied[model] = (plan, communicator)
 
 
 def applied_plan(model: nn.Module) -> tuple[TensorParallelPlan, int] | None:
     """Give the plan a model was sharded with and the rank it is, None for a whole model."""
-    return _applied.get(model)
+    applied = _applied.get(model)
+    return None if applied is None else (applied[0], applied[1].rank)
+
+
+def communicator_of(model: nn.Module) -> Communicator | None:
+    """Give the communicator of the ranks that share a model, None for a whole one.
+
+    The model itself need not be what the plan was applied to: it may hold it, or be a part of it.
+    """
+    if model in _applied:
+        return _applied[model][1]
+    for module in model.modules():
+        communicator = _applied[module][1] if module in _applied else getattr(module, "communicator", None)
+        if isinstance(communicator, Communicator):
+            return communicator
+    return None
 
 
 def swap_layer(module: nn.Module, kind: LayerKind) -> None:

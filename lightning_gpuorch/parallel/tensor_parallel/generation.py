@@ -16,27 +16,8 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_gpuorch.errors import TensorParallelError
+from lightning_gpuorch.parallel.tensor_parallel.apply import communicator_of
 from lightning_gpuorch.parallel.tensor_parallel.communicator import Communicator
-
-
-def group_of(model: nn.Module) -> Communicator:
-    """Give the communicator of a sharded model.
-
-    Raises:
-        TensorParallelError: If the model has no sharded layer.
-    """
-    communicator = _communicator(model)
-    if communicator is None:
-        raise TensorParallelError(f"{type(model).__name__} has no sharded layer; apply a plan first.")
-    return communicator
-
-
-def _communicator(model: nn.Module) -> Communicator | None:
-    for module in model.modules():
-        communicator = getattr(module, "communicator", None)
-        if isinstance(communicator, Communicator):
-            return communicator
-    return None
 
 
 def from_first_rank(value: Any, communicator: Communicator) -> Any:
@@ -91,7 +72,7 @@ def generate(model: nn.Module, inputs: torch.Tensor | Mapping[str, Any], **optio
         raise TensorParallelError(f"{type(model).__name__} has no generate method.")
     device = next(model.parameters()).device
     arguments = {"inputs": inputs} if isinstance(inputs, torch.Tensor) else dict(inputs)
-    communicator = _communicator(model)
+    communicator = communicator_of(model)
     if communicator is not None:
         if options.get("max_time") is not None:
             raise TensorParallelError(

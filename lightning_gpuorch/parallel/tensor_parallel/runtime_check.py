@@ -20,9 +20,8 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_gpuorch.errors import TensorParallelError
-from lightning_gpuorch.parallel.tensor_parallel.apply import applied_plan, set_attribute
+from lightning_gpuorch.parallel.tensor_parallel.apply import applied_plan, communicator_of, set_attribute
 from lightning_gpuorch.parallel.tensor_parallel.communicator import Communicator
-from lightning_gpuorch.parallel.tensor_parallel.generation import group_of
 from lightning_gpuorch.parallel.tensor_parallel.intervals import indices_of
 from lightning_gpuorch.parallel.tensor_parallel.plan import LayerKind, ParameterPlan, TensorParallelPlan, generic_name
 from lightning_gpuorch.parallel.tensor_parallel.state import RandomState, random_state_kept
@@ -117,7 +116,7 @@ def _watch(check: FirstBatchCheck, model: nn.Module, plan: TensorParallelPlan, n
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name in check._handles and not torch.compiler.is_compiling():
             # Before the call: a block may keep state that its own call moves on.
-            whole = _whole_block(model, plan, name, group_of(model))
+            whole = _whole_block(model, plan, name, _group_of(model))
             prepared[:] = [_WholeCall(whole, snapshot(args), snapshot(kwargs), RandomState.now())]
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -170,7 +169,7 @@ def check_outputs_agree(model: nn.Module, output: Any) -> None:
     Raises:
         TensorParallelError: On every rank, if tensors or arrays in the ranks' outputs differ.
     """
-    communicator = group_of(model)
+    communicator = _group_of(model)
     try:
         leaves = [(path, _digest(leaf)) for path, leaf in output_leaves(output) if _has_numbers(leaf)]
     except TensorParallelError as error:  # of a type that cannot be looked into
@@ -186,6 +185,13 @@ def check_outputs_agree(model: nn.Module, output: Any) -> None:
                     f"{type(model).__name__}: the step takes something out of the model that only holds a rank's own "
                     "channels. Return outputs of the model itself, or use tensor_parallel_size=1."
                 )
+
+
+def _group_of(model: nn.Module) -> Communicator:
+    communicator = communicator_of(model)
+    if communicator is None:
+        raise TensorParallelError(f"{type(model).__name__} is not sharded; apply a plan first.")
+    return communicator
 
 
 def _has_numbers(leaf: Any) -> bool:
@@ -237,7 +243,7 @@ class _WholeCall:
 
 
 def _compare(model: nn.Module, name: str, call: _WholeCall, output: Any) -> float:
-    communicator = group_of(model)
+    communicator = _group_of(model)
     worst, tolerance = 0.0, min(TOLERANCES.values())
     for value, reference in zip(tensors_within(output), call.run() or (), strict=False):
         if value.shape != reference.shape or not value.is_floating_point():

@@ -19,7 +19,7 @@ from lightning_gpuorch.parallel.tensor_parallel import (
     apply_plan,
     plan_tensor_parallel,
 )
-from lightning_gpuorch.parallel.tensor_parallel.generation import group_of
+from lightning_gpuorch.parallel.tensor_parallel.apply import communicator_of
 from lightning_gpuorch.parallel.tensor_parallel.values import tensors_within
 
 SAMPLE = ["separate", "packed_thirds", "hard_coded", "multi_query", "einsum", "talking_heads", "state_space"]
@@ -67,7 +67,7 @@ def count_collectives(rank: int, name: str) -> tuple[int, dict[str, int]]:
     plan = plan_tensor_parallel(model, inputs, 2)
     apply_plan(model, plan, rank)
     calls: list[str] = []
-    communicator = group_of(model)
+    communicator = communicator_of(model)
     for key in ("all_reduce", "all_gather_last"):
         setattr(communicator, key, counting(getattr(communicator, key), calls))
     with torch.no_grad():
