@@ -80,7 +80,7 @@ IN_STEP = {"doing": "predict_step", "units": (4, 8)}
         # Exceptions of the script.
         (Evidence(1, _record(ValueError("label 17"))), FailureKind.DETERMINISTIC_EXCEPTION),
         (Evidence(1, _record(OSError("a callback cannot write")), in_batch=True), FailureKind.EXCEPTION),
-        (Evidence(1, _record(ValueError("label 17")), generation=1), FailureKind.RANK_DEATH),
+        (Evidence(1, _record(ValueError("label 17")), generation=1), FailureKind.EXCEPTION),
         (Evidence(1, _record(ValueError("x"), **IN_STEP)), FailureKind.STEP_EXCEPTION),
         (Evidence(1, _record(ValueError("x"), **IN_STEP), has_worked=True), FailureKind.STEP_EXCEPTION),
         (Evidence(1, _record(ValueError("x"), **IN_STEP), is_repeated=True), FailureKind.DETERMINISTIC_EXCEPTION),
