@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_gpuorch.errors import ConfigurationError, UnreadableStreamError, summarize_exception
 from lightning_gpuorch.predictions.loading.batch_numbers import number_of_span
 from lightning_gpuorch.predictions.loading.isolation import SampleIsolation
-from lightning_gpuorch.predictions.loading.loader_workers import end_workers, worker_is_lost
+from lightning_gpuorch.predictions.loading.loader_workers import end_reading, worker_is_lost
 from lightning_gpuorch.predictions.loading.source import BatchSource, MapSource, Source, Span, StreamSource
 from lightning_gpuorch.predictions.loading.window import Window
 from lightning_gpuorch.predictions.loading.window_reader import LOST, Requested
@@ -206,7 +206,7 @@ class LeasedLoader:
                     yield batch
                 self._block = True
         finally:
-            loader._iterator = None  # ends the workers, which outlive one iteration
+            end_reading(loader)
 
     def _read(self, loader: DataLoader[Any], isolation: SampleIsolation) -> Iterator[tuple[Requested, Any]]:
         """Each batch that was leased, less the samples that cannot be read; ``LOST`` where that is all of them."""
@@ -236,8 +236,7 @@ class LeasedLoader:
             for _ in failed:
                 self._requested.popleft()
             if lost_worker:  # and with it what it had read, and what it was to read
-                end_workers(loader._iterator)
-                loader._iterator = None
+                end_reading(loader)
                 batches = read_alone(loader.__iter__, in_this_process=not loader.num_workers)
             for asked in failed:
                 yield from self._read_again(asked, isolation, error, has_failed=not lost_worker)

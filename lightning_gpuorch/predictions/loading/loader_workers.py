@@ -49,7 +49,8 @@ def copy_loader(loader: DataLoader[Any], **changed: Any) -> DataLoader[Any]:
     return clone
 
 
-def read_in_worker(loader: DataLoader[Any], **changed: Any) -> Iterator[Any]:
+@contextlib.contextmanager
+def reading_in_worker(loader: DataLoader[Any], **changed: Any) -> Iterator[Iterator[Any]]:
     """Read batches in one worker process, where the loader's own workers would read, or else in a child process.
 
     This process's copy of the dataset is not touched: what it opens on the first read would be shared with every worker
@@ -59,8 +60,8 @@ def read_in_worker(loader: DataLoader[Any], **changed: Any) -> Iterator[Any]:
         loader: The user's loader.
         **changed: Attributes in which it differs for this reading, such as ``collate_fn``.
 
-    Returns:
-        Batches, never pinned. A batch that cannot be read raises; the next one can be asked for unless
+    Yields:
+        The batches, never pinned. A batch that cannot be read raises; the next one can be asked for unless
         :func:`worker_is_lost`.
 
     Raises:
@@ -73,7 +74,17 @@ def read_in_worker(loader: DataLoader[Any], **changed: Any) -> Iterator[Any]:
         own |= {"multiprocessing_context": context, "worker_init_fn": None, "timeout": _READ_SECONDS}
     clone = copy_loader(loader, **own, generator=torch.Generator().manual_seed(0), **changed)
     with world_of_one():
-        return DataLoader.__iter__(clone)  # the class may have one that reads elsewhere
+        reader = DataLoader.__iter__(clone)  # the class may have one that reads elsewhere
+    try:
+        yield reader
+    finally:
+        end_workers(reader)
+
+
+def read_in_worker(loader: DataLoader[Any], **changed: Any) -> list[Any]:
+    """Read batches in one worker process, all of them; see :func:`reading_in_worker`."""
+    with reading_in_worker(loader, **changed) as reader:
+        return list(reader)
 
 
 def outcomes_in_worker(loader: DataLoader[Any], batches: Sequence[list[Any]], **changed: Any) -> Iterator[Any]:
@@ -90,8 +101,7 @@ def outcomes_in_worker(loader: DataLoader[Any], batches: Sequence[list[Any]], **
     position, alone = 0, False
     while position < len(batches):
         part = batches[position : position + 1 if alone else len(batches)]
-        reader = read_in_worker(loader, **fed_by(loader, part), **changed)
-        try:
+        with reading_in_worker(loader, **fed_by(loader, part), **changed) as reader:
             for _ in part:
                 try:
                     with _worker_deaths_raise():
@@ -103,8 +113,6 @@ def outcomes_in_worker(loader: DataLoader[Any], batches: Sequence[list[Any]], **
                     outcome = error
                 yield outcome
                 position, alone = position + 1, False
-        finally:
-            end_workers(reader)
 
 
 def fed_by(loader: DataLoader[Any], batches: Iterable[list[Any]]) -> dict[str, Any]:
@@ -128,6 +136,16 @@ def worker_is_lost(error: BaseException) -> bool:
 
 
 _LOST_WORKER = re.compile(r"DataLoader (worker \(pid|timed out after)")
+
+
+def end_reading(loader: DataLoader[Any]) -> None:
+    """End the workers of a copy of a loader, which outlive one iteration.
+
+    A caught exception may still refer to the iterator. If its workers lasted until it is collected, some other thread would
+    wait for them, and a process that was forked meanwhile would try to.
+    """
+    end_workers(loader._iterator)
+    loader._iterator = None
 
 
 def end_workers(iterator: Any) -> None:

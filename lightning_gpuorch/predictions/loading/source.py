@@ -178,7 +178,7 @@ class _IndexedSource:
             Exception: What reading or collating raised.
         """
         batches = [[index] for index in indices]
-        return list(read_in_worker(self.loader, batch_sampler=batches, collate_fn=collate))
+        return read_in_worker(self.loader, batch_sampler=batches, collate_fn=collate)
 
     def try_on_first(self, function: Callable[[list[Any]], Any]) -> None:
         """Call a function with a list of the first sample, in a worker process.
@@ -202,7 +202,7 @@ class _IndexedSource:
     def collate(self, indices: list[Any]) -> Any:
         """Build a batch of the given samples again, as the loader would and where the loader would."""
         if self.loader.num_workers:
-            return next(read_in_worker(self.loader, **fed_by(self.loader, [indices])))
+            return read_in_worker(self.loader, **fed_by(self.loader, [indices]))[0]
         return self._collate_here(indices, self.loader.collate_fn)
 
     def _collate_here(self, indices: list[Any], collate: Callable[[Any], Any]) -> Any:
@@ -291,7 +291,7 @@ class MapSource(_IndexedSource):
         """The first batch as the loader gives it, read in a worker process; None if there is none."""
         indices = self._indices(range(min(self.batch_size, self.num_units)))
         changed = {"sampler": indices} if self.loader.batch_sampler is None else {"batch_sampler": [indices]}
-        return next(read_in_worker(self.loader, **changed), None) if indices else None
+        return read_in_worker(self.loader, **changed)[0] if indices else None
 
     def uncollated(self, batches: Iterable[list[Any]]) -> DataLoader[Any]:
         """As :meth:`reordered`, but it gives lists of samples, which nobody has collated or pinned."""
@@ -346,7 +346,7 @@ class BatchSource(_IndexedSource):
     def first_batch(self) -> Any:
         """The first batch as the loader gives it, read in a worker process; None if there is none."""
         assert self.order is not None
-        return next(read_in_worker(self.loader, batch_sampler=[self.order.batch(0)]), None) if len(self.order) else None
+        return read_in_worker(self.loader, batch_sampler=[self.order.batch(0)])[0] if len(self.order) else None
 
 
 class StreamSource:

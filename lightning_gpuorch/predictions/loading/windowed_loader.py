@@ -13,6 +13,7 @@ from lightning_gpuorch.errors import UnreadableStreamError, summarize_exception
 from lightning_gpuorch.predictions.loading.batch_numbers import number_of_dynamic_batch
 from lightning_gpuorch.predictions.loading.isolation import SampleIsolation
 from lightning_gpuorch.predictions.loading.loader import END, LeasedBatches, LeasedLoader, Stream, Ticket
+from lightning_gpuorch.predictions.loading.loader_workers import end_reading
 from lightning_gpuorch.predictions.loading.source import BatchSource, Span, StreamSource
 from lightning_gpuorch.predictions.loading.window import Batcher, Window
 from lightning_gpuorch.predictions.loading.window_bounds import WindowBounds
@@ -89,7 +90,7 @@ class WindowedLoader(LeasedLoader):
                 self._block = True
         finally:
             if loader is not None:
-                loader._iterator = None  # ends the workers, which outlive one iteration
+                end_reading(loader)
         if left_early:
             self._no_work = NoWork.DRAIN
 
