@@ -50,7 +50,7 @@ class OrchestratorConfig:
     enable_auto_restart: bool = True
     """Restart a replica whose rank died or got stuck."""
     enable_group_recovery: bool = True
-    """Mend faults inside of a tensor-parallel group in place; otherwise they restart the replica."""
+    """Repair faults inside of a tensor-parallel group in place; otherwise they restart the replica."""
     enable_warm_start: bool = True
     """Fork workers from a process that has imported torch and Lightning already."""
     enable_preflight: bool = True
@@ -93,7 +93,7 @@ class OrchestratorConfig:
     """On the first batch, compare one block of a sharded model, with its real weights, to its unsharded self."""
     plan_cache: str = "auto"
     """Directory in which tensor-parallel plans are kept between runs; ``auto`` takes one in the user's cache directory,
-    ``off`` plans anew each time."""
+    ``off`` plans again each time."""
     data_parallel_size: int | Literal["auto"] = "auto"
     """Replicas; ``auto`` takes all devices divided by the tensor-parallel size."""
     chunk_size: int | Literal["auto"] = "auto"

@@ -197,7 +197,7 @@ class StepAbortedError(DataPlaneError):
 
 
 class PeerFailedError(DataPlaneError):
-    """The step raised an error on another rank of the group, which no retry can mend.
+    """The step raised an error on another rank of the group, which no retry can repair.
 
     Args:
         message: What was wrong.

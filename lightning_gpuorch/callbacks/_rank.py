@@ -1,4 +1,4 @@
-"""What can a callback know of its rank, under this plugin's strategy, another one, Trainer or Fabric?
+"""What a callback can know of its rank, under this plugin's strategy and others, with Trainer and Fabric.
 
 Only what ``Trainer``, ``Fabric`` and ``MultiGPUOrchestrator`` share is used: ``global_rank``, ``world_size``,
 ``is_global_zero`` and ``strategy``; and ``strategy.runtime`` where the strategy is ours.

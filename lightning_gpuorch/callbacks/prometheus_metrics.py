@@ -31,7 +31,7 @@ class PrometheusMetrics(Callback):
     """Counts steps, samples, step times and memory, and serves them on one endpoint per node.
 
     The metrics of all ranks of a node are on ``http://<node>:<port>/metrics``, dead ranks' counters included; which
-    rank serves them is decided anew whenever the serving one dies. What other parts of the plugin have to tell (OOMs,
+    rank serves them is decided again whenever the serving one dies. What other parts of the plugin have to tell (OOMs,
     collectives, the health of the GPU) is shown as well while this callback is active.
 
     The time of a step is what passes between the callback's batch hooks. Work that is queued on the device and not

@@ -1,4 +1,4 @@
-"""``gpuorch doctor``: is this machine fit to run a job, and does a model fit on it?"""
+"""``gpuorch doctor``: checks that this machine is fit to run a job, and that a model fits on it."""
 
 from __future__ import annotations
 

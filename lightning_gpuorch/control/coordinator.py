@@ -132,7 +132,7 @@ class Coordinator:
 
     @property
     def needs_every_replica(self) -> bool:
-        """Whether some rank evaluates: its share is its own, and nobody can take it over."""
+        """Whether some rank evaluates: its share is its own, and no other rank can take it over."""
         return bool(self._evaluating)
 
     @property

@@ -1,4 +1,4 @@
-"""Is a rank alive, and does it get on? Ranks write, the supervisor judges from outside.
+"""Heartbeats of ranks: each rank writes, the supervisor judges from outside.
 
 Each rank has a row in a table in shared memory. A thread marks the row as alive several times a second: that stops
 when the process is stopped or something holds the GIL. The loop marks its steps: that stops when it hangs. Neither costs
@@ -72,7 +72,7 @@ class HeartbeatTable:
     Args:
         path: The file, best in ``/dev/shm``.
         num_ranks: Rows.
-        create: Make it anew.
+        create: Create the file.
     """
 
     def __init__(self, path: str, num_ranks: int, create: bool = False):
@@ -143,7 +143,7 @@ class Heartbeat:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Wait for other ranks in the middle of something: whoever does that is not the one that is stuck."""
+        """Wait for other ranks in the middle of something: a rank that does that is not the one that is stuck."""
         before = self._table.row(self._rank).phase
         self.enter(Phase.WAIT)
         try:
@@ -201,13 +201,13 @@ def start_heartbeat(path: str, num_ranks: int, row: int, generation: int) -> Hea
 
 
 def current_heartbeat() -> Heartbeat | None:
-    """This process's heartbeat, if somebody judges it."""
+    """This process's heartbeat, if a supervisor judges it."""
     return _current
 
 
 @contextlib.contextmanager
 def phase(during: Phase, then: Phase) -> Iterator[None]:
-    """Tell whoever judges this rank what it is doing."""
+    """Tell the supervisor what it is doing."""
     heartbeat = current_heartbeat()
     if heartbeat is not None:
         heartbeat.enter(during)
@@ -290,7 +290,7 @@ class Judge:
         self._stopped_since: dict[int, int] = {}
 
     def forget(self, rank: int) -> None:
-        """A rank is started anew: what was learned of it no longer holds."""
+        """A rank is restarted: what was learned of it no longer holds."""
         self._last.pop(rank, None)
         self._slowest.pop(rank, None)
         self._stopped_since.pop(rank, None)
@@ -307,7 +307,7 @@ class Judge:
             started_ns: When each was started.
 
         Returns:
-            The culprit if somebody is stuck: whoever shows no life, else whoever is furthest behind.
+            The culprit if a rank is stuck: one that shows no life, else the one that is furthest behind.
         """
         now = self._clock_ns()
         suspects: list[tuple[int, int, Verdict]] = []

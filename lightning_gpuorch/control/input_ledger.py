@@ -35,7 +35,7 @@ class InputLedger:
             rank: Who read it.
 
         Raises:
-            InputMismatchError: Somebody has read something else.
+            InputMismatchError: Another rank has read something else.
         """
         known = self._read.get(chunk)
         if known is None:

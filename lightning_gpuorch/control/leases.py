@@ -231,7 +231,7 @@ class LeaseQueue:
             self.quarantined.append(Quarantined(start, stop, reason))
 
     def drain(self) -> None:
-        """Hand out no more work; whoever asks is told to leave."""
+        """Hand out no more work; replicas that ask are told to leave."""
         with self._lock:
             self._draining = True
             self._serve_waiting()

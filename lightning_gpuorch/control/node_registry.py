@@ -2,7 +2,7 @@
 
 Every node has a supervisor, which alone decides about its own workers. It asks the coordinator for what concerns the whole
 job, and reports what ended. A node that is not heard of for a lease term loses its leases, in case its work will never
-come; it may come back. After ``node_timeout_seconds`` it is given up, and nobody waits for its ranks any more.
+come; it may come back. After ``node_timeout_seconds`` it is given up, and its ranks are no longer waited for.
 
 A supervisor on the coordinator's own node uses the same requests, without a socket.
 """

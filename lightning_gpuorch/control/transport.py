@@ -227,7 +227,7 @@ class RemoteChannel:
     A deadline is for the answer of a coordinator that can be reached. While it cannot, the clock stands still and
     ``connect_timeout_seconds`` counts: a cut of the network shorter than that costs only its own length.
 
-    Thread-safe: each request in flight has a connection of its own, so one that waits for others holds up nobody.
+    Thread-safe: each request in flight has a connection of its own, so one that waits for others holds up no other.
 
     Args:
         address: ``host:port`` of the coordinator.

@@ -166,7 +166,7 @@ class VoteService:
         if state.over is not None:
             return failed(GroupRecoveryError(state.over))
         exchange = state.exchanges.setdefault(key, _Exchange())
-        while len(state.exchanges) > _EXCHANGES_KEPT:  # the oldest: nobody asks for that again
+        while len(state.exchanges) > _EXCHANGES_KEPT:  # the oldest: no rank asks for that again
             del state.exchanges[next(iter(state.exchanges))]
         if exchange.outcome is None:
             exchange.contributions[request.group_rank] = request.value

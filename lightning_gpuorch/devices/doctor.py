@@ -1,4 +1,4 @@
-"""Is this machine fit to run a job, and what should be changed?
+"""Checks of a machine that is to run jobs, each with what should be changed.
 
 Each check stands alone and says what it saw, whether that is good enough, and what to do if not. Nothing is changed and
 nothing is contacted.

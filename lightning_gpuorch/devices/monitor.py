@@ -1,4 +1,4 @@
-"""How is this process's device, without ever waiting for the driver?
+"""The state of this process's device, read in the background: no step ever waits for the driver.
 
 Three daemon threads: one takes readings, one waits for XID errors, and one, which never calls the driver, turns both
 into verdicts and tells those who want to know. Whoever asks gets what is known at that moment; when the driver hangs,
@@ -170,7 +170,7 @@ class HealthMonitor:
         self._probe = result
 
     def close(self, timeout_seconds: float = 2.0) -> None:
-        """Stop. A thread that the driver does not let go is left behind."""
+        """Stop. A thread that the driver does not release is left behind."""
         self._stop.set()
         with self._changed:
             self._stopping = True

@@ -1,4 +1,4 @@
-"""Where do readings of a device come from: NVML for a GPU, psutil for a CPU?
+"""Sources of device readings: NVML for a GPU, psutil for a CPU.
 
 Every NVML call may block for ever on a sick driver. Nothing here protects from that: it runs on threads of the monitor
 that nobody waits for.

@@ -1,4 +1,4 @@
-"""Which device does each rank of this node compute on, and what is left when one of them fails?
+"""The devices of a node: which rank computes on which, and what is left when one fails.
 
 Arithmetic over names of devices; nothing here touches one.
 """

@@ -73,7 +73,7 @@ class Preflight:
             return Finding(False, f"the check ended with exit code {self._process.returncode}: {last}")
 
     def cancel(self) -> None:
-        """End the check. A process that the driver does not let go is left behind."""
+        """End the check. A process that the driver does not release is left behind."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             try:

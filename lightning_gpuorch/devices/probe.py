@@ -1,4 +1,4 @@
-"""How fast is an all-reduce between the ranks of a replica right now?"""
+"""The present speed of an all-reduce between the ranks of a replica."""
 
 from __future__ import annotations
 

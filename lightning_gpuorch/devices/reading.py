@@ -1,4 +1,4 @@
-"""What was read from a device at one moment?"""
+"""What was read from a device at one moment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When will memory be full, if it goes on like this?"""
+"""The time until memory is full at the present trend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows from a reading, and from what the driver reported?
+"""Verdicts on a device, from readings and from what the driver reported.
 
 The table is data: :data:`XIDS`, :data:`RECOVERY_ACTIONS`, :data:`CLOCK_EVENTS` and :data:`RULES`. Its sources are
 NVIDIA's XID catalog, the health watches of DCGM, and what the Kubernetes device plugin does with an event.

@@ -239,7 +239,7 @@ class StrategyShell:
         shares = one_per_replica(gathered, world.topology.ranks_per_replica)
         return [share.to(tensor.device) for share in shares]
 
-    # Collectives over the whole job, through the control plane. Before the job is joined there is nobody to wait for.
+    # Collectives over the whole job, through the control plane. Before the job is joined there is no rank to wait for.
 
     @property
     def _alone(self) -> bool:

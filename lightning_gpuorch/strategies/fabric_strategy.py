@@ -45,7 +45,7 @@ class FabricStrategy(StrategyShell, _Base):  # type: ignore[misc]
             it they live until the process ends.
         length_fn: Gives the length of a sample, for dynamic batching; text, sequences, tensors and dicts with
             ``input_ids`` and the like need none.
-        start_method: How several devices are started: ``popen`` runs the script anew for each rank, ``fork`` forks
+        start_method: How several devices are started: ``popen`` runs the script again for each rank, ``fork`` forks
             this process, as notebooks need it.
         **options: Fields of :class:`~lightning_gpuorch.OrchestratorConfig`.
 

@@ -32,7 +32,7 @@ class Launcher:
 
     Args:
         strategy: The strategy to launch for.
-        start_method: ``popen`` runs the script anew for each rank; ``fork`` forks this process.
+        start_method: ``popen`` runs the script again for each rank; ``fork`` forks this process.
     """
 
     def __init__(self, strategy: StrategyShell, start_method: str):

@@ -49,7 +49,7 @@ class TrainerStrategy(StrategyShell, _Base):
         replay_outputs: Drive the batch hooks of the user's callbacks over all batches and outputs of the job, on every rank,
             when it is complete. Without it a callback sees the batches that its rank computes. Callbacks that write
             predictions, and progress bars, are left as they are.
-        start_method: How several devices are started: ``popen`` runs the script anew for each rank, ``fork`` forks
+        start_method: How several devices are started: ``popen`` runs the script again for each rank, ``fork`` forks
             this process, as notebooks need it.
         **options: Fields of :class:`~lightning_gpuorch.OrchestratorConfig`.
 
@@ -143,7 +143,7 @@ class TrainerStrategy(StrategyShell, _Base):
     # Model
 
     def configure_ddp(self) -> None:
-        """Wrap the model, unless it is trained on one device: then there is nobody to share gradients with."""
+        """Wrap the model, unless it is trained on one device: then there is no rank to share gradients with."""
         if self.world_size > 1:
             super().configure_ddp()
 

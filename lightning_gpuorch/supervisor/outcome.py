@@ -37,7 +37,7 @@ def decide_outcome(coordinator: Coordinator, exit_codes: Collection[int], stoppe
     Args:
         coordinator: Knows the opened jobs and the retired replicas.
         exit_codes: Of all ranks; a retired rank counts as failed.
-        stopped: Whether somebody asked for the end.
+        stopped: Whether the end was requested.
     """
     codes = set(exit_codes)
     try:

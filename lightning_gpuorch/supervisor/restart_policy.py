@@ -112,7 +112,7 @@ class Evidence:
         in_batch: Whether it had a batch in hand: in its step, or in a callback of it.
         has_open_jobs: Whether it has opened a predict call and not closed it.
         has_closed_jobs: Whether predict calls were opened, and it has closed all of its own.
-        is_repeated: Whether the same exception was seen before, and nobody has made progress since.
+        is_repeated: Whether the same exception was seen before, and no rank has made progress since.
     """
 
     exit_code: int

@@ -1,4 +1,4 @@
-"""How a worker process is made: the user's script run anew, or this process forked."""
+"""How a worker process is made: the user's script run again, or this process forked."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def command_of_this_process() -> list[str]:
 
 
 class ScriptSpawner:
-    """Runs a script or module anew in each worker.
+    """Runs a script or module again in each worker.
 
     Args:
         command: ``("script", PATH, *ARGS)`` or ``("module", NAME, *ARGS)``.

@@ -214,7 +214,7 @@ class Supervisor:
         self._check_liveness()
 
     def _follow_requests(self) -> None:
-        """Do what somebody asks for, here or elsewhere."""
+        """Carry out requests, made here or on another node."""
         self._check_signals()
         self._check_job()
 
@@ -228,7 +228,7 @@ class Supervisor:
             self._restart_gang(state.gang_generation)
         if state.draining:
             self._drain_deadline = self._drain_deadline or time.monotonic() + self.config.exit_timeout_sec
-            if not state.has_jobs:  # nobody has begun to work: nothing to finish
+            if not state.has_jobs:  # no rank has begun to work: nothing to finish
                 self._end_all(EXIT_RESUMABLE)
         for replica, chunks in state.chunks_by_replica.items():
             if chunks != self._progress.get(replica):
@@ -441,7 +441,7 @@ class Supervisor:
             log.error("%s; replica %d is retired, %d workers go on", reason, replica, left)
             return
         # The others may have done their own part already, and left: that is not what went wrong.
-        log.error("%s; %s", reason, "nobody else can do its part" if whole else "no replica is left to go on")
+        log.error("%s; %s", reason, "no other replica can do its part" if whole else "no replica is left to go on")
         self._client.abort(EXIT_FAILURE)
 
     def _shrink(self, replica: int, group: Sequence[int], reason: str) -> bool:

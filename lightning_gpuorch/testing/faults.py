@@ -39,7 +39,7 @@ class FaultKind(Enum):
     SKIP_COLLECTIVE = "skip-collective"
     """The rank never enters a collective in which its peers wait."""
     BLOCK_COLLECTIVE = "block-collective"
-    """The rank blocks inside a communication nobody answers."""
+    """The rank blocks inside a communication that no rank answers."""
     KILL_SUPERVISOR = "kill-supervisor"
     """SIGKILL of the supervisor; the same command is run again."""
     TERM_SUPERVISOR = "term-supervisor"
@@ -201,7 +201,7 @@ class FaultPlan(Sequence[Fault]):
             if fault.moment.when is When.COMMIT:
                 leader = fault.rank - fault.rank % tensor_parallel_size
                 fault = Fault(fault.kind, fault.moment, leader)
-            # Two deaths in the first step of one rank's processes look like a sample that kills whoever computes it.
+            # Two deaths in the first step of one rank's processes look like a sample that kills the ranks that compute it.
             first_steps = [f for f in faults if f.moment.when in _FIRST_STEP and f.rank == fault.rank]
             if fault.moment.when in _FIRST_STEP and first_steps:
                 continue

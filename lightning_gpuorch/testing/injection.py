@@ -5,7 +5,7 @@ A worker that finds ``_GPUORCH_INJECT=lightning_gpuorch.testing.injection:instal
 happen are wrapped in this process only.
 
 The chaos directory (``_GPUORCH_CHAOS``) holds ``plan.txt``, and a file ``fired-N`` for each fault that has happened.
-Making that file claims the fault, so that it happens once, whoever is restarted.
+Making that file claims the fault, so that it happens once, whatever rank is restarted.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def _block_in_a_communication(_fault: Fault, job: Any) -> None:
     if topology.tensor_parallel_size > 1 and dist.is_initialized():
         peer = (dist.get_rank() + 1) % dist.get_world_size()
         dist.recv(torch.zeros(1, device=job._runtime.device), src=peer)
-    else:  # no data plane: a job-wide collective in which nobody else takes part
+    else:  # no data plane: a job-wide collective in which no other rank takes part
         request = Gather(number=2**40 + topology.rank, kind="chaos", rank=topology.rank)
         job._world.channel.call(request, timeout_seconds=_FOREVER_SECONDS)
 

@@ -117,7 +117,7 @@ class BatchesInFlight:
         return bool(ended)
 
     def drop_computed(self) -> None:
-        """Forget the batch in hand: the loop was left before its end, and somebody else will compute it."""
+        """Forget the batch in hand: the loop was left before its end, and another replica will compute it."""
         self._batches = collections.deque(b for b in self._batches if b.state is not State.COMPUTED)
 
     def collect(self) -> None:

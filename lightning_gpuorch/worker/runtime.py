@@ -129,7 +129,7 @@ class Runtime:
             device: Device this rank computes on.
             external: Ranks given by another launcher, if one made the processes.
             training: Form one world over the whole job, whose ranks restart together.
-            evaluating: Every replica has a fixed share that nobody else can take over.
+            evaluating: Every replica has a fixed share that no other replica can take over.
         """
         if device != self.device:
             self.device, self._allocator = device, None
@@ -174,7 +174,7 @@ class Runtime:
         return world.topology
 
     def _watch_over_group(self, world: World) -> None:
-        """Let faults inside of the tensor-parallel group be mended in place."""
+        """Let faults inside of the tensor-parallel group be repaired in place."""
         group = self.mesh.get_group("tensor_parallel") if self.mesh is not None else None
         if world.recovery is None and isinstance(group, RecoverableProcessGroup):
             rank, size = world.topology.tensor_parallel_rank, world.topology.tensor_parallel_size
@@ -295,7 +295,7 @@ class Runtime:
         """Compute a batch, or a part of one, on all ranks of the tensor-parallel group; without a group, just compute.
 
         The ranks compare their input first, DTensors in the output are gathered, and the output is returned when all
-        ranks have theirs. A fault on the way is mended in place; see :mod:`lightning_gpuorch.worker.group_recovery.recovery`.
+        ranks have theirs. A fault is repaired in place; see :mod:`lightning_gpuorch.worker.group_recovery.recovery`.
 
         Args:
             call: Computes a batch.

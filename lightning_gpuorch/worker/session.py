@@ -64,7 +64,7 @@ class World:
         settled: Whether the tensor-parallel size is decided. Until then every rank counts as a replica of its own, and
             the coordinator has not been told.
         candidate_sizes: Tensor-parallel sizes that are possible with these ranks, ascending.
-        recovery: Mends faults inside of this rank's tensor-parallel group, if it is in one that can be mended.
+        recovery: Repairs faults inside of this rank's tensor-parallel group, if it is in one that can be repaired.
     """
 
     topology: Topology
@@ -428,5 +428,5 @@ def _outlive_the_others(world: World, disconnects: Disconnects, timeout_seconds:
 def _unregister(channel: Channel, rank: int) -> None:
     try:
         channel.call(UnregisterRank(rank=rank), timeout_seconds=5)
-    except ControlPlaneError as error:  # the coordinator is gone already, nobody is waiting
+    except ControlPlaneError as error:  # the coordinator is gone already, and nothing waits
         log.debug("rank %d could not unregister: %s", rank, error)

@@ -1,4 +1,4 @@
-"""A process beside a rank that nobody supervises: ends the rank when it is stuck, after showing where.
+"""A process beside a rank without a supervisor: ends the rank when it is stuck, after showing where.
 
 A hang that holds the GIL cannot be seen from inside the process, so this one looks from outside, at the same table the
 supervisor would read. Run as ``python -m lightning_gpuorch.worker.watchdog``, by

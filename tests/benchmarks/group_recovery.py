@@ -1,4 +1,4 @@
-"""Faults inside of a tensor-parallel group: how many are mended in place, how long it takes, what it costs without any.
+"""Faults inside of a tensor-parallel group: how many are repaired in place, how long it takes, what it costs without any.
 
 python -m tests.benchmarks.group_recovery campaign --ranks 2 3 4 --faults 200 --ways drain abort measured
 python -m tests.benchmarks.group_recovery cost
@@ -46,7 +46,7 @@ from lightning_gpuorch.worker.oom.halving import BatchHalver
 WIDTH, HIDDEN, LAYERS, BATCH = 64, 96, 4, 24
 STEPS_IN_A_ROW = 10
 WAYS = {"drain": math.inf, "abort": 0.0, "measured": None}
-"""What connecting anew is said to cost, so that a failed step is always drained, never, or as the measured cost tells."""
+"""What connecting again is said to cost, so that a failed step is always drained, never, or as the measured cost tells."""
 KINDS = ("plain", "dtensor", "compiled")
 PLACES = ("before", "issue", "wait", "after")
 """Where a fault strikes: before a layer's collective, as it is issued, while it is on its way, after it."""

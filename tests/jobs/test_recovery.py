@@ -228,5 +228,5 @@ def test_a_replica_lost_in_evaluation_is_never_a_success_though_an_earlier_predi
         "validate_harmed.py", "--output", "out", *moment, code=1, environment={"GPUORCH_MAX_RESTART_ATTEMPTS": "0"}
     )
     assert "exit code 9" in finished.output
-    assert "nobody else can do its part" in finished.output
+    assert "no other replica can do its part" in finished.output
     assert len(read_predictions(tmp_path / "out")) == 10, "what was predicted is kept"

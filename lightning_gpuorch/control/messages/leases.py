@@ -52,8 +52,8 @@ class Lease(Answer, frozen=True):
 
     Attributes:
         chunk: Which chunk.
-        left: Chunks that nobody has yet; None where the end of a stream is not known.
-        again: Somebody else had it and lost it.
+        left: Chunks that no replica has yet; None where the end of a stream is not known.
+        again: Another replica had it and lost it.
         isolate: Units to be computed one by one, because workers died in them.
         skip: Units that are given up.
         pace: Of the replica, if it ever told.

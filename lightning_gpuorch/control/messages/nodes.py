@@ -39,7 +39,7 @@ class JobState(Answer, frozen=True):
         tensor_parallel_size: Ranks per replica, once a rank has said so.
         gang: Whether all ranks restart together.
         gang_generation: How often they did.
-        needs_every_replica: Whether nobody can take over a replica's share.
+        needs_every_replica: Whether no other replica can take over a replica's share.
         draining: Whether no more work is handed out.
         abort_code: Exit code with which everything is to end now, if so.
         lost: Whether the coordinator has given this node up.

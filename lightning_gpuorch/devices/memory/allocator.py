@@ -148,7 +148,7 @@ class ResourceAllocator:
         }
 
     def reset(self) -> None:
-        """Free idle buffers, start their counts anew, and give cached memory back to the device. Tensors stay."""
+        """Free idle buffers, reset their counts, and give cached memory back to the device. Tensors stay."""
         for pool in (self.device_pool, self.pinned_pool):
             pool.clear()
             pool.num_hits = pool.num_misses = 0

@@ -1,4 +1,4 @@
-"""How much memory may a job use on a device, and does a model fit into it?"""
+"""The memory a job may use on a device, and whether a model fits into it."""
 
 from __future__ import annotations
 

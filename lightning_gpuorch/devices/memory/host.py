@@ -17,7 +17,7 @@ _LARGEST_MMAP_THRESHOLD_BYTES = 2**25  # glibc takes no more
 def keep_freed_memory() -> bool:
     """Let glibc's malloc keep what is freed, so that a step on the CPU does not fault in all its pages again.
 
-    Activations of some megabytes are otherwise given back to the system and asked for anew in every step. Settings of
+    Activations of some megabytes are otherwise given back to the system and asked for again in every step. Settings of
     the user's (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``) are left alone.
 
     Returns:

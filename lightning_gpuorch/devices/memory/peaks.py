@@ -1,4 +1,4 @@
-"""How much memory did a step take at most? Measured on CUDA; on the CPU only by a stand-in that tests install."""
+"""Peak memory of a step. Measured on CUDA; on the CPU only by a stand-in that tests install."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which collectives does a step still have to issue? Learnt from steps that went well, foretold for new batch shapes.
+"""The collectives that a step still has to issue: learned from steps that went well, predicted for new batch shapes.
 
 A rank that leaves a step in the middle need not break the connections under the others: if it issues what is left of
 the step with zeros in place of the results it does not have, the others come to the end by themselves, and everybody

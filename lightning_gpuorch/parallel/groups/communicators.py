@@ -43,7 +43,7 @@ class Communicator(Protocol):
 
         Args:
             work: What to wait for.
-            given_up: Gives a reason as soon as nobody shall wait any more.
+            given_up: Gives a reason as soon as no rank shall wait any more.
             deadline: On the clock of ``time.monotonic``.
 
         Raises:
@@ -54,7 +54,7 @@ class Communicator(Protocol):
         ...
 
     def abort(self) -> None:
-        """Break the connections: whoever waits for a collective, here or elsewhere, gets an error."""
+        """Break the connections: a rank that waits for a collective, here or elsewhere, gets an error."""
         ...
 
     def close(self) -> None:
@@ -125,13 +125,13 @@ class GlooCommunicator:
         """See :meth:`Communicator.close`.
 
         Takes some milliseconds, but up to the timeout in the rare case that a thread of gloo was sending when its
-        connection was broken, since nobody wakes it; the buffer that was being sent lives until then.
+        connection was broken, since nothing wakes it; the buffer that was being sent lives until then.
         """
         self.group = None
 
 
 def _open_sockets() -> set[_FileDescriptor]:
-    """Descriptors with the inode behind them, which tells a descriptor that was closed and given out anew."""
+    """Descriptors with the inode behind them, which tells a descriptor that was closed and reused."""
     found = set()
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -192,7 +192,7 @@ class NCCLCommunicator:
         self.group._set_default_backend(ProcessGroup.BackendType.NCCL)
         self.group._register_backend(device, ProcessGroup.BackendType.NCCL, self._backend)
         # Now rather than at the first collective: what cannot be connected shows here, where it can be tried again, and
-        # nobody gives up connections that are only half made.
+        # no rank gives up connections that are only half made.
         self._backend.eager_connect_single_device(device)
         self._complete_first_collective(device, timeout_seconds)
 

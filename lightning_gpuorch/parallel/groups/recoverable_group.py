@@ -1,4 +1,4 @@
-"""A process group that stays the same object while the connections under it are given up and made anew.
+"""A process group that stays the same object while the connections under it are given up and made again.
 
 Device meshes, DTensors, sharded layers and compiled modules refer to a process group by the object or by its name. So
 recovery must not replace it. :class:`RecoverableProcessGroup` is registered with torch.distributed as a backend of its
@@ -78,7 +78,7 @@ def _create_nccl(store: Store, rank: int, size: int, timeout: timedelta) -> Reco
 class RecoverableWork(dist.Work):
     """A collective on its way.
 
-    torch keeps a work that nobody waited for until the process ends, and with it the tensors; this one lets go of
+    torch keeps a work that nobody waited for until the process ends, and with it the tensors; this one releases
     everything when its epoch is given up.
     """
 
@@ -115,7 +115,7 @@ class RecoverableWork(dist.Work):
         return True
 
     def drop(self) -> None:
-        """Let go of the tensors."""
+        """Release the tensors."""
         self._inner = None
         self._group._in_flight.discard(self)
 
@@ -214,7 +214,7 @@ class RecoverableProcessGroup(ProcessGroup):
             return True
 
     def rebuild(self, epoch: int) -> None:
-        """Connect anew, with the other ranks that do the same.
+        """Reconnect, with the other ranks that do the same.
 
         Args:
             epoch: Number of the new epoch, never used before.

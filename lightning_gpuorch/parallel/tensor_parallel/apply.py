@@ -1,4 +1,4 @@
-"""How does a plan get into a model? Weights are cut, classes swapped, attributes patched: in place, all or nothing."""
+"""Applies a plan to a model: weights are cut, classes swapped, attributes patched; in place, all or nothing."""
 
 from __future__ import annotations
 

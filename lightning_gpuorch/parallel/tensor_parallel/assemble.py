@@ -1,4 +1,4 @@
-"""How do roles of layers become a whole plan? Every parameter gets its cut, ties agree, what is left is gathered."""
+"""Turns roles of layers into a whole plan: every parameter gets its cut, ties agree, what is left is gathered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How does ``nn.MultiheadAttention`` work with some of its heads? A head-sharded form of the module."""
+"""``nn.MultiheadAttention`` with some of its heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which collectives does a sharded layer need? Two, over one tensor-parallel group."""
+"""The two collectives of a sharded layer, over one tensor-parallel group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How do all ranks of a group generate the same tokens? By starting from the same inputs and the same random state.
+"""Generation with equal tokens on all ranks of a group: they start from the same inputs and the same random state.
 
 The ranks of a tensor-parallel group compute the same logits. If one of them sampled another token, or stopped a step
 earlier, the others would wait in a collective for ever; so what decides about tokens is taken from the group's first

@@ -1,4 +1,4 @@
-"""Which indices of a dimension does a rank keep? Half-open, ascending, disjoint intervals, and what is done with them.
+"""The indices of a dimension that a rank keeps: half-open, ascending, disjoint intervals.
 
 Packed projections (query, key and value in one matrix), grouped key/value heads and uneven head counts all come down
 to "this rank keeps these intervals of that dimension": nothing else here knows how a layer packs its channels.

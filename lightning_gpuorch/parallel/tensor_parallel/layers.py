@@ -1,4 +1,4 @@
-"""How does a layer compute with only this rank's weights? The sharded forms of Linear, Conv1D and Embedding.
+"""Sharded forms of Linear, Conv1D and Embedding: they compute with this rank's weights only.
 
 Weights are plain local tensors and every layer issues at most one collective, so eager mode, ``torch.compile`` and
 ``inference_mode`` see nothing unusual. The forms are for inference: their parameters take no gradient.

@@ -1,4 +1,4 @@
-"""How is a model built without memory for its weights? Parameters on meta, buffers real."""
+"""Models without memory for their weights: parameters on meta, buffers real."""
 
 from __future__ import annotations
 

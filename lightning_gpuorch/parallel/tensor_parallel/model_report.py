@@ -1,4 +1,4 @@
-"""What would it take to run a model on several devices? A report for people, made without the model's weights."""
+"""A report of what a model takes on several devices, made without its weights."""
 
 from __future__ import annotations
 

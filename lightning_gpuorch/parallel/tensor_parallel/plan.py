@@ -1,4 +1,4 @@
-"""What is cut, how, and what does it cost? The tensor-parallel plan as plain data.
+"""The tensor-parallel plan as plain data: what is cut, how, and what it costs.
 
 A plan says for every parameter which dimension is cut and which indices each rank keeps, for every layer which exchange
 goes with the cut, and which attributes of other modules (a head count, say) have another value on a rank. It holds no

@@ -1,4 +1,4 @@
-"""How do ranks and later runs get the same plan without planning again? From the first rank, and from a file.
+"""Plans for ranks and later runs without planning again: from the first rank, and from a file.
 
 A cached plan is found by a fingerprint of everything the planner looks at: the model's modules, their code, plain
 attributes and configuration, the parameters' names, shapes and dtypes, what is tied, the example input, the number of

@@ -1,4 +1,4 @@
-"""How is a plan found for a model nobody described? Layers are paired, blocks cut, every rank run, what agrees kept."""
+"""Finds a plan for any model: layers are paired, blocks cut, every rank run, and what agrees is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does the model say about itself? transformers' ``_tp_plan``, read as the dictionary it is.
+"""Plans that a model publishes itself: transformers' ``_tp_plan``, read as the dictionary it is.
 
 Only the public mapping from module patterns to style names is read; none of transformers' tensor-parallel code runs,
 which changes from release to release. Styles this file does not know make it give up, and the model is probed

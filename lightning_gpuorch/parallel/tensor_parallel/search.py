@@ -1,4 +1,4 @@
-"""Which attributes have to change with the cut? Tried out, one block at a time, until a local run agrees on every rank.
+"""Finds the attributes that change with the cut, one block at a time, until a local run agrees on every rank.
 
 A block's forward often holds sizes: ``self.num_heads``, ``self.embed_dim``, ``config.num_key_value_heads``, or plain
 numbers in a ``view``. The search knows no attribute's name: candidates are the attributes the forward was seen to read

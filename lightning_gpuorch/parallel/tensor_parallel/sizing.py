@@ -1,4 +1,4 @@
-"""How many ranks does a model need? The smallest degree at which weights and headroom fit a device's budget."""
+"""The number of ranks a model needs: the smallest at which weights and headroom fit a device's budget."""
 
 from __future__ import annotations
 

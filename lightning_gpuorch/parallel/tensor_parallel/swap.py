@@ -1,4 +1,4 @@
-"""How does a module get another forward and stay what it is? Its class becomes a subclass, in place.
+"""Gives a module another forward: its class becomes a subclass, in place.
 
 ``isinstance``, ``module.weight``, state-dict keys, hooks, ``torch.compile`` and pickling go on working, which an
 instance attribute ``forward`` or a wrapper module would not give.

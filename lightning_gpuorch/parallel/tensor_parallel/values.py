@@ -1,4 +1,4 @@
-"""Which numbers do stubs return, and how are values of two runs copied and compared?"""
+"""The numbers that stubs return, and how values of two runs are copied and compared."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROUNDING = 1e-6
 class PseudoRandom:
     """Normal numbers that depend on a key only: the same key gives the same tensor in every run.
 
-    The numbers come from one table, read from an offset that the key decides, because drawing anew would dominate the
+    The numbers come from one table, read from an offset that the key decides, because drawing them would dominate the
     time of planning a large model.
 
     Args:

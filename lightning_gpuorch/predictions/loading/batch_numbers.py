@@ -1,6 +1,6 @@
 """Numbers of batches, as ``batch_idx`` shows them: one per batch, the same in every hook, on every rank, after a restart.
 
-Files and tables are named by them, so two batches of a job must not share one, whoever computes them and how often.
+Files and tables are named by them, so two batches of a job must not share one, on whatever rank they are computed.
 """
 
 from __future__ import annotations

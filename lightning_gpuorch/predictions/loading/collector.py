@@ -106,7 +106,7 @@ class ChunkCollector:
         sizes = {len(places) for places, _ in taken}
         undecided = len(sizes) == 1 and sizes != {1} and not self._layout.has_seen_other_than(sizes)
         if undecided and not positions:
-            taken.pop()  # computed anew, in two: only outputs of different sizes tell what follows the number of samples
+            taken.pop()  # computed again, in two: only outputs of different sizes tell what follows the number of samples
         for places, output in taken:
             window.take_over(places, output)
         if taken and not window.num_open:

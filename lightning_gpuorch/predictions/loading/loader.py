@@ -90,7 +90,7 @@ class Ticket:
         chunk: Chunk it belongs to.
         span: Units, batch number and dataset indices.
         number: What ``batch_idx`` is; see :mod:`lightning_gpuorch.predictions.loading.batch_numbers`.
-        collate: Builds a batch of given dataset indices anew; None in streams.
+        collate: Builds a batch of given dataset indices again; None in streams.
         window: The window its samples come from, with dynamic batching.
         positions: Their positions in the window, ascending.
         shape: Samples in the batch and what each is padded to, where the batch shows it.
@@ -121,7 +121,7 @@ class Ticket:
 
     @property
     def recollate(self) -> Callable[[int, int], Any] | None:
-        """Builds the batch of samples ``start`` to ``stop`` of this batch anew."""
+        """Builds the batch of samples ``start`` to ``stop`` of this batch again."""
         collate, indices = self.collate, self.span.indices
         if collate is None or indices is None:
             return None

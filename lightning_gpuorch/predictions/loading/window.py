@@ -72,7 +72,7 @@ class Window:
     """The samples of some chunks.
 
     Args:
-        again: Somebody else had its chunk and lost it.
+        again: Another replica had its chunk and lost it.
         samples_per_unit: Samples of a unit at most: more than one where the loader's batches are counted.
     """
 

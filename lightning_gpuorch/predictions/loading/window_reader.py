@@ -110,7 +110,7 @@ class WindowReader:
     def _window_of(self, lease: Lease) -> Window:
         """The window of a leased chunk: the open one, or a new one, which is open then.
 
-        A chunk that was lost by somebody else goes alone, so that blame can be precise.
+        A chunk that another replica has lost goes alone, so that blame can be precise.
         """
         alone = lease.again or lease.isolate is not None
         window = self._open
@@ -136,7 +136,7 @@ class WindowReader:
 class BackgroundWindowReader(WindowReader):
     """Reads on a thread of its own, as fast as it goes, at most one whole window ahead.
 
-    When a window is needed before all of it is read, it is cut where it stands. So nobody waits for more than a chunk:
+    When a window is needed before all of it is read, it is cut where it stands. So no rank waits for more than a chunk:
     windows grow while reading is faster than computing, and are as small as it takes where it is slower.
 
     The ranks of a tensor-parallel group would cut at different places; they cannot use it.

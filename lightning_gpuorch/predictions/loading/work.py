@@ -48,12 +48,12 @@ class Lease(Protocol):
 
     @property
     def left(self) -> int | None:
-        """Chunks that nobody has yet; None where the end of a stream is not known."""
+        """Chunks that no replica has yet; None where the end of a stream is not known."""
         ...
 
     @property
     def again(self) -> bool:
-        """Somebody else had it and lost it."""
+        """Another replica had it and lost it."""
         ...
 
     @property

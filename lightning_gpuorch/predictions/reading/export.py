@@ -1,4 +1,4 @@
-"""How do predictions leave for other tools? Sample by sample into one file, in memory that does not grow.
+"""Exports predictions for other tools, sample by sample into one file, in memory that does not grow.
 
 A row is one sample: ``dataloader`` (only if there are several), ``index`` (dataset index; None for streams), and
 ``prediction``. JSON lines keep its structure. Parquet gets a column per leaf, named by its path: ``{"boxes": (a, b)}``

@@ -1,4 +1,4 @@
-"""Where among the committed parts is each batch of a loader, and which units are in none?
+"""The place of each batch among the committed parts, and the units that are in none.
 
 The answer is a list of *segments*: rows of stored batches that, put together, are the loader's batch. Parts are asked,
 not the journal of the run: the headers of all parts are read once (about 0.1 ms each), so that a sample that was left

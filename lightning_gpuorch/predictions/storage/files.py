@@ -1,4 +1,4 @@
-"""How does a file appear all at once, once only, and stay after a power cut?
+"""Files that appear all at once, once only, and survive a power cut.
 
 :func:`create_once` is the commit of everything here: parts, the manifest, the end of a stream. Many writers may race;
 exactly one of them wins, no reader ever sees a part of a file, and a writer killed at any moment leaves at most a

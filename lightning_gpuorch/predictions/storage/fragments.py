@@ -1,4 +1,4 @@
-"""What of windows that are not whole yet is kept on disk, so that a death or a stop costs seconds and not a window?
+"""What is kept on disk of windows that are not whole yet, so that a death or a stop costs seconds and not a window.
 
 With dynamic batching the chunks of a window become whole, and durable, all together at its end. Until then a replica
 writes every few seconds what it has computed since the last time into a *fragment*: a file like a part, with batches as
@@ -129,7 +129,7 @@ class FragmentWriter:
 
 
 class FragmentReader:
-    """Finds predictions in the fragments of a dataloader, whoever has written them.
+    """Finds predictions in the fragments of a dataloader, on whatever rank they were written.
 
     Args:
         directory: Of the job.

@@ -1,4 +1,4 @@
-"""Which chunks of a dataloader are durable, and is what was written of them whole?
+"""The durable chunks of a dataloader, and whether what was written of them is whole.
 
 A part is one committed file per chunk. The set of committed parts *is* the journal of a job: leases and messages only
 avoid work being done twice. The journal is listed, checked and swept without decoding a prediction, so whoever only

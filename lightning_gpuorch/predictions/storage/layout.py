@@ -1,4 +1,4 @@
-"""How is a dataloader's work counted and cut into chunks? By arithmetic alone: nothing here grows with the dataset.
+"""The units and chunks of a dataloader, by arithmetic alone: nothing here grows with the dataset.
 
 Work is counted in *units* and cut into *chunks* of ``chunk_size`` consecutive units. What a unit is depends on the
 loader:

@@ -1,4 +1,4 @@
-"""What is the job in this directory, so that only the same job goes on in it?
+"""The identity of the job in a directory, so that only the same job goes on in it.
 
 ::
 

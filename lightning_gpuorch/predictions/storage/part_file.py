@@ -1,4 +1,4 @@
-"""What are the bytes of a part file, and how is every damaged bit noticed?
+"""The bytes of a part file; every damaged bit is noticed.
 
 ::
 

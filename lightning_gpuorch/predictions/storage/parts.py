@@ -1,6 +1,6 @@
 """What holds the predictions of a chunk: parts are committed, read and decoded here.
 
-Whoever commits a chunk first wins; a second copy, from a replica that was thought dead, is dropped. Which parts there
+The first to commit a chunk wins; a second copy, from a replica that was thought dead, is dropped. Which parts there
 are, and whether they are intact, is told by :mod:`lightning_gpuorch.predictions.storage.journal`.
 """
 

@@ -1,4 +1,4 @@
-"""How do parts reach the disk without the loop waiting for it?
+"""Writes parts in the background, so that the loop does not wait for the disk.
 
 One thread commits what :meth:`PartWriter.put` hands over, in that order. Handing over costs a few microseconds; it
 waits only when more than ``max_pending_bytes`` are on their way, so that memory stays bounded when the disk is slower

@@ -1,4 +1,4 @@
-"""How close to ideal does the job scale, against a baseline that was measured, or not at all?
+"""Scaling efficiency of the job, against a measured baseline or not at all.
 
 Efficiency is ``100 x job samples/s / (devices x baseline samples/s)``, with the baseline of one device, the same model
 and the same kind of data. A baseline of something else would give a number that looks right and means nothing, so it is

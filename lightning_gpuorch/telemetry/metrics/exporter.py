@@ -232,7 +232,7 @@ os.register_at_fork(after_in_child=_leave_sockets_to_parent)
 
 
 def read_endpoint(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Where the metrics of a directory are served, or None if nobody has said so: ``host``, ``port``, ``pid``, ..."""
+    """Where the metrics of a directory are served, or None if that is not recorded: ``host``, ``port``, ``pid``, ..."""
     try:
         said = json.loads((Path(directory) / ENDPOINT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

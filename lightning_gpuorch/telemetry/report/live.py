@@ -125,7 +125,7 @@ class LiveView:
         self._totals = JobTotals()
         self._complete: bool | None = None
         self.exit_code: int | None = None
-        """Of the run, once it has ended, if somebody could say."""
+        """Of the run, once it has ended, if that is known."""
         self.is_over = False
         """Whether the run has ended."""
 

@@ -54,8 +54,8 @@ class RunSummary:
         begin: Of the first event.
         end: Of the last.
         run: The ``run`` event, or an empty one; with the tensor-parallel size that was decided later, if one was.
-        exit_code: Of the run, or None if it has not ended or nobody could say.
-        complete: Whether every prediction is durable, or None if it has not ended or nobody could say.
+        exit_code: Of the run, or None if it has not ended or that is not known.
+        complete: Whether every prediction is durable, or None if it has not ended or that is not known.
         ranks: By rank.
         throughput: Time and samples, one pair per interval of steps.
         incidents: Events a person wants to know of, by time.
@@ -216,7 +216,7 @@ class JobTotals:
 
     @property
     def num_samples(self) -> int | None:
-        """Samples of the run, or None if nobody could say."""
+        """Samples of the run, or None if that is not known."""
         totals = [total for total, _ in self._by_job.values() if total is not None]
         return sum(totals) if totals and len(totals) == len(self._by_job) else self._of_run
 

@@ -1,4 +1,4 @@
-"""How much memory does a batch of given size and length take, and how large may the next one be? Learned while running.
+"""The memory that a batch of given size and length takes, and how large the next one may be; learned while running.
 
 The model is ``peak_bytes(b, s) = w . (1, b, b s, b s^2)`` with ``w >= 0``: weights and workspaces, what each sample
 takes, what each token takes, and attention matrices. It is fitted to the peaks of real batches, by least squares of

@@ -1,4 +1,4 @@
-"""What do the ranks of a group do after one of them has left a step? A pure function of their votes.
+"""What the ranks of a group do after one of them has left a step: a pure function of their votes.
 
 A group works through **attempts**, numbered alike on all of its ranks: each computes one batch, or part of one. A rank
 that has computed an attempt waits until all ranks have, and only then uses its output. So two ranks are never more than
@@ -37,7 +37,7 @@ class Verdict(Enum):
     FAIL = "fail"
     """The step raised an error: raise it, or that a peer did, on every rank."""
     RESTART = "restart"
-    """Going on in place is not possible: end the processes of this group, so that they are started anew."""
+    """Going on in place is not possible: end the processes of this group, so that they are restarted."""
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class GroupEpochs:
                 failure = summary(error)
                 release(error)
             self.number, self._round = number, 0
-            # Nobody uses the new connections, or gives them up, before everybody has them.
+            # No rank uses the new connections, or gives them up, before all have them.
             failures = [text for text in self._exchange("connected", failure)[0] if text]
             if not failures:
                 return time.perf_counter() - began
@@ -203,7 +203,7 @@ class GroupEpochs:
 
 
 def waiting() -> contextlib.AbstractContextManager[None]:
-    """Tell whoever judges this rank that it waits for others."""
+    """Tell the supervisor that it waits for others."""
     heartbeat = current_heartbeat()
     return contextlib.nullcontext() if heartbeat is None else heartbeat.waiting()
 

@@ -1,9 +1,9 @@
-"""A fault inside a tensor-parallel group is mended in place: all its ranks leave the step, agree, and try again.
+"""A fault inside a tensor-parallel group is repaired in place: all its ranks leave the step, agree, and try again.
 
 The protocol, for a fault in epoch e. The coordinator stands outside of the group and answers while the group's own
 connections are broken. Every rank has a request waiting at it, through which it hears of the others' faults.
 
-1. The rank that fails lets go of the failed step's memory. If its memory ran out and it knows what the step would still
+1. The rank that fails releases the failed step's memory. If its memory ran out and it knows what the step would still
    have communicated (:mod:`lightning_gpuorch.parallel.groups.collective_trace`), it *drains* the step: it tells all ranks
    through the coordinator that this attempt does not count, and when they know, takes part in the rest of it with zeros. The
    others come to its end as always, and the connections stay whole.
@@ -12,16 +12,16 @@ connections are broken. Every rank has a request waiting at it, through which it
 3. Every rank hands in its vote (:class:`~lightning_gpuorch.worker.group_recovery.agreement.Vote`) and gets all of them. If
    one is known to be dead, or does not come in time, the process ends and the replica is restarted.
 4. :func:`~lightning_gpuorch.worker.group_recovery.agreement.decide` turns the votes into the same decision everywhere.
-5. Unless the connections are whole on every rank, all connect anew, as epoch e + 1, and wait for each other's word that
+5. Unless the connections are whole on every rank, all reconnect, as epoch e + 1, and wait for each other's word that
    it worked: three tries.
 6. They go on: repeat the attempt; or raise :class:`~lightning_gpuorch.errors.GroupOutOfMemoryError` at it on every
    rank, whereupon every rank cuts the batch in the same way; or fail together.
 
-A drain costs what is left of the step, an abort what it takes to connect anew: some 10 ms on gloo, and on NCCL far more.
+A drain costs what is left of the step, an abort what it takes to reconnect: some 10 ms on gloo, and on NCCL far more.
 The cheaper one is taken.
 
 An attempt counts as done when all ranks have computed it. That takes one more collective per attempt, and in return no
-output leaves this module before it is certain that nobody needs to repeat it.
+output leaves this module before it is certain that no rank needs to repeat it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ T = TypeVar("T")
 MAX_TRIES = 2
 """Repetitions of one attempt after failed communication, before the replica is restarted."""
 _RECONNECT_SECONDS = {"cpu": 0.015, "cuda": 0.6}
-"""What it takes to connect anew, until it has been measured."""
+"""What it takes to reconnect, until it has been measured."""
 _SHORTEST_DRAIN_SECONDS = 1.0
 """The other ranks get at least so long for each collective of a step that is drained, and to come to its end."""
 
@@ -106,8 +106,8 @@ class GroupRecovery:
         size: Ranks in the group.
         group: The group over which ranks wait for each other at the end of an attempt.
         timeout_seconds: Longest wait for the other ranks to say something.
-        on_recovery: Told of each fault after it was mended; must not raise.
-        reconnect_seconds: What connecting anew is taken to cost: a step that takes longer is aborted rather than
+        on_recovery: Told of each fault after it was repaired; must not raise.
+        reconnect_seconds: What reconnecting is taken to cost: a step that takes longer is aborted rather than
             drained. None measures it.
     """
 
@@ -155,7 +155,7 @@ class GroupRecovery:
             GroupOutOfMemoryError: Memory ran out on one of the ranks; raised on all.
             PeerFailedError: ``call`` raised on another rank.
             GroupRecoveryError: The group cannot go on in place; this process has to end.
-            Exception: What ``call`` raised here, if a repetition cannot mend it.
+            Exception: What ``call`` raised here, if a repetition cannot repair it.
         """
         self._position += 1
         tries = 0

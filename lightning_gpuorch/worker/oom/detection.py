@@ -1,4 +1,4 @@
-"""Is this error an out-of-memory error, and what has to be let go before a retry can use the memory?"""
+"""Recognizes out-of-memory errors, and frees what a retry needs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def release(error: BaseException) -> None:
-    """Let go of everything an error keeps alive: the local variables of the frames it passed, and its causes.
+    """Release everything an error keeps alive: the local variables of the frames it passed, and its causes.
 
     Those are the failed step's activations. Call it before the ``except`` block ends; the memory is free once the block
     has been left.

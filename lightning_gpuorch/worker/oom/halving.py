@@ -2,12 +2,12 @@
 
 What happens on an out-of-memory error, in this order:
 
-1. Inside the handler, the error's frames and causes are let go, and the handler is left: while it runs, it keeps the
+1. Inside the handler, the error's frames and causes are released, and the handler is left: while it runs, it keeps the
    failed step's activations alive.
 2. Cycles are collected, cached blocks go back to the device. Outputs of parts that are done and lie on the device move
    to the host; then the same size is tried again, and later batches move theirs at once.
-3. Otherwise the size is halved, or falls back to one that is known to fit, and what is left of the batch is cut anew.
-4. A single sample that does not fit is tried once more, built anew without the padding of its batch; then it is lost.
+3. Otherwise the size is halved, or falls back to one that is known to fit, and what is left of the batch is cut again.
+4. A single sample that does not fit is tried once more, built again without the padding of its batch; then it is lost.
 
 In the end the outputs are merged in order. Sizes that fit are remembered per bucket of sample shapes, so that the next
 such batch is cut before it fails.
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 Step = Callable[[Any], Any]
 Recollate = Callable[[int, int], Any]
-"""Builds the batch of samples ``start`` to ``stop`` of a batch anew."""
+"""Builds the batch of samples ``start`` to ``stop`` of a batch again."""
 
 
 class SingleSampleOOMError(GPUOrchError, MemoryError):
@@ -88,13 +88,13 @@ class HalvedOutput:
 class BatchHalver:
     """Runs steps; see the module's text for what it does when memory runs out.
 
-    Parts are views of the batch where its structure is clear, and built anew by ``recollate`` where it is not. Without
+    Parts are views of the batch where its structure is clear, and built again by ``recollate`` where it is not. Without
     an error a step costs some microseconds and nothing is copied. Decisions depend on batches and failures alone: ranks
     that see the same ones cut the same way. Not to be shared by threads.
 
     Args:
-        on_oom: Called for each caught error, after the memory was let go. What it raises is logged and dropped.
-        describe_memory: Gives the line about memory in log and event; called when memory has been let go.
+        on_oom: Called for each caught error, after the memory was released. What it raises is logged and dropped.
+        describe_memory: Gives the line about memory in log and event; called when memory has been released.
         limits: Remembers sizes.
         outputs_to_host: Move the outputs of parts to the host from the start, not only after they were in the way.
             Needed where ranks have to cut alike and their outputs may differ.
@@ -127,7 +127,7 @@ class BatchHalver:
             step: Computes the output of a batch, or of a part of one.
             batch: The batch.
             size: Samples in it. None looks at its structure, and only when memory runs out.
-            recollate: Builds a part anew, for batches whose structure does not tell where samples are.
+            recollate: Builds a part again, for batches whose structure does not tell where samples are.
 
         Returns:
             What ``step(batch)`` returns, given enough memory.
@@ -348,7 +348,7 @@ class _Run:
 
 
 def _attempt(step: Step, batch: Any) -> tuple[Any, str | None]:
-    """Run a step. Returns its output and None, or None and the text of an out-of-memory error that is let go."""
+    """Run a step. Returns its output and None, or None and the text of an out-of-memory error, which is released."""
     try:
         return step(batch), None
     except Exception as error:
