@@ -55,7 +55,7 @@ class ChunkFault:
 
 
 @dataclass
-class Quarantined:
+class GivenUpUnits:
     """Units without a prediction, and why."""
 
     start: int
@@ -89,7 +89,7 @@ class LeaseQueue:
         self.done = self._within(done)
         self.resumed = frozenset(self.done)
         self.faults: dict[int, ChunkFault] = {}
-        self.quarantined: list[Quarantined] = []
+        self.quarantined: list[GivenUpUnits] = []
         self._max_chunk_failures, self._is_durable = max_chunk_failures, is_durable
         self._fresh = 0
         self._returned: list[int] = []
@@ -228,7 +228,7 @@ class LeaseQueue:
     def quarantine(self, start: int, stop: int, reason: str) -> None:
         """Record units that will have no prediction."""
         with self._lock:
-            self.quarantined.append(Quarantined(start, stop, reason))
+            self.quarantined.append(GivenUpUnits(start, stop, reason))
 
     def drain(self) -> None:
         """Hand out no more work; replicas that ask are told to leave."""

@@ -29,7 +29,7 @@ _MIN_FREE_DISK_BYTES = 5 * _GIB
 _WITHDRAWN_LIGHTNING = frozenset({"2.6.2", "2.6.3"})
 
 
-class Outcome(Enum):
+class CheckStatus(Enum):
     """How a check ended."""
 
     GOOD = "good"
@@ -49,7 +49,7 @@ class Check:
     """
 
     name: str
-    outcome: Outcome
+    outcome: CheckStatus
     seen: str
     advice: str = ""
 
@@ -77,13 +77,13 @@ def examine(output_dir: str | os.PathLike[str] = ".") -> list[Check]:
         try:
             checks += part()
         except Exception as error:  # noqa: BLE001 - the other checks are still worth having
-            checks.append(Check(name, Outcome.WARNING, f"could not be checked: {type(error).__name__}: {error}"))
+            checks.append(Check(name, CheckStatus.WARNING, f"could not be checked: {type(error).__name__}: {error}"))
     return checks
 
 
 def exit_code(checks: Sequence[Check]) -> int:
     """0 if nothing is bad, else the code for configuration errors."""
-    return os.EX_CONFIG if any(check.outcome is Outcome.BAD for check in checks) else 0
+    return os.EX_CONFIG if any(check.outcome is CheckStatus.BAD for check in checks) else 0
 
 
 def describe(checks: Sequence[Check]) -> str:
@@ -91,7 +91,7 @@ def describe(checks: Sequence[Check]) -> str:
     width = max((len(check.name) for check in checks), default=0)
     lines = []
     for check in checks:
-        mark = {Outcome.GOOD: "ok  ", Outcome.WARNING: "warn", Outcome.BAD: "BAD "}[check.outcome]
+        mark = {CheckStatus.GOOD: "ok  ", CheckStatus.WARNING: "warn", CheckStatus.BAD: "BAD "}[check.outcome]
         lines.append(f"{mark}  {check.name:<{width}}  {check.seen}")
         if check.advice:
             lines.append(f"      {'':<{width}}  -> {check.advice}")
@@ -100,18 +100,18 @@ def describe(checks: Sequence[Check]) -> str:
 
 def check_versions() -> list[Check]:
     """Python, torch, Lightning and the rest; withdrawn releases are bad."""
-    checks = [Check("python", Outcome.GOOD, f"{platform.python_version()} on {platform.platform()}")]
+    checks = [Check("python", CheckStatus.GOOD, f"{platform.python_version()} on {platform.platform()}")]
     for name in ("torch", "lightning", "nvidia-ml-py", "prometheus-client", "safetensors"):
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            checks.append(Check(name, Outcome.BAD, "not installed", f"pip install {name}"))
+            checks.append(Check(name, CheckStatus.BAD, "not installed", f"pip install {name}"))
             continue
         if name == "lightning" and version in _WITHDRAWN_LIGHTNING:
             advice = "install another release: this one was withdrawn after a supply-chain compromise"
-            checks.append(Check(name, Outcome.BAD, version, advice))
+            checks.append(Check(name, CheckStatus.BAD, version, advice))
         else:
-            checks.append(Check(name, Outcome.GOOD, version))
+            checks.append(Check(name, CheckStatus.GOOD, version))
     return checks
 
 
@@ -122,12 +122,12 @@ def check_gpus() -> list[Check]:
     checks = []
     try:
         with nvml_session():
-            checks.append(Check("driver", Outcome.GOOD, str(pynvml.nvmlSystemGetDriverVersion())))
+            checks.append(Check("driver", CheckStatus.GOOD, str(pynvml.nvmlSystemGetDriverVersion())))
             for index in range(pynvml.nvmlDeviceGetCount()):
                 checks.append(_check_gpu(index))
             checks += _check_topology()
     except DeviceNotFoundError as error:
-        return [Check("GPUs", Outcome.WARNING, str(error), "without NVIDIA's driver, jobs run on the CPU")]
+        return [Check("GPUs", CheckStatus.WARNING, str(error), "without NVIDIA's driver, jobs run on the CPU")]
     return checks
 
 
@@ -140,16 +140,16 @@ def _check_gpu(index: int) -> Check:
         reading = NVMLReader(DeviceIdentity(uuid=str(pynvml.nvmlDeviceGetUUID(handle)))).read()
         model = str(pynvml.nvmlDeviceGetName(handle))
     except pynvml.NVMLError as error:
-        return Check(name, Outcome.BAD, f"cannot be read: {error}", "reset the GPU or reboot the node")
+        return Check(name, CheckStatus.BAD, f"cannot be read: {error}", "reset the GPU or reboot the node")
     found = judge_reading(reading, reading)
     verdict = found[0].verdict if found else Verdict.HEALTHY
     used, total = reading.memory_used_bytes, reading.memory_total_bytes
     memory = f", {(total - used) / _GIB:.1f} of {total / _GIB:.1f} GiB free" if used is not None and total else ""
     seen = f"{model}{memory}, {verdict}"
     if verdict is Verdict.HEALTHY:
-        return Check(name, Outcome.GOOD, seen)
+        return Check(name, CheckStatus.GOOD, seen)
     advice = "; ".join(str(finding) for finding in found)
-    return Check(name, Outcome.BAD if verdict >= Verdict.DRAIN else Outcome.WARNING, seen, advice)
+    return Check(name, CheckStatus.BAD if verdict >= Verdict.DRAIN else CheckStatus.WARNING, seen, advice)
 
 
 _LEVELS = {
@@ -180,7 +180,7 @@ def _check_topology() -> list[Check]:
             level = pynvml.nvmlDeviceGetTopologyCommonAncestor(handles[a], handles[b])
             status = pynvml.nvmlDeviceGetP2PStatus(handles[a], handles[b], _P2P_READ)
         except pynvml.NVMLError as error:
-            return [Check("topology", Outcome.WARNING, f"the driver does not tell: {error}")]
+            return [Check("topology", CheckStatus.WARNING, f"the driver does not tell: {error}")]
         levels.setdefault(_LEVELS.get(level, f"level {level}"), []).append(f"{a}-{b}")
         if status != pynvml.NVML_P2P_STATUS_OK:
             without.append(f"{a}-{b}")
@@ -188,9 +188,9 @@ def _check_topology() -> list[Check]:
         return []
     seen = "; ".join(f"{', '.join(pairs[:8])}{', ...' if len(pairs) > 8 else ''} {at}" for at, pairs in levels.items())
     if not without:
-        return [Check("topology", Outcome.GOOD, f"{seen}; all pairs can read each other's memory")]
+        return [Check("topology", CheckStatus.GOOD, f"{seen}; all pairs can read each other's memory")]
     advice = "tensor parallelism over these goes through host memory; keep a group on GPUs that are connected"
-    return [Check("topology", Outcome.WARNING, f"{seen}; no peer access: {', '.join(without[:8])}", advice)]
+    return [Check("topology", CheckStatus.WARNING, f"{seen}; no peer access: {', '.join(without[:8])}", advice)]
 
 
 def check_peer_access() -> list[Check]:
@@ -200,20 +200,20 @@ def check_peer_access() -> list[Check]:
     if not torch.cuda.is_available():
         built = torch.version.cuda
         seen = f"built for CUDA {built}, but sees no GPU" if built else "this torch is a build without CUDA"
-        return [Check("NCCL", Outcome.GOOD if built is None else Outcome.WARNING, seen)]
-    checks = [Check("NCCL", Outcome.GOOD, ".".join(map(str, torch.cuda.nccl.version())))]  # type: ignore[no-untyped-call]
+        return [Check("NCCL", CheckStatus.GOOD if built is None else CheckStatus.WARNING, seen)]
+    checks = [Check("NCCL", CheckStatus.GOOD, ".".join(map(str, torch.cuda.nccl.version())))]  # type: ignore[no-untyped-call]
     count = torch.cuda.device_count()
     pairs = [(a, b) for a in range(count) for b in range(a + 1, count)]
     without = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
     if not pairs:
         return checks
     if not without:
-        return [*checks, Check("peer access", Outcome.GOOD, f"all {len(pairs)} pairs of GPUs")]
+        return [*checks, Check("peer access", CheckStatus.GOOD, f"all {len(pairs)} pairs of GPUs")]
     some = ", ".join(f"{a}-{b}" for a, b in without[:8])
     advice = "tensor parallelism over these goes through host memory; keep a group on GPUs that are connected"
     return [
         *checks,
-        Check("peer access", Outcome.WARNING, f"{len(without)} of {len(pairs)} pairs lack it: {some}", advice),
+        Check("peer access", CheckStatus.WARNING, f"{len(without)} of {len(pairs)} pairs lack it: {some}", advice),
     ]
 
 
@@ -222,8 +222,8 @@ def check_shared_memory(path: Path = Path("/dev/shm")) -> Check:
     usage = shutil.disk_usage(path)
     seen = f"{usage.free / _GIB:.2f} of {usage.total / _GIB:.2f} GiB free in {path}"
     if usage.free >= _MIN_SHARED_MEMORY_BYTES:
-        return Check("shared memory", Outcome.GOOD, seen)
-    return Check("shared memory", Outcome.WARNING, seen, "give containers more: docker run --shm-size=8g")
+        return Check("shared memory", CheckStatus.GOOD, seen)
+    return Check("shared memory", CheckStatus.WARNING, seen, "give containers more: docker run --shm-size=8g")
 
 
 def check_file_descriptors() -> Check:
@@ -231,30 +231,30 @@ def check_file_descriptors() -> Check:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     seen = f"{soft} (at most {hard if hard != resource.RLIM_INFINITY else 'unlimited'})"
     if soft == resource.RLIM_INFINITY or soft >= _MIN_FILE_DESCRIPTORS:
-        return Check("file descriptors", Outcome.GOOD, seen)
-    return Check("file descriptors", Outcome.WARNING, seen, f"raise the limit: ulimit -n {_MIN_FILE_DESCRIPTORS}")
+        return Check("file descriptors", CheckStatus.GOOD, seen)
+    return Check("file descriptors", CheckStatus.WARNING, seen, f"raise the limit: ulimit -n {_MIN_FILE_DESCRIPTORS}")
 
 
 def check_disk(directory: Path) -> Check:
     """Results must fit, and the directory must be writable."""
     existing = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        return Check("disk", Outcome.BAD, f"{existing} is not writable", "choose another output directory")
+        return Check("disk", CheckStatus.BAD, f"{existing} is not writable", "choose another output directory")
     free = shutil.disk_usage(existing).free
     seen = f"{free / _GIB:.1f} GiB free in {existing}"
     if free >= _MIN_FREE_DISK_BYTES:
-        return Check("disk", Outcome.GOOD, seen)
-    return Check("disk", Outcome.WARNING, seen, "a full disk stops the job; it resumes once there is space")
+        return Check("disk", CheckStatus.GOOD, seen)
+    return Check("disk", CheckStatus.WARNING, seen, "a full disk stops the job; it resumes once there is space")
 
 
 def check_clock() -> Check:
     """Events of several nodes are put in order by their clocks."""
     synchronised = _clock_is_synchronised()
     if synchronised is None:
-        return Check("clock", Outcome.WARNING, "the kernel does not say whether it is synchronised")
+        return Check("clock", CheckStatus.WARNING, "the kernel does not say whether it is synchronised")
     if synchronised:
-        return Check("clock", Outcome.GOOD, "synchronised")
-    return Check("clock", Outcome.WARNING, "not synchronised", "run an NTP client if the job spans nodes")
+        return Check("clock", CheckStatus.GOOD, "synchronised")
+    return Check("clock", CheckStatus.WARNING, "not synchronised", "run an NTP client if the job spans nodes")
 
 
 class _Timex(ctypes.Structure):

@@ -22,7 +22,7 @@ COMMAND = (sys.executable, "-m", "lightning_gpuorch.devices.device_check")
 
 
 @dataclass(frozen=True)
-class Finding:
+class PreflightResult:
     """What a preflight found.
 
     Attributes:
@@ -57,20 +57,20 @@ class Preflight:
             start_new_session=True,
         )
 
-    def poll(self) -> Finding | None:
+    def poll(self) -> PreflightResult | None:
         """What was found; None while it is not known."""
         if self._process.poll() is None:
             if time.monotonic() < self._deadline:
                 return None
             self.cancel()
-            return Finding(False, f"it did not answer within {self._timeout_seconds:g} s")
+            return PreflightResult(False, f"it did not answer within {self._timeout_seconds:g} s")
         output, errors = (text.decode(errors="replace").strip() for text in self._process.communicate())
         try:
             answer = json.loads(output.splitlines()[-1])
-            return Finding(bool(answer["ok"]), str(answer.get("evidence", "")), answer.get("uuid"))
+            return PreflightResult(bool(answer["ok"]), str(answer.get("evidence", "")), answer.get("uuid"))
         except (IndexError, ValueError, KeyError, TypeError):
             last = errors.splitlines()[-1] if errors else "it said nothing"
-            return Finding(False, f"the check ended with exit code {self._process.returncode}: {last}")
+            return PreflightResult(False, f"the check ended with exit code {self._process.returncode}: {last}")
 
     def cancel(self) -> None:
         """End the check. A process that the driver does not release is left behind."""

@@ -126,7 +126,7 @@ _RESET_REQUIRED = 16
 
 
 @dataclass(frozen=True)
-class Rule:
+class ReadingRule:
     """A row of the table that is about a reading.
 
     Attributes:
@@ -168,22 +168,26 @@ def _other_error(now: DeviceReading, first: DeviceReading) -> str | None:
     return f"NVML error {now.nvml_error}" if now.nvml_error not in (None, _RESET_REQUIRED) else None
 
 
-RULES: tuple[Rule, ...] = (
-    Rule("gpu_lost", _F, lambda now, first: "the driver has lost the GPU" if now.lost else None),
-    Rule(
+RULES: tuple[ReadingRule, ...] = (
+    ReadingRule("gpu_lost", _F, lambda now, first: "the driver has lost the GPU" if now.lost else None),
+    ReadingRule(
         "reset_required", _F, lambda now, first: "NVML asks for a reset" if now.nvml_error == _RESET_REQUIRED else None
     ),
-    Rule("row_remap_failure", _F, lambda now, first: "a row could not be remapped" if now.row_remap_failure else None),
-    Rule("ecc_uncorrected", _DR, _ecc_rose),
-    Rule("nvlink_down", _DR, _links_down),
-    Rule("row_remap_pending", _DE, lambda now, first: "a row waits to be remapped" if now.row_remap_pending else None),
-    Rule(
+    ReadingRule(
+        "row_remap_failure", _F, lambda now, first: "a row could not be remapped" if now.row_remap_failure else None
+    ),
+    ReadingRule("ecc_uncorrected", _DR, _ecc_rose),
+    ReadingRule("nvlink_down", _DR, _links_down),
+    ReadingRule(
+        "row_remap_pending", _DE, lambda now, first: "a row waits to be remapped" if now.row_remap_pending else None
+    ),
+    ReadingRule(
         "page_retirement_pending",
         _DE,
         lambda now, first: "a page waits to be retired" if now.page_retirement_pending else None,
     ),
-    Rule("temperature", _DE, _too_hot),
-    Rule("nvml_error", _DE, _other_error),
+    ReadingRule("temperature", _DE, _too_hot),
+    ReadingRule("nvml_error", _DE, _other_error),
 )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from lightning_gpuorch.devices.pool import DevicePool
-from lightning_gpuorch.devices.preflight import Finding, Preflight
+from lightning_gpuorch.devices.preflight import Preflight, PreflightResult
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class PendingStarts:
                 check.cancel()
         self._under_way.clear()
 
-    def _take(self, start: PendingStart, rank: int, found: Finding) -> None:
+    def _take(self, start: PendingStart, rank: int, found: PreflightResult) -> None:
         del start.checks[rank]
         device = self._devices.holders[self._local(rank)]
         device.uuid = found.uuid or device.uuid

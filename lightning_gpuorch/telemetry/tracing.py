@@ -32,7 +32,7 @@ _MAX_COLLECTIVES = 512
 
 
 @dataclass(frozen=True)
-class Phase:
+class StepPart:
     """A part of a step: ``fetch``, ``transfer``, ``forward``, ``communication``, ``write``; times in Unix nanoseconds."""
 
     name: str
@@ -42,7 +42,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Fault:
+class StepFault:
     """Something that went wrong within a step and was handled there, such as an OOM."""
 
     kind: str
@@ -105,12 +105,12 @@ class StepTracer:
     def record_step(
         self,
         step: int,
-        phases: Sequence[Phase],
+        phases: Sequence[StepPart],
         *,
         attempt: int = 0,
         retry_of: int | None = None,
         attributes: Mapping[str, str | int | float | bool] | None = None,
-        faults: Sequence[Fault] = (),
+        faults: Sequence[StepFault] = (),
         error: str | None = None,
     ) -> None:
         """Record a step that was sampled, after it has ended. Never raises.
@@ -134,11 +134,11 @@ class StepTracer:
     def _record(
         self,
         step: int,
-        phases: Sequence[Phase],
+        phases: Sequence[StepPart],
         attempt: int,
         retry_of: int | None,
         attributes: Mapping[str, str | int | float | bool],
-        faults: Sequence[Fault],
+        faults: Sequence[StepFault],
         error: str | None,
     ) -> None:
         from opentelemetry import trace
@@ -198,8 +198,8 @@ class StepTrace:
         self._sampled = False
         self._fetched_ns: tuple[int, int] | None = None
         self._began_ns = self._computed_ns = 0
-        self._faults: list[Fault] = []
-        self._collectives: list[Phase] = []
+        self._faults: list[StepFault] = []
+        self._collectives: list[StepPart] = []
 
     def __str__(self) -> str:
         return self._tracer.trace_id(self._step)
@@ -222,12 +222,12 @@ class StepTrace:
         """A collective within the step has just completed."""
         if self._sampled and len(self._collectives) < _MAX_COLLECTIVES:
             now = time.time_ns()
-            self._collectives.append(Phase("communication", now - int(seconds * 1e9), now, {"gpuorch.op": op}))
+            self._collectives.append(StepPart("communication", now - int(seconds * 1e9), now, {"gpuorch.op": op}))
 
     def add_fault(self, kind: str, message: str) -> None:
         """Something went wrong within the step, and it is being tried again."""
         if self._enabled:
-            self._faults.append(Fault(kind, time.time_ns(), message))
+            self._faults.append(StepFault(kind, time.time_ns(), message))
 
     def end(self, num_samples: int) -> None:
         """The step is over."""
@@ -248,13 +248,13 @@ class StepTrace:
         limits = [self._began_ns, *(fault.at_ns for fault in faults), computed]
         for attempt, (begin, end) in enumerate(itertools.pairwise(limits)):
             last = attempt == len(faults)
-            phases = [Phase("forward", begin, end)]
+            phases = [StepPart("forward", begin, end)]
             phases += [phase for phase in collectives if begin <= phase.end_ns <= end]
             if attempt == 0 and self._fetched_ns is not None:
                 asked, there = self._fetched_ns
-                phases = [Phase("fetch", asked, there), Phase("transfer", there, max(there, begin)), *phases]
+                phases = [StepPart("fetch", asked, there), StepPart("transfer", there, max(there, begin)), *phases]
             if last and self._computed_ns:
-                phases.append(Phase("write", computed, now))
+                phases.append(StepPart("write", computed, now))
             self._tracer.record_step(
                 self._step,
                 phases,

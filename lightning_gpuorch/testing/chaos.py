@@ -36,7 +36,7 @@ ORPHAN_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ChaosRun:
     """How a run under faults went.
 
     Attributes:
@@ -135,7 +135,7 @@ class Chaos:
         """Draw a plan of ``count`` faults that fits this script's ranks."""
         return FaultPlan.draw(seed, count, self.world_size, self.tensor_parallel_size, kinds)
 
-    def run(self, plan: FaultPlan) -> Outcome:
+    def run(self, plan: FaultPlan) -> ChaosRun:
         """Run the script under a plan, again after each death of its supervisor, and check what it has left."""
         directory = self._new_directory(f"run-{self._runs}")
         self._runs += 1
@@ -176,7 +176,7 @@ class Chaos:
         kept = bool(problems) or self._keep
         if not kept:
             shutil.rmtree(directory)
-        return Outcome(
+        return ChaosRun(
             plan, fired, launch.code, time.monotonic() - began, launches, restarts, tuple(problems),
             directory if kept else None,
         )  # fmt: skip
@@ -241,7 +241,7 @@ class Chaos:
             time.sleep(POLL_SECONDS)
 
 
-def summary(outcomes: Sequence[Outcome]) -> str:
+def summary(outcomes: Sequence[ChaosRun]) -> str:
     """A table of how many faults of each kind have happened at each kind of moment."""
     counts = Counter((fault.kind.value, fault.moment.label) for outcome in outcomes for fault in outcome.happened)
     moments = [m for m in ("start", "restart", "middle", "last", "commit", "end") if any(m == key[1] for key in counts)]

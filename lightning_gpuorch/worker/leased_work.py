@@ -35,7 +35,7 @@ _MAX_UNREPORTED = 1000
 _NO_WORK = {Pause: NoWork.PAUSE, Stop: NoWork.STOP, Drain: NoWork.DRAIN, Fenced: NoWork.FENCED}
 
 
-class Job(Protocol):
+class JobContext(Protocol):
     """What is needed of a predict call."""
 
     number: int
@@ -71,7 +71,7 @@ class Job(Protocol):
 class ReplicaQueue:
     """A rank's view of its replica's leases."""
 
-    def __init__(self, job: Job, loader: int):
+    def __init__(self, job: JobContext, loader: int):
         self._job, self._loader, self._sequence = job, loader, 0
         self._unreported: list[tuple[int, str]] = []
         self._leased: set[int] = set()
@@ -133,7 +133,7 @@ class ReplicaSink:
         collector: The collector.
     """
 
-    def __init__(self, job: Job, world: World, loader: int, collector: ChunkCollector | NoCollector):
+    def __init__(self, job: JobContext, world: World, loader: int, collector: ChunkCollector | NoCollector):
         self._job, self._world, self._loader, self._collector = job, world, loader, collector
         self._num_windows = 0
 
@@ -186,7 +186,7 @@ class ReplicaSink:
         return set(sizes)
 
 
-def await_group(job: Job, world: World) -> None:
+def await_group(job: JobContext, world: World) -> None:
     """Wait on the leader of a tensor-parallel group until the other ranks are done with the batches it is done with.
 
     Otherwise it might make the output of a batch durable while a callback of another rank still works on it, and dies.

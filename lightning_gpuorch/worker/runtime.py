@@ -30,7 +30,7 @@ from lightning_gpuorch.predictions.samples.tensors import digest, to_device, who
 from lightning_gpuorch.telemetry.current import observe_collective, observe_retry
 from lightning_gpuorch.telemetry.metrics.efficiency import Calibration
 from lightning_gpuorch.telemetry.rank import RankTelemetry
-from lightning_gpuorch.worker.group_recovery.agreement import Verdict
+from lightning_gpuorch.worker.group_recovery.agreement import GroupAction
 from lightning_gpuorch.worker.group_recovery.recovery import GroupRecovery, Recovery
 from lightning_gpuorch.worker.predict import PredictionJob
 from lightning_gpuorch.worker.session import ExternalRanks, World, join
@@ -187,7 +187,7 @@ class Runtime:
         """Record a step that is repeated because communication failed; the step itself tells of memory that ran out."""
         decision, topology = recovery.decision, self.world.topology
         first = min(decision.culprits, default=topology.replica * topology.ranks_per_replica)
-        if decision.verdict is Verdict.RETRY and topology.rank == first:
+        if decision.verdict is GroupAction.RETRY and topology.rank == first:
             observe_retry(decision.reason, decision.tries, list(decision.culprits), recovery.seconds)
 
     @property

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_gpuorch.testing.chaos import Chaos, Outcome
+from lightning_gpuorch.testing.chaos import Chaos, ChaosRun
 from lightning_gpuorch.testing.faults import LAST_PERCENT, Fault, FaultKind, FaultPlan, Moment, When
 
 SCRIPT = Path(__file__).parents[1] / "jobs" / "scripts" / "chaos_predict.py"
@@ -158,7 +158,7 @@ def run_setup(setup: str, times: int, faults: int, seed: int, record: Path, dead
     chaos.close()
 
 
-def entry_of(setup: str, chosen: list[Cell], outcome: Outcome) -> dict[str, object]:
+def entry_of(setup: str, chosen: list[Cell], outcome: ChaosRun) -> dict[str, object]:
     """What is recorded of a run."""
     return {
         "setup": setup, "plan": str(outcome.plan), "cells": [[c.kind, c.moment, c.other] for c in chosen],

@@ -13,13 +13,13 @@ import pytest
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.telemetry import FailureTally
 from lightning_gpuorch.telemetry.events.json_lines import read_lines
-from lightning_gpuorch.telemetry.tracing import Fault, Phase, StepTracer, make_tracer_provider
+from lightning_gpuorch.telemetry.tracing import StepFault, StepPart, StepTracer, make_tracer_provider
 
 BEGIN = 1_790_000_000_000_000_000
 
 
-def phases(*names: str) -> list[Phase]:
-    return [Phase(name, BEGIN + i * 1000, BEGIN + (i + 1) * 1000) for i, name in enumerate(names)]
+def phases(*names: str) -> list[StepPart]:
+    return [StepPart(name, BEGIN + i * 1000, BEGIN + (i + 1) * 1000) for i, name in enumerate(names)]
 
 
 def test_without_opentelemetry_nothing_is_sampled_and_nothing_fails(
@@ -101,7 +101,7 @@ def test_faults_are_shown_and_a_retry_is_linked_to_what_it_repeats(tmp_path: Pat
     pytest.importorskip("opentelemetry.sdk")
     provider = make_tracer_provider(file=tmp_path / "spans.jsonl", failures=tally)
     tracer = StepTracer("run", 0, provider=provider, failures=tally)
-    tracer.record_step(0, phases("forward"), faults=[Fault("oom", BEGIN + 5, "batch 64")], error="out of memory")
+    tracer.record_step(0, phases("forward"), faults=[StepFault("oom", BEGIN + 5, "batch 64")], error="out of memory")
     tracer.record_step(0, phases("forward"), attempt=1, retry_of=0)
     provider.shutdown()
     first, second = (span for span in spans_of(tmp_path / "spans.jsonl") if span["name"] == "inference.rank")

@@ -27,7 +27,7 @@ _construction = threading.Lock()
 """Which sockets are new is told by a look before and a look after; one at a time."""
 
 
-class Communicator(Protocol):
+class GroupConnections(Protocol):
     """Connections among the ranks of a group, and the process group that speaks over them.
 
     Attributes:
@@ -96,7 +96,7 @@ class GlooCommunicator:
         self._slice = timedelta(seconds=self.slice_seconds)
 
     def wait(self, work: dist.Work, given_up: Callable[[], str | None], deadline: float) -> None:
-        """Block until the collective is complete; see :meth:`Communicator.wait`.
+        """Block until the collective is complete; see :meth:`GroupConnections.wait`.
 
         Never longer than a slice inside of the backend: gloo does not wake a sender whose connection has died.
         """
@@ -116,13 +116,13 @@ class GlooCommunicator:
                 return
 
     def abort(self) -> None:
-        """See :meth:`Communicator.abort`."""
+        """See :meth:`GroupConnections.abort`."""
         for descriptor, _ in self._connections & _open_sockets():
             with contextlib.suppress(OSError), _socket_of(descriptor) as connection:  # it has been closed since
                 connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """See :meth:`Communicator.close`.
+        """See :meth:`GroupConnections.close`.
 
         Takes some milliseconds, but up to the timeout in the rare case that a thread of gloo was sending when its
         connection was broken, since nothing wakes it; the buffer that was being sent lives until then.
@@ -220,11 +220,11 @@ class NCCLCommunicator:
             raise AbandonedError(reason)
 
     def abort(self) -> None:
-        """See :meth:`Communicator.abort`."""
+        """See :meth:`GroupConnections.abort`."""
         self._backend.abort()
 
     def close(self) -> None:
-        """See :meth:`Communicator.close`."""
+        """See :meth:`GroupConnections.close`."""
         self._backend = self.group = None
 
 

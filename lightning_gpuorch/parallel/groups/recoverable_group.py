@@ -2,7 +2,7 @@
 
 Device meshes, DTensors, sharded layers and compiled modules refer to a process group by the object or by its name. So
 recovery must not replace it. :class:`RecoverableProcessGroup` is registered with torch.distributed as a backend of its
-own and passes every collective on to the :class:`~lightning_gpuorch.parallel.groups.communicators.Communicator` of the
+own and passes every collective on to the :class:`~lightning_gpuorch.parallel.groups.communicators.GroupConnections` of the
 current epoch. Giving up an epoch makes every wait for its collectives raise; :meth:`RecoverableProcessGroup.rebuild`
 begins the next one.
 
@@ -27,8 +27,8 @@ from torch.distributed import PrefixStore, ProcessGroup, Store
 from lightning_gpuorch.errors import CollectiveError, CollectiveTimeoutError, StepAbortedError
 from lightning_gpuorch.parallel.groups.communicators import (
     AbandonedError,
-    Communicator,
     GlooCommunicator,
+    GroupConnections,
     NCCLCommunicator,
     prepare_nccl,
 )
@@ -174,7 +174,7 @@ class RecoverableProcessGroup(ProcessGroup):
 
     def __init__(
         self,
-        connect: Callable[[Store, int, int, float], Communicator],
+        connect: Callable[[Store, int, int, float], GroupConnections],
         store: Store,
         rank: int,
         size: int,
@@ -190,7 +190,7 @@ class RecoverableProcessGroup(ProcessGroup):
         self._in_flight: weakref.WeakSet[RecoverableWork] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._reapers: list[threading.Thread] = []
-        self._inner: Communicator | None = connect(PrefixStore("epoch-0", store), rank, size, self.timeout_seconds)
+        self._inner: GroupConnections | None = connect(PrefixStore("epoch-0", store), rank, size, self.timeout_seconds)
         _groups.add(self)
 
     # Epochs
@@ -251,7 +251,7 @@ class RecoverableProcessGroup(ProcessGroup):
             old.close()
         _groups.discard(self)
 
-    def _release(self, old: Communicator) -> None:
+    def _release(self, old: GroupConnections) -> None:
         # Off the critical path: the threads of the backend end first, which takes up to 150 ms. Not a daemon thread:
         # one that Python stops inside of the backend at exit would abort the process.
         box = [old]

@@ -106,7 +106,7 @@ class _TransposedProject(Sharded):
         return output if bias is None else output + bias
 
 
-class Column(Sharded):
+class ColumnSharded(Sharded):
     """Output channels are this rank's; they stay local."""
 
     def apply_to(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # noqa: A002
@@ -122,7 +122,7 @@ class ColumnGather(Sharded):
         return self.communicator.all_gather_last(self.project(input, bias), self.sizes)
 
 
-class Row(Sharded):
+class RowSharded(Sharded):
     """Input channels are this rank's; outputs are summed over the ranks, then the bias is added once."""
 
     def apply_to(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # noqa: A002
@@ -131,8 +131,8 @@ class Row(Sharded):
         return output if bias is None else output + bias
 
 
-class RowSplit(Row):
-    """As :class:`Row`, for an input that arrives whole."""
+class RowSplit(RowSharded):
+    """As :class:`RowSharded`, for an input that arrives whole."""
 
     def apply_to(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # noqa: A002
         """Map ``(..., in)`` to ``(..., out)``."""
@@ -180,7 +180,7 @@ class VocabularyEmbedding(Vocabulary, nn.Embedding):
     """Embedding with this rank's rows."""
 
 
-class ColumnLinear(Column, nn.Linear):
+class ColumnLinear(ColumnSharded, nn.Linear):
     """Column-wise Linear."""
 
 
@@ -188,7 +188,7 @@ class ColumnGatherLinear(ColumnGather, nn.Linear):
     """Column-wise Linear with gathered output."""
 
 
-class RowLinear(Row, nn.Linear):
+class RowLinear(RowSharded, nn.Linear):
     """Row-wise Linear."""
 
 
@@ -204,9 +204,9 @@ _LINEAR = {
 }
 _EMBEDDING = {LayerKind.COLUMN: ColumnEmbedding, LayerKind.VOCABULARY: VocabularyEmbedding}
 _LINEAR_ROLE = {
-    LayerKind.COLUMN: Column,
+    LayerKind.COLUMN: ColumnSharded,
     LayerKind.COLUMN_GATHER: ColumnGather,
-    LayerKind.ROW: Row,
+    LayerKind.ROW: RowSharded,
     LayerKind.ROW_SPLIT: RowSplit,
 }
 _EMBEDDING_ROLE = {LayerKind.COLUMN: ColumnRows, LayerKind.VOCABULARY: Vocabulary}

@@ -25,7 +25,7 @@ class Cause(Enum):
     PEER = "another rank left"
 
 
-class Verdict(Enum):
+class GroupAction(Enum):
     """What all ranks do."""
 
     COMPLETE = "complete"
@@ -75,7 +75,7 @@ class Vote:
 
 
 @dataclass(frozen=True)
-class Decision:
+class Agreement:
     """What all ranks do, and with which attempt. Attempts before it are complete on every rank.
 
     Attributes:
@@ -89,7 +89,7 @@ class Decision:
         exit_code: What the culprit's process would end with.
     """
 
-    verdict: Verdict
+    verdict: GroupAction
     position: int
     tries: int
     culprits: tuple[int, ...]
@@ -99,7 +99,7 @@ class Decision:
     exit_code: int = 1
 
 
-def decide(votes: Iterable[Vote], max_tries: int) -> Decision:
+def decide(votes: Iterable[Vote], max_tries: int) -> Agreement:
     """Turn the votes of all ranks into what they do; the order of the votes does not matter.
 
     Args:
@@ -115,36 +115,36 @@ def decide(votes: Iterable[Vote], max_tries: int) -> Decision:
     behind = [vote for vote in votes if vote.position < position]
     tries = max(vote.tries for vote in here)
 
-    def decision(verdict: Verdict, cause: Cause, by: list[Vote]) -> Decision:
+    def decision(verdict: GroupAction, cause: Cause, by: list[Vote]) -> Agreement:
         first = by[0] if by else votes[0]
         who = f"rank{'s' if len(by) > 1 else ''} {', '.join(str(vote.rank) for vote in by)}" if by else "no rank"
         reason = f"{who}: {first.message or cause.value}"
-        return Decision(
+        return Agreement(
             verdict, position, tries, tuple(vote.rank for vote in by), cause, reason, first.error, first.exit_code
         )
 
     # 1. What cannot be: the ranks do not run the same program any more.
     lost = [vote for vote in behind if vote.position != position - 1 or not vote.computed]
     if lost:
-        return decision(Verdict.RESTART, Cause.COLLECTIVE, lost)
+        return decision(GroupAction.RESTART, Cause.COLLECTIVE, lost)
     # 2. An error of the step ends it for all.
     errors = [vote for vote in votes if vote.cause is Cause.ERROR]
     if errors:
-        return decision(Verdict.FAIL, Cause.ERROR, errors)
+        return decision(GroupAction.FAIL, Cause.ERROR, errors)
     # 3. Every rank has its output: nothing is lost, whatever broke afterwards.
     if not behind and all(vote.computed for vote in here):
         blamed = [vote for vote in here if vote.cause is not Cause.PEER]
-        return decision(Verdict.COMPLETE, blamed[0].cause if blamed else Cause.PEER, blamed)
+        return decision(GroupAction.COMPLETE, blamed[0].cause if blamed else Cause.PEER, blamed)
     # 4. Memory.
     ooms = [vote for vote in here if vote.cause is Cause.OUT_OF_MEMORY]
     if ooms:
-        return decision(Verdict.SMALLER, Cause.OUT_OF_MEMORY, ooms)
+        return decision(GroupAction.SMALLER, Cause.OUT_OF_MEMORY, ooms)
     # 5. Communication: again, but not for ever.
     for cause in (Cause.COLLECTIVE, Cause.TIMEOUT, Cause.PEER):
         blamed = [vote for vote in votes if vote.cause is cause]
         if blamed:
             break
     if tries >= max_tries:
-        return decision(Verdict.RESTART, cause, blamed)
+        return decision(GroupAction.RESTART, cause, blamed)
     tries += 1
-    return decision(Verdict.RETRY, cause, blamed)
+    return decision(GroupAction.RETRY, cause, blamed)

@@ -51,7 +51,7 @@ from lightning_gpuorch.errors import (
 )
 from lightning_gpuorch.parallel.groups.collective_trace import StepTraces
 from lightning_gpuorch.parallel.groups.recoverable_group import RecoverableProcessGroup
-from lightning_gpuorch.worker.group_recovery.agreement import Cause, Decision, Verdict, Vote, decide
+from lightning_gpuorch.worker.group_recovery.agreement import Agreement, Cause, GroupAction, Vote, decide
 from lightning_gpuorch.worker.group_recovery.connections import GroupEpochs, summary, waiting
 from lightning_gpuorch.worker.oom.detection import is_out_of_memory, release
 
@@ -78,7 +78,7 @@ class Recovery:
         drained: Whether the step was drained and the connections are the same as before.
     """
 
-    decision: Decision
+    decision: Agreement
     seconds: float
     own: bool
     drained: bool = False
@@ -133,7 +133,7 @@ class GroupRecovery:
         self._attempt_seconds = 0.0
         self._traces = StepTraces()
         self._position = 0
-        self._foreseen: Decision | None = None
+        self._foreseen: Agreement | None = None
         self._agreed: int | None = None
         self._token: torch.Tensor | None = None
         name = f"rank {self._global_rank}"
@@ -172,10 +172,10 @@ class GroupRecovery:
                 run.intact = self._drain()  # outside of the handler, which keeps the failed step alive
             decision, error = self._agree(run, tries), run.error
             # If the others are at the next attempt already, this one is complete, and theirs is decided.
-            foreseen = decision.position > self._position and decision.verdict is not Verdict.RESTART
+            foreseen = decision.position > self._position and decision.verdict is not GroupAction.RESTART
             if foreseen:
                 self._foreseen = decision
-            if foreseen or decision.verdict is Verdict.COMPLETE:
+            if foreseen or decision.verdict is GroupAction.COMPLETE:
                 return run.output  # type: ignore[no-any-return]
             run.output = None
 
@@ -293,14 +293,14 @@ class GroupRecovery:
             self._group.allreduce([self._token]).wait(timedelta(seconds=limit_seconds))
             self._await_device(limit_seconds)
 
-    def _raise(self, decision: Decision, error: BaseException | None) -> None:
+    def _raise(self, decision: Agreement, error: BaseException | None) -> None:
         """Raise what a decision says about the present attempt, if it says so."""
-        if decision.verdict is Verdict.RETRY:
+        if decision.verdict is GroupAction.RETRY:
             return
         raised: BaseException
-        if decision.verdict is Verdict.SMALLER:
+        if decision.verdict is GroupAction.SMALLER:
             raised = GroupOutOfMemoryError(f"out of memory on {decision.reason}")
-        elif decision.verdict is Verdict.FAIL:
+        elif decision.verdict is GroupAction.FAIL:
             if error is not None and self._global_rank in decision.culprits:
                 raised = error
             elif decision.error == InputMismatchError.__name__:  # every rank finds it, but the first one ends the step
@@ -319,7 +319,7 @@ class GroupRecovery:
 
     # Agreement
 
-    def _agree(self, run: _Run, tries: int) -> Decision:
+    def _agree(self, run: _Run, tries: int) -> Agreement:
         cause, error = run.cause, run.error
         assert cause is not None
         message = "" if cause is Cause.PEER or error is None else summary(error)
@@ -332,7 +332,7 @@ class GroupRecovery:
             )  # fmt: skip
             votes, aborted = self._vote(vote, drained=run.intact and cause is Cause.OUT_OF_MEMORY)
             decision = decide(votes, MAX_TRIES)
-            if aborted and decision.verdict in (Verdict.COMPLETE, Verdict.RETRY, Verdict.SMALLER):
+            if aborted and decision.verdict in (GroupAction.COMPLETE, GroupAction.RETRY, GroupAction.SMALLER):
                 self._measured_seconds = self.epochs.connect()
         except ControlPlaneError as lost:
             raised = GroupRecoveryError(

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gpuorch.worker.group_recovery.agreement import Cause, Verdict, Vote, decide
+from lightning_gpuorch.worker.group_recovery.agreement import Cause, GroupAction, Vote, decide
 
 MAX_TRIES = 2
 
 
-def verdict(*votes: Vote) -> tuple[Verdict, int]:
+def verdict(*votes: Vote) -> tuple[GroupAction, int]:
     decision = decide(votes, MAX_TRIES)
     return decision.verdict, decision.position
 
@@ -25,27 +25,27 @@ def vote(rank: int, position: int, cause: Cause = Cause.PEER, **more: object) ->
 
 def test_memory_that_ran_out_on_one_rank_makes_all_cut() -> None:
     decision = decide([vote(0, 7), vote(1, 7, Cause.OUT_OF_MEMORY, message="no room"), vote(2, 7)], MAX_TRIES)
-    assert (decision.verdict, decision.position, decision.culprits) == (Verdict.SMALLER, 7, (1,))
+    assert (decision.verdict, decision.position, decision.culprits) == (GroupAction.SMALLER, 7, (1,))
     assert "rank 1" in decision.reason
     assert "no room" in decision.reason
 
 
 def test_a_rank_that_waits_for_the_end_of_an_attempt_takes_it_as_complete_when_another_is_further() -> None:
     votes = vote(0, 4, Cause.COLLECTIVE, computed=True), vote(1, 5)
-    assert verdict(*votes) == (Verdict.RETRY, 5)
+    assert verdict(*votes) == (GroupAction.RETRY, 5)
     votes = vote(0, 4, computed=True), vote(1, 5, Cause.OUT_OF_MEMORY)
-    assert verdict(*votes) == (Verdict.SMALLER, 5)
+    assert verdict(*votes) == (GroupAction.SMALLER, 5)
 
 
 def test_what_all_have_computed_is_kept() -> None:
-    assert verdict(vote(0, 3, Cause.COLLECTIVE, computed=True), vote(1, 3, computed=True)) == (Verdict.COMPLETE, 3)
-    assert verdict(vote(0, 3, Cause.COLLECTIVE, computed=True), vote(1, 3)) == (Verdict.RETRY, 3)
+    assert verdict(vote(0, 3, Cause.COLLECTIVE, computed=True), vote(1, 3, computed=True)) == (GroupAction.COMPLETE, 3)
+    assert verdict(vote(0, 3, Cause.COLLECTIVE, computed=True), vote(1, 3)) == (GroupAction.RETRY, 3)
 
 
 def test_an_error_of_the_step_is_never_retried() -> None:
     for other in (Cause.PEER, Cause.OUT_OF_MEMORY, Cause.TIMEOUT, Cause.COLLECTIVE):
         decision = decide([vote(0, 1, other), vote(1, 1, Cause.ERROR, message="a bug", exit_code=78)], MAX_TRIES)
-        assert (decision.verdict, decision.culprits, decision.exit_code) == (Verdict.FAIL, (1,), 78)
+        assert (decision.verdict, decision.culprits, decision.exit_code) == (GroupAction.FAIL, (1,), 78)
 
 
 @pytest.mark.parametrize("cause", [Cause.TIMEOUT, Cause.COLLECTIVE])
@@ -53,18 +53,18 @@ def test_communication_is_retried_a_bounded_number_of_times(cause: Cause) -> Non
     tries = 0
     for _ in range(MAX_TRIES):
         decision = decide([vote(0, 1, cause, tries=tries), vote(1, 1, tries=tries)], MAX_TRIES)
-        assert decision.verdict is Verdict.RETRY
+        assert decision.verdict is GroupAction.RETRY
         tries = decision.tries
-    assert verdict(vote(0, 1, cause, tries=tries), vote(1, 1, tries=tries)) == (Verdict.RESTART, 1)
+    assert verdict(vote(0, 1, cause, tries=tries), vote(1, 1, tries=tries)) == (GroupAction.RESTART, 1)
 
 
 def test_memory_does_not_use_up_the_tries_of_communication() -> None:
-    assert verdict(vote(0, 1, Cause.OUT_OF_MEMORY, tries=MAX_TRIES), vote(1, 1)) == (Verdict.SMALLER, 1)
+    assert verdict(vote(0, 1, Cause.OUT_OF_MEMORY, tries=MAX_TRIES), vote(1, 1)) == (GroupAction.SMALLER, 1)
 
 
 def test_ranks_that_run_different_programs_are_restarted() -> None:
-    assert verdict(vote(0, 1, computed=True), vote(1, 3)) == (Verdict.RESTART, 3)
-    assert verdict(vote(0, 2), vote(1, 3)) == (Verdict.RESTART, 3)
+    assert verdict(vote(0, 1, computed=True), vote(1, 3)) == (GroupAction.RESTART, 3)
+    assert verdict(vote(0, 2), vote(1, 3)) == (GroupAction.RESTART, 3)
 
 
 votes_of_a_group = st.lists(
@@ -91,7 +91,7 @@ class SimulatedRank:
     def __init__(self, rank: int):
         self.rank, self.position, self.tries = rank, 1, 0
         self.computed = self.done = False
-        self.foreseen: tuple[Verdict, int] | None = None
+        self.foreseen: tuple[GroupAction, int] | None = None
         self.log: list[tuple[int, str]] = []
 
     def finish(self, outcome: str) -> None:
@@ -101,12 +101,12 @@ class SimulatedRank:
             (what, tries), self.foreseen = self.foreseen, None
             self.apply(what, tries)
 
-    def apply(self, what: Verdict, tries: int) -> None:
-        if what is Verdict.RETRY:
+    def apply(self, what: GroupAction, tries: int) -> None:
+        if what is GroupAction.RETRY:
             self.tries, self.computed = tries, False
         else:
-            self.finish({Verdict.COMPLETE: "output", Verdict.SMALLER: "out of memory"}.get(what, "end"))
-            self.done = self.done or what in (Verdict.FAIL, Verdict.RESTART)
+            self.finish({GroupAction.COMPLETE: "output", GroupAction.SMALLER: "out of memory"}.get(what, "end"))
+            self.done = self.done or what in (GroupAction.FAIL, GroupAction.RESTART)
 
 
 @given(st.integers(2, 4), st.integers(0, 10**6))
