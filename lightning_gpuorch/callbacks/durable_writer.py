@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning_gpuorch._version import __version__
 from lightning_gpuorch.errors import ConfigurationError, MissingPredictionsError, format_indices
 from lightning_gpuorch.paths import local_path
-from lightning_gpuorch.predictions.loading.source import MapSource, describe
+from lightning_gpuorch.predictions.loading.describe import describe
+from lightning_gpuorch.predictions.loading.source import MapSource
 from lightning_gpuorch.predictions.reading.reader import read_predictions
 from lightning_gpuorch.predictions.samples.tensors import to_host
 from lightning_gpuorch.predictions.storage.journal import loader_directory

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_gpuorch.predictions.loading.loader import SharedLoader
-from lightning_gpuorch.predictions.loading.source import Source
+from lightning_gpuorch.predictions.loading.describe import Source
+from lightning_gpuorch.predictions.loading.shared_loader import SharedLoader
 from lightning_gpuorch.predictions.samples.tensors import to_device
 
 log = logging.getLogger(__name__)

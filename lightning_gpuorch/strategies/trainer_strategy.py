@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.parallel.tensor_parallel import applied_plan, empty_parameters
-from lightning_gpuorch.predictions.loading.source import describe
+from lightning_gpuorch.predictions.loading.describe import describe
 from lightning_gpuorch.strategies import lightning_internals
 from lightning_gpuorch.strategies.base import StrategyShell
 from lightning_gpuorch.strategies.launcher import Launcher

@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Any
 
 from lightning_gpuorch.devices.memory.transfer import HostCopy
-from lightning_gpuorch.predictions.loading.loader import Ticket
+from lightning_gpuorch.predictions.loading.tickets import Ticket
 
 
 class State(Enum):

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_gpuorch.devices.memory.peaks import PeakMeter, peak_meter
-from lightning_gpuorch.predictions.loading.loader import Ticket
-from lightning_gpuorch.predictions.loading.source import MapSource, Source, check_rebatchable
+from lightning_gpuorch.predictions.loading.describe import Source, check_rebatchable
+from lightning_gpuorch.predictions.loading.source import MapSource
+from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.worker.batching.dynamic import (
     ACCELERATOR_OVERHEAD_TOKENS,
     CPU_OVERHEAD_TOKENS,

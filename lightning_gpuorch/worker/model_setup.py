@@ -49,7 +49,7 @@ from lightning_gpuorch.parallel.tensor_parallel.isolation import CommunicatesErr
 from lightning_gpuorch.parallel.tensor_parallel.plan import format_bytes
 from lightning_gpuorch.parallel.tensor_parallel.reference_run import ExampleError
 from lightning_gpuorch.paths import local_path
-from lightning_gpuorch.predictions.loading.source import describe
+from lightning_gpuorch.predictions.loading.describe import describe
 from lightning_gpuorch.predictions.samples.tensors import fingerprint_files, fingerprint_tensors, fingerprint_weights
 from lightning_gpuorch.worker.random_state import keep_random_state
 from lightning_gpuorch.worker.runtime import Runtime

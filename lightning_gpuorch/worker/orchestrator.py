@@ -17,7 +17,7 @@ from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError
 from lightning_gpuorch.parallel.tensor_parallel import build_model
 from lightning_gpuorch.paths import local_path
-from lightning_gpuorch.predictions.loading.loader import SharedLoader
+from lightning_gpuorch.predictions.loading.shared_loader import SharedLoader
 from lightning_gpuorch.predictions.samples.tensors import to_device
 from lightning_gpuorch.worker.model_setup import ModelSetup, ParallelizeFn, first_batch, refuse_meta
 from lightning_gpuorch.worker.runtime import Runtime

@@ -29,8 +29,9 @@ from lightning_gpuorch.control.messages.ranks import DrainJob
 from lightning_gpuorch.devices.memory.transfer import HostCopy
 from lightning_gpuorch.errors import TooManyErroredSamplesError
 from lightning_gpuorch.predictions.loading.collector import ChunkCollector, NoCollector
-from lightning_gpuorch.predictions.loading.loader import LeasedLoader, Ticket
-from lightning_gpuorch.predictions.loading.source import Source, default_chunk_batches, describe
+from lightning_gpuorch.predictions.loading.describe import Source, default_chunk_batches, describe
+from lightning_gpuorch.predictions.loading.loader import LeasedLoader
+from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.predictions.loading.windowed_loader import WindowedLoader
 from lightning_gpuorch.predictions.loading.work import NoWork
 from lightning_gpuorch.predictions.reading.reader import results

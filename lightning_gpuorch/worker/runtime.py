@@ -23,8 +23,8 @@ from lightning_gpuorch.parallel.groups.recoverable_group import RecoverableProce
 from lightning_gpuorch.parallel.groups.topology import Topology
 from lightning_gpuorch.parallel.tensor_parallel import Communicator, random_state_digest, synchronize_random_state
 from lightning_gpuorch.paths import local_path
-from lightning_gpuorch.predictions.loading.loader import SharedLoader
-from lightning_gpuorch.predictions.loading.source import describe
+from lightning_gpuorch.predictions.loading.describe import describe
+from lightning_gpuorch.predictions.loading.shared_loader import SharedLoader
 from lightning_gpuorch.predictions.loading.world_of_one import undo_split
 from lightning_gpuorch.predictions.samples.tensors import digest, to_device, whole
 from lightning_gpuorch.telemetry.current import observe_collective, observe_retry

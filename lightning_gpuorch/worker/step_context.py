@@ -11,7 +11,7 @@ import torch
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.devices.memory import ResourceAllocator
 from lightning_gpuorch.devices.memory.transfer import Transfers
-from lightning_gpuorch.predictions.loading.loader import Ticket
+from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.telemetry.metrics.efficiency import Calibration
 from lightning_gpuorch.telemetry.rank import RankTelemetry
 from lightning_gpuorch.worker.session import World

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_gpuorch.devices.memory import memory_summary
-from lightning_gpuorch.predictions.loading.loader import Ticket
+from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.telemetry.current import observe_oom
 from lightning_gpuorch.worker.oom.halving import BatchHalver, OOMEvent
 from lightning_gpuorch.worker.step_context import StepContext

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from lightning_gpuorch.control.input_ledger import InputLedger
 from lightning_gpuorch.errors import InputMismatchError
 from lightning_gpuorch.predictions import LoaderLayout, Manifest
-from lightning_gpuorch.predictions.loading.loader import END, SharedLoader, Stream
-from lightning_gpuorch.predictions.loading.source import describe
+from lightning_gpuorch.predictions.loading.describe import describe
+from lightning_gpuorch.predictions.loading.shared_loader import SharedLoader
+from lightning_gpuorch.predictions.loading.stream import END, Stream
 from lightning_gpuorch.predictions.loading.world_of_one import job_is_hidden, read_alone, world_of_one
 from lightning_gpuorch.predictions.samples.tensors import digest
 from lightning_gpuorch.predictions.storage.manifest import compare, load, open_or_create, record_mismatch

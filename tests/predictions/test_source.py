@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, WeightedRandomSampler
 
 from lightning_gpuorch.errors import ConfigurationError, CorruptPartError
+from lightning_gpuorch.predictions.loading.describe import describe
 from lightning_gpuorch.predictions.loading.order import Order
-from lightning_gpuorch.predictions.loading.source import BatchSource, MapSource, StreamSource, describe
+from lightning_gpuorch.predictions.loading.source import BatchSource, MapSource
+from lightning_gpuorch.predictions.loading.stream import StreamSource
 
 LENGTH = 20
 

@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_gpuorch.errors import UnreadableStreamError
+from lightning_gpuorch.predictions.loading.describe import describe
 from lightning_gpuorch.predictions.loading.loader import LeasedLoader
-from lightning_gpuorch.predictions.loading.source import describe
 from lightning_gpuorch.predictions.loading.windowed_loader import WindowedLoader
 from lightning_gpuorch.worker.batching.dynamic import DynamicBatcher
 from tests.predictions.test_window import Queue, Sink

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gpuorch.control.messages.leases import Lease, Pace
 from lightning_gpuorch.predictions.loading.collector import ChunkCollector
-from lightning_gpuorch.predictions.loading.source import describe
+from lightning_gpuorch.predictions.loading.describe import describe
 from lightning_gpuorch.predictions.loading.window_bounds import WindowBounds
 from lightning_gpuorch.predictions.loading.windowed_loader import WindowedLoader
 from lightning_gpuorch.predictions.loading.work import NoWork

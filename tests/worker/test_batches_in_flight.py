@@ -4,8 +4,8 @@ import collections
 
 import pytest
 
-from lightning_gpuorch.predictions.loading.loader import Ticket
 from lightning_gpuorch.predictions.loading.source import Span
+from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.worker.batches_in_flight import BatchesInFlight
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_gpuorch.predictions.loading.loader import Ticket
 from lightning_gpuorch.predictions.loading.source import Span
+from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.predictions.loading.window import Window
 from lightning_gpuorch.predictions.samples import OutputLayout
 from lightning_gpuorch.predictions.storage.fragments import FragmentReader, FragmentWriter, numbers_of
@@ -43,7 +43,7 @@ class ChunkCollector:
         self._counting = threading.Lock()
 
     def begin(self, chunk: int, num_batches: int | None) -> None:
-        """See :class:`~lightning_gpuorch.predictions.loading.loader.ChunkSink`."""
+        """See :class:`~lightning_gpuorch.predictions.loading.tickets.ChunkSink`."""
         self._open[chunk] = _OpenChunk(num_batches)
         if num_batches == 0:
             self._complete(chunk)
@@ -128,7 +128,7 @@ class ChunkCollector:
             self._store(piece.chunk, stored)
 
     def end(self, chunk: int) -> None:
-        """See :class:`~lightning_gpuorch.predictions.loading.loader.ChunkSink`."""
+        """See :class:`~lightning_gpuorch.predictions.loading.tickets.ChunkSink`."""
         self._complete(chunk)
 
     def _store(self, chunk: int, stored: StoredBatch) -> None:

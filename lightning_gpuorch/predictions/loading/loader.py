@@ -1,4 +1,4 @@
-"""Iterables that hand a replica its part of a dataloader: chunks leased one after another, or a fixed share.
+"""An iterable that hands a replica the chunks of a dataloader that it leases, one after another.
 
 The consumer takes batches with ``next`` and finds the ticket of each in the loader's queue of tickets, in the same
 order. A batch is done when the batch after is asked for; when no work is left for the moment, the loader waits inside
@@ -9,123 +9,23 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lightning_gpuorch.errors import ConfigurationError, UnreadableStreamError, summarize_exception
+from lightning_gpuorch.errors import ConfigurationError, UnreadableStreamError
 from lightning_gpuorch.predictions.loading.batch_numbers import number_of_span
+from lightning_gpuorch.predictions.loading.describe import Source
 from lightning_gpuorch.predictions.loading.isolation import SampleIsolation
 from lightning_gpuorch.predictions.loading.loader_workers import end_reading, worker_is_lost
-from lightning_gpuorch.predictions.loading.source import BatchSource, MapSource, Source, Span, StreamSource
-from lightning_gpuorch.predictions.loading.window import Window
+from lightning_gpuorch.predictions.loading.source import BatchSource, MapSource, Span
+from lightning_gpuorch.predictions.loading.stream import END, Stream, StreamSource
+from lightning_gpuorch.predictions.loading.tickets import ChunkSink, Ticket, TicketQueue
 from lightning_gpuorch.predictions.loading.window_reader import LOST, Requested
 from lightning_gpuorch.predictions.loading.work import Lease, NoWork, WorkQueue, isolated_units
 from lightning_gpuorch.predictions.loading.world_of_one import read_alone, world_of_one
-from lightning_gpuorch.predictions.samples.tensors import digest
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
-
-
-class TicketQueue(Protocol):
-    """Where a loader puts the tickets of the batches it gives out."""
-
-    def append(self, ticket: Ticket) -> None:
-        """Take the ticket of the batch that is given out next."""
-        ...
-
-
-class ChunkSink(Protocol):
-    """Where the outputs of a chunk are collected."""
-
-    def begin(self, chunk: int, num_batches: int | None) -> None:
-        """A chunk starts; ``num_batches`` outputs will follow, or as many as come before :meth:`end`."""
-        ...
-
-    def end(self, chunk: int) -> None:
-        """A chunk of unknown length is over."""
-        ...
-
-    def take_over(self, window: Window) -> set[int]:
-        """Take what is known of a window's samples already; returns the sizes of the batches it came in."""
-        ...
-
-    def reading(self, chunk: int, units: range) -> None:
-        """Units are being read, here or in a worker that reads nothing else; none are, where the range is empty."""
-        ...
-
-    def cannot_read(self, chunk: int, units: range, error: Exception) -> None:
-        """An error of reading is about to be raised, since it is not one of a sample."""
-        ...
-
-    def give_up(self, chunk: int, reasons: Mapping[int, str], whole_batch: bool) -> None:
-        """Units cannot be read, and have no prediction.
-
-        Args:
-            chunk: Their chunk.
-            reasons: Why, by unit.
-            whole_batch: No output will follow for the batch they are in.
-        """
-        ...
-
-    def give_up_in_window(self, window: Window, positions: Sequence[int], reasons: Mapping[int, str]) -> None:
-        """Samples of a window have no prediction.
-
-        Args:
-            window: The window.
-            positions: Their positions in it.
-            reasons: Why, by unit.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """One batch on its way from the loader to its output.
-
-    Attributes:
-        loader: Index of the dataloader.
-        chunk: Chunk it belongs to.
-        span: Units, batch number and dataset indices.
-        number: What ``batch_idx`` is; see :mod:`lightning_gpuorch.predictions.loading.batch_numbers`.
-        collate: Builds a batch of given dataset indices again; None in streams.
-        window: The window its samples come from, with dynamic batching.
-        positions: Their positions in the window, ascending.
-        shape: Samples in the batch and what each is padded to, where the batch shows it.
-        sized: What memory allows decides its size, and that it did not fit decides the size of the next ones.
-    """
-
-    loader: int
-    chunk: int
-    span: Span
-    number: int
-    collate: Callable[[list[int]], Any] | None
-    window: Window | None = None
-    positions: Sequence[int] = ()
-    shape: tuple[int, int] | None = None
-    sized: bool = False
-
-    @property
-    def size(self) -> int | None:
-        """Samples in the batch, if known."""
-        if self.window is not None:
-            return len(self.positions)
-        return None if self.span.indices is None else len(self.span.indices)
-
-    @property
-    def indices(self) -> list[int] | None:
-        """Dataset indices of the samples, in order."""
-        return self.span.indices
-
-    @property
-    def recollate(self) -> Callable[[int, int], Any] | None:
-        """Builds the batch of samples ``start`` to ``stop`` of this batch again."""
-        collate, indices = self.collate, self.span.indices
-        if collate is None or indices is None:
-            return None
-        return lambda start, stop: collate(indices[start:stop])
 
 
 class LeasedLoader:
@@ -383,127 +283,3 @@ class LeasedBatches:
         if owner._leasing is None:
             owner._leasing = owner._leased_batches()
         return owner._leasing
-
-
-class SharedLoader:
-    """Every n-th batch of a loader: a fixed share, for evaluation and for loops that keep their results themselves.
-
-    Batches are the loader's own, so metrics per batch are those of a single device; none is repeated or dropped.
-
-    Args:
-        source: The user's loader, described.
-        share: Gives which share this is and how many there are; asked when the loader is used, because a model that is
-            set up later may decide it.
-        agree: Compares a value with that of the other ranks, under a name.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        share: Callable[[], tuple[int, int]],
-        agree: Callable[[str, str], None] = lambda k, v: None,
-    ):
-        self.source, self._share, self._agree = source, share, agree
-
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else is asked of it: what the user's loader has."""
-        if name == "source":  # asked for before it is set, by copy and pickle
-            raise AttributeError(name)
-        return getattr(self.source.loader, name)
-
-    def __len__(self) -> int:
-        """Batches of the largest share."""
-        if self.source.num_batches is None:
-            raise TypeError("the length of this stream is not known")
-        return -(-self.source.num_batches // self._share()[1])
-
-    def __iter__(self) -> Iterator[Any]:
-        replica, num_replicas = self._share()
-        source = self.source
-        if isinstance(source, StreamSource):
-            for number, batch in enumerate(source.iterate()):
-                if number == 0:
-                    self._agree("the first batch", str(digest(batch)))
-                if number % num_replicas == replica:
-                    yield batch
-            return
-        if source.order is not None:
-            self._agree(f"the order of {type(source.sampler).__name__}", source.order.digest)
-        loader = source.reordered(_SharedBatches(source, replica, num_replicas))
-        yield from read_alone(loader.__iter__, in_this_process=not loader.num_workers)
-
-
-class _SharedBatches:
-    def __init__(self, source: MapSource | BatchSource, replica: int, num_replicas: int):
-        self._source, self._replica, self._num_replicas = source, replica, num_replicas
-        self._layout = source.geometry(chunk_batches=1)
-
-    def __len__(self) -> int:
-        return len(range(self._replica, self._source.num_batches, self._num_replicas))
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        for chunk in range(self._replica, self._source.num_batches, self._num_replicas):
-            for span in self._source.spans(self._layout, chunk, range(0), frozenset()):
-                assert span.indices is not None
-                yield span.indices
-
-
-class Stream:
-    """A stream and where it stands.
-
-    Args:
-        begin: Starts it from its beginning.
-        items: What it gives, for those who compare digests: only of equal things.
-        chunk_size: Items of a chunk.
-        saw: Gets a digest of the first item, as that of chunk -1, and then of each chunk that was read whole.
-    """
-
-    def __init__(
-        self, begin: Callable[[], Iterator[Any]], items: str, chunk_size: int, saw: Callable[[int, str], None]
-    ):
-        self._begin, self._iterator = begin, begin()
-        self._items, self._chunk_size, self._saw = items, chunk_size, saw
-        self._digests: list[int] = []
-        self.position = 0
-        """Number of the next item."""
-
-    def seek(self, position: int) -> None:
-        """Go to a position, or to the end if that comes first; from the beginning if it lies behind."""
-        if position < self.position:
-            self.position, self._iterator, self._digests = 0, self._begin(), []
-        while self.position < position and self.read() is not END:
-            pass
-
-    def read(self) -> Any:
-        """The next item, or ``END``.
-
-        Raises:
-            UnreadableStreamError: The stream has raised an error.
-        """
-        try:
-            item = next(self._iterator, END)
-        except Exception as error:
-            raise UnreadableStreamError(
-                f"batch {self.position} of the stream cannot be read, and a stream cannot go on behind an error: "
-                f"{summarize_exception(error)}. Batches before it are kept as far as their chunk is whole; what follows is "
-                "not computed. Catch the error in the dataset, and leave the item out there."
-            ) from error
-        if item is END:
-            self._tell()
-            return END
-        self._digests.append(digest(item))
-        if self.position == 0:
-            self._saw(-1, f"{self._items}:{self._digests[0]}")
-        self.position += 1
-        if self.position % self._chunk_size == 0:
-            self._tell()
-        return item
-
-    def _tell(self) -> None:
-        digests, self._digests = self._digests, []
-        if digests:
-            chunk = (self.position - 1) // self._chunk_size
-            self._saw(chunk, f"{self._items}:{len(digests)}:{zlib.crc32(repr(digests).encode())}")
-
-
-END = object()

@@ -1,16 +1,10 @@
-"""What a dataloader's work is: its units, its batches and its identity, for any iterable a user may pass.
-
-Four kinds are told apart. A map-style ``DataLoader`` with torch's own ``BatchSampler`` is cut by sample. One with a
-custom batch sampler, and one without automatic batching, is cut by batch. Everything else is a stream, cut by batch,
-whose end may be unknown.
-"""
+"""The work of a map-style ``DataLoader``: its units, its batches and its identity, cut by sample or by batch."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import hashlib
-import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -19,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.predictions.loading.dataloaders import as_it_is, length_of, qualified_name, without_collation
 from lightning_gpuorch.predictions.loading.loader_workers import (
     copy_loader,
     fed_by,
@@ -29,16 +24,11 @@ from lightning_gpuorch.predictions.loading.loader_workers import (
     read_in_worker,
 )
 from lightning_gpuorch.predictions.loading.order import Order, draw_worker_seed
-from lightning_gpuorch.predictions.loading.world_of_one import read_alone, world_of_one
+from lightning_gpuorch.predictions.loading.world_of_one import world_of_one
 from lightning_gpuorch.predictions.samples.tensors import digest
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 
 log = logging.getLogger(__name__)
-
-CHUNKS_PER_REPLICA = 32
-"""Chunks a replica should get at least, so that no one waits long at the end."""
-MAX_CHUNK_BATCHES = 32
-"""Batches per chunk at most: what a death can cost."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +117,7 @@ class _IndexedSource:
     def _identity(self) -> dict[str, str | int | None]:
         dataset = self.loader.dataset
         identity: dict[str, str | int | None] = {
-            "dataset": _qualified_name(dataset),
+            "dataset": qualified_name(dataset),
             "length": len(dataset) if isinstance(dataset, Sized) else None,
             "fingerprint": self._fingerprint(),
         }
@@ -220,7 +210,7 @@ class _IndexedSource:
             batches: Dataset indices of each batch.
             uncollated: Give lists of samples.
         """
-        loader, collate = self.loader, _as_it_is if uncollated else self.loader.collate_fn
+        loader, collate = self.loader, as_it_is if uncollated else self.loader.collate_fn
         if loader.num_workers:
             yield from outcomes_in_worker(loader, batches, collate_fn=collate)
             return
@@ -295,7 +285,7 @@ class MapSource(_IndexedSource):
 
     def uncollated(self, batches: Iterable[list[Any]]) -> DataLoader[Any]:
         """As :meth:`reordered`, but it gives lists of samples, which nobody has collated or pinned."""
-        return _without_collation(self.reordered(batches))
+        return without_collation(self.reordered(batches))
 
 
 class BatchSource(_IndexedSource):
@@ -309,7 +299,7 @@ class BatchSource(_IndexedSource):
     batch_size = None
 
     def __init__(self, loader: DataLoader[Any], limit: int | None = None):
-        counts = [count for count in (_length(loader), limit) if count is not None]
+        counts = [count for count in (length_of(loader), limit) if count is not None]
         super().__init__(loader, loader.batch_sampler, True, min(counts, default=None))
 
     @property
@@ -349,150 +339,6 @@ class BatchSource(_IndexedSource):
         return read_in_worker(self.loader, batch_sampler=[self.order.batch(0)])[0] if len(self.order) else None
 
 
-class StreamSource:
-    """Any other iterable: an ``IterableDataset``'s loader, a list of batches, a generator-backed object.
-
-    It must give the same batches each time it is iterated, on every rank.
-
-    Args:
-        loader: The user's iterable; it must be possible to iterate it again.
-        limit: Batches to take at most; None takes all.
-    """
-
-    is_stream = True
-    batch_size = None
-
-    def __init__(self, loader: Iterable[Any], limit: int | None = None):
-        self.loader = loader
-        self.limit = limit
-        # What a loader says of a stream's length is a guess of its author's.
-        known = not isinstance(loader, DataLoader) or not isinstance(loader.dataset, IterableDataset)
-        self.num_units: int | None = _length(loader) if known else None
-        if self.num_units is not None and limit is not None:
-            self.num_units = min(self.num_units, limit)
-
-    @property
-    def num_batches(self) -> int | None:
-        """Batches a single device would compute, if that is known beforehand."""
-        return self.num_units
-
-    def layout(self, chunk_batches: int) -> LoaderLayout:
-        """Describe the work, with chunks of ``chunk_batches`` batches."""
-        identity: dict[str, str | int | None] = {"loader": _qualified_name(self.loader), "limit": self.limit}
-        dataset = getattr(self.loader, "dataset", None)
-        if dataset is not None:
-            identity["dataset"] = _qualified_name(dataset)
-            identity["batch_size"] = getattr(self.loader, "batch_size", None)
-            # The order of a worker-fed stream depends on how many workers there are.
-            identity["num_workers"] = getattr(self.loader, "num_workers", 0)
-        return LoaderLayout(
-            unit="batch", num_units=self.num_units, batch_size=None, chunk_size=chunk_batches, identity=identity
-        )
-
-    def iterate(self) -> Iterator[Any]:
-        """Start the stream from its beginning."""
-        loader = copy_loader(self.loader) if isinstance(self.loader, DataLoader) else self.loader
-        return itertools.islice(read_alone(loader.__iter__, self._in_this_process), self.limit)
-
-    def iterate_uncollated(self) -> Iterator[list[Any]]:
-        """Start the stream from its beginning; each item is the list of samples of one of the loader's batches."""
-        assert isinstance(self.loader, DataLoader)
-        loader = _without_collation(copy_loader(self.loader))
-        return itertools.islice(read_alone(loader.__iter__, self._in_this_process), self.limit)
-
-    def freeze(self, directory: Path) -> None:
-        """Nothing to keep: a stream's order is its own, and replicas compare what they read."""
-
-    def thaw(self, directory: Path, layout: LoaderLayout) -> None:
-        """Nothing was kept."""
-
-    def first_batch(self) -> Any:
-        """The first batch as the loader gives it; None if there is none."""
-        return next(self.iterate(), None)
-
-    @property
-    def _in_this_process(self) -> bool:
-        """Whether batches are made here and not in workers; of what is no ``DataLoader``, some may be."""
-        return not isinstance(self.loader, DataLoader) or not self.loader.num_workers
-
-
-Source = MapSource | BatchSource | StreamSource
-
-
-def describe(loader: Any, limit: int | None = None) -> Source:
-    """Tell what kind of work a loader is.
-
-    Args:
-        loader: Whatever the user passed as a dataloader.
-        limit: Batches to take at most.
-
-    Raises:
-        ConfigurationError: The loader cannot be predicted on reproducibly.
-    """
-    if getattr(loader, "in_order", True) is False:
-        raise ConfigurationError(
-            "DataLoader(in_order=False) returns batches in the order its workers finish, so outputs cannot be matched to "
-            "samples; remove in_order=False."
-        )
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        if isinstance(loader, Iterator):
-            raise ConfigurationError(
-                f"the dataloader is a {type(loader).__name__}, which can be iterated only once; a rank that restarts has "
-                "to start over. Pass a DataLoader, a list of batches, or an object with __iter__."
-            )
-        return StreamSource(loader, limit)
-    if _iterates_its_own_way(loader):
-        return StreamSource(loader, limit)
-    sampler = loader.batch_sampler
-    if sampler is None or type(sampler) is BatchSampler:
-        return MapSource(loader, limit)
-    return BatchSource(loader, limit)
-
-
-def _iterates_its_own_way(loader: DataLoader[Any]) -> bool:
-    """Whether a subclass may give other batches than its sampler asks for; torchdata's, which keeps a state, does not."""
-    method = type(loader).__iter__
-    return method is not DataLoader.__iter__ and not method.__module__.startswith("torchdata.stateful_dataloader")
-
-
-def check_rebatchable(source: Source) -> None:
-    """Refuse a loader whose samples cannot be put into other batches than its own.
-
-    Args:
-        source: The loader, described.
-
-    Raises:
-        ConfigurationError: Its batches are made by the user.
-    """
-    loader = source.loader
-    if isinstance(source, BatchSource):
-        made_by = f"its batch sampler, {type(source.loader.batch_sampler).__name__}, makes its batches"
-    elif not isinstance(loader, DataLoader):
-        made_by = f"a {type(loader).__name__} gives batches that are made already"
-    elif loader.batch_sampler is None and loader.batch_size is None:
-        made_by = "DataLoader(batch_size=None) gives batches that the dataset has made"
-    else:
-        return
-    raise ConfigurationError(
-        f"enable_dynamic_batching=True needs a DataLoader that collates single samples, and {made_by}. Pass a DataLoader "
-        "with a batch_size, or set enable_dynamic_batching=False."
-    )
-
-
-def default_chunk_batches(num_batches: int | None, num_replicas: int, windows: bool = False) -> int:
-    """Batches per chunk: small enough to share the work evenly, large enough to cost little.
-
-    Args:
-        num_batches: Batches of the loader, if known.
-        num_replicas: Replicas that share them.
-        windows: Several chunks are batched together, so that small ones cost no padding and even out the end.
-    """
-    if num_batches is None:
-        return 4
-    wanted = num_replicas * CHUNKS_PER_REPLICA * (2 if windows else 1)
-    return max(1, min(MAX_CHUNK_BATCHES, num_batches // wanted))
-
-
 def _deterministic_sampler(loader: DataLoader[Any]) -> Sampler[int]:
     sampler = loader.batch_sampler.sampler if isinstance(loader.batch_sampler, BatchSampler) else loader.sampler
     if isinstance(sampler, RandomSampler):
@@ -508,16 +354,6 @@ def _deterministic_sampler(loader: DataLoader[Any]) -> Sampler[int]:
     return sampler  # type: ignore[return-value]
 
 
-def _length(loader: Any) -> int | None:
-    """How many batches there are, as far as the loader or its batch sampler say."""
-    for sized in (loader, getattr(loader, "batch_sampler", None)):
-        try:
-            return len(sized)  # type: ignore[arg-type]
-        except (TypeError, NotImplementedError):
-            continue
-    return None
-
-
 def _pieces(batch: range, isolate: range, skip: frozenset[int]) -> Iterator[range]:
     """Cut a batch around the samples that must be computed alone or not at all."""
     start = batch.start
@@ -530,21 +366,6 @@ def _pieces(batch: range, isolate: range, skip: frozenset[int]) -> Iterator[rang
             start = unit + 1
     if start < batch.stop:
         yield range(start, batch.stop)
-
-
-def _without_collation(clone: DataLoader[Any]) -> DataLoader[Any]:
-    """Let a copy of a loader give the samples of a batch as they come from the dataset."""
-    clone.collate_fn = _as_it_is
-    clone.pin_memory = False
-    return clone
-
-
-def _as_it_is(samples: list[Any]) -> list[Any]:
-    return samples
-
-
-def _qualified_name(obj: Any) -> str:
-    return f"{type(obj).__module__}.{type(obj).__qualname__}"
 
 
 def _digests(samples: list[Any]) -> int:

@@ -12,9 +12,11 @@ from torch.utils.data import DataLoader
 from lightning_gpuorch.errors import UnreadableStreamError, summarize_exception
 from lightning_gpuorch.predictions.loading.batch_numbers import number_of_dynamic_batch
 from lightning_gpuorch.predictions.loading.isolation import SampleIsolation
-from lightning_gpuorch.predictions.loading.loader import END, LeasedBatches, LeasedLoader, Stream, Ticket
+from lightning_gpuorch.predictions.loading.loader import LeasedBatches, LeasedLoader
 from lightning_gpuorch.predictions.loading.loader_workers import end_reading
-from lightning_gpuorch.predictions.loading.source import BatchSource, Span, StreamSource
+from lightning_gpuorch.predictions.loading.source import BatchSource, Span
+from lightning_gpuorch.predictions.loading.stream import END, Stream, StreamSource
+from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.predictions.loading.window import Batcher, Window
 from lightning_gpuorch.predictions.loading.window_bounds import WindowBounds
 from lightning_gpuorch.predictions.loading.window_reader import BackgroundWindowReader, Requested, WindowReader

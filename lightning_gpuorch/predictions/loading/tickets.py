@@ -1,0 +1,109 @@
+"""What a loader and its owner hand each other: tickets of batches, and the outputs of chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lightning_gpuorch.predictions.loading.source import Span
+from lightning_gpuorch.predictions.loading.window import Window
+
+
+class TicketQueue(Protocol):
+    """Where a loader puts the tickets of the batches it gives out."""
+
+    def append(self, ticket: Ticket) -> None:
+        """Take the ticket of the batch that is given out next."""
+        ...
+
+
+class ChunkSink(Protocol):
+    """Where the outputs of a chunk are collected."""
+
+    def begin(self, chunk: int, num_batches: int | None) -> None:
+        """A chunk starts; ``num_batches`` outputs will follow, or as many as come before :meth:`end`."""
+        ...
+
+    def end(self, chunk: int) -> None:
+        """A chunk of unknown length is over."""
+        ...
+
+    def take_over(self, window: Window) -> set[int]:
+        """Take what is known of a window's samples already; returns the sizes of the batches it came in."""
+        ...
+
+    def reading(self, chunk: int, units: range) -> None:
+        """Units are being read, here or in a worker that reads nothing else; none are, where the range is empty."""
+        ...
+
+    def cannot_read(self, chunk: int, units: range, error: Exception) -> None:
+        """An error of reading is about to be raised, since it is not one of a sample."""
+        ...
+
+    def give_up(self, chunk: int, reasons: Mapping[int, str], whole_batch: bool) -> None:
+        """Units cannot be read, and have no prediction.
+
+        Args:
+            chunk: Their chunk.
+            reasons: Why, by unit.
+            whole_batch: No output will follow for the batch they are in.
+        """
+        ...
+
+    def give_up_in_window(self, window: Window, positions: Sequence[int], reasons: Mapping[int, str]) -> None:
+        """Samples of a window have no prediction.
+
+        Args:
+            window: The window.
+            positions: Their positions in it.
+            reasons: Why, by unit.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """One batch on its way from the loader to its output.
+
+    Attributes:
+        loader: Index of the dataloader.
+        chunk: Chunk it belongs to.
+        span: Units, batch number and dataset indices.
+        number: What ``batch_idx`` is; see :mod:`lightning_gpuorch.predictions.loading.batch_numbers`.
+        collate: Builds a batch of given dataset indices again; None in streams.
+        window: The window its samples come from, with dynamic batching.
+        positions: Their positions in the window, ascending.
+        shape: Samples in the batch and what each is padded to, where the batch shows it.
+        sized: What memory allows decides its size, and that it did not fit decides the size of the next ones.
+    """
+
+    loader: int
+    chunk: int
+    span: Span
+    number: int
+    collate: Callable[[list[int]], Any] | None
+    window: Window | None = None
+    positions: Sequence[int] = ()
+    shape: tuple[int, int] | None = None
+    sized: bool = False
+
+    @property
+    def size(self) -> int | None:
+        """Samples in the batch, if known."""
+        if self.window is not None:
+            return len(self.positions)
+        return None if self.span.indices is None else len(self.span.indices)
+
+    @property
+    def indices(self) -> list[int] | None:
+        """Dataset indices of the samples, in order."""
+        return self.span.indices
+
+    @property
+    def recollate(self) -> Callable[[int, int], Any] | None:
+        """Builds the batch of samples ``start`` to ``stop`` of this batch again."""
+        collate, indices = self.collate, self.span.indices
+        if collate is None or indices is None:
+            return None
+        return lambda start, stop: collate(indices[start:stop])
