@@ -32,3 +32,10 @@ def as_it_is(samples: list[Any]) -> list[Any]:
 def qualified_name(obj: Any) -> str:
     """Name of an object's class, with its module."""
     return f"{type(obj).__module__}.{type(obj).__qualname__}"
+
+
+def end_workers(iterator: Any) -> None:
+    """End the worker processes of an iterator over a loader, whatever else still refers to it."""
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()

@@ -8,6 +8,7 @@ order. A batch is done when the batch after is asked for; when no work is left f
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -179,19 +180,20 @@ class LeasedLoader:
 
     def _stream(self, source: StreamSource) -> Iterator[Any]:
         stream = Stream(source.iterate, "batches", self.layout.chunk_size, self._queue.saw)
-        while True:
-            answer = self._next_answer()
-            if answer is NoWork.PAUSE:
-                self._block = True
-                continue
-            if isinstance(answer, NoWork):
-                return
-            try:
-                if self._reach(stream, answer.chunk):
-                    yield from self._stream_chunk(stream, answer.chunk, frozenset(answer.skip))
-            except UnreadableStreamError as error:
-                self._end_unreadable(error)
-                return
+        with contextlib.closing(stream):
+            while True:
+                answer = self._next_answer()
+                if answer is NoWork.PAUSE:
+                    self._block = True
+                    continue
+                if isinstance(answer, NoWork):
+                    return
+                try:
+                    if self._reach(stream, answer.chunk):
+                        yield from self._stream_chunk(stream, answer.chunk, frozenset(answer.skip))
+                except UnreadableStreamError as error:
+                    self._end_unreadable(error)
+                    return
 
     def _end_unreadable(self, error: UnreadableStreamError) -> None:
         """End the loader where its stream has failed; what it has given out before is still computed.

@@ -26,6 +26,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data._utils import signal_handling
 
+from lightning_gpuorch.predictions.loading.dataloaders import end_workers
 from lightning_gpuorch.predictions.loading.world_of_one import world_of_one
 
 log = logging.getLogger(__name__)
@@ -146,13 +147,6 @@ def end_reading(loader: DataLoader[Any]) -> None:
     """
     end_workers(loader._iterator)
     loader._iterator = None
-
-
-def end_workers(iterator: Any) -> None:
-    """End the worker processes of an iterator over a loader, whatever else still refers to it."""
-    shut_down = getattr(iterator, "_shutdown_workers", None)
-    if shut_down is not None:
-        shut_down()
 
 
 def _hold_worker_deaths() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,11 +49,12 @@ class SharedLoader:
         replica, num_replicas = self._share()
         source = self.source
         if isinstance(source, StreamSource):
-            for number, batch in enumerate(source.iterate()):
-                if number == 0:
-                    self._agree("the first batch", str(digest(batch)))
-                if number % num_replicas == replica:
-                    yield batch
+            with contextlib.closing(source.iterate()) as batches:
+                for number, batch in enumerate(batches):
+                    if number == 0:
+                        self._agree("the first batch", str(digest(batch)))
+                    if number % num_replicas == replica:
+                        yield batch
             return
         if source.order is not None:
             self._agree(f"the order of {type(source.sampler).__name__}", source.order.digest)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,23 @@ class StreamSource:
             unit="batch", num_units=self.num_units, batch_size=None, chunk_size=chunk_batches, identity=identity
         )
 
-    def iterate(self) -> Iterator[Any]:
-        """Start the stream from its beginning."""
+    def iterate(self) -> Generator[Any]:
+        """Start the stream from its beginning. Closing what is returned ends its worker processes."""
         loader = copy_loader(self.loader) if isinstance(self.loader, DataLoader) else self.loader
-        return itertools.islice(read_alone(loader.__iter__, self._in_this_process), self.limit)
+        return self._items_of(loader)
 
-    def iterate_uncollated(self) -> Iterator[list[Any]]:
+    def iterate_uncollated(self) -> Generator[list[Any]]:
         """Start the stream from its beginning; each item is the list of samples of one of the loader's batches."""
         assert isinstance(self.loader, DataLoader)
         loader = without_collation(copy_loader(self.loader))
-        return itertools.islice(read_alone(loader.__iter__, self._in_this_process), self.limit)
+        return self._items_of(loader)
+
+    def _items_of(self, loader: Iterable[Any]) -> Generator[Any]:
+        items = read_alone(loader.__iter__, self._in_this_process)
+        try:
+            yield from itertools.islice(items, self.limit)
+        finally:
+            items.close()
 
     def freeze(self, directory: Path) -> None:
         """Nothing to keep: a stream's order is its own, and replicas compare what they read."""
@@ -77,7 +85,8 @@ class StreamSource:
 
     def first_batch(self) -> Any:
         """The first batch as the loader gives it; None if there is none."""
-        return next(self.iterate(), None)
+        with contextlib.closing(self.iterate()) as batches:
+            return next(batches, None)
 
     @property
     def _in_this_process(self) -> bool:
@@ -96,7 +105,7 @@ class Stream:
     """
 
     def __init__(
-        self, begin: Callable[[], Iterator[Any]], items: str, chunk_size: int, saw: Callable[[int, str], None]
+        self, begin: Callable[[], Generator[Any]], items: str, chunk_size: int, saw: Callable[[int, str], None]
     ):
         self._begin, self._iterator = begin, begin()
         self._items, self._chunk_size, self._saw = items, chunk_size, saw
@@ -107,6 +116,7 @@ class Stream:
     def seek(self, position: int) -> None:
         """Go to a position, or to the end if that comes first; from the beginning if it lies behind."""
         if position < self.position:
+            self.close()
             self.position, self._iterator, self._digests = 0, self._begin(), []
         while self.position < position and self.read() is not END:
             pass
@@ -135,6 +145,11 @@ class Stream:
         if self.position % self._chunk_size == 0:
             self._tell()
         return item
+
+    def close(self) -> None:
+        """End its worker processes, unless a thread still waits for the dataset to give something."""
+        with contextlib.suppress(ValueError):  # "generator already executing"
+            self._iterator.close()
 
     def _tell(self) -> None:
         digests, self._digests = self._digests, []

@@ -66,13 +66,14 @@ class WindowedLoader(LeasedLoader):
         """Batches by length out of windows of one or several chunks."""
         source = self.source
         assert not isinstance(source, BatchSource)
-        loader: DataLoader[Any] | None = None
         if isinstance(source, StreamSource):
             stream = Stream(source.iterate_uncollated, "samples", self.layout.chunk_size, self._queue.saw)
             begin: Callable[[], Iterator[tuple[Requested, Any]]] = functools.partial(self._leased_stream, stream)
+            end: Callable[[], None] = stream.close
         else:
             loader = source.uncollated(LeasedBatches(self))
             begin = functools.partial(self._read, loader, SampleIsolation(source, uncollated=True))
+            end = functools.partial(end_reading, loader)
         self._held = None
         left_early = False
         try:
@@ -91,8 +92,7 @@ class WindowedLoader(LeasedLoader):
                     windows.close()
                 self._block = True
         finally:
-            if loader is not None:
-                end_reading(loader)
+            end()
         if left_early:
             self._no_work = NoWork.DRAIN
 

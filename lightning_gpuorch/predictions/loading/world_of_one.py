@@ -13,12 +13,14 @@ import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+
+from lightning_gpuorch.predictions.loading.dataloaders import end_workers
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +112,12 @@ class read_alone(Iterator[T]):  # noqa: N801 - called like the generator functio
             if self._items is None:
                 self._items = self._make()  # a loader may start its workers no sooner than with the first item
             return next(self._items)
+
+    def close(self) -> None:
+        """End the iteration, and the worker processes that serve it."""
+        if isinstance(self._items, Generator):  # a loader of another library around torch's iterator
+            self._items.close()
+        end_workers(self._items)
 
 
 def undo_split(loader: Any, rank: int, world_size: int) -> None:
