@@ -63,7 +63,9 @@ def test_unusual_tensors_have_a_digest(value: Any) -> None:
 
 def read(items: list[Any], chunk_size: int = 2) -> list[tuple[int, str]]:
     seen: list[tuple[int, str]] = []
-    stream = Stream(lambda: (item for item in items), "batches", chunk_size, lambda chunk, text: seen.append((chunk, text)))
+    stream = Stream(
+        lambda: (item for item in items), "batches", chunk_size, lambda chunk, text: seen.append((chunk, text))
+    )
     while stream.read() is not END:
         pass
     assert stream.read() is END
