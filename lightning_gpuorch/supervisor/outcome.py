@@ -40,12 +40,13 @@ def decide_outcome(coordinator: Coordinator, exit_codes: Collection[int], stoppe
         stopped: Whether the end was requested.
     """
     codes = set(exit_codes)
+    # Why the others were asked to stop counts, not that they were.
+    cause = next((code for code in (EXIT_CONFIGURATION, EXIT_STORAGE) if code in codes), None)
     try:
         coordinator.verify()
     except MissingPredictionsError as error:
-        for code in (EXIT_CONFIGURATION, EXIT_STORAGE):
-            if code in codes:
-                return Outcome(code, error, by_failure=True)
+        if cause is not None:
+            return Outcome(cause, error, by_failure=True)
         if stopped or EXIT_RESUMABLE in codes:
             return Outcome(EXIT_RESUMABLE, error)
         code = EXIT_DATA_MISSING if codes <= {0, EXIT_DATA_MISSING} else EXIT_FAILURE
@@ -56,6 +57,8 @@ def decide_outcome(coordinator: Coordinator, exit_codes: Collection[int], stoppe
         return Outcome(0)  # what one rank could not read, another one has
     if codes <= {0} or (others_finished and not whole):
         return Outcome(0)
+    if cause is not None:
+        return Outcome(cause, by_failure=True)
     if stopped:
         return Outcome(EXIT_RESUMABLE)
     return Outcome(max(codes - {0}), by_failure=True)

@@ -89,3 +89,10 @@ def test_damaged_parts_are_named_and_computed_again(runner, tmp_path):
         assert f"{path} is damaged" in finished.output
         assert path.with_name(f"{path.name}.damaged").exists()
     assert _batches(tmp_path) == computed + 2 * 2, "the two chunks, and nothing else"
+
+
+def test_an_output_directory_that_is_a_file_is_a_storage_failure_on_two_ranks_too(runner, tmp_path):
+    (tmp_path / "out").touch()
+    finished = runner.run(SLOW, "--output", "out", launcher=gpuorch_run(), code=74)
+    assert "cannot be accessed: Not a directory" in finished.output
+    assert "the same command goes on" not in finished.output
