@@ -14,12 +14,14 @@ from typing import Protocol
 from lightning_gpuorch.control.bootstrap import DUMP_FILE, DUMP_SIGNAL, ERROR_FILE
 from lightning_gpuorch.control.error_record import ErrorRecord
 from lightning_gpuorch.control.heartbeat import main_thread_of_dump
+from lightning_gpuorch.supervisor.leftovers import kill_marked, reap_orphans
 
 log = logging.getLogger(__name__)
 
 DUMP_SECONDS = 1.0
 """How long stuck workers get to write their stacks."""
 _KILL_SECONDS = 10.0
+_REAP_SECONDS = 1.0
 _CULPRIT_SECONDS = 2.0
 """How long the end of a rank waits for the end of the one that it says was the cause."""
 
@@ -88,6 +90,8 @@ class Workers:
     def __init__(self, spawner: Spawner, directory: Path):
         self._spawner, self._directory = spawner, directory
         self._running: dict[int, Worker] = {}
+        self._sessions: set[int] = set()
+        self._reaped_at = 0.0
 
     def __bool__(self) -> bool:
         return bool(self._running)
@@ -110,6 +114,7 @@ class Workers:
         name = f"rank{rank}-generation{generation}"
         error_file, dump_file = self._directory / f"error-{name}.json", self._directory / f"stacks-{name}.txt"
         process = self._spawner.spawn({**variables, ERROR_FILE: str(error_file), DUMP_FILE: str(dump_file)})
+        self._sessions.add(process.pid)  # which leads a session of its own
         self._running[rank] = Worker(rank, generation, process, error_file, dump_file)
         log.debug("rank %d started as process %d, generation %d", rank, process.pid, generation)
 
@@ -118,10 +123,14 @@ class Workers:
 
         One that ended because of another rank's error comes after that rank, so that the cause is seen first.
         """
+        if time.monotonic() - self._reaped_at > _REAP_SECONDS:
+            reap_orphans(self._sessions)
+            self._reaped_at = time.monotonic()
         for rank, worker in list(self._running.items()):
             code = worker.process.poll()
             if code is not None and self._running.get(rank) is worker and not self._awaits_culprit(worker):
                 _signal_group(worker.process.pid, signal.SIGKILL)  # what it started dies with it
+                self._end_leftovers(worker)
                 del self._running[rank]
                 yield worker, code
 
@@ -142,6 +151,15 @@ class Workers:
         deadline = time.monotonic() + _KILL_SECONDS
         while any(worker.process.poll() is None for worker in doomed) and time.monotonic() < deadline:
             time.sleep(0.005)
+        for worker in doomed:
+            self._end_leftovers(worker)
+
+    def _end_leftovers(self, worker: Worker) -> None:
+        found = kill_marked(ERROR_FILE, str(worker.error_file))
+        if found:
+            log.info(
+                "rank %d had started %d processes in sessions of their own; they are ended with it", worker.rank, found
+            )
 
     def dump_stacks(self, ranks: Sequence[int]) -> dict[int, str]:
         """Ask workers for the stacks of all their threads; returns the innermost frames of each one's main thread."""

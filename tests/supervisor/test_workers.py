@@ -1,4 +1,4 @@
-"""Which end of a worker is seen first."""
+"""Which end of a worker is seen first, and what is left of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lightning_gpuorch.control.bootstrap import ERROR_FILE
@@ -87,3 +88,57 @@ def test_a_culprit_that_does_not_end_is_not_waited_for_for_ever(two, monkeypatch
     spawner.processes[0].wait(10)
     assert _next_end(workers) == 0
     assert spawner.processes[1].poll() is None
+
+
+LEAVES = """
+import os, subprocess, sys, time
+kept = subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"],
+                        start_new_session=True, stdout=subprocess.PIPE)
+kept.stdout.readline()
+print(kept.pid, flush=True)
+if sys.argv[1] == "stays":
+    time.sleep(600)
+"""
+
+
+class _LeavingSpawner:
+    """Starts workers that start a process in a session of its own."""
+
+    def __init__(self, ends: str):
+        self._ends = ends
+
+    def prepare(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def spawn(self, environment: Mapping[str, str]) -> subprocess.Popen[str]:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LEAVES, self._ends], env={**os.environ, **environment}, start_new_session=True,
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        return self.process
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="needs /proc")
+@pytest.mark.parametrize("ends", ["stays", "leaves"])
+def test_what_a_worker_has_started_in_a_session_of_its_own_ends_with_it(tmp_path, ends):
+    spawner = _LeavingSpawner(ends)
+    workers = Workers(spawner, tmp_path / "lives")
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    try:
+        workers.start(0, 0, {})
+        left = psutil.Process(int(spawner.process.stdout.readline()))
+        if ends == "stays":
+            workers.kill([0])
+        else:
+            spawner.process.wait(10)
+            assert [code for _, code in workers.ended()] == [0]
+        gone, _ = psutil.wait_procs([left], 10)
+        assert gone or left.status() == psutil.STATUS_ZOMBIE
+        assert other.poll() is None, "what is not the worker's is left alone"
+    finally:
+        other.kill()
+        other.wait(10)
+        spawner.process.kill()
+        spawner.process.wait(10)
+        spawner.process.stdout.close()
