@@ -142,3 +142,38 @@ def test_what_a_worker_has_started_in_a_session_of_its_own_ends_with_it(tmp_path
         spawner.process.kill()
         spawner.process.wait(10)
         spawner.process.stdout.close()
+
+
+AS_PID_1 = """
+import ctypes, os, psutil, subprocess, sys, time
+from pathlib import Path
+from lightning_gpuorch.supervisor.workers import Workers
+
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans come here, as to the first process of a container
+
+class Spawner:
+    def prepare(self): ...
+    def close(self): ...
+    def spawn(self, environment):
+        starts = "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+        self.process = subprocess.Popen([sys.executable, "-c", starts], start_new_session=True, stdout=subprocess.PIPE)
+        return self.process
+
+spawner = Spawner()
+workers = Workers(spawner, Path(sys.argv[1]))
+own = subprocess.Popen(["true"])  # is this process's to wait for
+workers.start(0, 0, {})
+orphan = int(spawner.process.stdout.readline())
+workers.kill([0])
+deadline = time.monotonic() + 20
+while psutil.pid_exists(orphan):
+    assert time.monotonic() < deadline, psutil.Process(orphan)
+    list(workers.ended())
+    time.sleep(0.05)
+assert own.wait(10) == 0
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs prctl")
+def test_orphans_of_a_killed_worker_are_reaped_where_they_become_the_supervisors_children(tmp_path):
+    subprocess.run([sys.executable, "-c", AS_PID_1, str(tmp_path)], check=True, timeout=60)
