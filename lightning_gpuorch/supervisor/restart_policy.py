@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from enum import Enum
 
 from lightning_gpuorch.control.error_record import PREDICT_STEP, ErrorRecord
-from lightning_gpuorch.errors import EXIT_CONFIGURATION, EXIT_DATA_MISSING, EXIT_RESUMABLE, EXIT_STORAGE
+from lightning_gpuorch.errors import (
+    EXIT_CONFIGURATION,
+    EXIT_DATA_MISSING,
+    EXIT_RESUMABLE,
+    EXIT_STORAGE,
+    CollectiveTimeoutError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +29,6 @@ class FailureKind(Enum):
 
     OUT_OF_MEMORY = "out of memory"
     COMMUNICATION_TIMEOUT = "communication timeout"
-    COLLECTIVE_ERROR = "collective error"
     RANK_DEATH = "rank death"
     EARLY_EXIT = "left with exit code 0 in the middle of a job"
     ENVIRONMENT_EXCEPTION = "an exception that tells of the device, the network or the machine"
@@ -47,7 +52,8 @@ class Action(Enum):
     RESTART_REPLICA = "restart the replica"
     REPLACE_DEVICE = "move to a spare device"
     RETIRE_REPLICA = "retire the replica"
-    DRAIN = "drain"
+    END_RANK = "let the rank end; the others go on"
+    DRAIN = "have the whole job finish what it holds"
     FAIL = "fail the job"
 
 
@@ -67,9 +73,9 @@ class Rule:
 
 
 RULES: dict[FailureKind, Rule] = {
+    # Carried out where it happens: the worker halves the batch and tells nobody (worker/oom).
     FailureKind.OUT_OF_MEMORY: Rule(Action.RETRY_IN_PLACE, Action.RETRY_IN_PLACE, costs_budget=False),
     FailureKind.COMMUNICATION_TIMEOUT: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
-    FailureKind.COLLECTIVE_ERROR: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
     FailureKind.RANK_DEATH: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
     FailureKind.EARLY_EXIT: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
     FailureKind.ENVIRONMENT_EXCEPTION: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
@@ -83,14 +89,15 @@ RULES: dict[FailureKind, Rule] = {
     # A poison chunk has a budget of its own, in the lease queue; it ends in quarantine.
     FailureKind.POISON: Rule(Action.RESTART_REPLICA, Action.RESTART_REPLICA, costs_budget=False),
     FailureKind.CONFIGURATION: Rule(Action.FAIL, Action.FAIL, costs_budget=False),
-    FailureKind.STORAGE: Rule(Action.FAIL, Action.FAIL, costs_budget=False),
-    FailureKind.MISSING_DATA: Rule(Action.FAIL, Action.FAIL, costs_budget=False),
-    FailureKind.STOP_REQUESTED: Rule(Action.DRAIN, Action.DRAIN, costs_budget=False),
+    FailureKind.STORAGE: Rule(Action.DRAIN, Action.DRAIN, costs_budget=False),
+    FailureKind.MISSING_DATA: Rule(Action.END_RANK, Action.END_RANK, costs_budget=False),
+    FailureKind.STOP_REQUESTED: Rule(Action.END_RANK, Action.END_RANK, costs_budget=False),
 }
 
 
 EXCEPTIONS = frozenset(
     {
+        FailureKind.COMMUNICATION_TIMEOUT,
         FailureKind.ENVIRONMENT_EXCEPTION,
         FailureKind.STEP_EXCEPTION,
         FailureKind.EXCEPTION,
@@ -143,6 +150,8 @@ def classify(evidence: Evidence) -> FailureKind:
         return REPORTED[code]
     if record.is_final:
         return FailureKind.DETERMINISTIC_EXCEPTION
+    if record.type == CollectiveTimeoutError.__name__:
+        return FailureKind.COMMUNICATION_TIMEOUT
     if record.is_environment:
         return FailureKind.ENVIRONMENT_EXCEPTION
     if code < 0 or record.exited_with == 0:

@@ -1,8 +1,13 @@
+import ast
+from pathlib import Path
+
 import pytest
 
+import lightning_gpuorch
 from lightning_gpuorch import FailureRecoveryManager
 from lightning_gpuorch.control.error_record import ErrorRecord, note_failure
 from lightning_gpuorch.errors import (
+    CollectiveTimeoutError,
     ConfigurationError,
     MissingPredictionsError,
     StorageFullError,
@@ -13,6 +18,32 @@ from lightning_gpuorch.supervisor.restart_policy import RULES, Action, Evidence,
 
 def test_every_kind_of_failure_has_a_rule():
     assert set(RULES) == set(FailureKind)
+
+
+def _named(enum: str, *, in_rules: bool) -> set[str]:
+    """Members of an enum that the package's code names, in the table of rules or anywhere else."""
+    found = set()
+    for path in Path(lightning_gpuorch.__file__).parent.rglob("*.py"):
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+            is_table = isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == "RULES"
+            if is_table == in_rules:
+                found |= {
+                    node.attr
+                    for node in ast.walk(statement)
+                    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == enum
+                }
+    return found
+
+
+def test_every_kind_of_failure_is_found_by_some_code():
+    assert _named("FailureKind", in_rules=False) == set(FailureKind.__members__)
+
+
+def test_every_action_of_the_rules_is_carried_out():
+    decided = _named("Action", in_rules=True)
+    # What is retried in place never comes to the supervisor. Letting a rank end takes nothing: it has ended.
+    assert _named("Action", in_rules=False) == decided - {Action.RETRY_IN_PLACE.name, Action.END_RANK.name}
+    assert decided == set(Action.__members__)
 
 
 def test_oom_is_retried_in_place_for_ever():
@@ -74,6 +105,10 @@ IN_STEP = {"doing": "predict_step", "units": (4, 8)}
         (Evidence(65, _record(MissingPredictionsError("3"))), FailureKind.MISSING_DATA),
         (Evidence(65, _record(UnreadableStreamError("3"))), FailureKind.MISSING_DATA),
         (Evidence(74, _record(StorageFullError("full"))), FailureKind.STORAGE),
+        (
+            Evidence(1, _record(CollectiveTimeoutError("rank 1 is late")), generation=1),
+            FailureKind.COMMUNICATION_TIMEOUT,
+        ),
         (Evidence(75, ErrorRecord(type="SystemExit", message="", exit_code=75)), FailureKind.STOP_REQUESTED),
         (Evidence(75, _record(SystemExit(75), exited_with=75), has_worked=True, generation=1), FailureKind.EXCEPTION),
         (Evidence(1, _record(ConfigurationError("no"))), FailureKind.DETERMINISTIC_EXCEPTION),

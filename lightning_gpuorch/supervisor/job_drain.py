@@ -1,0 +1,83 @@
+"""Stops the whole job in good order: on a signal, when another node asks, or when predictions cannot be written."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from lightning_gpuorch.control.messages.nodes import JobState
+from lightning_gpuorch.errors import EXIT_RESUMABLE
+from lightning_gpuorch.supervisor.node import Node
+
+log = logging.getLogger(__name__)
+
+
+class JobDrain:
+    """A node's part in draining the job.
+
+    Args:
+        node: The node.
+    """
+
+    def __init__(self, node: Node):
+        self._node = node
+        self._signals: list[int] = []
+        self._deadline: float | None = None
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def under_way(self) -> bool:
+        """Whether the job finishes what it holds, and starts nothing."""
+        return self._deadline is not None
+
+    @property
+    def asked_by_signal(self) -> bool:
+        """Whether a signal has asked this process to stop."""
+        return bool(self._signals)
+
+    def install_signal_handlers(self) -> None:
+        """Take SIGTERM and SIGINT as a request to stop, if this is the main thread."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {n: signal.signal(n, self._remember) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore_signal_handlers(self) -> None:
+        """Leave signals as they were."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def begin(self, reason: str) -> None:
+        """Have the job finish what it holds."""
+        self._set_deadline()
+        self._node.client.drain()
+        self._node.record("drain", reason=reason)
+
+    def check_signals(self) -> None:
+        """Follow signals: the first one drains, the second one ends at once, as does the deadline."""
+        if self._signals and self._deadline is None:
+            name = signal.Signals(self._signals[0]).name
+            log.info("%s: finishing the chunks in hand", name)
+            self.begin(name)
+        if len(self._signals) > 1 or (self._deadline or float("inf")) < time.monotonic():
+            self._node.end_all(EXIT_RESUMABLE)
+
+    def follow(self, state: JobState) -> None:
+        """Do what another process has asked the job for."""
+        if state.draining:
+            self._set_deadline()
+            if not state.has_jobs:  # no rank has begun to work: nothing to finish
+                self._node.end_all(EXIT_RESUMABLE)
+
+    def pass_on(self) -> None:
+        """Tell the others of a signal, when this node's own part is done."""
+        if self._signals and not self._node.state().draining:
+            self._node.client.drain()
+
+    def _set_deadline(self) -> None:
+        self._deadline = self._deadline or time.monotonic() + self._node.config.exit_timeout_sec
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._signals.append(number)
