@@ -5,13 +5,16 @@ replica stands still. One process per node, the fork server, imports them once; 
 user's script runs from its first line. The fork server touches no CUDA, opens no thread, and runs none of the user's code.
 
 The supervisor talks to it over a socket, one JSON object per line: it sends what to start, the fork server answers with the
-process id, and later with how that process ended.
+process id, and later with how that process ended. It also answers pings: one that does not is continued, in case it was
+stopped, and then replaced; its workers die with it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import logging
 import os
 import random
 import selectors
@@ -25,8 +28,18 @@ from typing import Any
 
 from lightning_gpuorch.control import bootstrap
 
+log = logging.getLogger(__name__)
+
 PRELOADED = ("torch", "torchmetrics", "lightning.pytorch", "lightning_gpuorch.pytorch", "lightning_gpuorch.fabric")
 START_SECONDS = 300.0
+"""Longest time for the imports."""
+PING_SECONDS = 2.0
+"""After so long without a word from the fork server it is asked for one."""
+CONTINUE_SECONDS = 5.0
+"""After so long it gets SIGCONT, in case it was stopped."""
+SILENT_SECONDS = 15.0
+"""After so long it is replaced."""
+_FRESH_SECONDS = 0.2
 
 
 class ForkServerSpawner:
@@ -43,11 +56,34 @@ class ForkServerSpawner:
         self._buffer = b""
         self._answers: list[dict[str, Any]] = []
         self._exit_codes: dict[int, int] = {}
+        self._running: set[int] = set()
+        self._has_answered = False
+        self._heard_at = 0.0
+        self._pinged_at = 0.0
 
     def prepare(self) -> None:
-        """See :meth:`~lightning_gpuorch.supervisor.workers.Spawner.prepare`: the imports begin now."""
+        """See :meth:`~lightning_gpuorch.supervisor.workers.Spawner.prepare`: the imports begin now.
+
+        Raises:
+            OSError: The fork server has died before its first word.
+        """
+        if self._server is not None and self._server.poll() is not None and not self._has_answered:
+            raise OSError("the process that forks workers has died; see its message above")
         if self._server is None or self._server.poll() is not None:
             self._start()
+
+    def can_spawn(self) -> bool:
+        """See :meth:`~lightning_gpuorch.supervisor.workers.Spawner.can_spawn`.
+
+        Raises:
+            OSError: The fork server has died while it started, or not started in time.
+        """
+        self.prepare()
+        self._watch()
+        if self._has_answered and time.monotonic() - self._heard_at > _FRESH_SECONDS:
+            self._ping()
+            self._receive(_FRESH_SECONDS)
+        return self._has_answered and time.monotonic() - self._heard_at <= _FRESH_SECONDS
 
     def spawn(self, environment: Mapping[str, str]) -> _ForkedWorker:
         """See :meth:`~lightning_gpuorch.supervisor.workers.Spawner.spawn`.
@@ -57,16 +93,18 @@ class ForkServerSpawner:
         """
         self.prepare()
         self._send({"command": self._command, "environment": dict(environment)})
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + (SILENT_SECONDS if self._has_answered else START_SECONDS)
         while not self._answers:
             self._receive(max(0.0, deadline - time.monotonic()))
             if self._socket is None or time.monotonic() > deadline:
                 raise OSError("the process that forks workers has died or does not answer; see its message above")
-        return _ForkedWorker(self, int(self._answers.pop(0)["pid"]))
+        pid = int(self._answers.pop(0)["pid"])
+        self._running.add(pid)
+        return _ForkedWorker(self, pid)
 
     def exit_code(self, pid: int) -> int | None:
         """How a worker ended; None while it runs. If the fork server is gone, its workers are as well."""
-        self._receive(0.0)
+        self._watch()
         if pid in self._exit_codes:
             return self._exit_codes[pid]
         return -signal.SIGKILL if self._socket is None else None
@@ -81,6 +119,41 @@ class ForkServerSpawner:
             self._server.wait(10)
             self._server = None
 
+    def _watch(self) -> None:
+        """Take in what the fork server says, and see that it is not stuck: it would be missed only when a worker dies."""
+        self._receive(0.0)
+        if self._socket is None:
+            return
+        silent_seconds = time.monotonic() - self._heard_at
+        if not self._has_answered:
+            if silent_seconds > START_SECONDS:
+                raise OSError(f"the process that forks workers has not started in {START_SECONDS:.0f} s")
+            return
+        if silent_seconds > PING_SECONDS and time.monotonic() - self._pinged_at > PING_SECONDS:
+            self._ping()
+            if silent_seconds > CONTINUE_SECONDS and self._server is not None:
+                self._server.send_signal(signal.SIGCONT)
+        if silent_seconds > SILENT_SECONDS:
+            log.error(
+                "the process that forks workers has not answered for %.0f s; it is replaced, and its %d workers with it",
+                silent_seconds,
+                len(self._running),
+            )
+            self._replace()
+
+    def _ping(self) -> None:
+        self._pinged_at = time.monotonic()
+        self._send({"ping": True})
+
+    def _replace(self) -> None:
+        for pid in self._running:
+            self._exit_codes[pid] = -signal.SIGKILL
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended by itself
+                os.killpg(pid, signal.SIGKILL)
+        self._running.clear()
+        self.close()
+        self._start()
+
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         os.set_inheritable(theirs.fileno(), True)
@@ -94,10 +167,15 @@ class ForkServerSpawner:
         )
         theirs.close()
         self._socket, self._buffer, self._answers = ours, b"", []
+        self._has_answered, self._heard_at = False, time.monotonic()
 
     def _send(self, message: dict[str, Any]) -> None:
         assert self._socket is not None
-        self._socket.sendall(json.dumps(message).encode() + b"\n")
+        self._socket.settimeout(SILENT_SECONDS)
+        try:
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:  # seen, and told, when its next word does not come
+            log.debug("the process that forks workers takes no message")
 
     def _receive(self, timeout_seconds: float) -> None:
         if self._socket is None:
@@ -115,11 +193,14 @@ class ForkServerSpawner:
             return
         self._buffer += data
         *lines, self._buffer = self._buffer.split(b"\n")
+        if lines:
+            self._has_answered, self._heard_at = True, time.monotonic()
         for line in lines:
             message = json.loads(line)
             if "exit_code" in message:
                 self._exit_codes[message["pid"]] = message["exit_code"]
-            else:
+                self._running.discard(message["pid"])
+            elif "pid" in message:
                 self._answers.append(message)
 
 
@@ -196,6 +277,7 @@ def serve(connection: socket.socket, preload: Sequence[str] = PRELOADED) -> None
     selector.register(woken, selectors.EVENT_READ)
     buffer = b""
     server_pid = os.getpid()
+    _tell(connection, {"ready": True})
     while True:
         ready = {key.fileobj for key, _ in selector.select()}
         if woken in ready:
@@ -210,6 +292,9 @@ def serve(connection: socket.socket, preload: Sequence[str] = PRELOADED) -> None
         *lines, buffer = buffer.split(b"\n")
         for line in lines:
             request = json.loads(line)
+            if "ping" in request:
+                _tell(connection, {"pong": True})
+                continue
             pid = os.fork()
             if pid == 0:
                 signal.set_wakeup_fd(-1)
@@ -220,7 +305,11 @@ def serve(connection: socket.socket, preload: Sequence[str] = PRELOADED) -> None
                 os.close(woken)
                 os.close(wake)
                 _become_worker(request["command"], request["environment"], server_pid)
-            connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
+            _tell(connection, {"pid": pid})
+
+
+def _tell(connection: socket.socket, message: dict[str, Any]) -> None:
+    connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _report_ended(connection: socket.socket) -> None:
@@ -231,8 +320,7 @@ def _report_ended(connection: socket.socket) -> None:
             return
         if pid == 0:
             return
-        message = {"pid": pid, "exit_code": os.waitstatus_to_exitcode(status)}
-        connection.sendall(json.dumps(message).encode() + b"\n")
+        _tell(connection, {"pid": pid, "exit_code": os.waitstatus_to_exitcode(status)})
 
 
 if __name__ == "__main__":

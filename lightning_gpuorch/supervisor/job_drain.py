@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -14,6 +16,10 @@ from lightning_gpuorch.errors import EXIT_RESUMABLE
 from lightning_gpuorch.supervisor.node import Node
 
 log = logging.getLogger(__name__)
+
+
+class StoppedError(Exception):
+    """A signal has come before anything was begun that would have to be finished."""
 
 
 class JobDrain:
@@ -28,6 +34,7 @@ class JobDrain:
         self._signals: list[int] = []
         self._deadline: float | None = None
         self._previous: dict[int, Any] = {}
+        self._raises = False
 
     @property
     def under_way(self) -> bool:
@@ -43,6 +50,19 @@ class JobDrain:
         """Take SIGTERM and SIGINT as a request to stop, if this is the main thread."""
         if threading.current_thread() is threading.main_thread():
             self._previous = {n: signal.signal(n, self._remember) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    @contextlib.contextmanager
+    def stopping_at_once(self) -> Iterator[None]:
+        """Within, a signal ends what is being waited for.
+
+        Raises:
+            StoppedError: A signal has come.
+        """
+        self._raises = True
+        try:
+            yield
+        finally:
+            self._raises = False
 
     def restore_signal_handlers(self) -> None:
         """Leave signals as they were."""
@@ -81,3 +101,5 @@ class JobDrain:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._signals.append(number)
+        if self._raises:
+            raise StoppedError(signal.Signals(number).name)

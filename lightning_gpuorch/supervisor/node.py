@@ -116,6 +116,11 @@ class Node:
         self.workers.kill(list(self.workers))
         self.replicas.end(self.live_ranks, code)
 
+    @property
+    def can_start(self) -> bool:
+        """Whether some ranks wait for their start, and workers can be started now."""
+        return bool(self.pending_starts) and self._spawner.can_spawn()
+
     def start(self, pending: PendingStart) -> dict[int, str]:
         """Start ranks whose devices have been checked; returns why the others cannot, by replica."""
         self.state()

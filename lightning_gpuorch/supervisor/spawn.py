@@ -67,6 +67,10 @@ class ScriptSpawner:
     def prepare(self) -> None:
         """Nothing to prepare."""
 
+    def can_spawn(self) -> bool:
+        """Always."""
+        return True
+
     def spawn(self, environment: Mapping[str, str]) -> Process:
         """See :meth:`Spawner.spawn`."""
         return subprocess.Popen(
@@ -93,6 +97,10 @@ class ForkSpawner:
 
     def prepare(self) -> None:
         """Nothing to prepare."""
+
+    def can_spawn(self) -> bool:
+        """Always."""
+        return True
 
     def spawn(self, environment: Mapping[str, str]) -> Process:
         """See :meth:`Spawner.spawn`."""

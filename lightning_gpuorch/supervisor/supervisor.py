@@ -32,7 +32,7 @@ from lightning_gpuorch.errors import (
 )
 from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_directory
 from lightning_gpuorch.supervisor.failure_handler import FailureHandler
-from lightning_gpuorch.supervisor.job_drain import JobDrain
+from lightning_gpuorch.supervisor.job_drain import JobDrain, StoppedError
 from lightning_gpuorch.supervisor.node import Node
 from lightning_gpuorch.supervisor.outcome import Outcome, decide_outcome
 from lightning_gpuorch.supervisor.rendezvous import Rendezvous
@@ -121,7 +121,8 @@ class Supervisor:
         node, code = self._node, EXIT_FAILURE
         self._job_drain.install_signal_handlers()
         try:
-            self._rendezvous.join()
+            with self._job_drain.stopping_at_once():
+                self._rendezvous.join()
             self.run_id = self._rendezvous.run_id
             self._record(
                 "run", world_size=self._rendezvous.world_size, tensor_parallel_size=node.state().tensor_parallel_size or 1,
@@ -132,6 +133,9 @@ class Supervisor:
                 time.sleep(POLL_SECONDS)
                 self._look_around()
             code = self._finish()
+        except StoppedError as stopped:
+            log.info("%s while the other nodes are waited for: nothing has begun", stopped)
+            code = EXIT_RESUMABLE
         except ControlPlaneError as error:
             log.error("%s; this node stops, what it has computed is durable", error)
         finally:
@@ -143,17 +147,17 @@ class Supervisor:
                 else {"samples": sum(job.samples_done for job in self.coordinator.jobs.values())}
             )
             self._record("end", exit_code=code, **done, **self._missing)
-            self._job_drain.restore_signal_handlers()
             node.workers.close()
             self._rendezvous.stop_watching()
             self._clean_up(code)
+            self._job_drain.restore_signal_handlers()  # a signal must not cut the records of a job that has ended
         return code
 
     def _look_around(self) -> None:
         """One round of watching."""
         node = self._node
         self._follow_requests()
-        for start in node.pending_starts.ready():
+        for start in node.pending_starts.ready() if node.can_start else ():
             for index, why in node.start(start).items():
                 retire(node, index, [rank for rank in start.ranks if node.replicas.of(rank).index == index], why)
         self._failures.check_devices()

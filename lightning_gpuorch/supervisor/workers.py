@@ -43,6 +43,10 @@ class Spawner(Protocol):
         """Begin with what can be done before it is known what to start."""
         ...
 
+    def can_spawn(self) -> bool:
+        """Whether a worker can be started now, without waiting for something that may not come."""
+        ...
+
     def spawn(self, environment: Mapping[str, str]) -> Process:
         """Start one worker in a session of its own, with these variables added to the environment."""
         ...

@@ -91,6 +91,17 @@ def test_the_other_replica_does_not_notice(runner, tmp_path):
     assert len({pid for rank, pid, _, _ in notes if rank == "1"}) == 2, "rank 1 came back and worked on"
 
 
+def test_a_stopped_fork_server_is_continued(runner, tmp_path):
+    process = runner.start(SLOW, "--output", "out", "--samples", 800, launcher=gpuorch_run())
+    _wait_for_notes(process, tmp_path, 10)
+    [server] = [p for p in psutil.Process(process.pid).children() if "fork_server" in " ".join(p.cmdline())]
+    victim = server.children()[0]
+    server.send_signal(signal.SIGSTOP)
+    victim.kill()
+    assert runner.wait(process, 120) == 0
+    assert "complete after 1 restarts" in runner.log_of(process)
+
+
 def test_a_replica_that_always_fails_is_retired(runner):
     finished = runner.run(
         SLOW, "--output", "out", "--harm", "exception", "--victim", 1, "--at", 0, "--every-time", "--samples", 1200,

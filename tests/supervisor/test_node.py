@@ -32,6 +32,9 @@ class _Spawner:
 
     def close(self) -> None: ...
 
+    def can_spawn(self) -> bool:
+        return True
+
     def spawn(self, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         self.started.append((int(environment["RANK"]), int(environment[GENERATION])))
         self.processes.append(

@@ -37,6 +37,9 @@ class _Spawner:
 
     def close(self) -> None: ...
 
+    def can_spawn(self) -> bool:
+        return True
+
     def spawn(self, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         first = not self.processes
         record = {"type": "PeerFailedError" if first else "RuntimeError", "message": "", "units": None}
@@ -111,6 +114,9 @@ class _LeavingSpawner:
 
     def close(self) -> None: ...
 
+    def can_spawn(self) -> bool:
+        return True
+
     def spawn(self, environment: Mapping[str, str]) -> subprocess.Popen[str]:
         self.process = subprocess.Popen(
             [sys.executable, "-c", LEAVES, self._ends], env={**os.environ, **environment}, start_new_session=True,
@@ -154,6 +160,9 @@ ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans come 
 class Spawner:
     def prepare(self): ...
     def close(self): ...
+
+    def can_spawn(self) -> bool:
+        return True
     def spawn(self, environment):
         starts = "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
         self.process = subprocess.Popen([sys.executable, "-c", starts], start_new_session=True, stdout=subprocess.PIPE)

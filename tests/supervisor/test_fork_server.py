@@ -1,0 +1,66 @@
+"""The process that forks workers, when it is stopped, dies, or never comes up."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+
+from lightning_gpuorch.supervisor import fork_server
+from lightning_gpuorch.supervisor.fork_server import ForkServerSpawner
+
+WAITS = ("module", "timeit", "-n", "1", "-s", "import time", "time.sleep(600)")
+"""A worker that does nothing for long."""
+
+
+@pytest.fixture
+def spawner() -> Iterator[ForkServerSpawner]:
+    spawner = ForkServerSpawner(WAITS)
+    yield spawner
+    spawner.close()
+
+
+def _until(holds: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _server(spawner: ForkServerSpawner) -> psutil.Process:
+    assert spawner._server is not None
+    return psutil.Process(spawner._server.pid)
+
+
+def test_one_that_stays_stopped_is_replaced_and_its_workers_count_as_killed(
+    spawner: ForkServerSpawner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fork_server, "PING_SECONDS", 0.1)
+    monkeypatch.setattr(fork_server, "SILENT_SECONDS", 1.0)  # before it would be continued
+    _until(spawner.can_spawn)
+    worker = spawner.spawn({"RANK": "0"})
+    assert worker.poll() is None
+    first = _server(spawner)
+    first.send_signal(signal.SIGSTOP)
+    asked = time.monotonic()
+    _until(lambda: not spawner.can_spawn())
+    assert time.monotonic() - asked < 1, "the supervisor is not held up"
+    _until(lambda: worker.poll() is not None)
+    assert worker.poll() == -signal.SIGKILL
+    assert "its 1 workers with it" in caplog.text
+    _until(lambda: not psutil.pid_exists(worker.pid))
+    _until(spawner.can_spawn)
+    assert _server(spawner) != first
+    assert spawner.spawn({"RANK": "0"}).poll() is None
+
+
+def test_one_that_dies_while_it_imports_is_not_started_again_for_ever(
+    spawner: ForkServerSpawner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawner.prepare()
+    _server(spawner).kill()
+    with pytest.raises(OSError, match="has died"):
+        _until(spawner.can_spawn)
