@@ -60,6 +60,18 @@ def test_a_node_of_another_version_does_not_join(runner):
     assert f"this process speaks {handshake.PROTOCOL_VERSION} (lightning_gpuorch" in line
 
 
+@pytest.mark.parametrize("node", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_node_that_waits_for_the_others(runner, node, number):
+    process = _start(runner, node, free_port())
+    _wait_until(lambda: "waiting for all nodes" in runner.log_of(process), (process,), "wait")
+    process.send_signal(number)
+    asked = time.monotonic()
+    assert runner.wait(process, 30) == 75
+    assert time.monotonic() - asked < 5
+    assert "nothing has begun" in runner.log_of(process)
+
+
 def test_nodes_of_different_size_share_a_job_and_each_restarts_its_own(runner, tmp_path):
     port = free_port()
     harm = ("--samples", 400, "--harm", "kill", "--victim", 2, "--at", 3)
