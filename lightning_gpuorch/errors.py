@@ -175,7 +175,7 @@ class CollectiveMismatchError(ControlPlaneError):
 
 
 class InputMismatchError(GPUOrchError):
-    """The ranks of one tensor-parallel group were given different batches."""
+    """Ranks that must read the same have read different input."""
 
     exit_code = EXIT_CONFIGURATION
 

@@ -1,5 +1,7 @@
 import ast
 import dataclasses
+import inspect
+import itertools
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,15 @@ def test_every_field_is_read_somewhere():
     configurations = ("config", "_config", "resolved")  # what variables that hold one are called
     read = {node.attr for node in attributes if ast.unparse(node.value).split(".")[-1] in configurations}
     assert {field.name for field in dataclasses.fields(OrchestratorConfig)} - read == set()
+
+
+def test_every_field_is_documented():
+    """docs/configuration.md shows the docstring under each field."""
+    tree = ast.parse(inspect.getsource(OrchestratorConfig))
+    body = tree.body[0].body
+    documented = {
+        field.target.id
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+    assert documented == {field.name for field in dataclasses.fields(OrchestratorConfig)}

@@ -219,7 +219,11 @@ class JobService:
             if job is None:
                 job = self._create_job(number, Path(request.directory), wanted, request.ephemeral)
             else:
-                _refuse_other_input(job, wanted, request.sender)
+                try:
+                    _refuse_other_input(job, wanted, request.sender)
+                except InputMismatchError as error:
+                    self._distrust(job, error)
+                    raise
         with self._lock:
             job.opened_by.add(request.sender.rank)
             return JobOpened(
@@ -326,10 +330,15 @@ class JobService:
                 for chunk, digest in request.digests:
                     ledger.add(chunk, digest, request.sender.rank)
             except InputMismatchError as error:
-                if job.mismatch is None:
-                    job.mismatch = error
-                    record_mismatch(job.directory, str(error))
+                self._distrust(job, error)
                 raise
+
+    def _distrust(self, job: Job, error: InputMismatchError) -> None:
+        """Take nothing of a job for a result: nobody knows which rank was given the right input."""
+        with self._lock:
+            if job.mismatch is None:
+                job.mismatch = error
+                record_mismatch(job.directory, str(error))
 
     def end_stream(self, request: EndOfStream) -> None:
         """A rank has seen where a stream ends."""

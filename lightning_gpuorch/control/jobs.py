@@ -98,6 +98,8 @@ def missing_units(layout: LoaderLayout, done: set[int]) -> list[int]:
 def remove_ephemeral(jobs: Mapping[int, Job], succeeded: bool | None = None) -> None:
     """Remove result directories nobody asked to keep, if their job is complete and the script has succeeded.
 
+    So is that of a job whose ranks read different input: nobody can go on from there.
+
     Args:
         jobs: The predict calls.
         succeeded: Whether the script has; None looks whether an exception is about to end this process.
@@ -108,7 +110,7 @@ def remove_ephemeral(jobs: Mapping[int, Job], succeeded: bool | None = None) -> 
         if not job.ephemeral or not job.directory.exists():
             continue
         complete = job.finished and not any(queue.quarantined for queue in job.queues)
-        if complete and succeeded:
+        if job.mismatch is not None or (complete and succeeded):
             shutil.rmtree(job.directory, ignore_errors=True)
             for parent in list(job.directory.parents)[:2]:  # the run's folder, and "gpuorch" around it
                 _remove_if_empty(parent)

@@ -79,6 +79,8 @@ class Launcher:
                 f"fabric.launch() cannot start {strategy.num_processes} ranks from a notebook or a test runner: its process "
                 "cannot be run again; pass it a function: fabric.launch(function)."
             )
+        if fork and trainer is not None and trainer.state.fn == "fit":
+            raise ConfigurationError("fit cannot bring weights back from forked workers; use strategy='ddp_notebook'.")
         spawner = (
             ForkSpawner(lambda: self._call_forked(function, args, kwargs, trainer))
             if fork
@@ -157,8 +159,6 @@ class Launcher:
             Path(path).write_bytes(pickle.dumps(result is not None if _predicting(trainer) else result))
 
     def _run_forked(self, supervisor: Supervisor, trainer: Any) -> Any:
-        if trainer is not None and trainer.state.fn == "fit":
-            raise ConfigurationError("fit cannot bring weights back from forked workers; use strategy='ddp_notebook'.")
         path = supervisor.run_directory / "result"
         supervisor.add_environment({_RESULT: str(path)})
         supervisor.keep_results = True

@@ -99,6 +99,19 @@ def keep_user_dataloaders(trainer: pl.Trainer) -> Callable[[], None]:
     return lambda: connector.__dict__.pop("_prepare_dataloader", None)
 
 
+def keep_user_samplers(trainer: pl.Trainer) -> Callable[[], None]:
+    """Let training on one device draw as the user's samplers do.
+
+    Lightning would put a ``DistributedSampler`` in their place, as for every DDP strategy however few devices it has.
+
+    Returns:
+        Undoes the change.
+    """
+    connector = trainer._accelerator_connector
+    before, connector.use_distributed_sampler = connector.use_distributed_sampler, False
+    return lambda: setattr(connector, "use_distributed_sampler", before)
+
+
 def predict_dataloaders(trainer: pl.Trainer) -> list[Any]:
     """The dataloaders of the predict call that is being set up, before the loop has fetched them.
 

@@ -105,8 +105,9 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _sees_batches(callback: Any) -> bool:
-    if any(hasattr(callback, name) for name in ("write_on_batch_end", "total_predict_batches_current_epoch")):
-        return False  # a prediction writer writes each batch once, a progress bar counts
+    if hasattr(callback, "total_predict_batches_current_epoch"):
+        return False  # a progress bar counts
+    # A prediction writer has its hooks from Lightning, unless it does more than write.
     homes = [getattr(getattr(type(callback), hook, None), "__module__", "lightning.") for hook in _HOOKS]
     return any(not f"{home}.".startswith(_OURS) for home in homes)
 

@@ -47,8 +47,8 @@ class TrainerStrategy(StrategyShell, _Base):
         length_fn: Gives the length of a sample, for dynamic batching; text, sequences, tensors and dicts with
             ``input_ids`` and the like need none.
         replay_outputs: Drive the batch hooks of the user's callbacks over all batches and outputs of the job, on every rank,
-            when it is complete. Without it a callback sees the batches that its rank computes. Callbacks that write
-            predictions, and progress bars, are left as they are.
+            when it is complete. Without it a callback sees the batches that its rank computes. Prediction writers that have
+            no batch hooks of their own, and progress bars, are left as they are.
         start_method: How several devices are started: ``popen`` runs the script again for each rank, ``fork`` forks
             this process, as notebooks need it.
         **options: Fields of :class:`~lightning_gpuorch.OrchestratorConfig`.
@@ -120,6 +120,8 @@ class TrainerStrategy(StrategyShell, _Base):
             self.lightning_module._device_mesh = self.runtime.mesh
         if not training:
             self._undo.append(lightning_internals.keep_user_dataloaders(trainer))
+        elif self.world_size == 1:
+            self._undo.append(lightning_internals.keep_user_samplers(trainer))
         if trainer.state.fn == "predict":
             self._undo.append(lightning_internals.own_predict_loop(trainer, self._batch_number, self._batches_done))
             self._pending, self._results, self.runtime.job = [], None, None
@@ -226,7 +228,7 @@ class TrainerStrategy(StrategyShell, _Base):
     def process_dataloader(self, dataloader: object) -> object:
         """Give this replica its part of a loader."""
         trainer = self._trainer
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" or self.runtime._world is None:  # data may be set up without a stage
             return dataloader
         lightning_internals.add_worker_seeding(self.package, dataloader, self.global_rank)
         if trainer.state.fn == "predict":
@@ -395,6 +397,7 @@ class TrainerStrategy(StrategyShell, _Base):
         """Undo what was changed on the Trainer. The model stays where it is: moving it back serves nobody."""
         while self._undo:
             self._undo.pop()()
+        self.runtime.end_stage()
         if self._training:
             super().teardown()
             return
@@ -424,6 +427,10 @@ class _PendingLoader:
             raise AttributeError(name)
         return getattr(self.dataloader, name)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a pickled Trainer takes along is the user's loader."""
+        return _itself, (self.dataloader,)
+
     def __len__(self) -> int:
         """Batches of the uncut loader; Lightning applies its limit to it."""
         count = self.source.num_batches
@@ -435,15 +442,21 @@ class _PendingLoader:
         job = self.strategy._open_job()
         index = self.strategy._pending.index(self)
         self.batch_sampler.reset()
+        num_given = 0
         for batch in job.batches(index):
+            num_given += 1
             ticket = job.batches_in_flight.newest
             self.batch_sampler.append(ticket.number, ticket.indices)
             yield batch
-        if self.strategy.is_global_zero:  # nobody has work of this loader left
-            num_batches = job.num_batches(index)
+        num_batches = job.num_batches(index)
+        if self.strategy.is_global_zero and num_given < num_batches:  # others have computed the rest
             lightning_internals.fill_progress_bar(self.strategy._trainer, num_batches, index)
         if index == len(self.strategy._pending) - 1:
             self.strategy.end_of_data()
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def _limit(limit: int | float, dataloader: Any) -> int | None:

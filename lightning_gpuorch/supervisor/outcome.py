@@ -12,6 +12,7 @@ from lightning_gpuorch.errors import (
     EXIT_FAILURE,
     EXIT_RESUMABLE,
     EXIT_STORAGE,
+    InputMismatchError,
     MissingPredictionsError,
 )
 
@@ -24,11 +25,13 @@ class Outcome:
         exit_code: Of the job.
         missing: What has no prediction, if anything is known to be missing.
         by_failure: Whether the first failure explains it.
+        mismatch: Ranks have read different input, so that nothing is a result.
     """
 
     exit_code: int
     missing: MissingPredictionsError | None = None
     by_failure: bool = False
+    mismatch: InputMismatchError | None = None
 
 
 def decide_outcome(coordinator: Coordinator, exit_codes: Collection[int], stopped: bool) -> Outcome:
@@ -44,6 +47,8 @@ def decide_outcome(coordinator: Coordinator, exit_codes: Collection[int], stoppe
     cause = next((code for code in (EXIT_CONFIGURATION, EXIT_STORAGE) if code in codes), None)
     try:
         coordinator.verify()
+    except InputMismatchError as error:
+        return Outcome(error.exit_code, by_failure=True, mismatch=error)
     except MissingPredictionsError as error:
         if cause is not None:
             return Outcome(cause, error, by_failure=True)

@@ -205,6 +205,8 @@ class Supervisor:
             self._missing = {"missing_samples": format_indices(missing.indices), "num_missing": len(missing.indices)}
         if end.by_failure and self._node.failures.first is not None:
             log.error("%s", self._node.failures.summary())
+        elif end.mismatch is not None:
+            log.error("%s", end.mismatch)
         if code == EXIT_RESUMABLE and missing is not None:
             log.info("stopped on request; the same command goes on from here")
         elif missing is not None and code in (EXIT_DATA_MISSING, EXIT_FAILURE):

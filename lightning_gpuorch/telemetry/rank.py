@@ -189,6 +189,16 @@ class RankTelemetry:
             )
         self._trace.add_fault("retry", reason)
 
+    def pause(self) -> None:
+        """Write what is recorded so far, and have no thread until :meth:`resume`: a stage of the script is over."""
+        if self.events is not None:
+            self.events.pause()
+
+    def resume(self) -> None:
+        """Record again, for another stage."""
+        if self.events is not None:
+            self.events.resume()
+
     def close(self, **fields: Any) -> None:
         """Record the end and write everything; safe to call again.
 

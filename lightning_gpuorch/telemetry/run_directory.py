@@ -200,6 +200,16 @@ class RunRecords:
         if self._events is not None:
             self._events.record(kind, **fields)
 
+    def pause(self) -> None:
+        """Write what is recorded so far, and have no thread until :meth:`resume`."""
+        if self._events is not None:
+            self._events.pause()
+
+    def resume(self) -> None:
+        """Record again, for another stage."""
+        if self._events is not None:
+            self._events.resume()
+
     def close(self, directories: Sequence[tuple[Path, bool]], **end: object) -> None:
         """Record the end, keep the records if predictions are kept, and remove the directory; safe to call again.
 

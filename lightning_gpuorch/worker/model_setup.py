@@ -116,6 +116,14 @@ class ModelSetup:
         self.load_report: LoadReport | None = None
         """What the last :meth:`load` did on this rank: bytes read, seconds, missing and unexpected names."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickled model is another one, and not ready."""
+        return {name: value for name, value in vars(self).items() if name != "_ready"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin with no model that is ready."""
+        vars(self).update(state, _ready=weakref.WeakSet())
+
     def is_ready(self, model: nn.Module) -> bool:
         """Whether :meth:`prepare` returned this model, or its user has sharded it."""
         return model in self._ready or applied_plan(model) is not None or _has_dtensors(model)

@@ -33,7 +33,7 @@ from lightning_gpuorch.telemetry.rank import RankTelemetry
 from lightning_gpuorch.worker.group_recovery.agreement import GroupAction
 from lightning_gpuorch.worker.group_recovery.recovery import GroupRecovery, Recovery
 from lightning_gpuorch.worker.predict import PredictionJob
-from lightning_gpuorch.worker.session import ExternalRanks, World, join
+from lightning_gpuorch.worker.session import ExternalRanks, World, join, pause_recording, resume_recording
 from lightning_gpuorch.worker.step_context import StepNote, StepWrapper
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Runtime:
         self.step_wrappers: list[StepWrapper] = []
         self.surviving_steps: StepWrapper | None = None
         """Halves batches that do not fit, in place of what a predict call does by itself."""
-        self.transfer: Callable[[Any, int], Any] = lambda batch, loader: to_device(batch, self.device)
+        self.transfer: Callable[[Any, int], Any] = self._to_device
         """Brings a batch of a dataloader to the device the way the loop does."""
         self.length_fn: Callable[[Any], int] | None = None
         """Gives the length of a sample, for dynamic batching; None knows common types."""
@@ -71,7 +71,15 @@ class Runtime:
         self._world: World | None = None
         self._placed = False
         self._training = False
-        self._shares = itertools.count()
+        self._num_shares = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickled Trainer takes its settings along; the job is this process's."""
+        alone = {"_world": None, "_placed": False, "job": None, "mesh": None, "transfers": None, "_allocator": None}
+        return {**vars(self), **alone}
+
+    def _to_device(self, batch: Any, loader: int) -> Any:
+        return to_device(batch, self.device)
 
     @property
     def world(self) -> World:
@@ -137,6 +145,7 @@ class Runtime:
             torch.cuda.set_device(device)
             self.transfers = Transfers(device, self.allocator.pinned_pool)
         world = self._world = join(self.config, device, external)
+        resume_recording(world)
         if device.type == "cpu" and world.supervised:
             keep_freed_memory()
         self._training, self._placed = training, False
@@ -146,6 +155,11 @@ class Runtime:
         if training or world.settled:
             self.settle(1 if not world.settled else world.topology.ranks_per_replica)
         return world
+
+    def end_stage(self) -> None:
+        """What :meth:`start` began for this use of the job is over; the process stays in the job."""
+        if self._world is not None:
+            pause_recording(self._world)
 
     def settle(self, tensor_parallel_size: int) -> Topology:
         """Decide how many ranks share a model and form their process group; every rank must call this.
@@ -324,7 +338,7 @@ class Runtime:
 
     def share(self, loader: Any, limit: int | None = None) -> SharedLoader:
         """This replica's fixed share of a loader's batches."""
-        number = next(self._shares)
+        number, self._num_shares = self._num_shares, self._num_shares + 1
         self._undo_split(loader)
 
         def agree(what: str, value: str) -> None:

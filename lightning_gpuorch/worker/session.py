@@ -239,6 +239,20 @@ def leave() -> None:
     stop_recording(world)
 
 
+def pause_recording(world: World) -> None:
+    """Write what this process has recorded and leave no thread behind: a stage of the script is over."""
+    for records in (world.telemetry, world.records):
+        if records is not None:
+            records.pause()
+
+
+def resume_recording(world: World) -> None:
+    """Record again, for another stage."""
+    for records in (world.telemetry, world.records):
+        if records is not None:
+            records.resume()
+
+
 def stop_recording(world: World) -> None:
     """Write the end of what this process records, and keep it if predictions are kept; safe to call again."""
     if world.telemetry is not None:

@@ -39,3 +39,4 @@ def test_orders_that_differ_between_ranks_are_refused_with_both_ranks_and_the_sa
     assert "on rank 0" in output
     assert "on rank 1" in output
     assert "another job" not in output
+    assert "pass output_dir" not in output

@@ -36,6 +36,8 @@ from torch.utils.data import DataLoader
 
 from lightning_gpuorch.errors import CorruptPartError, GPUOrchError, UnsupportedPredictionError
 from lightning_gpuorch.predictions.storage.part_file import Envelope, encode_envelope
+from lightning_gpuorch.predictions.storage.values.base import class_name, loaded_class
+from lightning_gpuorch.predictions.storage.values.containers import _fresh_namedtuple
 from lightning_gpuorch.worker import session
 
 # Said by torch when such tensors are made, which is what the tests are about.
@@ -476,3 +478,15 @@ def test_what_a_step_returns_is_returned(tmp_path: pathlib.Path) -> None:
     assert (third["changing"][1].maxlen, list(third["changing"][1])) == (2, [1, 1])
     assert first["fixed"] == [range(3), memoryview(b"ab"), array.array("b", b"x"), b"raw", slice(2), Color.RED, BERLIN]
     assert third[1, 2].getpixel((0, 0)) == 2
+
+
+def test_a_class_made_in_a_function_is_found_again_and_elsewhere_its_fields_are_given_by_name() -> None:
+    class Output(collections.namedtuple("Output", ["mean", "scale"])):
+        __slots__ = ()
+
+    [name] = {class_name(Output)}
+    assert loaded_class(name) is Output
+    other = _fresh_namedtuple("Output", ("mean", "scale"))(1, 2)
+    assert (other["mean"], other.scale, other[0], other[0:1]) == (1, 2, 1, (1,))
+    with pytest.raises(TypeError):
+        other["median"]

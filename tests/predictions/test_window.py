@@ -93,6 +93,7 @@ class Job:
         steps: int | None = None,
         overlaps: bool = False,
         stream: bool = False,
+        length_fn: Any = len,
         **extra: Any,
     ):
         self.samples = [[i] * max(1, length) for i, length in enumerate(lengths)]
@@ -113,7 +114,7 @@ class Job:
             Queue(-(-len(lengths) // self.layout.samples_per_chunk), **extra),
             self.collector,
             self.tickets,
-            batcher=DynamicBatcher(tokens),
+            batcher=DynamicBatcher(tokens, length_fn=length_fn),
             num_replicas=replicas,
             single_rank=True,
             overlaps=overlaps,
@@ -350,3 +351,26 @@ def test_windows_of_a_stream_without_a_known_end_are_small_where_replicas_share_
     assert max_chunks(2, seconds_per_sample=0.1, age_seconds=100) == 10, "10 seconds at first"
     assert max_chunks(2, seconds_per_sample=0.1, age_seconds=2000) == 50, "a fortieth of the time so far"
     assert max_chunks(1, seconds_per_sample=0.1, age_seconds=100) == 120, "nobody waits"
+
+
+@pytest.mark.parametrize("rejected", [{7}, {0, 1, 2, 3}, {22}])
+def test_samples_without_a_length_are_given_up_and_all_others_stored(rejected: set[int]) -> None:
+    def length(sample: list[int]) -> int:
+        if sample[0] in rejected:
+            raise ValueError(f"sample {sample[0]} has no length")
+        return len(sample)
+
+    job = Job(list(range(1, 24)), 4, 2, 40, length_fn=length)
+    stored = job.run(outputs)
+    kept = [index for batch in stored for index in batch.indices or ()]
+    assert kept == [index for index in range(23) if index not in rejected]
+    assert set(job.collector.given_up) == rejected
+    assert "has no length" in job.collector.given_up[min(rejected)]
+
+
+def test_a_length_function_that_knows_no_sample_ends_the_job() -> None:
+    def length(sample: list[int]) -> int:
+        raise ValueError("no length")
+
+    with pytest.raises(ValueError, match="no length"):
+        Job([3] * 9, 2, 2, 40, length_fn=length).run(outputs)

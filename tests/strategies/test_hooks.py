@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import pickle
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -488,3 +490,17 @@ def test_orchestrator_computes_a_batch_again_whose_callback_failed(orchestrate: 
     notes = Notes()
     list(orchestrate(notes).predict(Doubling(), LOADERS["map"]()))
     assert notes.ended == [2, 3, 4, 5]
+
+
+def test_between_two_predict_calls_there_is_no_thread_and_the_second_is_recorded_as_the_first(tmp_path: Path) -> None:
+    for number in range(2):
+        one = trainer(GPUOrchStrategy(output_dir=tmp_path / str(number), log_level="WARNING"))
+        assert len(one.predict(Module(), LOADERS["map"]())) == 6
+        assert not [thread for thread in threading.enumerate() if thread.name == "gpuorch-events"]
+
+
+def test_what_a_strategy_knows_of_its_job_can_be_pickled(tmp_path: Path) -> None:
+    one = trainer(ours(tmp_path))
+    one.predict(Module(torch.neg), LOADERS["map"]())
+    again = pickle.loads(pickle.dumps([one.strategy.runtime, one.strategy.model_setup]))
+    assert again[0].config == one.strategy.config

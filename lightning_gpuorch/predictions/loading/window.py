@@ -89,7 +89,7 @@ class Window:
         self.outputs: list[tuple[Sequence[int], Any]] = []
         """Positions in the window and output of each batch that is computed; -1 for samples of other windows."""
         self.taken_over: set[int] = set()
-        """Positions of samples that others have computed."""
+        """Positions of samples that others have computed, or that are left out."""
         self.num_open = 0
         """Samples that are not computed yet."""
 
@@ -129,18 +129,26 @@ class Window:
         self.taken_over |= here
         self.num_open -= len(here)
 
-    def batches(self, batcher: Batcher, sizes: set[int]) -> Iterator[tuple[list[int], int]]:
+    def leave_out(self, positions: Sequence[int]) -> None:
+        """Put samples in no batch of :meth:`batches`: they have no prediction."""
+        self.taken_over.update(positions)
+        for position in positions:
+            self.samples[position] = None
+
+    def batches(
+        self, batcher: Batcher, lengths: npt.NDArray[np.int64], sizes: set[int]
+    ) -> Iterator[tuple[list[int], int]]:
         """Cut batches, each when it is asked for.
 
         Args:
             batcher: Decides how large they are.
+            lengths: Of all samples.
             sizes: Sizes that batches had so far; added to. If all are equal, the last batch is cut in two: only outputs
                 of different sizes tell which dimensions follow the number of samples.
 
         Yields:
             Positions of the samples, ascending, and the length of the longest.
         """
-        lengths = batcher.measure(self.samples)
         together = []
         for piece in self.pieces:
             positions = np.arange(piece.start, piece.stop)

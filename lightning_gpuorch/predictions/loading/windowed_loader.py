@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch.utils.data import DataLoader
 
 from lightning_gpuorch.errors import UnreadableStreamError, summarize_exception
@@ -56,6 +58,7 @@ class WindowedLoader(LeasedLoader):
         self._delivered_size = 0
         """Samples of the last batch."""
         self._sizes: set[int] = set()
+        self._has_measured = False
         self._held: Lease | NoWork | None = None
 
     @property
@@ -114,7 +117,7 @@ class WindowedLoader(LeasedLoader):
             return
         self.bounds.observe(num_bytes=size_bytes(window.samples), num_samples=len(window.samples))
         collate = None if isinstance(self.source, StreamSource) else self.source.collate
-        for positions, longest in window.batches(self._batcher, self._sizes):
+        for positions, longest in window.batches(self._batcher, self._measure(window), self._sizes):
             positions, batch = self._collate(window, positions)
             if not positions:
                 continue
@@ -126,6 +129,31 @@ class WindowedLoader(LeasedLoader):
             self._delivered_size = len(positions)
             yield batch
         self.bounds.end_window()
+
+    def _measure(self, window: Window) -> npt.NDArray[np.int64]:
+        """Lengths of the samples of a window. Those that have none are left out, if others have one."""
+        try:
+            lengths = self._batcher.measure(window.samples)
+        except Exception as error:
+            found = [self._try_to_measure(sample) for sample in window.samples]
+            refused = {place: why for place, why in enumerate(found) if isinstance(why, Exception)}
+            chunk, span = window.ticket_span(sorted(refused) or [0])
+            if not self._isolates or not refused or not (self._has_measured or len(refused) < len(found)):
+                self._sink.cannot_read(chunk, range(span.first_unit, span.first_unit + span.num_units), error)
+                raise
+            reasons = {span.unit(n): f"length: {summarize_exception(why)}" for n, why in enumerate(refused.values())}
+            open_ones = [place for place in refused if place not in window.taken_over]
+            window.leave_out(list(refused))
+            self._sink.give_up_in_window(window, open_ones, reasons)
+            lengths = np.array([0 if isinstance(one, Exception) else one for one in found], dtype=np.int64)
+        self._has_measured = True
+        return lengths
+
+    def _try_to_measure(self, sample: Any) -> int | Exception:
+        try:
+            return int(self._batcher.measure([sample])[0])
+        except Exception as error:  # noqa: BLE001 - the caller decides
+            return error
 
     def _collate(self, window: Window, positions: list[int]) -> tuple[list[int], Any]:
         """The batch of samples of a window, less those that cannot be collated, and their positions."""

@@ -3,7 +3,8 @@
 The supervisor and every start of every rank append to a file of their own, ``<directory>/<source>.jsonl``, so that no
 two processes share a file and a death tears at most one line. Reading merges them all.
 
-Recording costs about a microsecond: the loop puts the event into a buffer, a thread encodes and writes it.
+Recording costs about a microsecond: the loop puts the event into a buffer, a thread encodes and writes it. Between two
+stages of a script there is no thread.
 """
 
 from __future__ import annotations
@@ -63,10 +64,10 @@ class EventLog:
         self._file = LineFile(self.path)
         self._write_lock = threading.Lock()
         self._wake = threading.Event()
-        self._stop_requested = self._closed = False
+        self._closed = False
+        self._thread: threading.Thread | None = None
         self._before_flush: list[Callable[[], None]] = []
-        self._thread = threading.Thread(target=self._run, name="gpuorch-events", daemon=True)
-        self._thread.start()
+        self.resume()
 
     def record(self, kind: str, /, **fields: Any) -> None:
         """Record an event.
@@ -91,16 +92,35 @@ class EventLog:
         with self._write_lock:
             self._write_pending()
 
+    def pause(self, timeout_seconds: float = 5.0) -> None:
+        """Write what is pending and end the thread. What is recorded from now on waits for :meth:`resume`, or the end.
+
+        A disk that hangs is left behind after the timeout.
+        """
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        self._stopping.set()
+        self._wake.set()
+        thread.join(timeout_seconds)
+        if thread.is_alive():
+            self._failures.add("events", TimeoutError(f"{self.path} could not be written within {timeout_seconds} s"))
+
+    def resume(self) -> None:
+        """Write from now on, in a thread; does nothing where one does so already."""
+        if self._closed or self._thread is not None:
+            return
+        self._stopping = threading.Event()  # one for each thread: an earlier one may still wait for its disk
+        self._thread = threading.Thread(target=self._run, args=(self._stopping,), name="gpuorch-events", daemon=True)
+        self._thread.start()
+
     def close(self, timeout_seconds: float = 5.0) -> None:
         """Write what is pending and stop; safe to call again. A disk that hangs is left behind after the timeout."""
         if self._closed:
             return
-        self._stop_requested = True
-        self._wake.set()
-        self._thread.join(timeout_seconds)
+        self.resume()
+        self.pause(timeout_seconds)
         self._closed = True
-        if self._thread.is_alive():
-            self._failures.add("events", TimeoutError(f"{self.path} could not be written within {timeout_seconds} s"))
 
     def __enter__(self) -> EventLog:
         return self
@@ -110,11 +130,11 @@ class EventLog:
     ) -> None:
         self.close()
 
-    def _run(self) -> None:
+    def _run(self, stopping: threading.Event) -> None:
         while True:
             self._wake.wait(self._interval_seconds)
             self._wake.clear()
-            stop = self._stop_requested
+            stop = stopping.is_set()
             for callback in self._before_flush:
                 try:
                     callback()

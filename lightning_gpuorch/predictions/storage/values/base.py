@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -131,13 +132,23 @@ def type_name(cls: type) -> str:
     return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
 
 
+_LOCAL = "<locals>"
+_local_classes: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
+"""Classes made within functions, which no module leads to, as this process has stored instances of them."""
+
+
 def class_name(cls: type) -> str:
     """Return the name under which :func:`loaded_class` finds a class."""
-    return f"{cls.__module__}:{cls.__qualname__}"
+    name = f"{cls.__module__}:{cls.__qualname__}"
+    if _LOCAL in name:
+        _local_classes[name] = cls
+    return name
 
 
 def loaded_class(name: str) -> type | None:
     """Find a class that is already loaded; never imports, and never runs a module's or a class's ``__getattr__``."""
+    if _LOCAL in name:
+        return _local_classes.get(name)
     module_name, _, qualname = name.partition(":")
     found: Any = sys.modules.get(module_name)
     for part in qualname.split("."):

@@ -140,7 +140,19 @@ def _decode_namedtuple(decoder: Decoder, name: str, fields: list[str], nodes: li
 
 @functools.cache
 def _fresh_namedtuple(name: str, fields: tuple[str, ...]) -> type[tuple[Any, ...]]:
-    return collections.namedtuple(name, fields)
+    plain: Any = collections.namedtuple(name, fields)  # type: ignore[misc]
+    return type(name, (_FieldsByName, plain), {"__slots__": (), "__module__": plain.__module__})
+
+
+class _FieldsByName:
+    """What models return as a named tuple is often read like a dict; the class that could do so is not there."""
+
+    __slots__ = ()
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str) and key in self._fields:  # type: ignore[attr-defined]
+            return getattr(self, key)
+        return super().__getitem__(key)  # type: ignore[misc]
 
 
 def _encode_struct_sequence(encoder: Encoder, value: Any, path: str, depth: int) -> Node:
