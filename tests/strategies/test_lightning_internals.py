@@ -118,6 +118,7 @@ RELIED_ON: list[tuple[str, Callable[[], Any], Callable[[Any], bool]]] = [
         trainer,
         lambda connector: takes("dataloader", "shuffle", "mode")(connector._prepare_dataloader),
     ),
+    ("_accelerator_connector", trainer, lambda connector: connector.use_distributed_sampler is True),
     ("_prepare_dataloader", lambda: trainer()._data_connector, callable),
     (
         "_data_source",
