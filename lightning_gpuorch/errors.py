@@ -92,6 +92,10 @@ class ProtocolVersionError(ConfigurationError):
     """Two processes of a job run versions that do not understand each other."""
 
 
+class AuthenticationError(ConfigurationError):
+    """A process does not know the token of the job that it connects to."""
+
+
 class JobMismatchError(GPUOrchError):
     """The output directory holds the results of another job.
 

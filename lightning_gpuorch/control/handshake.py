@@ -1,24 +1,29 @@
 r"""The first words on a connection, which every version understands: who connects, and which protocol it speaks.
 
-Each side sends one frame, the connecting side first::
+The sides send frames in turns, the connecting side first::
 
     8 bytes "gpuorch\n" | uint32 length | JSON object
 
-The form and the fields of :class:`Introduction` never change, so that peers of different versions can refuse each other
-by name. What else a side has to say (a token) is read only when the versions are the same.
+First both introduce themselves. The form and the fields of :class:`Introduction` never change, so that peers of different
+versions can refuse each other by name. Then both prove that they know the job's token, without sending it: each by an
+HMAC-SHA256 over what both have said, which holds a random number of each side (the challenge and response of RFC 2104 keyed
+hashes). A proof is good for one connection and one direction.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import secrets
 import struct
 from typing import TypeVar
 
 import msgspec
 
 from lightning_gpuorch._version import __version__
-from lightning_gpuorch.errors import ProtocolError, ProtocolVersionError
+from lightning_gpuorch.errors import AuthenticationError, ProtocolError, ProtocolVersionError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised with every change of :mod:`lightning_gpuorch.control.messages`."""
 
 MAGIC = b"gpuorch\n"
@@ -47,16 +52,23 @@ class Introduction(msgspec.Struct, frozen=True, kw_only=True):
     release: str = __version__
 
 
-class Hello(Introduction, frozen=True, kw_only=True):
-    """What the connecting side says."""
+class Greeting(Introduction, frozen=True, kw_only=True):
+    """An introduction to a peer of the same version."""
 
-    token: str
+    nonce: str = msgspec.field(default_factory=lambda: secrets.token_hex(16))
+    """A random number that no other connection has."""
+
+
+class Proof(msgspec.Struct, frozen=True):
+    """Shows that the sender knows the token; empty where the other side's proof was wrong."""
+
+    mac: str
 
 
 T = TypeVar("T", bound=Introduction)
 
 
-def frame(introduction: Introduction) -> bytes:
+def frame(introduction: Introduction | Proof) -> bytes:
     """The bytes that are sent."""
     data = msgspec.json.encode(introduction)
     return PREAMBLE.pack(MAGIC, len(data)) + data
@@ -98,3 +110,45 @@ def read(kind: type[T], data: bytes, address: str) -> T:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"a malformed gpuorch handshake: {error}; it is {data[:80]!r}") from None
+
+
+def read_proof(data: bytes) -> Proof:
+    """Read the other side's proof.
+
+    Raises:
+        ProtocolError: It is malformed.
+    """
+    try:
+        return msgspec.json.decode(data, type=Proof)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"a malformed proof in a gpuorch handshake: {error}") from None
+
+
+def proof(token: str, by: Greeting, to: Greeting) -> Proof:
+    """What ``by`` sends to ``to`` to show that it knows the token."""
+    said = b"".join(hashlib.sha256(msgspec.json.encode(greeting)).digest() for greeting in (by, to))
+    return Proof(hmac.new(token.encode(), said, hashlib.sha256).hexdigest())
+
+
+def check_proof(shown: Proof, token: str, by: Greeting, to: Greeting, address: str) -> None:
+    """See that the other side knows the token.
+
+    Args:
+        shown: What it has sent.
+        token: The job's.
+        by: Its greeting.
+        to: This side's.
+        address: Where it is, for messages.
+
+    Raises:
+        AuthenticationError: It does not know the token, or says that this side does not.
+    """
+    if hmac.compare_digest(shown.mac.encode(), proof(token, by, to).mac.encode()):
+        return
+    at_fault = (
+        f"{by.peer} at {address} does not" if shown.mac else f"this process does not, says {by.peer} at {address}"
+    )
+    raise AuthenticationError(
+        f"both sides of a connection must know the job's token, and {at_fault}. Set GPUORCH_TOKEN, or the field token, to "
+        "the same secret on all nodes."
+    )

@@ -12,7 +12,6 @@ object, and ``set`` is not acknowledged.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import itertools
 import logging
 import socket
@@ -23,9 +22,10 @@ from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
 from lightning_gpuorch.control import codec, handshake
-from lightning_gpuorch.control.handshake import COORDINATOR, Hello, Introduction, Peer
+from lightning_gpuorch.control.handshake import COORDINATOR, Greeting, Introduction, Peer
 from lightning_gpuorch.control.messages.base import AnswerT, Message, Request
 from lightning_gpuorch.errors import (
+    AuthenticationError,
     ControlPlaneError,
     ControlPlaneTimeoutError,
     GPUOrchError,
@@ -39,6 +39,13 @@ _PREFIX = struct.Struct("!IQ")
 MAX_MESSAGE_BYTES = 2 * 2**30
 _SILENCE_SECONDS = 10
 """A peer whose kernel acknowledges nothing for so long is taken for unreachable, also while an answer is awaited."""
+
+HANDSHAKE_SECONDS = 5.0
+"""Until then a connection has to have proven that it belongs to the job."""
+MAX_STRANGERS = 64
+"""Connections that have not; one more closes the oldest of them. The kernel keeps those that wait to be accepted."""
+_REFUSALS_SECONDS = 60.0
+"""Refused strangers are told so often."""
 
 _SERVED_SECONDS = 1.0
 """A connection that lived so long was served; one that ends sooner was refused."""
@@ -77,12 +84,14 @@ class ControlServer:
         handler: Answers the requests.
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
-        token: Shared secret; a connection that does not present it is closed.
+        token: Shared secret; a connection that does not prove to know it is closed.
     """
 
     def __init__(self, handler: Handler, host: str = "127.0.0.1", port: int = 0, token: str = ""):
         self._handler, self._token = handler, token
         self._peers: dict[asyncio.StreamReader, Peer] = {}
+        self._strangers: dict[asyncio.StreamWriter, None] = {}
+        self._refusals = Refusals()
         self._loop = asyncio.new_event_loop()
         self._started: Future[int] = Future()
         self._thread = threading.Thread(target=self._run, args=(host, port), name="gpuorch-control", daemon=True)
@@ -126,7 +135,8 @@ class ControlServer:
             connections.add(task)
             task.add_done_callback(connections.discard)
 
-        server = await asyncio.start_server(accept, host, port, limit=2**20)
+        # A stranger's bytes are taken in up to twice the limit.
+        server = await asyncio.start_server(accept, host, port, limit=2**16, backlog=1024)
         self._started.set_result(server.sockets[0].getsockname()[1])
         await self._stop.wait()
         server.close()
@@ -138,7 +148,7 @@ class ControlServer:
         _notice_silence(writer.get_extra_info("socket"))
         host, port = writer.get_extra_info("peername")[:2]
         try:
-            peer = await self._shake_hands(reader, writer, f"{host}:{port}")
+            peer = await self._admit(reader, writer, f"{host}:{port}")
             while peer is not None:
                 number, length = _PREFIX.unpack(await reader.readexactly(_PREFIX.size))
                 _check_size(length)
@@ -153,26 +163,48 @@ class ControlServer:
             self._peers.pop(reader, None)
             writer.close()
 
-    async def _shake_hands(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str
-    ) -> Peer | None:
+    async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str) -> Peer | None:
         """Who connects; None if it is not served."""
-        length = handshake.length_of(await reader.readexactly(handshake.PREAMBLE.size))
-        data = await reader.readexactly(length)
-        welcome = handshake.frame(Introduction(peer=COORDINATOR))
+        if len(self._strangers) >= MAX_STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.transport.abort()
+            self._refusals.add(address, f"{MAX_STRANGERS} others had not proven either that they belong to the job")
+        self._strangers[writer] = None
         try:
-            hello = handshake.read(Hello, data, address)
+            peer = await asyncio.wait_for(self._shake_hands(reader, writer, address), HANDSHAKE_SECONDS)
+        except asyncio.TimeoutError:
+            self._refusals.add(address, f"no handshake within {HANDSHAKE_SECONDS:g} s")
         except ProtocolVersionError as error:
             log.error("a connection is refused: %s", error)
-            writer.write(welcome)  # with our version: the other side sees the same
+        except (AuthenticationError, ProtocolError) as error:
+            self._refusals.add(address, str(error))
+        else:
+            self._peers[reader] = peer
+            return peer
+        finally:
+            self._strangers.pop(writer, None)
+        return None
+
+    async def _shake_hands(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str) -> Peer:
+        greeting = Greeting(peer=COORDINATOR)
+        data = await _frame(reader)
+        try:
+            other = handshake.read(Greeting, data, address)
+        except ProtocolVersionError:
+            writer.write(handshake.frame(greeting))  # with our version: the other side sees the same
             await writer.drain()
-            return None
-        if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
-            log.debug("%s at %s does not have the token of this job", hello.peer, address)
-            return None
-        writer.write(welcome)
-        self._peers[reader] = hello.peer
-        return hello.peer
+            raise
+        writer.write(handshake.frame(greeting))
+        shown = handshake.read_proof(await _frame(reader))
+        try:
+            handshake.check_proof(shown, self._token, other, greeting, address)
+        except AuthenticationError:
+            writer.write(handshake.frame(handshake.Proof("")))
+            await writer.drain()
+            raise
+        writer.write(handshake.frame(handshake.proof(self._token, greeting, other)))
+        return other.peer
 
     async def _answer(self, peer: Peer, number: int, data: bytes) -> bytearray:
         try:
@@ -184,6 +216,27 @@ class ControlServer:
             return encode(number, codec.refused(error))
         except GPUOrchError as error:
             return encode(number, codec.refused(error))
+
+
+class Refusals:
+    """Tells of strangers, one line a minute however many there are."""
+
+    def __init__(self) -> None:
+        self._count, self._told_at = 0, -_REFUSALS_SECONDS
+
+    def add(self, address: str, reason: str) -> None:
+        """A connection was refused."""
+        self._count += 1
+        now = time.monotonic()
+        if now - self._told_at < _REFUSALS_SECONDS:
+            return
+        more = f" ({self._count - 1} more since the last such line)" if self._count > 1 else ""
+        log.warning("the connection from %s is refused%s: %s", address, more, reason)
+        self._count, self._told_at = 0, now
+
+
+async def _frame(reader: asyncio.StreamReader) -> bytes:
+    return await reader.readexactly(handshake.length_of(await reader.readexactly(handshake.PREAMBLE.size)))
 
 
 class Channel(Protocol):
@@ -238,7 +291,7 @@ class RemoteChannel:
 
     def __init__(self, address: str, peer: Peer, token: str = "", connect_timeout_seconds: float = 30.0):
         self.address = address
-        self._hello = handshake.frame(Hello(peer=peer, token=token))
+        self._peer, self._token = peer, token
         self._connect_timeout_seconds = connect_timeout_seconds
         self._idle: list[socket.socket] = []
         self._numbers = itertools.count(1)
@@ -249,6 +302,7 @@ class RemoteChannel:
         Raises:
             ProtocolVersionError: The coordinator is of another version.
             ProtocolError: What listens there is no coordinator.
+            AuthenticationError: One of both does not know the token of the other.
         """
         deadline = time.monotonic() + timeout_seconds
         lost_since: float | None = None
@@ -309,12 +363,22 @@ class RemoteChannel:
         return connection
 
     def _shake_hands(self, connection: socket.socket, deadline: float) -> None:
-        connection.sendall(self._hello)
+        greeting = Greeting(peer=self._peer)
+        connection.sendall(handshake.frame(greeting))
         try:
-            length = handshake.length_of(_exactly(connection, handshake.PREAMBLE.size, deadline))
-            handshake.read(Introduction, _exactly(connection, length, deadline), self.address)
+            data = self._frame(connection, deadline)
+            handshake.read(Introduction, data, self.address)  # of whatever version
+            other = handshake.read(Greeting, data, self.address)
+            connection.sendall(handshake.frame(handshake.proof(self._token, greeting, other)))
+            shown = handshake.read_proof(self._frame(connection, deadline))
         except ProtocolError as error:
             raise ProtocolError(f"no gpuorch coordinator listens on {self.address}: {error}") from None
+        handshake.check_proof(shown, self._token, other, greeting, self.address)
+
+    @staticmethod
+    def _frame(connection: socket.socket, deadline: float) -> bytes:
+        length = handshake.length_of(_exactly(connection, handshake.PREAMBLE.size, deadline))
+        return _exactly(connection, length, deadline)
 
     @staticmethod
     def _receive(connection: socket.socket, number: int, deadline: float) -> bytes:

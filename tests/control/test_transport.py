@@ -15,13 +15,14 @@ from lightning_gpuorch.control import handshake, transport
 from lightning_gpuorch.control.codec import decode_answer
 from lightning_gpuorch.control.collectives import ControlCollectives
 from lightning_gpuorch.control.coordinator import Coordinator
-from lightning_gpuorch.control.handshake import Hello, Introduction, Peer
+from lightning_gpuorch.control.handshake import PROTOCOL_VERSION, Greeting, Introduction, Peer
 from lightning_gpuorch.control.messages.base import Sender
 from lightning_gpuorch.control.messages.collectives import Gather, Gathered
 from lightning_gpuorch.control.messages.ranks import Lookup, Publish, Published, RegisterRank
 from lightning_gpuorch.control.transport import ControlServer, LocalChannel, RemoteChannel
 from lightning_gpuorch.errors import (
     EXIT_CONFIGURATION,
+    AuthenticationError,
     CollectiveMismatchError,
     ConfigurationError,
     ControlPlaneError,
@@ -94,9 +95,12 @@ def test_no_answer_is_a_timeout_that_names_the_request(server):
 
 
 def test_a_stranger_is_not_served(server):
-    channel = RemoteChannel(server.address, RANK, "guess", connect_timeout_seconds=0.3)
-    with pytest.raises(ControlPlaneError, match="cannot be reached"):
+    channel = RemoteChannel(server.address, RANK, "guess")
+    with pytest.raises(
+        AuthenticationError, match=r"this process does not, says coordinator 0 at 127\.0\.0\.1:\d+\. Set GPUORCH_TOKEN"
+    ) as error:
         _echo(channel)
+    assert error.value.exit_code == EXIT_CONFIGURATION
 
 
 def test_a_request_survives_the_loss_of_its_connection():
@@ -264,20 +268,19 @@ def test_a_malformed_request_is_refused_and_the_connection_goes_on(server, caplo
 
 
 def test_a_peer_of_another_version_is_refused_by_name_on_both_sides(server, caplog, monkeypatch):
-    monkeypatch.setattr(handshake, "PROTOCOL_VERSION", 1)
-    theirs = handshake.frame(Hello(peer=Peer("node", 3), protocol=2, release="9.9.9", token="secret"))
+    theirs = handshake.frame(Greeting(peer=Peer("node", 3), protocol=99, release="9.9.9"))
     with _connect(server) as connection:
         connection.sendall(theirs)
         answer = _received(connection)
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
     said = record.getMessage()
     assert "node 3 at 127.0.0.1" in said
-    assert "speaks control protocol 2 (lightning_gpuorch 9.9.9), this process speaks 1" in said
+    assert f"speaks control protocol 99 (lightning_gpuorch 9.9.9), this process speaks {PROTOCOL_VERSION}" in said
     assert "\n" not in said
     # What it reads of the answer, if it does as we do.
-    monkeypatch.setattr(handshake, "PROTOCOL_VERSION", 2)
+    monkeypatch.setattr(handshake, "PROTOCOL_VERSION", 99)
     with pytest.raises(
-        ProtocolVersionError, match=r"coordinator 0 at here speaks control protocol 1 .* speaks 2 "
+        ProtocolVersionError, match=rf"coordinator 0 at here speaks control protocol {PROTOCOL_VERSION} .* speaks 99 "
     ) as error:
         handshake.read(Introduction, answer[handshake.PREAMBLE.size :], "here")
     assert error.value.exit_code == EXIT_CONFIGURATION
@@ -313,6 +316,80 @@ def test_a_message_that_is_too_large_is_refused_where_it_is_sent(server, monkeyp
     with pytest.raises(ProtocolError, match="exceeds the limit of 1000"):
         _echo(channel, b"x" * 1001)
     channel.close()
+
+
+def test_a_coordinator_that_does_not_know_the_token_is_not_served():
+    server = ControlServer(Echo(), token="another")
+    try:
+        with pytest.raises(AuthenticationError):
+            _echo(RemoteChannel(server.address, RANK, "secret"))
+    finally:
+        server.close()
+
+
+def test_neither_the_token_nor_a_proof_that_can_be_used_again_travels(server):
+    said = bytearray()
+
+    def proof_for(nonce):
+        ours = Greeting(peer=RANK, nonce=nonce)
+        with _connect(server) as connection:
+            connection.sendall(handshake.frame(ours))
+            theirs = handshake.read(Greeting, _one_frame(connection), "here")
+            shown = handshake.proof("secret", ours, theirs)
+            said.extend(handshake.frame(shown))
+            return shown
+
+    shown = proof_for("n" * 32)
+    assert b"secret" not in said
+    ours = Greeting(peer=RANK, nonce="n" * 32)
+    with _connect(server) as connection:  # the same words again, to another nonce of the coordinator's
+        connection.sendall(handshake.frame(ours))
+        _one_frame(connection)
+        connection.sendall(handshake.frame(shown))
+        assert handshake.read_proof(_one_frame(connection)) == handshake.Proof("")
+        assert not connection.recv(1)
+
+
+def test_idle_strangers_neither_stay_nor_keep_others_out(server, monkeypatch, caplog):
+    monkeypatch.setattr(transport, "MAX_STRANGERS", 8)
+    monkeypatch.setattr(transport, "HANDSHAKE_SECONDS", 0.5)
+    idle = [_connect(server) for _ in range(100)]
+    try:
+        channel = RemoteChannel(server.address, RANK, "secret")
+        assert _echo(channel) == b"yx"
+        channel.close()
+        for connection in idle:
+            connection.settimeout(10)
+            try:
+                assert connection.recv(1) == b"", "closed within the time for a handshake"
+            except ConnectionResetError:
+                continue
+        (said,) = [record.getMessage() for record in caplog.records if "is refused" in record.getMessage()]
+        assert said.startswith("the connection from 127.0.0.1:")
+    finally:
+        for connection in idle:
+            connection.close()
+
+
+def test_what_a_stranger_sends_is_not_kept(server):
+    with _connect(server) as connection:
+        connection.settimeout(5)
+        sent = 0
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            while sent < 64 * 2**20:
+                sent += connection.send(b"\0" * 65536)
+        assert sent < 16 * 2**20, "what the kernel's buffers take"
+
+
+def _one_frame(connection):
+    connection.settimeout(10)
+    data = b""
+    while len(data) < handshake.PREAMBLE.size:
+        data += connection.recv(handshake.PREAMBLE.size - len(data))
+    length, body = handshake.length_of(data), b""
+    while len(body) < length:
+        body += connection.recv(length - len(body))
+    return body
 
 
 def test_a_closed_server_cancels_no_request_of_a_coordinator():
