@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_gpuorch.checked_files import parse_object, read_file
 from lightning_gpuorch.telemetry.events.log import EventLog, read_events
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
 from lightning_gpuorch.telemetry.report.report import write_report
@@ -116,7 +117,7 @@ def find_runs() -> list[Run]:
     found = []
     for path in runs_directory().glob(f"*/{OWNER_FILE}"):
         try:
-            owner = json.loads(path.read_text(encoding="utf-8"))
+            owner = parse_object(read_file(path))
             run = Run(
                 run_id=owner["run_id"], directory=path.parent, pid=owner["pid"], command=owner["command"],
                 began=float(owner["began"]), alive=_is_locked(path),

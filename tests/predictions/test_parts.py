@@ -294,6 +294,25 @@ def test_another_run_s_sweeps_never_take_a_living_writer_s_files(store: PartStor
     assert all(name.startswith("part-") for name in names(store.directory))
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link", "dangling link", "empty directory"])
+def test_what_is_no_file_is_refused_at_once_and_set_aside(kind: str, tmp_path: Path) -> None:
+    store = PartStore(tmp_path / "dataloader_0")
+    for chunk in range(2):
+        store.commit(chunk, [batch(0)], {})
+    path = store.path(1)
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "empty directory":
+        path.mkdir()
+    else:
+        path.symlink_to(store.path(0) if kind == "link" else tmp_path / "nowhere")
+    assert [error is None for _, error in store.verify()] == [True, False]
+    (error,) = store.set_damaged_aside()
+    assert str(path) in str(error)
+    assert store.done() == {0}
+
+
 def test_replace_is_whole_and_works_on_what_create_once_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, prepare in (("a", lambda: None), ("b", lambda: refuse_links(monkeypatch))):
         prepare()

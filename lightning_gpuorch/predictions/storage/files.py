@@ -90,7 +90,7 @@ def replace(path: Path, content: bytes) -> None:
 
 def content_path(path: Path) -> Path:
     """Where the bytes of a committed file are: in the file, or in the directory that stands for it."""
-    return path / _CONTENT_NAME if path.is_dir() else path
+    return path / _CONTENT_NAME if path.is_dir() and not path.is_symlink() else path
 
 
 def remove(path: Path) -> None:
@@ -115,8 +115,10 @@ def set_aside(path: Path, target: Path) -> None:
     Raises:
         OSError: The file system refused.
     """
-    if target.is_dir():
+    if target.is_dir() and not target.is_symlink():
         shutil.rmtree(target)
+    elif path.is_dir():
+        target.unlink(missing_ok=True)
     os.replace(path, target)
     _fsync_directory(path.parent)
 
