@@ -20,6 +20,7 @@
     │   ├── ProtocolError                    a message between two processes is malformed
     │   └── CollectiveMismatchError          ranks called different collectives
     ├── InputMismatchError                   ranks that must read the same have read different input
+    ├── UnreadableRecordsError               the records of a run are not those of a run
     ├── DataPlaneError                       ranks of a TP group could not complete a step together
     │   ├── CollectiveError                  a collective failed
     │   │   └── CollectiveTimeoutError (TimeoutError)
@@ -128,6 +129,12 @@ class StorageFullError(PredictionStorageError, OSError):
 
 class CorruptPartError(GPUOrchError):
     """A part file is truncated or fails its checksum."""
+
+    exit_code = EXIT_DATA_MISSING
+
+
+class UnreadableRecordsError(GPUOrchError):
+    """The records of a run cannot be shown: they are not those of a run."""
 
     exit_code = EXIT_DATA_MISSING
 

@@ -8,13 +8,14 @@ import os
 import shutil
 import subprocess
 import tempfile
+from pathlib import Path
 from typing import IO, Any
 
 from lightning.pytorch.callbacks import Callback
 
 from lightning_gpuorch.control.bootstrap import DUMP_SIGNAL
 from lightning_gpuorch.control.environment import WorkerEnvironment
-from lightning_gpuorch.control.heartbeat import Heartbeat, HeartbeatTable, Limits, Phase
+from lightning_gpuorch.control.heartbeat import Heartbeat, Limits, Phase, create_table
 from lightning_gpuorch.worker.watchdog import start_watchdog
 
 log = logging.getLogger(__name__)
@@ -47,13 +48,12 @@ class HeartbeatMonitor(Callback):
         if WorkerEnvironment.read() is not None:
             log.debug("HeartbeatMonitor: the supervisor watches this rank; stepping aside")
             return
-        base = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        self._directory = tempfile.mkdtemp(prefix="gpuorch-heartbeat-", dir=base)
-        table = os.path.join(self._directory, "table")
-        self._heartbeat = Heartbeat(HeartbeatTable(table, 1, create=True), 0, 0)
+        self._directory = tempfile.mkdtemp(prefix="gpuorch-heartbeat-")
+        self._table = create_table(os.path.basename(self._directory), 1, Path(self._directory))
+        self._heartbeat = Heartbeat(self._table, 0, 0)
         self._dump = open(os.path.join(self._directory, "stacks"), "w")  # noqa: SIM115 - faulthandler keeps it
         faulthandler.register(DUMP_SIGNAL, file=self._dump, all_threads=True, chain=False)
-        self._watchdog = start_watchdog(table, self._dump.name, trainer.global_rank, self._limits)
+        self._watchdog = start_watchdog(self._table.path, self._dump.name, trainer.global_rank, self._limits)
 
     def on_predict_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -90,4 +90,5 @@ class HeartbeatMonitor(Callback):
         self._watchdog.wait(10)
         faulthandler.unregister(DUMP_SIGNAL)
         self._dump.close()
+        Path(self._table.path).unlink(missing_ok=True)
         shutil.rmtree(self._directory, ignore_errors=True)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from lightning_gpuorch.cli.parameters import LocalPath
-from lightning_gpuorch.errors import GPUOrchError, format_indices
+from lightning_gpuorch.errors import GPUOrchError
 
 
 @click.group(name="predictions")
@@ -32,12 +32,12 @@ def verify(directory: Path) -> None:
     bad = False
     try:
         for number, found in enumerate(_loaders(directory)):
-            samples, missing = found.verify(), list(found.missing)
+            samples, missing = found.verify(), found.missing
             note = "" if found.keeps_outputs else "; outputs were not kept, only that they were computed"
             click.echo(f"dataloader {number}: {len(found)} batches, {samples} samples read and intact{note}")
             if missing:
                 bad = True
-                click.echo(f"dataloader {number}: {len(missing)} missing: {format_indices(missing)}", err=True)
+                click.echo(f"dataloader {number}: {len(missing)} missing: {missing}", err=True)
     except GPUOrchError as error:
         raise click.ClickException(str(error)) from None
     sys.exit(1 if bad else 0)

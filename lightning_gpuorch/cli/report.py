@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from lightning_gpuorch.cli.parameters import LocalPath
+from lightning_gpuorch.errors import GPUOrchError
 
 
 @click.command(name="report")
@@ -25,4 +26,7 @@ def report(directory: Path, output: Path | None) -> None:
         if not runs:
             raise click.ClickException(f"{directory} holds no recorded run: there is no events folder in it.")
         run = runs[-1].parent
-    click.echo(write_report(run, output or run / "report.html"))
+    try:
+        click.echo(write_report(run, output or run / "report.html"))
+    except (GPUOrchError, OSError) as error:
+        raise click.ClickException(str(error)) from None

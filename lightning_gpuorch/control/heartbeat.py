@@ -8,6 +8,7 @@ a system call. Times are CLOCK_MONOTONIC, which all processes of a node share.
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import os
 import threading
@@ -18,7 +19,10 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger(__name__)
+
 INTERVAL_SECONDS = 0.2
+SHARED_MEMORY = Path("/dev/shm")
 _FIELDS = (
     "pid", "generation", "alive_ns", "progress", "progress_ns", "phase", "phase_ns",
     "job", "loader", "chunk", "unit_start", "unit_stop", "commit_ns",
@@ -73,6 +77,9 @@ class HeartbeatTable:
         path: The file, best in ``/dev/shm``.
         num_ranks: Rows.
         create: Create the file.
+
+    Raises:
+        OSError: It cannot be opened, or there is no space for it; then it is not there.
     """
 
     def __init__(self, path: str, num_ranks: int, create: bool = False):
@@ -81,8 +88,13 @@ class HeartbeatTable:
         descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
         try:
             if create:
-                os.ftruncate(descriptor, size)
+                # Not by its length alone: writing to a page that a full file system cannot give ends the process (SIGBUS).
+                os.posix_fallocate(descriptor, 0, size)
             self._map = mmap.mmap(descriptor, size)
+        except OSError:
+            if create:
+                os.unlink(path)
+            raise
         finally:
             os.close(descriptor)
         self._cells = memoryview(self._map).cast("q")
@@ -109,6 +121,28 @@ class HeartbeatTable:
         """Release the memory; the file stays."""
         self._cells.release()
         self._map.close()
+
+
+def create_table(name: str, num_ranks: int, fallback: Path, shared_memory: Path = SHARED_MEMORY) -> HeartbeatTable:
+    """Make a table in shared memory, or on disk where that is missing or full (Docker gives it 64 MB).
+
+    Args:
+        name: Of the file.
+        num_ranks: Rows.
+        fallback: A directory on disk.
+        shared_memory: The directory that is in memory.
+
+    Raises:
+        OSError: There is no space in ``fallback`` either.
+    """
+    try:
+        return HeartbeatTable(str(shared_memory / name), num_ranks, create=True)
+    except OSError as error:
+        log.warning(
+            "heartbeats cannot be kept in %s: %s; they are kept in %s, where a slow disk delays them",
+            shared_memory, error.strerror, fallback,
+        )  # fmt: skip
+    return HeartbeatTable(str(fallback / name), num_ranks, create=True)
 
 
 class Heartbeat:

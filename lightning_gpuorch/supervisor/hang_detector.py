@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.control.heartbeat import HeartbeatTable, Judge, Limits, Verdict
+from lightning_gpuorch.control.heartbeat import SHARED_MEMORY, Judge, Limits, Verdict, create_table
 from lightning_gpuorch.control.messages.base import LoaderKey, UnitRange
 from lightning_gpuorch.supervisor.workers import Workers
 from lightning_gpuorch.telemetry.run_directory import find_runs
 
 JUDGE_SECONDS = 0.2
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 class HangDetector:
@@ -22,7 +21,7 @@ class HangDetector:
     Args:
         config: Has the limits.
         name: Of the table's file.
-        directory: Where the table is, if there is no shared memory.
+        directory: Where the table is, if there is no room in shared memory.
         num_ranks: Ranks of this node.
         local: Local rank of a global rank.
     """
@@ -32,8 +31,7 @@ class HangDetector:
     ):
         self._local = local
         _sweep_shared_memory()
-        place = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else directory
-        self._table = HeartbeatTable(str(place / name), num_ranks, create=True)
+        self._table = create_table(name, num_ranks, directory)
         limits = Limits(
             alive=config.heartbeat_timeout_sec,
             start=config.start_timeout_sec,
@@ -86,5 +84,5 @@ class HangDetector:
 def _sweep_shared_memory() -> None:
     """Remove the heartbeat tables of supervisors that were killed; what is there of their records stays for a while."""
     for run in find_runs():
-        for table in () if run.alive else _SHARED_MEMORY.glob(f"gpuorch-{run.run_id}-*"):
+        for table in () if run.alive else SHARED_MEMORY.glob(f"gpuorch-{run.run_id}-*"):
             table.unlink(missing_ok=True)

@@ -2,12 +2,14 @@
 
 Every run has a directory ``<temporary directory>/gpuorch-<uid>/<run id>/``: events, logs, metrics, profiles. The file
 ``run.json`` in it names the process that answers for the run, so that whoever wants to look at a running job finds it
-without being told where it is. When the run ends, its records go beside the predictions, if those are kept, and the
-directory is removed; a run that was killed leaves it, and it is swept away a week later.
+without being told where it is. That process holds a lock on the file while it lives. Its number would not tell: a container
+that shares the temporary directory has numbers of its own. When the run ends, its records go beside the predictions, if those
+are kept, and the directory is removed; a run that was killed leaves it, and it is swept away a week later.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -21,8 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
+from lightning_gpuorch.checked_files import parse_object, read_file
 from lightning_gpuorch.telemetry.events.log import EventLog, read_events
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
 from lightning_gpuorch.telemetry.report.report import write_report
@@ -33,6 +34,8 @@ OWNER_FILE = "run.json"
 KEPT = ("events", "logs", "errors", "profiles", "traces")
 """What of a run's records is kept; metrics have been scraped, or never will be."""
 _SWEEP_AFTER_SECONDS = 7 * 86400.0
+_locks: dict[Path, int] = {}
+"""Descriptors by which this process holds the locks of its runs."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,16 @@ def create_run_directory(run_id: str) -> Path:
         sweep()
     else:
         directory = Path(tempfile.mkdtemp(prefix=f"gpuorch-{run_id}-"))
-    owner = {"run_id": run_id, "pid": os.getpid(), "pid_began": psutil.Process().create_time(), "began": time.time(),
-             "command": shlex.join(sys.argv)}  # fmt: skip
-    (directory / OWNER_FILE).write_text(json.dumps(owner), encoding="utf-8")
+    owner = {"run_id": run_id, "pid": os.getpid(), "began": time.time(), "command": shlex.join(sys.argv)}
+    for path in [path for path in _locks if not path.exists()]:  # runs of this process that are over
+        os.close(_locks.pop(path))
+    path = directory / OWNER_FILE
+    descriptor = _locks[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # before it tells anything: until then nobody takes it for a run
+    except OSError as error:
+        log.debug("%s cannot be locked: %s", path, error)
+    os.write(descriptor, json.dumps(owner).encode())
     return directory
 
 
@@ -107,10 +117,10 @@ def find_runs() -> list[Run]:
     found = []
     for path in runs_directory().glob(f"*/{OWNER_FILE}"):
         try:
-            owner = json.loads(path.read_text(encoding="utf-8"))
+            owner = parse_object(read_file(path))
             run = Run(
                 run_id=owner["run_id"], directory=path.parent, pid=owner["pid"], command=owner["command"],
-                began=owner["began"], alive=_is_alive(owner["pid"], owner["pid_began"]),
+                began=float(owner["began"]), alive=_is_locked(path),
             )  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError) as error:  # ended and tidied up a moment ago, or just begun
             log.debug("%s tells of no run: %r", path, error)
@@ -229,9 +239,23 @@ class RunRecords:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def _is_alive(pid: int, began: float) -> bool:
-    """Whether a process is there, and the same one: numbers are used again."""
+def _is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock of a run; also where the file system cannot tell, since what lives must stay."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return abs(psutil.Process(pid).create_time() - began) < 2.0
-    except psutil.Error:
-        return False
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _close_locks() -> None:
+    """In a forked child: it must not hold the run's lock when the process that answers for it is dead."""
+    for descriptor in _locks.values():
+        os.close(descriptor)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_close_locks)

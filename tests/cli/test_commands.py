@@ -145,6 +145,18 @@ def test_a_killed_run_is_known_as_dead_and_swept_away_later(tmp_path: Path, monk
     assert [run.directory for run in find_runs()] == [mine]
 
 
+def test_a_run_lives_while_its_lock_is_held_whatever_its_process_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container that shares the temporary directory has process numbers of its own, and a clock may jump."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    owner = create_run_directory("run-a") / "run.json"
+    told = json.loads(owner.read_text())
+    owner.write_text(json.dumps({**told, "pid": 2**22 + 1, "began": told["began"] - 30 * 86400}))
+    sweep(0)
+    assert [(run.run_id, run.alive) for run in find_runs()] == [("run-a", True)]
+
+
 def test_a_directory_that_somebody_else_may_write_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     foreign = tmp_path / f"gpuorch-{os.getuid()}"

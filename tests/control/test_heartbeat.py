@@ -1,10 +1,12 @@
 """The judge, with a clock and process states of our own; the table with real processes."""
 
+import contextlib
 import random
+import subprocess
 
 import pytest
 
-from lightning_gpuorch.control.heartbeat import HeartbeatTable, Judge, Limits, Phase, waits_for_others
+from lightning_gpuorch.control.heartbeat import HeartbeatTable, Judge, Limits, Phase, create_table, waits_for_others
 
 LIMITS = Limits(alive=2.0, start=100.0, step=4.0, commit=30.0, exit=10.0)
 PID = 4242
@@ -165,3 +167,39 @@ def test_a_disk_that_takes_no_part_is_found_whatever_the_loop_does(tmp_path):
     verdict = scene.pass_time(2, beating=[0])
     assert "the disk has not taken a part for 31.0 s" in verdict.reason
     assert verdict.in_step is False, "no sample is to blame"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    directory = tmp_path / "shm"
+    directory.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", directory], capture_output=True, text=True, timeout=30
+    )
+    if done.returncode:
+        pytest.skip(f"cannot mount here: {done.stderr.strip()}")
+    yield directory
+    subprocess.run(["umount", "--lazy", directory], check=True, timeout=30)
+
+
+@pytest.mark.root
+def test_a_full_shared_memory_is_named_and_the_disk_is_used(small_disk, tmp_path, caplog):
+    """Docker gives /dev/shm 64 MB. The first write to a page that is not there would end the process with SIGBUS."""
+    filler = small_disk / "other jobs"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    table = create_table("gpuorch-run-0", 2, tmp_path, shared_memory=small_disk)
+    table.clear(0)
+    table.write(1, pid=7)
+    assert table.row(1).pid == 7
+    assert table.path == str(tmp_path / "gpuorch-run-0")
+    assert "No space left on device" in caplog.text
+    assert [path.name for path in small_disk.iterdir()] == [filler.name]
+    table.close()
+
+
+def test_without_shared_memory_the_disk_is_used(tmp_path):
+    table = create_table("gpuorch-run-0", 1, tmp_path, shared_memory=tmp_path / "nowhere")
+    assert table.path == str(tmp_path / "gpuorch-run-0")
+    table.close()

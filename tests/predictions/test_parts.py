@@ -11,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -252,18 +253,64 @@ def test_a_killed_committer_leaves_no_part_of_a_part(store: PartStore) -> None:
             store.discard(chunk)
 
 
-def test_sweep_spares_the_living(store: PartStore) -> None:
+def test_sweep_takes_what_dead_writers_left_and_nothing_else(store: PartStore) -> None:
     store.commit(0, [batch(0)], {})
-    old, young, tree = (store.directory / f".tmp-host-{name}" for name in ("1", "2", "3"))
+    old, young, tree, empty, link, pipe = (store.directory / f".tmp-host-{number}" for number in range(6))
     old.write_bytes(b"x")
     young.write_bytes(b"x")
     tree.mkdir()
     (tree / "content").write_bytes(b"x")
-    for path in (old, tree):
+    empty.mkdir()
+    link.symlink_to(store.directory.parent)
+    os.mkfifo(pipe)
+    for path in (old, tree, empty):
         os.utime(path, (time.time() - 7200,) * 2)
-    assert store.sweep_temporaries(older_than_seconds=3600) == 2
-    assert names(store.directory) == [".tmp-host-2", "part-000000000.gpq"]
+    assert store.sweep_temporaries(older_than_seconds=3600) == 3
+    assert names(store.directory) == [young.name, link.name, pipe.name, "part-000000000.gpq"]
+    assert store.sweep_temporaries(0.0) == 1
+    assert names(store.directory) == [link.name, pipe.name, "part-000000000.gpq"]
     assert PartStore(store.directory.parent / "nothing").sweep_temporaries() == 0
+
+
+def test_another_run_s_sweeps_never_take_a_living_writer_s_files(store: PartStore) -> None:
+    """Also with another clock, in another container: its lock tells that a writer lives, not its age or number."""
+    store.commit(0, [batch(0)], {})
+    over = threading.Event()
+
+    def sweep() -> None:
+        while not over.is_set():
+            sweep_temporaries(store.directory, older_than_seconds=-1e9)
+
+    sweeper = threading.Thread(target=sweep)
+    sweeper.start()
+    try:
+        for chunk in range(1, 100):
+            assert store.commit(chunk, [batch(0)], {})
+    finally:
+        over.set()
+        sweeper.join(30)
+    assert store.done() == set(range(100))
+    assert all(error is None for _, error in store.verify())
+    assert all(name.startswith("part-") for name in names(store.directory))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "dangling link", "empty directory"])
+def test_what_is_no_file_is_refused_at_once_and_set_aside(kind: str, tmp_path: Path) -> None:
+    store = PartStore(tmp_path / "dataloader_0")
+    for chunk in range(2):
+        store.commit(chunk, [batch(0)], {})
+    path = store.path(1)
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "empty directory":
+        path.mkdir()
+    else:
+        path.symlink_to(store.path(0) if kind == "link" else tmp_path / "nowhere")
+    assert [error is None for _, error in store.verify()] == [True, False]
+    (error,) = store.set_damaged_aside()
+    assert str(path) in str(error)
+    assert store.done() == {0}
 
 
 def test_replace_is_whole_and_works_on_what_create_once_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

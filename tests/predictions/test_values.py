@@ -377,9 +377,15 @@ def test_hostile_envelopes_raise_the_projects_error(raw: bytes) -> None:
 
 def test_a_column_outside_of_the_file_is_found() -> None:
     for offsets in ([0, 99], [-3, 3], [2, 1], "x"):
-        envelope = Envelope(forged([["bytes", 0]], one_column(b"abc", data_offsets=offsets)), "test")
         with pytest.raises(CorruptPartError):
-            envelope.prediction(0)
+            Envelope(forged([["bytes", 0]], one_column(b"abc", data_offsets=offsets)), "test")
+
+
+def test_a_column_gives_its_bytes_once() -> None:
+    """Else a small file becomes a prediction of any size."""
+    envelope = Envelope(forged([["list", [["bytes", 0]] * 50_000]], one_column(b"abc")), "test")
+    with pytest.raises(CorruptPartError, match="column 0 is used twice"):
+        envelope.prediction(0)
 
 
 json_values = st.recursive(

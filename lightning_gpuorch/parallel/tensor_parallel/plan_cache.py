@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_gpuorch._version import __version__
+from lightning_gpuorch.checked_files import parse_object, read_file
 from lightning_gpuorch.errors import TensorParallelError
 from lightning_gpuorch.parallel.tensor_parallel.anatomy import ModelCall
 from lightning_gpuorch.parallel.tensor_parallel.communicator import Communicator
@@ -64,8 +65,11 @@ class PlanCache:
         arguments = (example_input, dict(example_kwargs or {}), method, list(also), seed)
         path = self.directory / f"{fingerprint(model, tensor_parallel_size, arguments)}.json"
         cached = self._read(path)
-        if cached is not None and self._is_right(
-            cached, model, ModelCall.of(example_input, example_kwargs, method), also
+        call = ModelCall.of(example_input, example_kwargs, method)
+        if (
+            cached is not None
+            and _is_of_model(cached, model, tensor_parallel_size)
+            and self._is_right(cached, model, call, also)
         ):
             return cached
         plan = plan_tensor_parallel(
@@ -83,7 +87,11 @@ class PlanCache:
     @staticmethod
     def _is_right(plan: TensorParallelPlan, model: nn.Module, call: ModelCall, also: Sequence[ModelCall]) -> bool:
         """Verify a plan from a file as any other: code that the fingerprint does not see may have changed."""
-        report = verify_plan(model, plan, call.args, example_kwargs=call.kwargs, method=call.method, also=also)
+        try:
+            report = verify_plan(model, plan, call.args, example_kwargs=call.kwargs, method=call.method, also=also)
+        except Exception as error:  # noqa: BLE001 - whatever somebody else's plan does to the check, planning again is right
+            logger.warning("The cached tensor-parallel plan cannot be verified (%r); planning again.", error)
+            return False
         if not report.ok:
             logger.warning(
                 "The cached tensor-parallel plan is not right any more (%s); planning again.", report.failures[0]
@@ -92,7 +100,7 @@ class PlanCache:
 
     def _read(self, path: Path) -> TensorParallelPlan | None:
         try:
-            return TensorParallelPlan.from_dict(json.loads(path.read_text()))
+            return TensorParallelPlan.from_dict(parse_object(read_file(path)))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TensorParallelError) as error:
@@ -111,6 +119,16 @@ class PlanCache:
             logger.warning("The tensor-parallel plan is not cached in %s: %s.", self.directory, error)
             if temporary is not None and os.path.exists(temporary):
                 os.unlink(temporary)
+
+
+def _is_of_model(plan: TensorParallelPlan, model: nn.Module, tensor_parallel_size: int) -> bool:
+    """Whether a plan names this number of ranks and the model's parameters by their shapes: else it is not tried."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    planned = {name: own.shape for name, own in plan.parameters.items() if name in shapes}
+    of_model = plan.tensor_parallel_size == tensor_parallel_size and planned == shapes
+    if not of_model:
+        logger.warning("The cached tensor-parallel plan is of another model; planning again.")
+    return of_model
 
 
 def plan_on_first_rank(

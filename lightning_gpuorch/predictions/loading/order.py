@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from lightning_gpuorch.checked_files import NotRegularFileError, read_file
 from lightning_gpuorch.errors import CorruptPartError, UnsupportedPredictionError
 from lightning_gpuorch.predictions.storage.files import content_path, create_once, make_directory, storage_error
 from lightning_gpuorch.predictions.storage.part_file import Envelope, encode_envelope
@@ -144,15 +145,20 @@ class Order:
         """
         path = _path(directory, digest)
         try:
-            stored = Envelope(content_path(path).read_bytes(), str(path)).prediction(0)
+            stored = Envelope(read_file(content_path(path)), str(path)).prediction(0)
         except FileNotFoundError as error:
             raise CorruptPartError(
                 f"{path}, the order of the samples, is gone; without it the parts beside it have no meaning."
             ) from error
+        except NotRegularFileError as error:
+            raise CorruptPartError(f"{path}, the order of the samples, is no regular file.") from error
         except OSError as error:
             raise storage_error(error, directory) from error
-        indices = stored["indices"]
-        order = cls(indices.astype(np.int64) if isinstance(indices, np.ndarray) else indices, stored["ends"])
+        try:
+            indices = stored["indices"]
+            order = cls(indices.astype(np.int64) if isinstance(indices, np.ndarray) else list(indices), stored["ends"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptPartError(f"{path} holds no order of samples: {error!r}.") from error
         if order.digest != digest:
             raise CorruptPartError(f"{path} holds another order than its name says: somebody renamed it.")
         return order

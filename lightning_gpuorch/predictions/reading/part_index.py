@@ -20,6 +20,9 @@ from lightning_gpuorch.errors import CorruptPartError, format_indices
 from lightning_gpuorch.predictions.storage.journal import BatchEntry, PartHeader, PartJournal
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 
+_MAX_SCATTERED_SAMPLES = 2**20
+"""Of a stored batch: each of its samples is kept in memory, though a range of them takes no bytes in the file."""
+
 ReadHeader = Callable[[int], PartHeader]
 
 
@@ -184,11 +187,10 @@ class ChunkLocator:
 
     def _gaps(self, journal: PartJournal) -> Iterator[range]:
         layout = self._layout
-        for chunk in range(layout.num_chunks):
+        reached = 0  # chunks without a part are not walked: only the units are counted
+        for chunk in sorted(self._chunks):
             units = layout.chunk_range(chunk)
-            if chunk not in self._chunks:
-                yield units
-                continue
+            yield range(reached, units.start)
             reached = units.start
             for entry in journal.header(chunk).entries:
                 for covered in _runs(entry, layout):
@@ -202,6 +204,8 @@ class ChunkLocator:
                     yield range(reached, covered.stop if lacking else covered.start)
                     reached = covered.stop
             yield range(reached, units.stop)
+            reached = units.stop
+        yield range(reached, layout.num_units or 0)
 
 
 class ScatteredLocator:
@@ -217,9 +221,18 @@ class ScatteredLocator:
             for position, entry in enumerate(journal.header(chunk).entries):
                 if entry.indices is None:
                     raise CorruptPartError(f"{journal.path(chunk)} does not name the dataset indices of its samples.")
-                indices.append(np.asarray(entry.indices, np.int64))
-                places.append(np.full(len(entry.indices), len(self._places), np.int32))
-                rows.append(np.arange(len(entry.indices), dtype=np.int32))
+                if len(entry.indices) > _MAX_SCATTERED_SAMPLES:
+                    raise CorruptPartError(
+                        f"{journal.path(chunk)} claims a batch of more than {_MAX_SCATTERED_SAMPLES} samples."
+                    )
+                try:
+                    indices.append(np.asarray(entry.indices, np.int64).reshape(len(entry.indices)))
+                except (ValueError, TypeError, OverflowError) as error:
+                    raise CorruptPartError(
+                        f"{journal.path(chunk)} names dataset indices that are no integers."
+                    ) from error
+                places.append(np.full(len(indices[-1]), len(self._places), np.int32))
+                rows.append(np.arange(len(indices[-1]), dtype=np.int32))
                 self._places.append((chunk, position))
         # The first of equal indices is the one of the lowest part: samplers that pad repeat a sample.
         self._indices, first = np.unique(np.concatenate(indices), return_index=True)

@@ -7,13 +7,19 @@ import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 
-from lightning_gpuorch.errors import ConfigurationError, GPUOrchError, MissingPredictionsError, OutputsNotKeptError
+from lightning_gpuorch.errors import (
+    ConfigurationError,
+    CorruptPartError,
+    GPUOrchError,
+    MissingPredictionsError,
+    OutputsNotKeptError,
+)
 from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.predictions.reading.lazy_list import LazyList
 from lightning_gpuorch.predictions.reading.part_index import Locator, Segment, UnitRanges, locate
@@ -205,13 +211,17 @@ class Predictions(LazyList):
             Number of samples that are done, as far as parts tell; those of a stream may not be counted.
 
         Raises:
-            CorruptPartError: A part is damaged.
+            CorruptPartError: Parts are damaged; all of them are named.
         """
         num_samples = 0
+        damaged = []
         for chunk, error in self._store.verify():
             if error is not None:
-                raise error
+                damaged.append(error)
+                continue
             num_samples += sum(entry.size or 0 for entry in self._header(chunk).entries)
+        if damaged:
+            raise CorruptPartError("\n".join(map(str, damaged)))
         return num_samples
 
     def _kept(self, output: Any) -> Any:
@@ -374,17 +384,25 @@ def _refuse_gaps(root: Path, found: Sequence[Predictions], quarantined: Sequence
         raise MissingPredictionsError(
             f"predictions are missing in {root}:\n  " + "\n  ".join(lines) + "\nRun the same command again to compute "
             "them, or read what there is with allow_missing=True.",
-            itertools.chain.from_iterable(missing),
+            UnitRanges(units for gaps in missing for units in gaps.ranges),
         )
 
 
 def _reasons(gaps: UnitRanges, quarantined: Sequence[Quarantined]) -> Iterator[str]:
     """Tell why units are missing. A note about units that a later run computed after all is passed over."""
-    by_reason: dict[str, set[int]] = {}
+    by_reason: dict[str, list[range]] = {}
     for entry in quarantined:
         for units in gaps.ranges:
             lost = range(max(units.start, entry.start), min(units.stop, entry.stop))
-            by_reason.setdefault(entry.reason, set()).update(lost)
-    for reason, lost_units in by_reason.items():
-        if lost_units:
-            yield f"given up: {UnitRanges(range(unit, unit + 1) for unit in sorted(lost_units))} ({reason})"
+            if lost:
+                by_reason.setdefault(entry.reason, []).append(lost)
+    for reason, ranges in by_reason.items():
+        yield f"given up: {UnitRanges(_joined(ranges))} ({reason})"
+
+
+def _joined(ranges: Iterable[range]) -> Iterator[range]:
+    """Ascending ranges of what is in any of these."""
+    reached = 0
+    for units in sorted(ranges, key=lambda units: units.start):
+        yield range(max(units.start, reached), max(units.stop, reached))
+        reached = max(reached, units.stop)

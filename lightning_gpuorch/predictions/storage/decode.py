@@ -54,9 +54,24 @@ def decode_tree(node: Node, columns: ColumnReader) -> Any:
         raise CorruptPartError(f"a prediction cannot be rebuilt: {type(error).__name__}: {error}") from error
 
 
+def _shown(node: Node) -> str:
+    """A node's tag: the whole may be too deep to be written."""
+    return repr(node[0])[:80] if isinstance(node, list) and node and isinstance(node[0], str) else "without a tag"
+
+
 class _TreeDecoder:
     def __init__(self, columns: ColumnReader):
-        self.dtype, self.shape, self.buffer = columns.dtype, columns.shape, columns.buffer
+        self._columns = columns
+        self.dtype, self.shape = columns.dtype, columns.shape
+        self._taken: set[int] = set()
+
+    def buffer(self, column: int) -> memoryview:
+        # What is written has one column for each use. More uses would make more of a file than its bytes.
+        if column in self._taken:
+            raise CorruptPartError(f"column {column} is used twice")
+        buffer = self._columns.buffer(column)
+        self._taken.add(column)
+        return buffer
 
     def decode(self, node: Node) -> Any:
         if not isinstance(node, list):
@@ -64,5 +79,5 @@ class _TreeDecoder:
         try:
             decode = _DECODERS[node[0]]
         except (KeyError, IndexError, TypeError):
-            raise CorruptPartError(f"unknown node {str(node)[:80]!r}; was it written by a newer version?") from None
+            raise CorruptPartError(f"unknown node {_shown(node)}; was it written by a newer version?") from None
         return decode(self, *node[1:])

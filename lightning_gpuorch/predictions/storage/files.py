@@ -4,7 +4,7 @@
 exactly one of them wins, no reader ever sees a part of a file, and a writer killed at any moment leaves at most a
 temporary file that nothing reads.
 
-1. Write a temporary file with a name nobody else uses (``O_EXCL``), and wait until the disk has it.
+1. Write a temporary file with a name nobody else uses (``O_EXCL``), under a lock, and wait until the disk has it.
 2. Link it to its final name. That is atomic, and fails if the name exists: somebody else won.
 3. Wait until the disk has the directory, and remove the temporary name.
 
@@ -12,21 +12,30 @@ A file system without hard links (exFAT, many FUSE mounts) gets the same guarant
 ``content`` into a temporary directory, and step 2 renames that directory to the final name, which POSIX makes fail if
 a directory that is not empty is there. :func:`content_path` finds the bytes in both cases. The design needs a file
 system on which one of the two is atomic; object stores behind FUSE usually offer neither.
+
+A writer holds the lock on its temporary file until the end of step 3, so that :func:`sweep_temporaries` takes away what dead
+writers have left and nothing of a living one, whichever run, container or node it belongs to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import logging
 import os
 import secrets
 import shutil
 import socket
+import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lightning_gpuorch.errors import PredictionStorageError, StorageFullError
 from lightning_gpuorch.paths import local_path
+
+log = logging.getLogger(__name__)
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -51,9 +60,7 @@ def create_once(path: Path, buffers: Sequence[bytes | memoryview], *, fsync: boo
     Raises:
         OSError: The file system refused; nothing is visible and no temporary is left.
     """
-    temporary = _temporary_path(path.parent)
-    try:
-        _write_new(temporary, buffers, fsync)
+    with _temporary_file(path.parent, buffers, fsync) as temporary:
         try:
             os.link(temporary, path)
             won = True
@@ -68,8 +75,6 @@ def create_once(path: Path, buffers: Sequence[bytes | memoryview], *, fsync: boo
         if fsync:
             _fsync_directory(path.parent)
         return won
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -78,18 +83,14 @@ def replace(path: Path, content: bytes) -> None:
     Raises:
         OSError: The file system refused; the old content is in place.
     """
-    temporary = _temporary_path(path.parent)
-    try:
-        _write_new(temporary, [content], fsync=True)
+    with _temporary_file(path.parent, [content], fsync=True) as temporary:
         os.replace(temporary, content_path(path))
         _fsync_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def content_path(path: Path) -> Path:
     """Where the bytes of a committed file are: in the file, or in the directory that stands for it."""
-    return path / _CONTENT_NAME if path.is_dir() else path
+    return path / _CONTENT_NAME if path.is_dir() and not path.is_symlink() else path
 
 
 def remove(path: Path) -> None:
@@ -102,7 +103,7 @@ def remove(path: Path) -> None:
         # Under another name first: a directory without its content must not be seen under the final one.
         temporary = _temporary_path(path.parent)
         os.rename(path, temporary)
-        shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)  # a sweep may be quicker
     else:
         path.unlink()
     _fsync_directory(path.parent)
@@ -114,18 +115,20 @@ def set_aside(path: Path, target: Path) -> None:
     Raises:
         OSError: The file system refused.
     """
-    if target.is_dir():
+    if target.is_dir() and not target.is_symlink():
         shutil.rmtree(target)
+    elif path.is_dir():
+        target.unlink(missing_ok=True)
     os.replace(path, target)
     _fsync_directory(path.parent)
 
 
 def sweep_temporaries(directory: Path, older_than_seconds: float) -> int:
-    """Remove what killed writers left.
+    """Remove what killed writers left: temporaries whose lock nobody holds. Others are left alone, whatever their age.
 
     Args:
         directory: Where to look; not below it.
-        older_than_seconds: Younger ones may belong to a living writer.
+        older_than_seconds: Younger ones are left alone as well, for file systems whose locks one node alone sees.
 
     Returns:
         How many were removed.
@@ -134,16 +137,31 @@ def sweep_temporaries(directory: Path, older_than_seconds: float) -> int:
     limit = time.time() - older_than_seconds
     for path in directory.glob(f"{TEMPORARY_PREFIX}*"):
         try:
-            if path.stat().st_mtime > limit:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        except FileNotFoundError:
-            continue  # its writer, or another sweep, was quicker
-        removed += 1
+            state = path.lstat()
+            if state.st_mtime <= limit:
+                removed += _remove_if_dead(path, state.st_mode)
+        except OSError as error:
+            log.debug("%s stays: %s", path, error)  # its writer, or another sweep, was quicker; or it is not ours
     return removed
+
+
+def _remove_if_dead(path: Path, mode: int) -> bool:
+    """Remove a temporary file or directory, unless its writer lives or it is something that no writer makes."""
+    if stat.S_ISDIR(mode):
+        content = path / _CONTENT_NAME
+        if content.exists() and not _remove_if_dead(content, content.lstat().st_mode):
+            return False
+        path.rmdir()  # a writer that has just made it makes another one
+        return True
+    if not stat.S_ISREG(mode):
+        return False
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()  # under the lock: a writer that has just made the file sees that it lost it
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def make_directory(directory: Path) -> None:
@@ -173,11 +191,8 @@ def check_writable(directory: str | os.PathLike[str], needed_bytes: int = _PROBE
     root = local_path(directory, "directory")
     try:
         make_directory(root.absolute())
-        temporary = _temporary_path(root)
-        try:
-            _write_new(temporary, [bytes(needed_bytes)], fsync=True)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _temporary_file(root, [bytes(needed_bytes)], fsync=True):
+            pass
     except OSError as error:
         raise storage_error(error, root, needed_bytes) from error
 
@@ -203,7 +218,7 @@ def storage_error(error: OSError, directory: Path, wanted_bytes: int = 0) -> Pre
         return PredictionStorageError(
             f"{directory} is not writable: {error.strerror}. Choose another output directory."
         )
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) and not directory.exists():
         return PredictionStorageError(
             f"{directory} has vanished: it was removed or unmounted while the job was running. Bring it back, or run "
             "the same command again to start afresh."
@@ -215,15 +230,34 @@ def _temporary_path(directory: Path) -> Path:
     return directory / f"{TEMPORARY_PREFIX}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}"
 
 
-def _write_new(path: Path, buffers: Sequence[bytes | memoryview], fsync: bool) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    # Buffered: thousands of small columns become few writes, a large one goes straight through.
-    with open(descriptor, "wb", buffering=2**16) as file:
-        for buffer in buffers:
-            file.write(buffer)
-        file.flush()
-        if fsync:
-            os.fsync(descriptor)
+@contextlib.contextmanager
+def _temporary_file(directory: Path, buffers: Sequence[bytes | memoryview], fsync: bool) -> Iterator[Path]:
+    """Write a temporary file, and keep its lock until whoever asked is through with it; it is removed then."""
+    path, descriptor = _locked_file(directory)
+    try:
+        # Buffered: thousands of small columns become few writes, a large one goes straight through.
+        with open(descriptor, "wb", buffering=2**16) as file:
+            for buffer in buffers:
+                file.write(buffer)
+            file.flush()
+            if fsync:
+                os.fsync(descriptor)
+            yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _locked_file(directory: Path) -> tuple[Path, int]:
+    while True:
+        path = _temporary_path(directory)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            log.debug("%s cannot be locked: %s", path, error)  # then no sweep can, either, and it is left alone
+        if os.fstat(descriptor).st_nlink:
+            return path, descriptor
+        os.close(descriptor)  # a sweep was here between the two calls
 
 
 def _rename_directory(temporary: Path, path: Path, fsync: bool) -> bool:
@@ -231,7 +265,14 @@ def _rename_directory(temporary: Path, path: Path, fsync: bool) -> bool:
     holder = _temporary_path(path.parent)
     holder.mkdir()
     try:
-        os.rename(temporary, holder / _CONTENT_NAME)
+        while True:
+            try:
+                os.rename(temporary, holder / _CONTENT_NAME)
+                break
+            except FileNotFoundError:
+                if not temporary.exists():
+                    raise
+                holder.mkdir(exist_ok=True)  # a sweep takes empty ones away
         if fsync:
             _fsync_directory(holder)
         os.rename(holder, path)

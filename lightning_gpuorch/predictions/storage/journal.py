@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_gpuorch.checked_files import MAX_INTEGER, NotRegularFileError, integer, open_file
 from lightning_gpuorch.errors import CorruptPartError, MissingPredictionsError
 from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.predictions.storage.files import (
@@ -28,12 +30,14 @@ from lightning_gpuorch.predictions.storage.files import (
     sweep_temporaries,
 )
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
-from lightning_gpuorch.predictions.storage.part_frame import NewerFormatError, check_file, read_fields
+from lightning_gpuorch.predictions.storage.part_frame import NewerFormatError, check_file, damage, read_fields
 
 FRAGMENTS_PREFIX = "unfinished-"
 """How the directories of fragments begin."""
 _CHECKING_THREADS = 4
-_PART_NAME = re.compile(r"part-(\d{9,})\.gpq")
+_MAX_SAMPLES = 2**24
+"""Of a part. Ranges of indices take no bytes in the file, and much memory where each is looked at."""
+_PART_NAME = re.compile(r"part-([0-9]{9}|[1-9][0-9]{9,17})\.gpq")
 
 
 def loader_directory(directory: str | os.PathLike[str], loader: int) -> Path:
@@ -206,7 +210,11 @@ class PartJournal:
         try:
             stored, metadata = fields["chunk"], fields["metadata"]
             entries = [_unpack_entry(entry) for entry in fields["batches"]]
-        except (KeyError, TypeError, AttributeError) as error:
+            if not isinstance(metadata, dict):
+                raise TypeError("its metadata is no object")  # noqa: TRY301
+            if sum(entry.size or 0 for entry in entries) > _MAX_SAMPLES:
+                raise ValueError(f"it claims more than {_MAX_SAMPLES} samples")  # noqa: TRY301
+        except (KeyError, TypeError, ValueError) as error:
             raise CorruptPartError(f"{path} is an envelope, but not of a part: {error!r}.") from error
         if stored != chunk:
             raise CorruptPartError(f"{path} holds chunk {stored}: somebody renamed or copied it. Delete it.")
@@ -221,31 +229,45 @@ class PartJournal:
 def opened(path: Path) -> Iterator[tuple[io.FileIO, int, str]]:
     """Open a part's file; yields it with its length and its name."""
     try:
-        with open(content_path(path), "rb", buffering=0) as file:
+        with open(open_file(content_path(path)), "rb", buffering=0) as file:
             yield file, os.fstat(file.fileno()).st_size, str(path)
+    except NotRegularFileError as error:
+        raise damage(str(path), "it is no regular file") from error
     except FileNotFoundError as error:
+        if path.is_dir():
+            raise damage(str(path), "it is a directory without content") from error
         raise MissingPredictionsError(f"there is no part {path}: it was removed, or never written.") from error
     except OSError as error:
         raise storage_error(error, path.parent) from error
 
 
-def _unpack_entry(entry: Mapping[str, Any]) -> BatchEntry:
-    """Raises TypeError or KeyError where an entry is not of this format."""
-    numbers = (entry["first_unit"], entry.get("size") or 0, entry.get("num_lost", 0))
-    if not all(isinstance(number, int) for number in numbers):
-        raise TypeError(f"{numbers} are no integers")
+def _unpack_entry(entry: Any) -> BatchEntry:
+    """Raises TypeError, ValueError or KeyError where an entry is not of this format."""
+    if not isinstance(entry, dict):
+        raise TypeError("a stored batch is no object")
+    size = entry.get("size")
+    indices, units = _unpack_integers(entry.get("indices")), _unpack_integers(entry.get("units"))
+    for listed in (indices, units):
+        if listed is not None and len(listed) != size:
+            raise ValueError(f"a stored batch of {size!r:.40} samples has {len(listed)} indices or units")
+    if isinstance(units, list):
+        if not all(type(unit) is int and 0 <= unit <= MAX_INTEGER for unit in units):
+            raise TypeError("units are no integers")
+        if any(a >= b for a, b in itertools.pairwise(units)):
+            raise ValueError("units do not ascend")
     return BatchEntry(
-        first_unit=entry["first_unit"],
-        indices=_unpack_integers(entry.get("indices")),
-        size=entry.get("size"),
-        units=_unpack_integers(entry.get("units")),
-        num_lost=entry.get("num_lost", 0),
+        first_unit=integer(entry["first_unit"], "first_unit"),
+        indices=indices,
+        size=None if size is None else integer(size, "size", high=_MAX_SAMPLES),
+        units=units,
+        num_lost=integer(entry.get("num_lost", 0), "num_lost"),
     )
 
 
 def _unpack_integers(packed: Any) -> Sequence[int] | None:
     if isinstance(packed, dict):
-        return range(packed["start"], packed["stop"])
+        start = integer(packed["start"], "start", low=-MAX_INTEGER)
+        return range(start, integer(packed["stop"], "stop", low=start))
     if packed is not None and not isinstance(packed, list):
-        raise TypeError(f"{packed!r} is no list of indices")
+        raise TypeError("it is no list of indices")
     return packed

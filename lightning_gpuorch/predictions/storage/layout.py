@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from lightning_gpuorch.checked_files import MAX_INTEGER
 from lightning_gpuorch.errors import ConfigurationError
 
 Unit = Literal["sample", "batch", "scattered"]
@@ -54,6 +55,8 @@ class LoaderLayout:
             raise ConfigurationError(f"chunk_size must be at least 1, got {self.chunk_size}")
         if self.num_units is not None and self.num_units < 0:
             raise ConfigurationError(f"num_units must not be negative, got {self.num_units}")
+        if max(self.chunk_size, self.num_units or 0, self.batch_size or 0) > MAX_INTEGER:
+            raise ConfigurationError(f"chunk_size, num_units and batch_size must not exceed {MAX_INTEGER}")
         if (self.batch_size is None) != (self.unit == "batch"):
             raise ConfigurationError(f"batch_size={self.batch_size} does not go with unit {self.unit!r}")
         if self.batch_size is not None and self.batch_size < 1:
@@ -123,6 +126,14 @@ class LoaderLayout:
             ConfigurationError: A value is out of range.
             TypeError: A field is unknown or missing.
         """
+        for name in ("num_units", "batch_size", "chunk_size"):
+            if type(data.get(name)) not in (int, type(None)):
+                raise TypeError(f"{name} is no integer: {data[name]!r:.40}")
+        identity = data.get("identity", {})
+        if not isinstance(identity, dict) or not all(type(v) in (str, int, type(None)) for v in identity.values()):
+            raise TypeError("identity holds more than text and integers")
+        if type(identity.get("batch_size")) not in (int, type(None)):
+            raise TypeError("the batch size in identity is no integer")
         return cls(**data)
 
 

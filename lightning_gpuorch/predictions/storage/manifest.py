@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_gpuorch.checked_files import NotRegularFileError, integer, is_number, parse_object, read_file
 from lightning_gpuorch.errors import ConfigurationError, CorruptPartError, InputMismatchError, JobMismatchError
 from lightning_gpuorch.predictions.storage.files import (
     check_writable,
@@ -39,6 +40,7 @@ from lightning_gpuorch.predictions.storage.journal import loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 
 FORMAT_VERSION = 1
+_MAX_LOADERS = 4096
 
 _MANIFEST_NAME = "manifest.json"
 _END_NAME = "end.json"
@@ -89,8 +91,13 @@ class Manifest:
             ConfigurationError: A value is out of range.
             KeyError: A field is missing.
         """
+        loaders = data["loaders"]
+        if not isinstance(loaders, list) or len(loaders) > _MAX_LOADERS:
+            raise ConfigurationError(f"loaders must be a list of at most {_MAX_LOADERS} layouts")
+        if not all(isinstance(data[name], dict) for name in ("versions", "extra")) or not is_number(data["created"]):
+            raise ConfigurationError("versions and extra must be objects, created a number")
         return cls(
-            loaders=[LoaderLayout.from_dict(layout) for layout in data["loaders"]],
+            loaders=[LoaderLayout.from_dict(layout) for layout in loaders],
             keep_outputs=data.get("keep_outputs", True),
             model_fingerprint=data["model_fingerprint"],
             versions=data["versions"],
@@ -115,7 +122,8 @@ def load(directory: str | os.PathLike[str]) -> Manifest | None:
     mismatch = _read_sealed(root / _MISMATCH_NAME)
     if mismatch is not None:
         raise InputMismatchError(
-            f"the predictions in {root} cannot be trusted. {mismatch['reason']} Remove the directory, or use another one."
+            f"the predictions in {root} cannot be trusted. {mismatch.get('reason', '')} Remove the directory, "
+            "or use another one."
         )
     data = _read_sealed(root / _MANIFEST_NAME)
     if data is None:
@@ -322,7 +330,7 @@ def read_quarantine(directory: str | os.PathLike[str]) -> list[Quarantined]:
     """
     path = Path(directory) / _QUARANTINE_NAME
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_file(path).decode("utf-8", "replace").splitlines()
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -330,8 +338,11 @@ def read_quarantine(directory: str | os.PathLike[str]) -> list[Quarantined]:
     found = []
     for line in filter(None, lines):
         try:
-            found.append(Quarantined(**json.loads(line)))
-        except (ValueError, TypeError):
+            note = parse_object(line)
+            start = integer(note["start"], "start")
+            stop = integer(note["stop"], "stop", low=start)
+            found.append(Quarantined(integer(note["loader"], "loader"), start, stop, str(note["reason"])))
+        except (ValueError, KeyError, RecursionError):
             continue
     return found
 
@@ -350,7 +361,14 @@ def _with_end(root: Path, loader: int, layout: LoaderLayout) -> LoaderLayout:
     if layout.num_units is not None:
         return layout
     end = _read_sealed(loader_directory(root, loader) / _END_NAME)
-    return layout if end is None else layout.with_num_units(end["num_units"])
+    if end is None:
+        return layout
+    try:
+        return layout.with_num_units(integer(end.get("num_units"), "num_units"))
+    except ValueError as error:
+        raise CorruptPartError(
+            f"{loader_directory(root, loader) / _END_NAME} does not tell an end: {error}."
+        ) from error
 
 
 def _sealed(data: Mapping[str, Any]) -> bytes:
@@ -363,15 +381,17 @@ def _checksum(data: Mapping[str, Any]) -> int:
 
 def _read_sealed(path: Path) -> dict[str, Any] | None:
     try:
-        content = content_path(path).read_bytes()
+        content = read_file(content_path(path))
     except FileNotFoundError:
         return None
+    except NotRegularFileError as error:
+        raise CorruptPartError(f"{path} is damaged: it is no regular file. Restore it.") from error
     except OSError as error:
         raise storage_error(error, path.parent) from error
     try:
-        data: dict[str, Any] = json.loads(content)
+        data = parse_object(content)
         checksum = data.pop("crc32")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError) as error:
         raise CorruptPartError(f"{path} is damaged: it is no JSON object with a checksum. Restore it.") from error
     if checksum != _checksum(data):
         raise CorruptPartError(

@@ -6,12 +6,12 @@ Nothing here looks at the predictions, so nothing here imports torch: a supervis
 from __future__ import annotations
 
 import io
-import json
 import struct
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_gpuorch.checked_files import integer, parse_object
 from lightning_gpuorch.errors import CorruptPartError
 
 FORMAT_VERSION = 1
@@ -114,12 +114,10 @@ def check_header(view: memoryview, header_bytes: int, file_bytes: int, source: s
             f"{FORMAT_VERSION}: a newer version has written it. Use that one."
         )
     try:
-        header: dict[str, Any] = dict(json.loads(bytes(view[PRELUDE_BYTES:end])))
-        sizes = [header[name] for name in ("structure_bytes", "columns_bytes", "body_crc32")]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        header: dict[str, Any] = parse_object(bytes(view[PRELUDE_BYTES:end]))
+        sizes = [integer(header[name], name) for name in ("structure_bytes", "columns_bytes", "body_crc32")]
+    except (ValueError, KeyError) as error:
         raise damage(source, f"its header is not of this format ({error!r})") from error
-    if not all(isinstance(size, int) and size >= 0 for size in sizes):
-        raise damage(source, f"its header is not of this format (sizes {sizes})")
     expected_bytes = end + sizes[0] + sizes[1]
     if file_bytes != expected_bytes:
         raise damage(source, f"it has {file_bytes} bytes in place of {expected_bytes}")

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_gpuorch.checked_files import parse_object, read_file
+
 
 def encode_line(fields: Mapping[str, Any]) -> bytes:
     """One record as one line of strict JSON, newline included.
@@ -82,17 +84,12 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         OSError: The file cannot be read at all.
     """
     records, unreadable = [], 0
-    for line in path.read_bytes().split(b"\n"):
+    for line in read_file(path).split(b"\n"):
         if not line:
             continue
         try:
-            record = json.loads(line)
+            records.append(parse_object(line))
         except ValueError:
-            unreadable += 1
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-        else:
             unreadable += 1
     return records, unreadable
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lightning_gpuorch.checked_files import regular_files
 from lightning_gpuorch.telemetry.events.json_lines import LineFile, encode_line, read_lines
-from lightning_gpuorch.telemetry.events.schema import EVENT_SCHEMA
+from lightning_gpuorch.telemetry.events.schema import EVENT_SCHEMA, well_typed
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
 
 _URGENT = frozenset(kind for kind, entry in EVENT_SCHEMA.items() if entry.urgent)
@@ -194,13 +195,14 @@ def read_events(directory: str | os.PathLike[str]) -> tuple[list[dict[str, Any]]
     """
     events: list[dict[str, Any]] = []
     unreadable = 0
-    for path in sorted(Path(directory).glob("*.jsonl")):
+    for path in regular_files(Path(directory), "*.jsonl"):
         records, bad = read_lines(path)
         unreadable += bad
         seen: set[tuple[Any, ...]] = set()
         for record in records:
+            record = well_typed(record)
             identity = (record.get("seq"), record.get("ts"), record.get("kind"))
-            if not isinstance(record.get("ts"), (int, float)) or "kind" not in record:
+            if "ts" not in record or "kind" not in record:
                 unreadable += 1
             elif identity not in seen:
                 seen.add(identity)

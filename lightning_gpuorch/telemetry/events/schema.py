@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_gpuorch.checked_files import is_number
+
 COMMON_FIELDS = frozenset({"ts", "kind", "source", "seq", "rank", "replica", "generation"})
 
 
@@ -142,6 +144,49 @@ EVENT_SCHEMA: Mapping[str, EventKind] = {
         urgent=True,
     ),
 }  # fmt: skip
+
+
+_MAX_TIME_SECONDS = 2.0**33
+"""The year 2242; times beyond have no date on every system."""
+_TIMES = frozenset({"ts", "begin"})
+_COUNTS = frozenset({"seq", "rank", "replica", "generation", "exit_code", "start", "stop", "chunk", "loader", "attempt",
+                     "world_size", "tensor_parallel_size", "num_chunks", "resumed_chunks", "num_samples", "num_missing",
+                     "steps", "samples", "job", "batch_size", "retry_batch_size", "max_attempts", "nbytes",
+                     "pid"})  # fmt: skip
+_NUMBERS = ("_seconds", "_bytes", "_celsius", "_watts", "_hertz", "_ratio")
+_LISTS = frozenset({"evidence", "ranks", "loaders"})
+_MAPPINGS = frozenset({"versions", "observer_failures"})
+_TEXTS = frozenset({"kind", "source", "verdict", "missing_samples"})
+
+
+def well_typed(event: Mapping[str, Any]) -> dict[str, Any]:
+    """An event without the fields that do not have the type the schema's words imply: arithmetic can be done with the rest.
+
+    Args:
+        event: A record of whatever wrote the file.
+    """
+    return {name: value for name, value in event.items() if _is_well_typed(name, value)}
+
+
+def _is_well_typed(name: str, value: Any) -> bool:
+    if name in _TIMES:
+        return is_number(value) and 0 <= value <= _MAX_TIME_SECONDS
+    if name in _COUNTS:
+        return type(value) is int and is_number(value)
+    if name.endswith(_NUMBERS) or name in ("seconds",):
+        return is_number(value)
+    if name in _LISTS:
+        return isinstance(value, list) and (name != "loaders" or all(map(_is_layout, value)))
+    if name in _MAPPINGS:
+        return isinstance(value, dict) and (name == "versions" or all(type(count) is int for count in value.values()))
+    return isinstance(value, str) if name in _TEXTS else True
+
+
+def _is_layout(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        value.get(name) is None or (type(value[name]) is int and is_number(value[name]))
+        for name in ("num_units", "chunk_size")
+    )
 
 
 def check_event(event: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -16,6 +15,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from lightning_gpuorch.checked_files import open_file, parse_object, regular_files
+from lightning_gpuorch.telemetry.events.schema import well_typed
 from lightning_gpuorch.telemetry.report.charts import axis_time, duration
 from lightning_gpuorch.telemetry.report.run_summary import INCIDENT_KINDS, Event, JobTotals
 from lightning_gpuorch.telemetry.report.timeline import describe
@@ -46,9 +47,9 @@ class EventTail:
             OSError: A file cannot be read.
         """
         events = []
-        for path in sorted(self._directory.glob("*.jsonl")):
+        for path in regular_files(self._directory, "*.jsonl"):
             try:
-                with open(path, "rb") as file:
+                with open(open_file(path), "rb") as file:
                     file.seek(self._offsets.get(path, 0))
                     data = file.read()
             except FileNotFoundError:  # the run has just ended, and its records were taken away
@@ -57,10 +58,10 @@ class EventTail:
             self._offsets[path] = self._offsets.get(path, 0) + whole
             for line in data[:whole].splitlines():
                 try:
-                    event = json.loads(line)
+                    event = well_typed(parse_object(line))
                 except ValueError:
                     continue
-                if isinstance(event, dict) and isinstance(event.get("ts"), (int, float)) and "kind" in event:
+                if "ts" in event and "kind" in event:
                     events.append(event)
         return sorted(events, key=lambda event: event["ts"])
 

@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from lightning_gpuorch._version import __version__
+from lightning_gpuorch.errors import UnreadableRecordsError
 from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.telemetry.atomic_file import replace_file
 from lightning_gpuorch.telemetry.events.log import read_events
@@ -36,13 +37,17 @@ def write_report(run_directory: str | os.PathLike[str], target: str | os.PathLik
 
     Raises:
         FileNotFoundError: The directory has no events.
+        UnreadableRecordsError: They are not those of a run.
         OSError: The events cannot be read, or the file cannot be written.
     """
     directory = local_path(run_directory, "run_directory") / "events"
     events, unreadable = read_events(directory)
     if not events:
         raise FileNotFoundError(f"{directory} holds no events: no run has been recorded there.")
-    text = render(summarize(events), unreadable)
+    try:
+        text = render(summarize(events), unreadable)
+    except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError) as error:
+        raise UnreadableRecordsError(f"the events in {directory} are not those of a run: {error!r}.") from error
     target = local_path(target, "target")
     replace_file(target, text.encode("utf-8"))
     return target

@@ -129,7 +129,7 @@ def summarize(events: Sequence[Event]) -> RunSummary:
     totals = JobTotals()
     for event in events:
         totals.add(event)
-    chunks = [e for e in events if e["kind"] == "chunk" and isinstance(e.get("seconds"), (int, float))]
+    chunks = [e for e in events if e["kind"] == "chunk" and "chunk" in e and isinstance(e.get("seconds"), (int, float))]
     begins = [e["begin"] for e in events if isinstance(e.get("begin"), (int, float))]
     return RunSummary(
         begin=min([events[0]["ts"], *begins]),

@@ -163,7 +163,7 @@ def _encode_torch_constant(_encoder: Encoder, value: Any, _path: str, _depth: in
 
 
 def _decode_torch_constant(_decoder: Decoder, name: str) -> Any:
-    value = getattr(torch, name)
+    value = vars(torch).get(name)
     if not isinstance(value, _TORCH_CONSTANTS):
         raise TypeError(f"torch.{name} is no constant")
     return value

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from lightning_gpuorch.errors import CorruptPartError, UnsupportedPredictionError
+from lightning_gpuorch.predictions.storage.values.arrow_stream import refuse_compression
 from lightning_gpuorch.predictions.storage.values.base import (
     Decode,
     Decoder,
@@ -25,6 +26,7 @@ from lightning_gpuorch.predictions.storage.values.base import (
 )
 
 _VALUES = "values"
+_MAX_ROWS_PER_BYTE = 64
 
 
 def _arrow(value: Any, path: str) -> Any:
@@ -54,7 +56,12 @@ def _read_table(decoder: Decoder, column: int) -> Any:
         import pyarrow.ipc
     except ImportError as error:
         raise CorruptPartError("a table needs pyarrow to be read: pip install 'lightning_gpuorch[parquet]'") from error
-    table = pa.ipc.open_stream(pa.py_buffer(bytes(decoder.buffer(column)))).read_all()
+    content = bytes(decoder.buffer(column))
+    refuse_compression(content)
+    table = pa.ipc.open_stream(pa.py_buffer(content)).read_all()
+    # Columns of nulls take no bytes, however many rows they claim.
+    if table.num_rows > _MAX_ROWS_PER_BYTE * len(content):
+        raise ValueError(f"{len(content)} bytes for {table.num_rows} rows")
     table.validate(full=True)
     return table
 
@@ -155,12 +162,20 @@ def _encode_frame(encoder: Encoder, value: Any, path: str, depth: int) -> Node:
 
 def _decode_frame(decoder: Decoder, nodes: list[Node], labels: Node, index: Node, attrs: Node) -> Any:
     columns, names, index = [decoder.decode(node) for node in nodes], decoder.decode(labels), decoder.decode(index)
+    _check_rows(index, *columns)
     if not _has_pandas():
         return {"columns": dict(zip(names, columns, strict=True)), "index": list(index)}
     frame = sys.modules["pandas"].DataFrame(dict(enumerate(columns)), index=range(len(index)))
     frame.columns, frame.index = names, index
     frame.attrs.update(decoder.decode(attrs))
     return frame
+
+
+def _check_rows(index: Any, *columns: Any) -> None:
+    """An index that is a range takes no bytes, and a frame without columns has no rows but those of its index."""
+    rows = {len(values) for values in columns}
+    if rows and rows != {len(index)}:
+        raise ValueError(f"an index of {len(index)} rows for columns of {sorted(rows)}")
 
 
 def _encode_series(encoder: Encoder, value: Any, path: str, depth: int) -> Node:
@@ -172,6 +187,7 @@ def _encode_series(encoder: Encoder, value: Any, path: str, depth: int) -> Node:
 
 def _decode_series(decoder: Decoder, node: Node, index: Node, name: Node) -> Any:
     values, index, name = decoder.decode(node), decoder.decode(index), decoder.decode(name)
+    _check_rows(index, values)
     if not _has_pandas():
         return {"values": values, "index": list(index), "name": name}
     values.index, values.name = index, name

@@ -1,0 +1,101 @@
+"""Files that another program may have written: opened without waiting, parsed into JSON of the expected types.
+
+Everything that reads an output directory, a run's records or a cache of plans goes through here. A checksum tells that bytes
+are as they were written, not who wrote them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MAX_INTEGER = 2**62
+"""Counts and positions beyond are refused: sums of a few still fit 64 bits."""
+
+
+class NotRegularFileError(OSError):
+    """A link, directory, pipe, socket or device is where a file should be."""
+
+
+def open_file(path: str | os.PathLike[str]) -> int:
+    """Open a regular file for reading; never waits for a writer, as a pipe would, and follows no link.
+
+    Returns:
+        A descriptor.
+
+    Raises:
+        NotRegularFileError: It is something else.
+        OSError: It cannot be opened.
+    """
+    if not stat.S_ISREG(os.lstat(path).st_mode):  # opening a device can have effects
+        raise NotRegularFileError(f"{os.fspath(path)} is no regular file")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotRegularFileError(f"{os.fspath(path)} is no regular file")
+    return descriptor
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """Read a whole regular file.
+
+    Raises:
+        NotRegularFileError: It is something else.
+        OSError: It cannot be read.
+    """
+    with open(open_file(path), "rb") as file:
+        return file.read()
+
+
+def regular_files(directory: Path, pattern: str) -> Iterator[Path]:
+    """Find the regular files of a directory whose names match, ascending."""
+    for path in sorted(directory.glob(pattern)):
+        with contextlib.suppress(OSError):
+            if stat.S_ISREG(path.lstat().st_mode):
+                yield path
+
+
+def parse_json(raw: bytes | str) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: It is none, or nested too deeply.
+    """
+    try:
+        return json.loads(raw)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_object(raw: bytes | str) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        ValueError: It is none.
+    """
+    data = parse_json(raw)
+    if not isinstance(data, dict):
+        raise ValueError(f"it is no JSON object but a {type(data).__name__}")  # noqa: TRY004 - of the file, not of an argument
+    return data
+
+
+def integer(value: Any, name: str, low: int = 0, high: int = MAX_INTEGER) -> int:
+    """Check that a value is an integer within bounds.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{name} is no integer from {low} to {high}, but {value!r:.40}")
+    return value
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that arithmetic can be done with: finite, no bool, and not beyond 64 bits."""
+    return type(value) in (int, float) and math.isfinite(value if type(value) is float else 0) and abs(value) < 2**63
