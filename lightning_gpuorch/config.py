@@ -67,6 +67,8 @@ class OrchestratorConfig:
     """A node that is silent for so long is given up, and gives up itself."""
     token: str = ""
     """Secret that the nodes of a job share; one node alone makes its own."""
+    allow_insecure: bool = False
+    """Let a job of several nodes run without a token: whoever reaches its port can then take part in it."""
     max_restart_attempts: int = 3
     """Restarts of one replica without progress before it is retired."""
     max_chunk_failures: int = 3
@@ -106,6 +108,9 @@ class OrchestratorConfig:
     """Predictions that may wait for the disk before the loop has to."""
     model_fingerprint: str = "auto"
     """Identity of the weights: ``auto`` samples them, ``off`` skips the check, any other text is taken as it is."""
+    metrics_address: str = "127.0.0.1"
+    """Interface on which metrics are served; ``0.0.0.0`` lets a Prometheus on another host, or outside of a container, read
+    them."""
     metrics_port: int = 9400
     """Port of the node's Prometheus endpoint; 0 takes a free one."""
     baseline_file: str = ""

@@ -55,7 +55,9 @@ def default_callbacks(config: OrchestratorConfig | None = None) -> list[Callback
         HeartbeatMonitor(resolved.heartbeat_timeout_sec, resolved.step_timeout_sec, resolved.start_timeout_sec),
         OOMBatchHalving(),
         GPUHealthMonitor(resolved.health_check_interval_sec),
-        PrometheusMetrics(port=resolved.metrics_port, baseline=resolved.baseline_file or None),
+        PrometheusMetrics(
+            port=resolved.metrics_port, address=resolved.metrics_address, baseline=resolved.baseline_file or None
+        ),
     ]
 
 

@@ -60,7 +60,7 @@ class PrometheusMetrics(Callback):
         port: int | None = 9400,
         directory: str | os.PathLike[str] | None = None,
         *,
-        address: str = "0.0.0.0",
+        address: str = "127.0.0.1",
         textfile: str | os.PathLike[str] | None = None,
         interval_seconds: float = 1.0,
         baseline: Baseline | str | os.PathLike[str] | None = None,

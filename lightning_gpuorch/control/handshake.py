@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import secrets
 import struct
 from typing import TypeVar
@@ -21,7 +22,9 @@ from typing import TypeVar
 import msgspec
 
 from lightning_gpuorch._version import __version__
-from lightning_gpuorch.errors import AuthenticationError, ProtocolError, ProtocolVersionError
+from lightning_gpuorch.errors import AuthenticationError, ConfigurationError, ProtocolError, ProtocolVersionError
+
+log = logging.getLogger(__name__)
 
 PROTOCOL_VERSION = 2
 """Raised with every change of :mod:`lightning_gpuorch.control.messages`."""
@@ -110,6 +113,27 @@ def read(kind: type[T], data: bytes, address: str) -> T:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"a malformed gpuorch handshake: {error}; it is {data[:80]!r}") from None
+
+
+def require_token(allow_insecure: bool, where: str) -> None:
+    """Refuse a job that would listen to other hosts without a token.
+
+    Args:
+        allow_insecure: Let it, with a warning.
+        where: What it runs on, for messages.
+
+    Raises:
+        ConfigurationError: There is no token, and it is not allowed.
+    """
+    advice = "set GPUORCH_TOKEN to the same secret on all nodes"
+    if not allow_insecure:
+        raise ConfigurationError(
+            f"the job runs on {where} and no token is set, so that whoever reaches its port could take part in it, and run "
+            f"code in its ranks: {advice}. allow_insecure=True (GPUORCH_ALLOW_INSECURE=1) runs it all the same."
+        )
+    log.warning(
+        "no token is set, and the job runs on %s: whoever reaches its port can take part in it; %s", where, advice
+    )
 
 
 def read_proof(data: bytes) -> Proof:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.control.client import CoordinatorClient, NodePlace, StateWatch
 from lightning_gpuorch.control.coordinator import Coordinator
-from lightning_gpuorch.control.handshake import Peer
+from lightning_gpuorch.control.handshake import Peer, require_token
 from lightning_gpuorch.control.messages.nodes import JobState
 from lightning_gpuorch.control.transport import Channel, ControlServer, LocalChannel, RemoteChannel
 from lightning_gpuorch.errors import ControlPlaneError, ControlPlaneTimeoutError
@@ -54,6 +54,8 @@ class Rendezvous:
         self._config, self.place, self._num_workers = config, place, num_workers
         self.run_id, self.first_rank, self.world_size = run_id, 0, num_workers
         self.token = config.token or ("" if place.num_nodes > 1 else secrets.token_hex(16))
+        if not self.token:
+            require_token(config.allow_insecure, f"{place.num_nodes} nodes")
         self.coordinator: Coordinator | None = None
         self._server: ControlServer | None = None
         if place.node_rank == 0:
@@ -77,12 +79,6 @@ class Rendezvous:
             lease_term_seconds=config.lease_term_sec, node_timeout_seconds=config.node_timeout_sec,
         )  # fmt: skip
         self.coordinator.tensor_parallel_size = tensor_parallel_size
-        if several and not self.token:
-            log.warning(
-                "no token is set: whoever reaches port %d can take part in this job; set GPUORCH_TOKEN to the same secret "
-                "on all nodes",
-                place.main_port,
-            )
         host, port = ("0.0.0.0", place.main_port) if several else ("127.0.0.1", 0)
         self._server = ControlServer(self.coordinator, host, port, self.token)
         self.control = f"127.0.0.1:{self._server.port}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import itertools
+import json
 import logging
 import os
 import secrets
@@ -24,10 +25,11 @@ from lightning_gpuorch.control.collectives import ControlCollectives
 from lightning_gpuorch.control.coordinator import Coordinator
 from lightning_gpuorch.control.disconnects import Disconnects
 from lightning_gpuorch.control.environment import WorkerEnvironment
-from lightning_gpuorch.control.handshake import Peer
+from lightning_gpuorch.control.handshake import Peer, require_token
 from lightning_gpuorch.control.jobs import Job, remove_ephemeral, verify_complete
 from lightning_gpuorch.control.messages.base import Sender
 from lightning_gpuorch.control.messages.ranks import Lookup, Publish, RegisterRank, UnregisterRank
+from lightning_gpuorch.control.shared_secret import SharedSecret, read_secret
 from lightning_gpuorch.control.transport import Channel, ControlServer, LocalChannel, RemoteChannel
 from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, MissingPredictionsError, format_indices
 from lightning_gpuorch.parallel.groups.process_group import ProcessGroupManager
@@ -119,6 +121,8 @@ class World:
             topology: The topology in force.
             whole_job: Form one world over all ranks, as training needs it.
         """
+        import torch.distributed as dist
+
         rank, size = (
             (topology.rank, topology.world_size)
             if whole_job
@@ -132,11 +136,12 @@ class World:
         if rank == 0:
             host = (WorkerEnvironment.read() or _NO_WORKER).host
             store: Any = self.groups.create_store(host, 0, True, size)
-            self.channel.call(Publish(key=key, value=[host, store.port]), timeout_seconds=timeout)
+            prefix = secrets.token_hex(16)  # the store answers anyone who reaches it, about keys that they know
+            self.channel.call(Publish(key=key, value=[host, store.port, prefix]), timeout_seconds=timeout)
         else:
-            host, port = self.channel.call(Lookup(key=key), timeout_seconds=timeout).value
+            host, port, prefix = self.channel.call(Lookup(key=key), timeout_seconds=timeout).value
             store = self.groups.create_store(host, port, False, size)
-        self.groups.initialize(rank, size, store=store, is_replica=not whole_job)
+        self.groups.initialize(rank, size, store=dist.PrefixStore(prefix, store), is_replica=not whole_job)
         self.spans_job = whole_job
 
     collectives_timeout: float = 1800.0
@@ -297,6 +302,23 @@ class ExternalRanks:
     main_address: str
     main_port: int
 
+    @property
+    def on_one_host(self) -> bool:
+        """Whether all ranks of the job are on this host, as far as the launcher tells."""
+        local_world_size = os.environ.get("LOCAL_WORLD_SIZE")
+        if local_world_size is not None:
+            return int(local_world_size) == self.world_size
+        num_nodes = os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES")
+        return num_nodes == "1" if num_nodes else self.main_address in ("127.0.0.1", "localhost", "::1")
+
+
+def _four_texts(data: bytes) -> tuple[str, str, str, str]:
+    try:
+        address, secret_at, run_id, shared = (str(text) for text in json.loads(data))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ControlPlaneError(f"what the launcher's store says of the coordinator is malformed: {error}") from error
+    return address, secret_at, run_id, shared
+
 
 def _candidate_sizes(world_size: int, worker: WorkerEnvironment | None) -> tuple[int, ...]:
     """Sizes that cut the job into equal replicas, each within one node."""
@@ -391,16 +413,24 @@ def _join_external(
         records = _records(run_id, topology)
         run_directory = records.directory
         coordinator = Coordinator(topology.world_size, config.max_chunk_failures, records.record)
-        local_only = external.main_address in ("127.0.0.1", "localhost")
-        token = secrets.token_hex(16)
-        server = ControlServer(coordinator, "127.0.0.1" if local_only else "0.0.0.0", token=token)
-        address = f"{'127.0.0.1' if local_only else external.main_address}:{server.port}"
-        store.set("coordinator", f"{address} {token} {run_id} {socket.gethostname()}:{run_directory or ''}")
+        token, secret_at = config.token, ""
+        if external.on_one_host and not token:
+            secret = SharedSecret()
+            atexit.register(secret.remove)
+            token, secret_at = secret.token, str(secret.directory)
+        elif not token:
+            require_token(config.allow_insecure, "several hosts")
+        host = "127.0.0.1" if external.on_one_host else external.main_address
+        server = ControlServer(coordinator, "127.0.0.1" if external.on_one_host else "0.0.0.0", token=token)
+        store.set("coordinator", json.dumps([f"{host}:{server.port}", secret_at, run_id, str(run_directory or "")]))
         channel: Channel = LocalChannel(coordinator)
     else:
-        address, token, run_id, place = store.get("coordinator").decode().split(" ", 3)
-        host, _, shared = place.partition(":")
-        run_directory = Path(shared) if shared and host == socket.gethostname() and Path(shared).is_dir() else None
+        # The store is open to others: what it says is a hint, and the handshake with the coordinator decides.
+        address, secret_at, run_id, shared = _four_texts(store.get("coordinator"))
+        token = config.token or (read_secret(secret_at) if secret_at else "")
+        if not token:
+            require_token(config.allow_insecure, "several hosts")
+        run_directory = Path(shared) if shared and external.on_one_host and Path(shared).is_dir() else None
         peer = Peer("rank", topology.rank)
         channel = RemoteChannel(address, peer, token, connect_timeout_seconds=config.timeout_sec)
         atexit.register(_unregister, channel, topology.rank)

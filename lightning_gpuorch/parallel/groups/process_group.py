@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +137,13 @@ class ProcessGroupManager:
         """
         import torch.distributed as dist
 
+        options: dict[str, Any] = {}
         try:
+            if is_master:
+                # By itself the store listens on all interfaces. It takes the socket over, and closes it.
+                listening = _listen(host, port)
+                port = listening.getsockname()[1]
+                options["master_listen_fd"] = listening.detach()
             return dist.TCPStore(
                 host,
                 port,
@@ -143,8 +151,9 @@ class ProcessGroupManager:
                 is_master=is_master,
                 wait_for_workers=False,
                 timeout=timedelta(seconds=self._timeout_seconds),
+                **options,
             )
-        except (dist.DistError, RuntimeError) as error:
+        except (dist.DistError, RuntimeError, OSError) as error:
             raise ControlPlaneError(f"no store at {host}:{port}: {error}") from error
 
     def device_mesh(self, data_parallel_size: int, tensor_parallel_size: int) -> DeviceMesh:
@@ -214,3 +223,22 @@ def _own_group(groups: list[list[int]], backend: str, timeout: timedelta) -> Any
         if dist.get_rank() in ranks:
             own = group
     return own
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Listen on the address that a host's name stands for, and on no other if it is one of this host's."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listening = socket.socket(family, kind, protocol)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind(address)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            listening.bind(("", port))  # the name stands for a gateway: others reach this host through it
+        listening.listen(128)
+    except BaseException:
+        listening.close()
+        raise
+    return listening

@@ -153,7 +153,7 @@ _COUNTS = frozenset({"seq", "rank", "replica", "generation", "exit_code", "start
                      "world_size", "tensor_parallel_size", "num_chunks", "resumed_chunks", "num_samples", "num_missing",
                      "steps", "samples", "job", "batch_size", "retry_batch_size", "max_attempts", "nbytes",
                      "pid"})  # fmt: skip
-_NUMBERS = ("_seconds", "_bytes", "_celsius", "_watts", "_hertz", "_ratio")
+_UNITS = frozenset({"seconds", "bytes", "celsius", "watts", "hertz", "ratio"})
 _LISTS = frozenset({"evidence", "ranks", "loaders"})
 _MAPPINGS = frozenset({"versions", "observer_failures"})
 _TEXTS = frozenset({"kind", "source", "verdict", "missing_samples"})
@@ -173,7 +173,7 @@ def _is_well_typed(name: str, value: Any) -> bool:
         return is_number(value) and 0 <= value <= _MAX_TIME_SECONDS
     if name in _COUNTS:
         return type(value) is int and is_number(value)
-    if name.endswith(_NUMBERS) or name in ("seconds",):
+    if name.rpartition("_")[2] in _UNITS:
         return is_number(value)
     if name in _LISTS:
         return isinstance(value, list) and (name != "loaders" or all(map(_is_layout, value)))

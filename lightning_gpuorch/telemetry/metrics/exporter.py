@@ -69,7 +69,7 @@ class MetricsExporter:
         rank: int,
         generation: int = 0,
         port: int | None = 9400,
-        address: str = "0.0.0.0",
+        address: str = "127.0.0.1",
         textfile: str | os.PathLike[str] | None = None,
         interval_seconds: float = 1.0,
         stale_after_seconds: float = 15.0,

@@ -1,0 +1,69 @@
+"""A secret that processes of one user on one host share, where the only thing they have in common is open to others.
+
+Under torchrun and srun, ranks find each other through torch's store, which anyone who reaches its port can read and write.
+The store tells only where the secret lies: in a directory that no other user can enter. Readers check that it is this user's,
+so a stranger who changes the place gains nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+from lightning_gpuorch.errors import ControlPlaneError
+
+_NAME = "token"
+_MAX_BYTES = 4096
+
+
+class SharedSecret:
+    """A new secret, in a directory of its own."""
+
+    def __init__(self) -> None:
+        self.token = secrets.token_hex(16)
+        self.directory = Path(tempfile.mkdtemp(prefix="gpuorch-secret-"))  # 0700, and new
+        descriptor = os.open(self.directory / _NAME, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(self.token)
+
+    def remove(self) -> None:
+        """Take it away; processes that have read it keep it."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def read_secret(directory: str) -> str:
+    """Read a secret that another process of this user has left.
+
+    Args:
+        directory: Where, as told by a source that is not trusted.
+
+    Raises:
+        ControlPlaneError: It is not there, or others than this user could have put it there.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            stack.callback(os.close, place)
+            _check_owner(os.fstat(place), directory)
+            descriptor = os.open(_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=place)
+            stack.callback(os.close, descriptor)
+            _check_owner(os.fstat(descriptor), f"{directory}/{_NAME}")
+            return os.read(descriptor, _MAX_BYTES).decode("ascii")
+        except (OSError, ValueError) as error:
+            raise ControlPlaneError(
+                f"the secret of this job cannot be read from {directory}: {error}. Ranks on one host share it there; set "
+                "GPUORCH_TOKEN to the same secret for all of them if they share no temporary directory."
+            ) from error
+
+
+def _check_owner(found: os.stat_result, path: str) -> None:
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise ControlPlaneError(
+            f"{path} is said to hold the secret of this job, but it is open to other users, or another user's (uid "
+            f"{found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}): somebody else has written to the job's store."
+        )
