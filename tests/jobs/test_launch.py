@@ -1,10 +1,19 @@
 """Every way to start a job."""
 
+import json
 import shutil
 import sys
+import time
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
+from lightning_gpuorch.control.handshake import Peer
+from lightning_gpuorch.control.messages.leases import GetProgress
+from lightning_gpuorch.control.transport import RemoteChannel
+from lightning_gpuorch.errors import AuthenticationError
 from tests.conftest import free_port
 
 
@@ -35,6 +44,26 @@ def test_launcher_runs_a_trainer_script(runner, launcher):
     verdict = runner.run("output_types.py", "--devices", 2, launcher=LAUNCHERS[launcher](), timeout=170).result
     assert verdict
     assert all(verdict.values())
+
+
+def test_a_stranger_finds_no_secret_in_the_store_of_torchrun(runner, tmp_path):
+    port = free_port()
+    torchrun = (_tool("torchrun"), "--nproc-per-node", "2", "--master-port", str(port))
+    process = runner.start("slow_predict.py", "--output", "out", "--samples", 400, launcher=torchrun)
+    deadline = time.monotonic() + 90
+    while not list(tmp_path.glob("out/dataloader_0/part-*.gpq")):
+        assert time.monotonic() < deadline, runner.log_of(process)
+        time.sleep(0.05)
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=10))
+    address, secret_at, *_ = json.loads(store.get("gpuorch/attempt-0/coordinator"))
+    token = (Path(secret_at) / "token").read_text()  # which another user could not read
+    assert len(token) == 32
+    for key in store.list_keys():
+        assert token.encode() not in store.get(key)
+    with pytest.raises(AuthenticationError):
+        RemoteChannel(address, Peer("rank", 1), "").call(GetProgress(job=0), timeout_seconds=10)
+    assert runner.wait(process, 120) == 0, runner.log_of(process)
+    assert not Path(secret_at).exists()
 
 
 def test_notebook_cells(runner):
