@@ -20,7 +20,7 @@ from lightning_gpuorch.errors import CorruptPartError, format_indices
 from lightning_gpuorch.predictions.storage.journal import BatchEntry, PartHeader, PartJournal
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 
-_MAX_SCATTERED_SAMPLES = 2**20
+_MAX_SCATTERED_SAMPLES = 2**24
 """Of a stored batch: each of its samples is kept in memory, though a range of them takes no bytes in the file."""
 
 ReadHeader = Callable[[int], PartHeader]

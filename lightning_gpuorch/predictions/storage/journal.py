@@ -35,7 +35,7 @@ from lightning_gpuorch.predictions.storage.part_frame import NewerFormatError, c
 FRAGMENTS_PREFIX = "unfinished-"
 """How the directories of fragments begin."""
 _CHECKING_THREADS = 4
-_MAX_SAMPLES = 2**24
+_MAX_SAMPLES = 2**28
 """Of a part. Ranges of indices take no bytes in the file, and much memory where each is looked at."""
 _PART_NAME = re.compile(r"part-([0-9]{9}|[1-9][0-9]{9,17})\.gpq")
 
