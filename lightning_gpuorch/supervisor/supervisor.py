@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import shlex
 import shutil
 import socket
 import sys
@@ -38,6 +37,7 @@ from lightning_gpuorch.supervisor.outcome import Outcome, decide_outcome
 from lightning_gpuorch.supervisor.rendezvous import Rendezvous
 from lightning_gpuorch.supervisor.retirement import retire
 from lightning_gpuorch.supervisor.workers import Spawner
+from lightning_gpuorch.telemetry.command_line import command_line
 from lightning_gpuorch.telemetry.events.log import EventLog
 from lightning_gpuorch.telemetry.run_directory import (
     create_run_directory,
@@ -126,7 +126,7 @@ class Supervisor:
             self.run_id = self._rendezvous.run_id
             self._record(
                 "run", world_size=self._rendezvous.world_size, tensor_parallel_size=node.state().tensor_parallel_size or 1,
-                command=shlex.join(sys.argv), run_id=self.run_id, host=socket.gethostname(),
+                command=command_line(sys.argv), run_id=self.run_id, host=socket.gethostname(),
             )  # fmt: skip
             node.begin_all()
             while node.workers or node.pending_starts:

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import secrets
-import shlex
 import shutil
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_gpuorch.checked_files import parse_object, read_file
+from lightning_gpuorch.telemetry.command_line import command_line
 from lightning_gpuorch.telemetry.events.log import EventLog, read_events
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
 from lightning_gpuorch.telemetry.report.report import write_report
@@ -99,7 +99,7 @@ def create_run_directory(run_id: str) -> Path:
         sweep()
     else:
         directory = Path(tempfile.mkdtemp(prefix=f"gpuorch-{run_id}-"))
-    owner = {"run_id": run_id, "pid": os.getpid(), "began": time.time(), "command": shlex.join(sys.argv)}
+    owner = {"run_id": run_id, "pid": os.getpid(), "began": time.time(), "command": command_line(sys.argv)}
     for path in [path for path in _locks if not path.exists()]:  # runs of this process that are over
         os.close(_locks.pop(path))
     path = directory / OWNER_FILE
@@ -203,7 +203,7 @@ class RunRecords:
             failures.add("events", error)
             return
         self._events = EventLog(self.directory / "events", "supervisor", failures=failures)
-        self.record("run", command=shlex.join(sys.argv), run_id=run_id, **run)
+        self.record("run", command=command_line(sys.argv), run_id=run_id, **run)
 
     def record(self, kind: str, /, **fields: object) -> None:
         """Record an event of the run as a whole."""
