@@ -10,6 +10,7 @@ Making that file claims the fault, so that it happens once, whatever rank is res
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -17,7 +18,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class _Injector:
         _replace(PredictionJob, "close", self._close)
         _replace(Runtime, "check_same_input", self._check_same_input)
         _replace(PartStore, "commit", self._commit)
-        _replace(files, "_write_new", self._write_new)
+        _replace(files, "_temporary_file", self._temporary_file)
 
     # The wrapped functions
 
@@ -119,13 +120,18 @@ class _Injector:
         finally:
             self._committing.now = False
 
-    def _write_new(self, original: Callable[..., Any], *args: Any) -> Any:
-        original(*args)
-        if getattr(self._committing, "now", False):
-            for index, fault in self._pending():
-                if fault.moment.when is When.COMMIT and self._share(self._job) >= fault.moment.percent:
-                    self._fire(index, fault)
-                    return
+    @contextlib.contextmanager
+    def _temporary_file(self, original: Callable[..., Any], *args: Any, **options: Any) -> Iterator[Any]:
+        with original(*args, **options) as temporary:
+            if getattr(self._committing, "now", False):
+                self._fail_in_commit()
+            yield temporary
+
+    def _fail_in_commit(self) -> None:
+        for index, fault in self._pending():
+            if fault.moment.when is When.COMMIT and self._share(self._job) >= fault.moment.percent:
+                self._fire(index, fault)
+                return
 
     def _finish(self, original: Callable[..., Any], job: Any) -> Any:
         self._finishing = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def test_a_bug_on_one_rank_is_not_retried_and_the_other_rank_says_whose_it_is(ru
     ended = runner.run("tp_faults.py", "--tp", 2, "--restarts", 0, "--faults", "bug:16:1", code=1)
     assert "error: rank 1: RuntimeError: shapes do not match" in ended.output
     assert "Traceback" in ended.output
-    assert "44 units missing: 16-59" in ended.output
+    # The batch before it is done, and durable if the leader has got so far when the group is ended.
+    assert re.search(r"44 units missing: 16-59|52 units missing: 8-59", ended.output)
 
 
 @pytest.mark.parametrize("way", ["drain", "abort"])
