@@ -68,7 +68,7 @@ class OrchestratorConfig:
     token: str = ""
     """Secret that the nodes of a job share; one node alone makes its own."""
     allow_insecure: bool = False
-    """Let a job of several nodes run without a token: whoever reaches its port can then take part in it."""
+    """Let a job of several nodes run without a token: any host that reaches its port can then take part."""
     max_restart_attempts: int = 3
     """Restarts of one replica without progress before it is retired."""
     max_chunk_failures: int = 3

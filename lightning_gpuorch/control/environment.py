@@ -29,7 +29,7 @@ class WorkerEnvironment:
         world_size: Ranks in the job.
         local_rank: Rank within the node.
         node_rank: Which node.
-        control: ``host:port`` of the coordinator.
+        control: Address of the coordinator.
         token: The job's shared secret.
         generation: How often this rank's replica was started before.
         device_index: Which device of the node to use; None takes the local rank's.

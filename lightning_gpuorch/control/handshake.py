@@ -6,8 +6,8 @@ The sides send frames in turns, the connecting side first::
 
 First both introduce themselves. The form and the fields of :class:`Introduction` never change, so that peers of different
 versions can refuse each other by name. Then both prove that they know the job's token, without sending it: each by an
-HMAC-SHA256 over what both have said, which holds a random number of each side (the challenge and response of RFC 2104 keyed
-hashes). A proof is good for one connection and one direction.
+HMAC-SHA256 (RFC 2104) over what both have said, which holds a random number of each side and the port. So a proof is good for
+one connection and one direction, and cannot be passed on by a process that listens elsewhere in the coordinator's name.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class Introduction(msgspec.Struct, frozen=True, kw_only=True):
 class Greeting(Introduction, frozen=True, kw_only=True):
     """An introduction to a peer of the same version."""
 
+    port: int
+    """Where the connection was made to, as this side sees it: another process in between has a port of its own."""
     nonce: str = msgspec.field(default_factory=lambda: secrets.token_hex(16))
     """A random number that no other connection has."""
 
@@ -128,11 +130,11 @@ def require_token(allow_insecure: bool, where: str) -> None:
     advice = "set GPUORCH_TOKEN to the same secret on all nodes"
     if not allow_insecure:
         raise ConfigurationError(
-            f"the job runs on {where} and no token is set, so that whoever reaches its port could take part in it, and run "
+            f"the job runs on {where} and no token is set, so any host that reaches its port could take part in it, and run "
             f"code in its ranks: {advice}. allow_insecure=True (GPUORCH_ALLOW_INSECURE=1) runs it all the same."
         )
     log.warning(
-        "no token is set, and the job runs on %s: whoever reaches its port can take part in it; %s", where, advice
+        "no token is set, and the job runs on %s: any host that reaches its port can take part in it; %s", where, advice
     )
 
 
@@ -167,6 +169,11 @@ def check_proof(shown: Proof, token: str, by: Greeting, to: Greeting, address: s
     Raises:
         AuthenticationError: It does not know the token, or says that this side does not.
     """
+    if by.port != to.port:
+        raise AuthenticationError(
+            f"{by.peer} at {address} speaks to port {by.port}, and this is port {to.port}: something in between passes "
+            "the connection on. Let processes of the job connect directly."
+        )
     if hmac.compare_digest(shown.mac.encode(), proof(token, by, to).mac.encode()):
         return
     at_fault = (

@@ -85,7 +85,9 @@ class HeartbeatTable:
     def __init__(self, path: str, num_ranks: int, create: bool = False):
         self.path, self.num_ranks = path, num_ranks
         size = 8 * _ROW * num_ranks
-        descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
+        # Others write to the directory, too: what lies there under this name, or is linked, is not taken.
+        made = os.O_CREAT | os.O_EXCL if create else 0
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | made, 0o600)
         try:
             if create:
                 # Not by its length alone: writing to a page that a full file system cannot give ends the process (SIGBUS).

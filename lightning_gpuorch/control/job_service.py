@@ -334,7 +334,7 @@ class JobService:
                 raise
 
     def _distrust(self, job: Job, error: InputMismatchError) -> None:
-        """Take nothing of a job for a result: nobody knows which rank was given the right input."""
+        """Take nothing of a job for a result: it is not known which rank was given the right input."""
         with self._lock:
             if job.mismatch is None:
                 job.mismatch = error

@@ -98,7 +98,7 @@ def missing_units(layout: LoaderLayout, done: set[int]) -> list[int]:
 def remove_ephemeral(jobs: Mapping[int, Job], succeeded: bool | None = None) -> None:
     """Remove result directories nobody asked to keep, if their job is complete and the script has succeeded.
 
-    So is that of a job whose ranks read different input: nobody can go on from there.
+    So is that of a job whose ranks read different input: no run can go on from there.
 
     Args:
         jobs: The predict calls.

@@ -15,10 +15,48 @@ import stat
 import tempfile
 from pathlib import Path
 
+import msgspec
+
 from lightning_gpuorch.errors import ControlPlaneError
 
 _NAME = "token"
 _MAX_BYTES = 4096
+
+
+class CoordinatorPlace(msgspec.Struct, frozen=True):
+    """What rank 0 leaves in the launcher's store, which others can read and write: hints, and no secret.
+
+    Attributes:
+        port: Of the coordinator, on the host that the launcher names.
+        secret_directory: Where the token lies that ranks on one host share; empty if it has to be set.
+        run_id: Name of the run.
+        host_name: Of rank 0.
+        run_directory: Where the run leaves its records, for ranks on the same host.
+    """
+
+    port: int
+    secret_directory: str
+    run_id: str
+    host_name: str
+    run_directory: str
+
+    def text(self) -> str:
+        """What is left in the store."""
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def read(cls, data: bytes) -> CoordinatorPlace:
+        """Read what lies in the store.
+
+        Raises:
+            ControlPlaneError: It is malformed.
+        """
+        try:
+            return msgspec.json.decode(data, type=cls)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ControlPlaneError(
+                f"what the launcher's store says of the coordinator is malformed: {error}"
+            ) from error
 
 
 class SharedSecret:
@@ -65,5 +103,5 @@ def _check_owner(found: os.stat_result, path: str) -> None:
     if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
         raise ControlPlaneError(
             f"{path} is said to hold the secret of this job, but it is open to other users, or another user's (uid "
-            f"{found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}): somebody else has written to the job's store."
+            f"{found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}): another user has written to the job's store."
         )

@@ -12,8 +12,10 @@ object, and ``set`` is not acknowledged.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
+import os
 import socket
 import struct
 import threading
@@ -21,7 +23,8 @@ import time
 from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
-from lightning_gpuorch.control import codec, handshake
+from lightning_gpuorch.control import addresses, codec, handshake
+from lightning_gpuorch.control.addresses import UNIX
 from lightning_gpuorch.control.handshake import COORDINATOR, Greeting, Introduction, Peer
 from lightning_gpuorch.control.messages.base import AnswerT, Message, Request
 from lightning_gpuorch.errors import (
@@ -44,6 +47,8 @@ HANDSHAKE_SECONDS = 5.0
 """Until then a connection has to have proven that it belongs to the job."""
 MAX_STRANGERS = 64
 """Connections that have not; one more closes the oldest of them. The kernel keeps those that wait to be accepted."""
+ACCEPTS_AT_ONCE, ACCEPTS_PER_SECOND = 512, 100
+"""Connections are taken in at this rate, after so many at once. Ranks keep theirs, so it matters to strangers alone."""
 _REFUSALS_SECONDS = 60.0
 """Refused strangers are told so often."""
 
@@ -78,12 +83,12 @@ def _check_size(length: int) -> None:
 
 
 class ControlServer:
-    """Serves a handler to all ranks of a job over TCP, on a thread of its own.
+    """Serves a handler to all ranks of a job, on a thread of its own.
 
     Args:
         handler: Answers the requests.
-        host: Address to listen on.
-        port: Port to listen on; 0 takes a free one.
+        host: Interface to listen on, or a whole address, see :mod:`~lightning_gpuorch.control.addresses`.
+        port: Port to listen on; 0 takes a free one, and is meant where ``host`` is a whole address.
         token: Shared secret; a connection that does not prove to know it is closed.
     """
 
@@ -93,15 +98,11 @@ class ControlServer:
         self._strangers: dict[asyncio.StreamWriter, None] = {}
         self._refusals = Refusals()
         self._loop = asyncio.new_event_loop()
-        self._started: Future[int] = Future()
-        self._thread = threading.Thread(target=self._run, args=(host, port), name="gpuorch-control", daemon=True)
+        self._started: Future[None] = Future()
+        wanted = host if host.startswith(UNIX) else f"{host}:{port}"
+        self._thread = threading.Thread(target=self._run, args=(wanted,), name="gpuorch-control", daemon=True)
         self._thread.start()
-        self.host, self.port = host, self._started.result(timeout=30)
-
-    @property
-    def address(self) -> str:
-        """``host:port`` for :class:`RemoteChannel`."""
-        return f"{self.host}:{self.port}"
+        self._started.result(timeout=30)
 
     def connected_ranks(self) -> set[int]:
         """Ranks whose worker has a connection open."""
@@ -113,52 +114,83 @@ class ControlServer:
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(10)
 
-    def _run(self, host: str, port: int) -> None:
+    def _run(self, wanted: str) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_until_complete(self._serve(host, port))
+            listening = addresses.listen(wanted)
         except OSError as error:
             self._started.set_exception(
                 ControlPlaneError(
-                    f"the coordinator cannot listen on {host}:{port}: {error}; choose another port or address."
+                    f"the coordinator cannot listen on {wanted}: {error}; choose another port or address."
                 )
             )
+        else:
+            # Before anyone is greeted.
+            self.address = (
+                wanted if wanted.startswith(UNIX) else f"{wanted.rsplit(':', 1)[0]}:{listening.getsockname()[1]}"
+            )
+            """For :class:`RemoteChannel`."""
+            self.port = addresses.port_of(self.address)
+            with listening:
+                self._loop.run_until_complete(self._serve(listening))
+            if wanted.startswith(UNIX):
+                with contextlib.suppress(FileNotFoundError):  # the directory may be gone with it
+                    os.unlink(wanted.removeprefix(UNIX))
         finally:
             self._loop.close()
 
-    async def _serve(self, host: str, port: int) -> None:
+    async def _serve(self, listening: socket.socket) -> None:
         self._stop = asyncio.Event()
         connections: set[asyncio.Task[None]] = set()
-
-        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.ensure_future(self._connection(reader, writer))
-            connections.add(task)
-            task.add_done_callback(connections.discard)
-
-        # A stranger's bytes are taken in up to twice the limit.
-        server = await asyncio.start_server(accept, host, port, limit=2**16, backlog=1024)
-        self._started.set_result(server.sockets[0].getsockname()[1])
+        listening.setblocking(False)
+        accepting = asyncio.ensure_future(self._accept(listening, connections))
+        self._started.set_result(None)
         await self._stop.wait()
-        server.close()
+        accepting.cancel()
         for task in list(connections):
             task.cancel()
-        await asyncio.gather(*connections, return_exceptions=True)
+        await asyncio.gather(accepting, *connections, return_exceptions=True)
 
-    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        _notice_silence(writer.get_extra_info("socket"))
-        host, port = writer.get_extra_info("peername")[:2]
+    async def _accept(self, listening: socket.socket, connections: set[asyncio.Task[None]]) -> None:
+        """Take in connections, not faster than strangers can cost little; the kernel keeps the others waiting."""
+        allowed, since = float(ACCEPTS_AT_ONCE), time.monotonic()
+        while True:
+            try:
+                connection, _ = await self._loop.sock_accept(listening)
+            except OSError as error:  # no descriptors are left, say: those that are served go on
+                log.warning("a connection cannot be accepted: %s", error)
+                await asyncio.sleep(1.0)
+                continue
+            task = asyncio.ensure_future(self._connection(connection))
+            connections.add(task)
+            task.add_done_callback(connections.discard)
+            now = time.monotonic()
+            allowed, since = min(ACCEPTS_AT_ONCE, allowed + (now - since) * ACCEPTS_PER_SECOND) - 1, now
+            if allowed < 1:
+                await asyncio.sleep((1 - allowed) / ACCEPTS_PER_SECOND)
+
+    async def _connection(self, connection: socket.socket) -> None:
+        _notice_silence(connection)
+        # A stranger's bytes are taken in up to twice the limit.
+        reader, writer = await asyncio.open_connection(sock=connection, limit=2**16)
+        name = writer.get_extra_info("peername")
+        address = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "this host"
         try:
-            peer = await self._admit(reader, writer, f"{host}:{port}")
+            uid = addresses.other_user(connection)
+            if uid is not None:
+                self._refusals.add(address, f"it is of another user, uid {uid}")
+                return
+            peer = await self._admit(reader, writer, address)
             while peer is not None:
                 number, length = _PREFIX.unpack(await reader.readexactly(_PREFIX.size))
                 _check_size(length)
                 writer.write(await self._answer(peer, number, await reader.readexactly(length)))
                 await writer.drain()
         except ProtocolError as error:
-            log.warning("the connection from %s:%d is closed: %s", host, port, error)
+            log.warning("the connection from %s is closed: %s", address, error)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             # The process is gone: its supervisor decides what follows.
-            log.debug("the connection from %s:%d has ended: %s", host, port, error)
+            log.debug("the connection from %s has ended: %s", address, error)
         finally:
             self._peers.pop(reader, None)
             writer.close()
@@ -187,7 +219,7 @@ class ControlServer:
         return None
 
     async def _shake_hands(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str) -> Peer:
-        greeting = Greeting(peer=COORDINATOR)
+        greeting = Greeting(peer=COORDINATOR, port=self.port)
         data = await _frame(reader)
         try:
             other = handshake.read(Greeting, data, address)
@@ -275,7 +307,7 @@ class LocalChannel:
 
 
 class RemoteChannel:
-    """A channel over TCP. Reconnects and repeats a request until its deadline.
+    """A channel over a socket. Reconnects and repeats a request until its deadline.
 
     A deadline is for the answer of a coordinator that can be reached. While it cannot, the clock stands still and
     ``connect_timeout_seconds`` counts: a cut of the network shorter than that costs only its own length.
@@ -283,7 +315,7 @@ class RemoteChannel:
     Thread-safe: each request in flight has a connection of its own, so one that waits for others holds up no other.
 
     Args:
-        address: ``host:port`` of the coordinator.
+        address: Of the coordinator, see :mod:`~lightning_gpuorch.control.addresses`.
         peer: Who this process is.
         token: The job's shared secret.
         connect_timeout_seconds: How long the coordinator may be unreachable before a request fails.
@@ -347,14 +379,11 @@ class RemoteChannel:
             self._idle.pop().close()
 
     def _connect(self, deadline: float) -> socket.socket:
-        host, port = self.address.rsplit(":", 1)
-        timeout = min(5.0, max(0.01, deadline - time.monotonic()))
         try:
-            connection = socket.create_connection((host, int(port)), timeout=timeout)
+            connection = addresses.connect(self.address, min(5.0, max(0.01, deadline - time.monotonic())))
         except TimeoutError as error:  # unreachable for now, which is not "no answer": try again
             raise ConnectionError(str(error)) from None
         try:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             _notice_silence(connection)
             self._shake_hands(connection, deadline)
         except BaseException:
@@ -363,7 +392,7 @@ class RemoteChannel:
         return connection
 
     def _shake_hands(self, connection: socket.socket, deadline: float) -> None:
-        greeting = Greeting(peer=self._peer)
+        greeting = Greeting(peer=self._peer, port=addresses.port_of(self.address))
         connection.sendall(handshake.frame(greeting))
         try:
             data = self._frame(connection, deadline)
@@ -402,6 +431,8 @@ def _exactly(connection: socket.socket, count: int, deadline: float) -> bytes:
 
 def _notice_silence(connection: socket.socket) -> None:
     """Let the kernel end a connection whose other side no longer answers: a cut cable, a host that lost power."""
+    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return  # the kernel of this host knows at once
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", _SILENCE_SECONDS // 2),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_gpuorch.config import OrchestratorConfig
+from lightning_gpuorch.control.addresses import port_of
 from lightning_gpuorch.control.collectives import one_per_replica
 from lightning_gpuorch.control.environment import WorkerEnvironment
 from lightning_gpuorch.errors import ConfigurationError
@@ -58,13 +59,13 @@ class SupervisedEnvironment:
 
     @property
     def main_address(self) -> str:
-        """Host of the coordinator."""
-        return self._worker.control.rsplit(":", 1)[0]
+        """Host of the coordinator, as this rank reaches it."""
+        return self._worker.host
 
     @property
     def main_port(self) -> int:
-        """Port of the coordinator."""
-        return int(self._worker.control.rsplit(":", 1)[1])
+        """Port of the coordinator; 0 where it has none, as on one node."""
+        return port_of(self._worker.control)
 
     @staticmethod
     def detect() -> bool:

@@ -60,7 +60,7 @@ class FailureHandler:
             self._on_failure(worker, FailureKind.GPU_FAILED, evidence)
 
     def check_liveness(self) -> None:
-        """Find who is stuck; show where it stands, and treat it as dead."""
+        """Find the rank that is stuck; show where it stands, and treat it as dead."""
         node = self._node
         found = node.hang_detector.find_stuck(node.workers)
         if found is None:
@@ -69,7 +69,7 @@ class FailureHandler:
         stacks = node.workers.dump_stacks(node.group_of(rank))
         reason = verdict.reason
         if not verdict.sure and waits_for_others(stacks[rank]):
-            # It waits in a collective: the culprit is who has not come, if anybody stands elsewhere.
+            # It waits in a collective: the culprit is a rank that has not come, if one stands elsewhere.
             absent = next((r for r, frames in stacks.items() if frames and not waits_for_others(frames)), rank)
             if absent != rank:
                 rank, reason = absent, f"rank {rank} waits for it in a collective: {reason}"

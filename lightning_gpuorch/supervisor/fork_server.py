@@ -85,19 +85,24 @@ class ForkServerSpawner:
             self._receive(_FRESH_SECONDS)
         return self._has_answered and time.monotonic() - self._heard_at <= _FRESH_SECONDS
 
-    def spawn(self, environment: Mapping[str, str]) -> _ForkedWorker:
+    def spawn(self, environment: Mapping[str, str]) -> _ForkedWorker | _LostWorker:
         """See :meth:`~lightning_gpuorch.supervisor.workers.Spawner.spawn`.
 
         Raises:
             OSError: The fork server cannot be started.
         """
         self.prepare()
+        assert self._server is not None
+        server_pid, had_answered = self._server.pid, self._has_answered
         self._send({"command": self._command, "environment": dict(environment)})
         deadline = time.monotonic() + (SILENT_SECONDS if self._has_answered else START_SECONDS)
         while not self._answers:
             self._receive(max(0.0, deadline - time.monotonic()))
-            if self._socket is None or time.monotonic() > deadline:
-                raise OSError("the process that forks workers has died or does not answer; see its message above")
+            if self._socket is not None and time.monotonic() < deadline:
+                continue
+            if had_answered:  # it was there a moment ago: the worker shares its fate, and is restarted as any other
+                return _LostWorker(server_pid)
+            raise OSError("the process that forks workers has died or does not answer; see its message above")
         pid = int(self._answers.pop(0)["pid"])
         self._running.add(pid)
         return _ForkedWorker(self, pid)
@@ -146,15 +151,15 @@ class ForkServerSpawner:
         self._send({"ping": True})
 
     def _replace(self) -> None:
-        for pid in self._running:
-            self._exit_codes[pid] = -signal.SIGKILL
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended by itself
-                os.killpg(pid, signal.SIGKILL)
-        self._running.clear()
         self.close()
         self._start()
 
     def _start(self) -> None:
+        for pid in self._running:  # of the one before: they die with it, and it tells no more of them
+            self._exit_codes[pid] = -signal.SIGKILL
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended by itself
+                os.killpg(pid, signal.SIGKILL)
+        self._running.clear()
         ours, theirs = socket.socketpair()
         os.set_inheritable(theirs.fileno(), True)
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
@@ -210,6 +215,16 @@ class _ForkedWorker:
 
     def poll(self) -> int | None:
         return self._spawner.exit_code(self.pid)
+
+
+class _LostWorker:
+    """A worker that was asked for, of a fork server that has died since."""
+
+    def __init__(self, server_pid: int):
+        self.pid = server_pid
+
+    def poll(self) -> int | None:
+        return -signal.SIGKILL
 
 
 def _become_worker(command: Sequence[str], environment: Mapping[str, str], parent: int) -> None:

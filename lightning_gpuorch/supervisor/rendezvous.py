@@ -6,8 +6,10 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from lightning_gpuorch.config import OrchestratorConfig
+from lightning_gpuorch.control.addresses import unix_address
 from lightning_gpuorch.control.client import CoordinatorClient, NodePlace, StateWatch
 from lightning_gpuorch.control.coordinator import Coordinator
 from lightning_gpuorch.control.handshake import Peer, require_token
@@ -29,13 +31,14 @@ class Rendezvous:
         place: Which of the job's machines this is.
         num_workers: Workers of this node.
         run_id: Name of the run; node 0's counts.
+        directory: A directory of this user's alone, for the socket of a job on one node.
         tensor_parallel_size: Ranks per replica, if known before the script says so.
         on_event: Told of what the coordinator sees, as ``on_event(kind, **fields)``.
 
     Attributes:
         coordinator: The coordinator, on node 0.
         client: Asks the coordinator.
-        control: ``host:port`` of the coordinator, for this node's workers.
+        control: Address of the coordinator, for this node's workers.
         token: The job's shared secret.
         first_rank: Global rank of this node's first worker, once :meth:`join` has returned.
         world_size: Ranks in the job.
@@ -48,6 +51,7 @@ class Rendezvous:
         place: NodePlace,
         num_workers: int,
         run_id: str,
+        directory: Path,
         tensor_parallel_size: int | None,
         on_event: Callable[..., None],
     ):
@@ -59,7 +63,7 @@ class Rendezvous:
         self.coordinator: Coordinator | None = None
         self._server: ControlServer | None = None
         if place.node_rank == 0:
-            self._channel = self._host_coordinator(tensor_parallel_size, on_event)
+            self._channel = self._host_coordinator(directory, tensor_parallel_size, on_event)
         else:
             self.control = f"{place.main_address}:{place.main_port}"
             # Until the coordinator is there, and over cuts of the network, for as long as the coordinator waits for us.
@@ -71,7 +75,9 @@ class Rendezvous:
             self.client, 0.0 if self.coordinator is not None else min(1.0, config.lease_term_sec / 5)
         )
 
-    def _host_coordinator(self, tensor_parallel_size: int | None, on_event: Callable[..., None]) -> Channel:
+    def _host_coordinator(
+        self, directory: Path, tensor_parallel_size: int | None, on_event: Callable[..., None]
+    ) -> Channel:
         config, place = self._config, self.place
         several = place.num_nodes > 1
         self.coordinator = Coordinator(
@@ -79,9 +85,12 @@ class Rendezvous:
             lease_term_seconds=config.lease_term_sec, node_timeout_seconds=config.node_timeout_sec,
         )  # fmt: skip
         self.coordinator.tensor_parallel_size = tensor_parallel_size
-        host, port = ("0.0.0.0", place.main_port) if several else ("127.0.0.1", 0)
-        self._server = ControlServer(self.coordinator, host, port, self.token)
-        self.control = f"127.0.0.1:{self._server.port}"
+        if several:
+            self._server = ControlServer(self.coordinator, "0.0.0.0", place.main_port, self.token)
+            self.control = f"127.0.0.1:{self._server.port}"
+        else:
+            self._server = ControlServer(self.coordinator, unix_address(directory) or "127.0.0.1", token=self.token)
+            self.control = self._server.address
         return LocalChannel(self.coordinator)
 
     def join(self) -> None:

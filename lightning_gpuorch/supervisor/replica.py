@@ -122,7 +122,7 @@ class Replica:
 class NodeReplicas:
     """The replicas of a node.
 
-    While nobody knows the tensor-parallel size, every rank is a replica; they become the real ones by :meth:`cut`.
+    While the tensor-parallel size is not known, every rank is a replica; they become the real ones by :meth:`cut`.
 
     Args:
         ranks: Global ranks of the node.
@@ -147,7 +147,7 @@ class NodeReplicas:
         return self._replicas[rank // (self.size or 1)]
 
     def cut(self, size: int | None) -> None:
-        """Take in how many ranks make a replica, as soon as somebody knows."""
+        """Take in how many ranks make a replica, as soon as it is known."""
         if size is None or self.size is not None:
             return
         merged: dict[int, list[Replica]] = {}

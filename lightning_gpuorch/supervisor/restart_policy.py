@@ -73,7 +73,7 @@ class Rule:
 
 
 RULES: dict[FailureKind, Rule] = {
-    # Carried out where it happens: the worker halves the batch and tells nobody (worker/oom).
+    # Carried out where it happens: the worker halves the batch and reports nothing (worker/oom).
     FailureKind.OUT_OF_MEMORY: Rule(Action.RETRY_IN_PLACE, Action.RETRY_IN_PLACE, costs_budget=False),
     FailureKind.COMMUNICATION_TIMEOUT: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),
     FailureKind.RANK_DEATH: Rule(Action.RESTART_REPLICA, Action.RETIRE_REPLICA),

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def retire(node: Node, index: int, group: Sequence[int], reason: str) -> None:
-    """Give a replica up; the job ends if nobody is left to do its part.
+    """Give a replica up; the job ends if no replica is left to do its part.
 
     Args:
         node: Its node.

@@ -88,7 +88,9 @@ class Supervisor:
         self._events = EventLog(self.run_directory / "events", source)
         self.keep_results = False
         """Leave results nobody asked to keep for :meth:`clean_up_at_exit`: the caller is this process."""
-        self._rendezvous = Rendezvous(config, place, num_workers, self.run_id, tensor_parallel_size, self._record)
+        self._rendezvous = Rendezvous(
+            config, place, num_workers, self.run_id, self.run_directory, tensor_parallel_size, self._record
+        )
         self._node = Node(
             config, self._rendezvous, spawner, num_workers, devices, self.run_directory, dict(environment or {}),
             self._record,

@@ -105,7 +105,7 @@ def create_run_directory(run_id: str) -> Path:
     path = directory / OWNER_FILE
     descriptor = _locks[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # before it tells anything: until then nobody takes it for a run
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # before it tells anything: until then it is not taken for a run
     except OSError as error:
         log.debug("%s cannot be locked: %s", path, error)
     os.write(descriptor, json.dumps(owner).encode())
@@ -240,7 +240,7 @@ class RunRecords:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether somebody holds the lock of a run; also where the file system cannot tell, since what lives must stay."""
+    """Whether the lock of a run is held; also where the file system cannot tell, since what lives must stay."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import itertools
-import json
 import logging
 import os
 import secrets
@@ -29,7 +28,7 @@ from lightning_gpuorch.control.handshake import Peer, require_token
 from lightning_gpuorch.control.jobs import Job, remove_ephemeral, verify_complete
 from lightning_gpuorch.control.messages.base import Sender
 from lightning_gpuorch.control.messages.ranks import Lookup, Publish, RegisterRank, UnregisterRank
-from lightning_gpuorch.control.shared_secret import SharedSecret, read_secret
+from lightning_gpuorch.control.shared_secret import CoordinatorPlace, SharedSecret, read_secret
 from lightning_gpuorch.control.transport import Channel, ControlServer, LocalChannel, RemoteChannel
 from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, MissingPredictionsError, format_indices
 from lightning_gpuorch.parallel.groups.process_group import ProcessGroupManager
@@ -312,14 +311,6 @@ class ExternalRanks:
         return num_nodes == "1" if num_nodes else self.main_address in ("127.0.0.1", "localhost", "::1")
 
 
-def _four_texts(data: bytes) -> tuple[str, str, str, str]:
-    try:
-        address, secret_at, run_id, shared = (str(text) for text in json.loads(data))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ControlPlaneError(f"what the launcher's store says of the coordinator is malformed: {error}") from error
-    return address, secret_at, run_id, shared
-
-
 def _candidate_sizes(world_size: int, worker: WorkerEnvironment | None) -> tuple[int, ...]:
     """Sizes that cut the job into equal replicas, each within one node."""
     local = worker.local_world_size if worker is not None else int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
@@ -420,19 +411,21 @@ def _join_external(
             token, secret_at = secret.token, str(secret.directory)
         elif not token:
             require_token(config.allow_insecure, "several hosts")
-        host = "127.0.0.1" if external.on_one_host else external.main_address
         server = ControlServer(coordinator, "127.0.0.1" if external.on_one_host else "0.0.0.0", token=token)
-        store.set("coordinator", json.dumps([f"{host}:{server.port}", secret_at, run_id, str(run_directory or "")]))
+        place = CoordinatorPlace(server.port, secret_at, run_id, socket.gethostname(), str(run_directory or ""))
+        store.set("coordinator", place.text())
         channel: Channel = LocalChannel(coordinator)
     else:
-        # The store is open to others: what it says is a hint, and the handshake with the coordinator decides.
-        address, secret_at, run_id, shared = _four_texts(store.get("coordinator"))
-        token = config.token or (read_secret(secret_at) if secret_at else "")
+        place = CoordinatorPlace.read(store.get("coordinator"))
+        run_id = place.run_id
+        token = config.token or (read_secret(place.secret_directory) if place.secret_directory else "")
         if not token:
             require_token(config.allow_insecure, "several hosts")
-        run_directory = Path(shared) if shared and external.on_one_host and Path(shared).is_dir() else None
+        shared = Path(place.run_directory) if place.run_directory and place.host_name == socket.gethostname() else None
+        run_directory = shared if shared is not None and shared.is_dir() else None
+        host = "127.0.0.1" if external.on_one_host else external.main_address
         peer = Peer("rank", topology.rank)
-        channel = RemoteChannel(address, peer, token, connect_timeout_seconds=config.timeout_sec)
+        channel = RemoteChannel(f"{host}:{place.port}", peer, token, connect_timeout_seconds=config.timeout_sec)
         atexit.register(_unregister, channel, topology.rank)
     # 3. One torch.distributed world over all ranks, as that launcher's users expect.
     groups.initialize(topology.rank, topology.world_size, store=dist.PrefixStore("world", store))

@@ -93,7 +93,8 @@ def test_the_culprit_is_the_one_without_life_then_the_one_furthest_behind(tmp_pa
         for _ in range(steps):
             scene.beat(rank, phase=Phase.RUN, step=True)
     assert scene.pass_time(4.5, beating=[0, 1, 2]).rank == 1
-    scene = Scene(tmp_path, ranks=3)
+    (tmp_path / "again").mkdir()
+    scene = Scene(tmp_path / "again", ranks=3)
     for rank, steps in enumerate((5, 3, 5)):
         for _ in range(steps):
             scene.beat(rank, phase=Phase.RUN, step=True)
@@ -202,4 +203,17 @@ def test_a_full_shared_memory_is_named_and_the_disk_is_used(small_disk, tmp_path
 def test_without_shared_memory_the_disk_is_used(tmp_path):
     table = create_table("gpuorch-run-0", 1, tmp_path, shared_memory=tmp_path / "nowhere")
     assert table.path == str(tmp_path / "gpuorch-run-0")
+    table.close()
+
+
+def test_what_others_have_put_in_the_place_of_a_table_is_not_taken(tmp_path, caplog):
+    (tmp_path / "fallback").mkdir()
+    (tmp_path / "elsewhere").write_bytes(b"theirs")
+    (tmp_path / "table").symlink_to(tmp_path / "elsewhere")
+    table = create_table("table", 2, tmp_path / "fallback", shared_memory=tmp_path)
+    assert table.path == str(tmp_path / "fallback" / "table")
+    assert (tmp_path / "elsewhere").read_bytes() == b"theirs"
+    assert "File exists" in caplog.text
+    with pytest.raises(OSError, match="symbolic links"):
+        HeartbeatTable(str(tmp_path / "table"), 2)
     table.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_gpuorch.control.shared_secret import SharedSecret, read_secret
+from lightning_gpuorch.control.shared_secret import CoordinatorPlace, SharedSecret, read_secret
 from lightning_gpuorch.errors import ControlPlaneError
 
 
@@ -61,6 +61,12 @@ def test_what_others_could_have_put_there_is_refused(tmp_path: Path, make: objec
     make(tmp_path / "place")  # type: ignore[operator]
     with pytest.raises(ControlPlaneError):
         read_secret(str(tmp_path / "place"))
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"port": "1"}', b"[" * 100_000, b"\xff"])
+def test_what_others_could_have_written_to_the_store_is_refused(data: bytes) -> None:
+    with pytest.raises(ControlPlaneError, match="malformed"):
+        CoordinatorPlace.read(data)
 
 
 @pytest.mark.root

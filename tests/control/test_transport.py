@@ -268,7 +268,7 @@ def test_a_malformed_request_is_refused_and_the_connection_goes_on(server, caplo
 
 
 def test_a_peer_of_another_version_is_refused_by_name_on_both_sides(server, caplog, monkeypatch):
-    theirs = handshake.frame(Greeting(peer=Peer("node", 3), protocol=99, release="9.9.9"))
+    theirs = handshake.frame(Greeting(peer=Peer("node", 3), port=server.port, protocol=99, release="9.9.9"))
     with _connect(server) as connection:
         connection.sendall(theirs)
         answer = _received(connection)
@@ -331,7 +331,7 @@ def test_neither_the_token_nor_a_proof_that_can_be_used_again_travels(server):
     said = bytearray()
 
     def proof_for(nonce):
-        ours = Greeting(peer=RANK, nonce=nonce)
+        ours = Greeting(peer=RANK, port=server.port, nonce=nonce)
         with _connect(server) as connection:
             connection.sendall(handshake.frame(ours))
             theirs = handshake.read(Greeting, _one_frame(connection), "here")
@@ -341,13 +341,31 @@ def test_neither_the_token_nor_a_proof_that_can_be_used_again_travels(server):
 
     shown = proof_for("n" * 32)
     assert b"secret" not in said
-    ours = Greeting(peer=RANK, nonce="n" * 32)
+    ours = Greeting(peer=RANK, port=server.port, nonce="n" * 32)
     with _connect(server) as connection:  # the same words again, to another nonce of the coordinator's
         connection.sendall(handshake.frame(ours))
         _one_frame(connection)
         connection.sendall(handshake.frame(shown))
         assert handshake.read_proof(_one_frame(connection)) == handshake.Proof("")
         assert not connection.recv(1)
+
+
+def test_a_process_in_between_cannot_pass_the_proofs_on(server, caplog):
+    """Who can write to torchrun's store could send a rank to a port of theirs, and speak to the coordinator in its name."""
+    with socket.create_server(("127.0.0.1", 0)) as theirs, ThreadPoolExecutor(1) as pool:
+        channel = RemoteChannel(f"127.0.0.1:{theirs.getsockname()[1]}", RANK, "secret")
+        calling = pool.submit(_echo, channel)
+        rank, _ = theirs.accept()
+        with rank, _connect(server) as coordinator:
+            for sender, receiver in ((rank, coordinator), (coordinator, rank), (rank, coordinator)):
+                data = _one_frame(sender)
+                receiver.sendall(handshake.PREAMBLE.pack(handshake.MAGIC, len(data)) + data)
+            assert handshake.read_proof(_one_frame(coordinator)) == handshake.Proof("")
+            assert not coordinator.recv(1)
+        theirs.close()
+        with pytest.raises(ControlPlaneError):
+            calling.result(60)
+    assert "something in between passes the connection on" in caplog.text
 
 
 def test_idle_strangers_neither_stay_nor_keep_others_out(server, monkeypatch, caplog):

@@ -1,6 +1,5 @@
 """Every way to start a job."""
 
-import json
 import shutil
 import sys
 import time
@@ -12,6 +11,7 @@ from torch.distributed import TCPStore
 
 from lightning_gpuorch.control.handshake import Peer
 from lightning_gpuorch.control.messages.leases import GetProgress
+from lightning_gpuorch.control.shared_secret import CoordinatorPlace
 from lightning_gpuorch.control.transport import RemoteChannel
 from lightning_gpuorch.errors import AuthenticationError
 from tests.conftest import free_port
@@ -55,15 +55,15 @@ def test_a_stranger_finds_no_secret_in_the_store_of_torchrun(runner, tmp_path):
         assert time.monotonic() < deadline, runner.log_of(process)
         time.sleep(0.05)
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=10))
-    address, secret_at, *_ = json.loads(store.get("gpuorch/attempt-0/coordinator"))
-    token = (Path(secret_at) / "token").read_text()  # which another user could not read
+    place = CoordinatorPlace.read(store.get("gpuorch/attempt-0/coordinator"))
+    token = (Path(place.secret_directory) / "token").read_text()  # which another user could not read
     assert len(token) == 32
     for key in store.list_keys():
         assert token.encode() not in store.get(key)
     with pytest.raises(AuthenticationError):
-        RemoteChannel(address, Peer("rank", 1), "").call(GetProgress(job=0), timeout_seconds=10)
+        RemoteChannel(f"127.0.0.1:{place.port}", Peer("rank", 1), "").call(GetProgress(job=0), timeout_seconds=10)
     assert runner.wait(process, 120) == 0, runner.log_of(process)
-    assert not Path(secret_at).exists()
+    assert not Path(place.secret_directory).exists()
 
 
 def test_notebook_cells(runner):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -54,6 +55,32 @@ def test_one_that_stays_stopped_is_replaced_and_its_workers_count_as_killed(
     _until(lambda: not psutil.pid_exists(worker.pid))
     _until(spawner.can_spawn)
     assert _server(spawner) != first
+    assert spawner.spawn({"RANK": "0"}).poll() is None
+
+
+def test_when_one_dies_all_its_workers_count_as_killed_though_it_is_replaced_at_once(
+    spawner: ForkServerSpawner,
+) -> None:
+    _until(spawner.can_spawn)
+    first, second = spawner.spawn({"RANK": "0"}), spawner.spawn({"RANK": "1"})
+    server = _server(spawner)
+    server.kill()
+    _until(lambda: first.poll() is not None, seconds=10)
+    spawner.prepare()  # what the end of the first leads to, before the second is looked at
+    assert (first.poll(), second.poll()) == (-signal.SIGKILL, -signal.SIGKILL)
+    _until(lambda: not (psutil.pid_exists(first.pid) or psutil.pid_exists(second.pid)), seconds=10)
+    _until(spawner.can_spawn)
+    assert spawner.spawn({"RANK": "0"}).poll() is None
+
+
+def test_a_worker_that_is_asked_for_as_it_dies_counts_as_killed(spawner: ForkServerSpawner) -> None:
+    _until(spawner.can_spawn)
+    server = _server(spawner)
+    server.send_signal(signal.SIGSTOP)  # so that it is there when it is asked
+    threading.Timer(0.3, server.kill).start()
+    worker = spawner.spawn({"RANK": "0"})
+    assert worker.poll() == -signal.SIGKILL
+    _until(spawner.can_spawn)
     assert spawner.spawn({"RANK": "0"}).poll() is None
 
 

@@ -59,7 +59,7 @@ def spawner() -> Iterator[_Spawner]:
 @pytest.fixture
 def node(tmp_path: Path, spawner: _Spawner) -> Iterator[Node]:
     config, place = OrchestratorConfig(), NodePlace()
-    rendezvous = Rendezvous(config, place, 3, "test-of-a-node", None, _record)
+    rendezvous = Rendezvous(config, place, 3, "test-of-a-node", tmp_path, None, _record)
     rendezvous.join()
     node = Node(config, rendezvous, spawner, 3, None, tmp_path, {}, _record)
     yield node

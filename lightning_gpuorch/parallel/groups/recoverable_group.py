@@ -78,7 +78,7 @@ def _create_nccl(store: Store, rank: int, size: int, timeout: timedelta) -> Reco
 class RecoverableWork(dist.Work):
     """A collective on its way.
 
-    torch keeps a work that nobody waited for until the process ends, and with it the tensors; this one releases
+    torch keeps a work that was not waited for until the process ends, and with it the tensors; this one releases
     everything when its epoch is given up.
     """
 

@@ -89,7 +89,7 @@ class PlanCache:
         """Verify a plan from a file as any other: code that the fingerprint does not see may have changed."""
         try:
             report = verify_plan(model, plan, call.args, example_kwargs=call.kwargs, method=call.method, also=also)
-        except Exception as error:  # noqa: BLE001 - whatever somebody else's plan does to the check, planning again is right
+        except Exception as error:  # noqa: BLE001 - whatever an untrusted plan does to the check, planning again is right
             logger.warning("The cached tensor-parallel plan cannot be verified (%r); planning again.", error)
             return False
         if not report.ok:

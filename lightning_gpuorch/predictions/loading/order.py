@@ -160,7 +160,7 @@ class Order:
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptPartError(f"{path} holds no order of samples: {error!r}.") from error
         if order.digest != digest:
-            raise CorruptPartError(f"{path} holds another order than its name says: somebody renamed it.")
+            raise CorruptPartError(f"{path} holds another order than its name says: the file was renamed.")
         return order
 
 

@@ -4,7 +4,7 @@
 exactly one of them wins, no reader ever sees a part of a file, and a writer killed at any moment leaves at most a
 temporary file that nothing reads.
 
-1. Write a temporary file with a name nobody else uses (``O_EXCL``), under a lock, and wait until the disk has it.
+1. Write a temporary file with a name of its own (``O_EXCL``), under a lock, and wait until the disk has it.
 2. Link it to its final name. That is atomic, and fails if the name exists: somebody else won.
 3. Wait until the disk has the directory, and remove the temporary name.
 
@@ -124,7 +124,7 @@ def set_aside(path: Path, target: Path) -> None:
 
 
 def sweep_temporaries(directory: Path, older_than_seconds: float) -> int:
-    """Remove what killed writers left: temporaries whose lock nobody holds. Others are left alone, whatever their age.
+    """Remove what killed writers left: temporaries whose lock is free. Others are left alone, whatever their age.
 
     Args:
         directory: Where to look; not below it.
@@ -232,7 +232,7 @@ def _temporary_path(directory: Path) -> Path:
 
 @contextlib.contextmanager
 def _temporary_file(directory: Path, buffers: Sequence[bytes | memoryview], fsync: bool) -> Iterator[Path]:
-    """Write a temporary file, and keep its lock until whoever asked is through with it; it is removed then."""
+    """Write a temporary file, and keep its lock within; it is removed then."""
     path, descriptor = _locked_file(directory)
     try:
         # Buffered: thousands of small columns become few writes, a large one goes straight through.

@@ -217,7 +217,7 @@ class PartJournal:
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptPartError(f"{path} is an envelope, but not of a part: {error!r}.") from error
         if stored != chunk:
-            raise CorruptPartError(f"{path} holds chunk {stored}: somebody renamed or copied it. Delete it.")
+            raise CorruptPartError(f"{path} holds chunk {stored}: the file was renamed or copied. Delete it.")
         if num_predictions is not None and num_predictions != len(entries):
             raise CorruptPartError(
                 f"{path} has {num_predictions} predictions, and its header describes {len(entries)}."

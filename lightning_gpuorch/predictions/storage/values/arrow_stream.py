@@ -1,7 +1,7 @@
 """The frame of an Arrow IPC stream, as far as it must be known before Arrow reads it.
 
-A compressed buffer claims its own length, and Arrow makes room for it before it decompresses. This package writes none, so a
-stream with one is somebody else's, and refused. Only Flatbuffers' tables are walked here, down to the field that names the
+A compressed buffer claims its own length, and Arrow makes room for it before it decompresses. This package writes none, so
+a stream with one is of another origin and refused. Only Flatbuffers' tables are walked here, down to the field that names the
 compression: https://arrow.apache.org/docs/format/Columnar.html
 """
 

@@ -1,21 +1,12 @@
 """chemprop's quickstart: a message passing network predicts molecules, stock on one device or on two."""
 
-import argparse
-import warnings
-
 import lightning.pytorch as pl
 import torch
+from arguments import options
+from chemprop import data, featurizers, models, nn
 
-warnings.filterwarnings("ignore")
-from chemprop import data, featurizers, models, nn  # noqa: E402
+import lightning_gpuorch  # noqa: F401 - registers strategy="gpuorch"
 
-import lightning_gpuorch  # noqa: E402, F401 - registers strategy="gpuorch"
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--strategy", choices=["stock", "gpuorch"])
-parser.add_argument("--workers", type=int, default=0)
-parser.add_argument("--result")
-options = parser.parse_args()
 pl.seed_everything(1)
 molecules = ["C" * left + "O" + "C" * right for left in range(1, 8) for right in range(1, 7)]
 dataset = data.MoleculeDataset(

@@ -1,23 +1,14 @@
 """pytorch-forecasting's ``model.predict``, which gives back what a callback of its own has collected."""
 
-import argparse
-import warnings
-
 import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
 import torch
+from arguments import options
+from pytorch_forecasting import NBeats, TimeSeriesDataSet
 
-warnings.filterwarnings("ignore")
-from pytorch_forecasting import NBeats, TimeSeriesDataSet  # noqa: E402
+from lightning_gpuorch.pytorch import GPUOrchStrategy
 
-from lightning_gpuorch.pytorch import GPUOrchStrategy  # noqa: E402
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--strategy", choices=["stock", "gpuorch"])
-parser.add_argument("--workers", type=int, default=0)
-parser.add_argument("--result")
-options = parser.parse_args()
 pl.seed_everything(1)
 frame = pd.DataFrame(
     {

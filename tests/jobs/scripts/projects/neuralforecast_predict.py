@@ -1,24 +1,16 @@
 """neuralforecast's quickstart, on the package ``pytorch_lightning``: fit on one device, predict stock or on two."""
 
-import argparse
 import os
-import warnings
 
 import numpy as np
 import pandas as pd
 import torch
+from arguments import options
+from neuralforecast import NeuralForecast
+from neuralforecast.models import MLP
 
-warnings.filterwarnings("ignore")
-from neuralforecast import NeuralForecast  # noqa: E402
-from neuralforecast.models import MLP  # noqa: E402
+import lightning_gpuorch.pytorch_lightning  # noqa: F401 - registers strategy="gpuorch"
 
-import lightning_gpuorch.pytorch_lightning  # noqa: E402, F401 - registers strategy="gpuorch"
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--strategy", choices=["stock", "gpuorch"])
-parser.add_argument("--workers", type=int, default=0)
-parser.add_argument("--result")
-options = parser.parse_args()
 frame = pd.DataFrame(
     {
         "unique_id": np.repeat([str(number) for number in range(41)], 40),
