@@ -83,8 +83,6 @@ class PrometheusMetrics(Callback):
         self._exporter: MetricsExporter | None = None
         self._temporary: Path | None = None
         self._step_began: float | None = None
-        self._job: Any = None
-        self._samples_before = 0
 
     @property
     def metrics(self) -> RankMetrics | None:
@@ -137,23 +135,14 @@ class PrometheusMetrics(Callback):
     def on_predict_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Count the step."""
+        """Count the step, where the strategy does not."""
         began, metrics = self._step_began, self._metrics
+        self._step_began = None
         if began is None or metrics is None or self._info is None:
             return
-        seconds = time.perf_counter() - began
-        self._step_began = None
-        metrics.observe_step(seconds, self._count_samples(batch))
-
-    def _count_samples(self, batch: Any) -> int:
-        assert self._info is not None
-        job = getattr(self._info.runtime, "job", None)
-        if job is None:
-            return batch_length(batch)
-        if job is not self._job:
-            self._job, self._samples_before = job, 0
-        before, self._samples_before = self._samples_before, job.samples
-        return max(0, self._samples_before - before)
+        if getattr(self._info.runtime, "job", None) is not None:  # this plugin's strategy has counted it
+            return
+        metrics.observe_step(time.perf_counter() - began, batch_length(batch))
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the last figures and stop serving."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning_gpuorch.telemetry.rank import RankTelemetry
     from lightning_gpuorch.telemetry.report.report import write_report
     from lightning_gpuorch.telemetry.report.run_summary import RunSummary, summarize
-    from lightning_gpuorch.telemetry.steps import StepRecorder
+    from lightning_gpuorch.telemetry.steps import StepRecord, StepRecorder
 
 _HOMES = {
     "CONTEXT": "logs",
@@ -28,6 +28,7 @@ _HOMES = {
     "RankMetrics": "metrics.rank_metrics",
     "RankTelemetry": "rank",
     "RunSummary": "report.run_summary",
+    "StepRecord": "steps",
     "StepRecorder": "steps",
     "check_event": "events.schema",
     "configure_logging": "logs",
@@ -52,6 +53,7 @@ __all__ = [
     "RankMetrics",
     "RankTelemetry",
     "RunSummary",
+    "StepRecord",
     "StepRecorder",
     "check_event",
     "configure_logging",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import threading
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +14,7 @@ from lightning_gpuorch.telemetry.events.log import EventLog
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
 from lightning_gpuorch.telemetry.logs import CONTEXT, close_log_files, configure_logging
 from lightning_gpuorch.telemetry.profiling import BoundedProfiler
-from lightning_gpuorch.telemetry.steps import StepRecorder
+from lightning_gpuorch.telemetry.steps import StepRecord, StepRecorder
 from lightning_gpuorch.telemetry.tracing import StepTrace, StepTracer, make_tracer_provider
 
 TRACE_TO_FILE = "file"
@@ -75,7 +74,6 @@ class RankTelemetry:
         self.events: EventLog | None = None
         self.steps: StepRecorder | None = None
         self.profiler: BoundedProfiler | None = None
-        self._step_began = 0.0
         self._in_step = False
         self._provider: Any = None
         if trace_endpoint and (trace_endpoint != TRACE_TO_FILE or directory is not None):
@@ -108,40 +106,28 @@ class RankTelemetry:
                     self.profiler.record_on_signal()
         use_rank(self)
 
-    def begin_step(self, step: int, chunk: int | None = None, fetched_ns: tuple[int, int] | None = None) -> None:
-        """Tell that a step begins; about a microsecond.
-
-        Args:
-            step: Its number on this rank.
-            chunk: The chunk it belongs to.
-            fetched_ns: Unix time in nanoseconds at which its batch was asked for and was there.
-        """
+    def begin_step(self, step: int, chunk: int | None = None) -> None:
+        """Begin a step: what is recorded until its end belongs to it."""
         CONTEXT["step"], CONTEXT["chunk"] = step, chunk
         if self.profiler is not None:
             self.profiler.step()
-        self._trace.begin(step, chunk, fetched_ns)
+        self._trace.begin(step)
         self._in_step = True
-        self._step_began = time.perf_counter()
 
-    def computed(self) -> None:
-        """Tell that the output is there; what follows until the end of the step is keeping it."""
-        self._trace.computed()
-
-    def end_step(self, num_samples: int) -> None:
-        """Tell that the step is over; about a microsecond.
-
-        Args:
-            num_samples: Samples in it.
-        """
+    def observe_step(self, record: StepRecord) -> None:
+        """Count a step that is over: for events, metrics and traces."""
+        self._in_step = False
         if self.steps is not None:
-            self.steps.record_step(time.perf_counter() - self._step_began, num_samples)
-        self._in_step = False
-        self._trace.end(num_samples)
+            self.steps.observe_step(record)
+        metrics = current_metrics()
+        if metrics is not None:
+            metrics.observe_step(record.seconds, record.num_samples)
+        self._trace.end(record)
 
-    def fail_step(self, error: BaseException) -> None:
-        """Tell that the step has ended with an error, which goes on to whoever called it."""
+    def fail_step(self, record: StepRecord, error: BaseException) -> None:
+        """Record a step that has ended with an error, which is raised to the caller of the step."""
         self._in_step = False
-        self._trace.fail(error)
+        self._trace.fail(record, error)
 
     def observe_collective(self, op: str, seconds: float) -> None:
         """Count a collective that has just completed: for the metrics, and within a step for events and traces.
@@ -152,7 +138,7 @@ class RankTelemetry:
         """
         if self._in_step:
             if self.steps is not None:
-                self.steps.record_communication(seconds)
+                self.steps.observe_communication(seconds)
             self._trace.add_collective(op, seconds)
         metrics = current_metrics()
         if metrics is not None:

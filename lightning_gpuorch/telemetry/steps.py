@@ -1,16 +1,58 @@
-"""What a rank did in each second, at a cost the loop does not notice."""
+"""The record of a step, and what a rank did in each second, at a cost the loop does not notice."""
 
 from __future__ import annotations
 
 import time
 
+import msgspec
+
 from lightning_gpuorch.telemetry.events.log import EventLog
+
+
+class StepRecord(msgspec.Struct, frozen=True):
+    """A step of a rank, timed once and passed to everything that counts steps.
+
+    Times are readings of :func:`time.perf_counter_ns`.
+
+    Attributes:
+        step: Number of the step in the predict call of this rank.
+        chunk: Chunk of the batch.
+        num_samples: Samples of the batch.
+        asked_ns: The loop asked for the batch.
+        delivered_ns: The batch was there.
+        began_ns: The step began.
+        computed_ns: The output was returned (on CUDA the device may still compute it); 0 in a step that failed.
+        ended_ns: The step was over, with what it does to keep the output of an earlier one.
+        free_ns: The rank was free for this step: the end of the step before, or ``began_ns`` after a wait for work.
+        output_bytes: Size of the output, where the size of windows depends on it.
+    """
+
+    step: int
+    chunk: int
+    num_samples: int
+    asked_ns: int
+    delivered_ns: int
+    began_ns: int
+    computed_ns: int
+    ended_ns: int
+    free_ns: int
+    output_bytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the step."""
+        return (self.ended_ns - self.began_ns) / 1e9
+
+    @property
+    def seconds_since_free(self) -> float:
+        """Wall time with what came between the step before and this one, unless that was a wait for work."""
+        return (self.ended_ns - self.free_ns) / 1e9
 
 
 class StepRecorder:
     """Sums up steps and records a ``steps`` event about once per second, from the event log's own thread.
 
-    One thread calls :meth:`record_step`. Totals only ever grow, and the event holds their growth: a step that completes
+    One thread calls :meth:`observe_step`. Totals only ever grow, and the event holds their growth: a step that completes
     while the event is made is in this one or the next, never in none.
 
     Args:
@@ -30,13 +72,9 @@ class StepRecorder:
         self._recorded = (0, 0, 0.0, 0.0)
         events.before_flush(self.flush)
 
-    def record_step(self, seconds: float, num_samples: int) -> None:
-        """Count a completed step.
-
-        Args:
-            seconds: Its wall time.
-            num_samples: Samples in it.
-        """
+    def observe_step(self, record: StepRecord) -> None:
+        """Count a completed step."""
+        seconds, num_samples = record.seconds, record.num_samples
         if self._begin is None:
             self._begin = time.time() - seconds
         if seconds > self._slowest[0]:
@@ -46,7 +84,7 @@ class StepRecorder:
         self._batch_size = num_samples
         self.steps += 1
 
-    def record_communication(self, seconds: float) -> None:
+    def observe_communication(self, seconds: float) -> None:
         """Count time that a step spent inside a collective, waiting for other ranks included."""
         self.communication_seconds += seconds
 

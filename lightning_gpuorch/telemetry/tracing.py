@@ -13,13 +13,14 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.telemetry.events.json_lines import LineFile, encode_line
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
+from lightning_gpuorch.telemetry.steps import StepRecord
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -194,73 +195,66 @@ class StepTrace:
 
     def __init__(self, tracer: StepTracer):
         self._tracer, self._enabled = tracer, tracer.enabled
-        self._step, self._chunk = 0, -1
+        self._step = 0
         self._sampled = False
-        self._fetched_ns: tuple[int, int] | None = None
-        self._began_ns = self._computed_ns = 0
         self._faults: list[StepFault] = []
         self._collectives: list[StepPart] = []
 
     def __str__(self) -> str:
         return self._tracer.trace_id(self._step)
 
-    def begin(self, step: int, chunk: int | None, fetched_ns: tuple[int, int] | None) -> None:
-        """A step begins; see :meth:`RankTelemetry.begin_step`."""
-        self._step = step
-        if not self._enabled:
-            return
-        self._chunk, self._fetched_ns = -1 if chunk is None else chunk, fetched_ns
-        self._sampled = self._tracer.is_sampled(step)
-        self._began_ns, self._computed_ns = time.time_ns(), 0
-
-    def computed(self) -> None:
-        """The output is there."""
-        if self._enabled:
-            self._computed_ns = time.time_ns()
+    def begin(self, step: int) -> None:
+        """A step begins."""
+        self._step, self._sampled = step, self._tracer.is_sampled(step)
 
     def add_collective(self, op: str, seconds: float) -> None:
         """A collective within the step has just completed."""
         if self._sampled and len(self._collectives) < _MAX_COLLECTIVES:
-            now = time.time_ns()
+            now = time.perf_counter_ns()
             self._collectives.append(StepPart("communication", now - int(seconds * 1e9), now, {"gpuorch.op": op}))
 
     def add_fault(self, kind: str, message: str) -> None:
         """Something went wrong within the step, and it is being tried again."""
         if self._enabled:
-            self._faults.append(StepFault(kind, time.time_ns(), message))
+            self._faults.append(StepFault(kind, time.perf_counter_ns(), message))
 
-    def end(self, num_samples: int) -> None:
+    def end(self, record: StepRecord) -> None:
         """The step is over."""
         if self._sampled or self._faults:
-            self._record({"gpuorch.batch_size": num_samples}, None)
+            self._record(record, {"gpuorch.batch_size": record.num_samples}, None)
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, record: StepRecord, error: BaseException) -> None:
         """The step has ended with an error; it is recorded, sampled or not."""
-        if self._enabled and self._began_ns:
-            self._record({}, f"{type(error).__name__}: {error}")
+        if self._enabled:
+            self._record(record, {}, f"{type(error).__name__}: {error}")
 
-    def _record(self, attributes: dict[str, str | int | float | bool], error: str | None) -> None:
-        now = time.time_ns()
-        computed = self._computed_ns or now
-        faults, self._faults = self._faults, []
-        collectives, self._collectives = self._collectives, []
-        self._sampled = False
-        limits = [self._began_ns, *(fault.at_ns for fault in faults), computed]
+    def _record(self, record: StepRecord, attributes: dict[str, str | int | float | bool], error: str | None) -> None:
+        to_unix_ns = time.time_ns() - time.perf_counter_ns()
+        ended, began = record.ended_ns + to_unix_ns, record.began_ns + to_unix_ns
+        computed = record.computed_ns + to_unix_ns if record.computed_ns else ended
+        faults = [replace(fault, at_ns=fault.at_ns + to_unix_ns) for fault in self._faults]
+        collectives = [
+            replace(part, begin_ns=part.begin_ns + to_unix_ns, end_ns=part.end_ns + to_unix_ns)
+            for part in self._collectives
+        ]
+        self._faults, self._collectives, self._sampled = [], [], False
+        limits = [began, *(fault.at_ns for fault in faults), computed]
         for attempt, (begin, end) in enumerate(itertools.pairwise(limits)):
             last = attempt == len(faults)
             phases = [StepPart("forward", begin, end)]
             phases += [phase for phase in collectives if begin <= phase.end_ns <= end]
-            if attempt == 0 and self._fetched_ns is not None:
-                asked, there = self._fetched_ns
+            if attempt == 0:
+                asked = record.asked_ns + to_unix_ns
+                there = max(asked, record.delivered_ns + to_unix_ns)  # read ahead
                 phases = [StepPart("fetch", asked, there), StepPart("transfer", there, max(there, begin)), *phases]
-            if last and self._computed_ns:
-                phases.append(StepPart("write", computed, now))
+            if last and record.computed_ns:
+                phases.append(StepPart("write", computed, ended))
             self._tracer.record_step(
                 self._step,
                 phases,
                 attempt=attempt,
                 retry_of=attempt - 1 if attempt else None,
-                attributes={"gpuorch.chunk": self._chunk, **attributes},
+                attributes={"gpuorch.chunk": record.chunk, **attributes},
                 faults=() if last else (faults[attempt],),
                 error=error if last else faults[attempt].message,
             )

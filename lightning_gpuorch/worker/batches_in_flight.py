@@ -35,7 +35,7 @@ class BatchInFlight:
 
     Attributes:
         ticket: The batch.
-        delivered_ns: Unix time in nanoseconds at which it was there.
+        delivered_ns: Reading of :func:`time.perf_counter_ns` when it was there.
         state: How far it is.
         output: What its step returned, while it is COMPUTED.
         lost: Positions in the batch that have no prediction.
@@ -43,7 +43,7 @@ class BatchInFlight:
     """
 
     ticket: Ticket
-    delivered_ns: int = field(default_factory=time.time_ns)
+    delivered_ns: int = field(default_factory=time.perf_counter_ns)
     state: State = State.DELIVERED
     output: Any = None
     lost: frozenset[int] = frozenset()

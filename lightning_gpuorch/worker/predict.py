@@ -44,7 +44,8 @@ from lightning_gpuorch.predictions.storage.manifest import Manifest
 from lightning_gpuorch.predictions.storage.parts import PartStore
 from lightning_gpuorch.predictions.storage.writer import PartWriter, size_bytes
 from lightning_gpuorch.telemetry.current import emit
-from lightning_gpuorch.worker.batches_in_flight import BatchesInFlight
+from lightning_gpuorch.telemetry.steps import StepRecord
+from lightning_gpuorch.worker.batches_in_flight import BatchesInFlight, BatchInFlight
 from lightning_gpuorch.worker.batching.dynamic import DynamicBatcher
 from lightning_gpuorch.worker.dynamic_steps import DynamicSteps
 from lightning_gpuorch.worker.leased_work import FOREVER_SECONDS, DrainOnSignal, ReplicaQueue, ReplicaSink, await_group
@@ -115,10 +116,10 @@ class PredictionJob:
         keeps = self._host_copy if world.topology.is_leader else None
         self.batches_in_flight = BatchesInFlight(keeps, self._keep)
         self._chunks_began: dict[tuple[int, int], float] = {}
-        self._observed_at: float | None = None
         self._looked_at, self._chunks_done = 0.0, [0] * len(sources)
-        self._asked_ns = time.time_ns()
-        self.samples = 0
+        self._asked_ns = time.perf_counter_ns()
+        self._free_ns: int | None = None
+        """The last step was over, and no wait for work followed."""
         self.steps = 0
         self._group_asked = False
         """Whether all ranks of the group have asked for the batch after those that are done here."""
@@ -265,40 +266,67 @@ class PredictionJob:
         for wrapper in (*reversed(self._runtime.step_wrappers), *([] if surviving is None else [surviving])):
             step = functools.partial(_wrapped, wrapper, step, ticket)
         self._lost.clear()
-        began = time.perf_counter()
         if self._writer is not None:
             self._chunks_began.setdefault((ticket.loader, ticket.chunk), time.monotonic())
         telemetry = self._runtime.telemetry
-        fetched_ns = (self._asked_ns, max(self._asked_ns, in_flight.delivered_ns))
-        telemetry.begin_step(self.steps, ticket.chunk, fetched_ns)
+        telemetry.begin_step(self.steps, ticket.chunk)
+        began_ns = time.perf_counter_ns()
         try:
             output = step(batch)
         except StopIteration as error:
             # Lightning's loop would take it for the end of the data and silently drop the rest.
             raise RuntimeError(f"the predict step raised StopIteration on batch {ticket.number}") from error
         except Exception as error:
-            telemetry.fail_step(error)
+            telemetry.fail_step(self._record_of(in_flight, began_ns), error)
             units = range(ticket.span.first_unit, ticket.span.first_unit + ticket.span.num_units)
             note_failure(error, PREDICT_STEP, loader=ticket.loader, units=units, is_final=self.raises_errors)
             if self._world.recovery is not None:
                 self._world.recovery.abandon(error)
             raise
         except BaseException as error:
-            telemetry.fail_step(error)
+            telemetry.fail_step(self._record_of(in_flight, began_ns), error)
             raise
-        telemetry.computed()
-        self.steps += 1
-        self.samples += ticket.size or 0
-        self._observe(ticket, output, began)
+        computed_ns = time.perf_counter_ns()
+        # Before callbacks change the output: what they do may differ between the ranks of a group, which have to form the
+        # same windows.
+        output_bytes = 0 if self._dynamic is None else size_bytes(output)
         self.batches_in_flight.computed(in_flight, output, frozenset(self._lost))
         if self._collects_late:
             # The step before: on CUDA this one still computes, and in a group all ranks have asked for it by now.
             self.batches_in_flight.collect()
-        telemetry.end_step(ticket.size or 0)
-        calibration = self._runtime.calibration
-        if calibration is not None and calibration.count(ticket.size or 0, time.perf_counter()):
-            self._end_calibration()
+        self._observe(in_flight, self._record_of(in_flight, began_ns, computed_ns, output_bytes))
         return output
+
+    def _record_of(
+        self, batch: BatchInFlight, began_ns: int, computed_ns: int = 0, output_bytes: int = 0
+    ) -> StepRecord:
+        return StepRecord(
+            step=self.steps,
+            chunk=batch.ticket.chunk,
+            num_samples=batch.ticket.size or 0,
+            asked_ns=self._asked_ns,
+            delivered_ns=batch.delivered_ns,
+            began_ns=began_ns,
+            computed_ns=computed_ns,
+            ended_ns=time.perf_counter_ns(),
+            free_ns=began_ns if self._free_ns is None else self._free_ns,
+            output_bytes=output_bytes,
+        )
+
+    def _observe(self, batch: BatchInFlight, record: StepRecord) -> None:
+        self.steps += 1
+        self._free_ns = record.ended_ns
+        self._runtime.telemetry.observe_step(record)
+        loader = self.loaders[batch.ticket.loader]
+        if isinstance(loader, WindowedLoader):
+            loader.bounds.observe(
+                num_samples=record.num_samples, num_bytes=record.output_bytes, seconds=record.seconds_since_free
+            )
+        calibration = self._runtime.calibration
+        if calibration is not None:
+            calibration.observe_step(record)
+            if calibration.is_enough:
+                self._end_calibration()
 
     def _compute(self, call: Callable[[Any], Any], batch: Any) -> Any:
         self._group_asked = True  # its ranks have compared their input, or there is only this one
@@ -306,7 +334,7 @@ class PredictionJob:
 
     def end_batch(self) -> None:
         """The loop asks for the next batch, or has ended: the one in hand is done."""
-        self._asked_ns = time.time_ns()
+        self._asked_ns = time.perf_counter_ns()
         if not self.batches_in_flight.end_computed():
             return
         self._end_blame()
@@ -355,24 +383,9 @@ class PredictionJob:
     def _keep(self, ticket: Ticket, output: Any, lost: frozenset[int]) -> None:
         self._collectors[ticket.loader].add(ticket, output, lost)
 
-    def _observe(self, ticket: Ticket, output: Any, began: float) -> None:
-        """Tell what bounds windows.
-
-        From step to step: on CUDA a step returns before it is computed. Before callbacks have changed the output: what they
-        do may differ between the ranks of a group, which have to form the same windows.
-        """
-        loader = self.loaders[ticket.loader]
-        if not isinstance(loader, WindowedLoader):
-            return
-        now = time.perf_counter()
-        since = began if self._observed_at is None else self._observed_at
-        self._observed_at = now
-        num_samples, num_bytes = ticket.size or 0, size_bytes(output)
-        loader.bounds.observe(num_samples=num_samples, num_bytes=num_bytes, seconds=now - since)
-
     def begin_waiting(self) -> None:
         """What passes until the next step is no work."""
-        self._observed_at = None
+        self._free_ns = None
 
     def _end_calibration(self) -> None:
         """Write the baseline, and end the script in good order: the rest of its data is of no interest.

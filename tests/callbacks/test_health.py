@@ -120,7 +120,7 @@ class Job:
         self.verdicts: list[HealthReport] = []
         self.global_rank, self.world_size, self.is_global_zero = rank, 2, rank == 0
         self.runtime = types.SimpleNamespace(
-            replica=1, generation=1, run_directory=tmp_path / "run", job=types.SimpleNamespace(samples=0),
+            replica=1, generation=1, run_directory=tmp_path / "run", job=types.SimpleNamespace(),
             is_leader=True, device=torch.device("cpu"), report_verdict=self.verdicts.append,
         )  # fmt: skip
         self.strategy = types.SimpleNamespace(runtime=self.runtime, root_device=torch.device("cpu"))
@@ -133,7 +133,9 @@ class Job:
         call("on_predict_start")
         for i in range(steps):
             call("on_predict_batch_start", batch=["a", "b"], batch_idx=i)
-            self.runtime.job.samples += 7  # the sampler's count, not the shape of the batch
+            current = current_metrics()
+            if current is not None:  # as the rank's telemetry does: the sampler's count, not the shape of the batch
+                current.observe_step(0.001, 7)
             call("on_predict_batch_end", outputs=None, batch=["a", "b"], batch_idx=i)
         if look is not None:
             look()
@@ -147,7 +149,7 @@ def test_under_our_strategy_samples_directory_and_restarts_come_from_the_runtime
     series = parse((tmp_path / "run" / "metrics" / "rank1.1.prom").read_bytes())
     assert value(series, "distributed_inference_samples_total", rank="1") == 35
     assert value(series, "distributed_inference_rank_restarts_total", rank="1") == 1
-    job.runtime.job = types.SimpleNamespace(samples=0)
+    job.runtime.job = types.SimpleNamespace()
     job.run([metrics], steps=1)
     series = parse((tmp_path / "run" / "metrics" / "rank1.1.prom").read_bytes())
     assert value(series, "distributed_inference_samples_total", rank="1") == 42

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.telemetry.metrics.efficiency import Baseline, Calibration, ScalingEfficiency
+from tests.telemetry.steps import step_record
 
 FINGERPRINT = {"model": "ab12", "dtype": "torch.float32", "device": "cpu", "batch_size": 32}
 
@@ -73,7 +74,10 @@ def test_a_calibration_counts_what_follows_the_warm_up_and_too_little_gives_no_b
     tmp_path: Path, steps: int, done: bool | None
 ) -> None:
     calibration = Calibration(seconds=2.0, path=tmp_path / "baseline.json")
-    enough = [calibration.count(8, now=100.0 + (0.1 * step if step > 2 else 50 * (step - 2))) for step in range(steps)]
+    enough = []
+    for step in range(steps):
+        calibration.observe_step(step_record(8, ended_seconds=200.0 + (0.1 * step if step > 2 else 50 * (step - 2))))
+        enough.append(calibration.is_enough)
     if done is None:
         with pytest.raises(ConfigurationError, match="12 steps are too few"):
             calibration.finish({"model": "M"})

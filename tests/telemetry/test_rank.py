@@ -18,6 +18,7 @@ from lightning_gpuorch.telemetry import (
     use_metrics,
     write_report,
 )
+from tests.telemetry.steps import step_record
 
 
 def test_one_object_records_all_a_rank_has_to_say(tmp_path: Path, tally: FailureTally) -> None:
@@ -27,7 +28,7 @@ def test_one_object_records_all_a_rank_has_to_say(tmp_path: Path, tally: Failure
         for step in range(5):
             telemetry.begin_step(step, chunk=7)
             telemetry.observe_collective("all_reduce", 0.001)
-            telemetry.end_step(8)
+            telemetry.observe_step(step_record(step=step))
         telemetry.observe_oom(64, 32, step=4)
         logging.getLogger("lightning_gpuorch.x").warning("seen")
         emit("drain", reason="by whoever knows")
@@ -41,6 +42,9 @@ def test_one_object_records_all_a_rank_has_to_say(tmp_path: Path, tally: Failure
     assert (json.loads(line)["step"], json.loads(line)["chunk"]) == (4, 7)
     assert CONTEXT == {}
     assert metrics.oom_events._value.get() == 1
+    assert (metrics.steps._value.get(), metrics.samples._value.get()) == (5, 40)
+    assert metrics.step_seconds._sum.get() == pytest.approx(0.5)
+    assert sum(e["busy_seconds"] for e in events if e["kind"] == "steps") == pytest.approx(0.5)
     write_report(tmp_path, tmp_path / "report.html")
 
 
@@ -55,7 +59,7 @@ def test_without_a_directory_nothing_is_recorded_and_nothing_fails(tally: Failur
         telemetry.begin_step(0)
         telemetry.observe_collective("all_reduce", 0.1)
         telemetry.observe_oom(4)
-        telemetry.end_step(4)
+        telemetry.observe_step(step_record(4))
     assert telemetry.events is None
     assert tally.counts() == {}
 
@@ -64,7 +68,7 @@ def test_a_directory_that_cannot_be_written_costs_the_run_nothing(tmp_path: Path
     (tmp_path / "file").write_text("")
     with RankTelemetry(tmp_path / "file", rank=0, replica=0, failures=tally) as telemetry:
         telemetry.begin_step(0)
-        telemetry.end_step(4)
+        telemetry.observe_step(step_record(4))
     assert tally.count("events") >= 1
 
 
@@ -75,7 +79,7 @@ def test_a_step_costs_under_five_microseconds(tmp_path: Path, tally: FailureTall
             began = time.perf_counter()
             for step in range(500):
                 telemetry.begin_step(step, chunk=1)
-                telemetry.end_step(8)
+                telemetry.observe_step(step_record(step=step))
             best = min(best, (time.perf_counter() - began) / 500)
     print(f"RankTelemetry: {best * 1e6:.2f} us per step")
     assert best < 5e-6

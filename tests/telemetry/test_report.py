@@ -16,6 +16,7 @@ from lightning_gpuorch.telemetry import EventLog, StepRecorder, check_event, rea
 from lightning_gpuorch.telemetry.report.charts import duration, nice_ticks, thin
 from lightning_gpuorch.telemetry.report.report import render
 from lightning_gpuorch.telemetry.report.run_summary import total_samples
+from tests.telemetry.steps import step_record
 from tests.telemetry.synthetic_run import write_run
 
 VOID = {"meta"}
@@ -218,8 +219,8 @@ def test_a_recorder_counts_every_step_while_events_are_made(tmp_path: Path) -> N
     with EventLog(tmp_path, "rank", common={"rank": 0}, flush_interval_seconds=0.005) as log:
         steps = StepRecorder(log)
         for i in range(2000):
-            steps.record_step(0.001, 3)
-            steps.record_communication(0.0004)
+            steps.observe_step(step_record(3, 0.001))
+            steps.observe_communication(0.0004)
             if i % 500 == 0:
                 time.sleep(0.02)
     events, _ = read_events(tmp_path)
@@ -233,7 +234,7 @@ def test_a_recorder_counts_every_step_while_events_are_made(tmp_path: Path) -> N
 
 def test_a_rank_that_does_not_count_samples_records_none(tmp_path: Path) -> None:
     with EventLog(tmp_path, "rank") as log:
-        StepRecorder(log, counts_samples=False).record_step(0.1, 8)
+        StepRecorder(log, counts_samples=False).observe_step(step_record())
     assert [(e["steps"], e["samples"]) for e in read_events(tmp_path)[0]] == [(1, 0)]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.telemetry.atomic_file import replace_file
+from lightning_gpuorch.telemetry.steps import StepRecord
 
 CALIBRATION = "_GPUORCH_CALIBRATION"
 """Environment variable, ``<seconds> <file>``: measure one device for so long, write the baseline to the file, and end."""
@@ -115,23 +116,21 @@ class Calibration:
         seconds, _, path = variables[CALIBRATION].partition(" ")
         return cls(float(seconds), path)
 
-    def count(self, num_samples: int, now: float) -> bool:
-        """Count a step that has just ended.
-
-        Args:
-            num_samples: Samples in it.
-            now: Seconds, by a clock that only goes forward.
-
-        Returns:
-            Whether enough is measured.
-        """
+    def observe_step(self, record: StepRecord) -> None:
+        """Count a step that has just ended."""
+        now = record.ended_ns / 1e9
         self._steps += 1
         if self._steps <= self._warm_up_steps:
             self._began = now
-            return False
-        self._samples += num_samples
+            return
+        self._samples += record.num_samples
         self._ended = now
-        return now - self._began >= self._seconds and self._steps >= self._warm_up_steps + self._min_steps
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether enough is measured."""
+        measured = self._steps - self._warm_up_steps
+        return measured >= self._min_steps and self._ended - self._began >= self._seconds
 
     def finish(self, fingerprint: Mapping[str, Any]) -> Baseline:
         """Write the baseline.
