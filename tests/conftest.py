@@ -34,7 +34,14 @@ else:
     _any_speed: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
     settings.register_profile("same", derandomize=True, **_any_speed)
     settings.register_profile("random", **_any_speed)
+    settings.register_profile("few", derandomize=True, max_examples=20, **_any_speed)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+    def pytest_configure(config: pytest.Config) -> None:
+        """The fast tests look at fewer examples."""
+        if "not slow" in config.option.markexpr and "HYPOTHESIS_PROFILE" not in os.environ:
+            settings.load_profile("few")
+
 
 SCRIPTS = Path(__file__).parent / "jobs" / "scripts"
 

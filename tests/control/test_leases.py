@@ -4,12 +4,12 @@ import collections
 import random
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from lightning_gpuorch.control.leases import LeaseQueue
 from lightning_gpuorch.control.messages.leases import Drain, Fenced, Lease, Stop
+from tests.support.examples import examples
 
 CHUNKS, SIZE = 12, 4
 
@@ -114,7 +114,7 @@ class StreamFleet(Fleet):
 
 
 TestFleet = Fleet.TestCase
-TestFleet.settings = settings(max_examples=150, stateful_step_count=40)
+TestFleet.settings = examples(150, stateful_step_count=40)
 TestStreamFleet = StreamFleet.TestCase
 TestStreamFleet.settings = TestFleet.settings
 

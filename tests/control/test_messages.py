@@ -7,7 +7,7 @@ import signal
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gpuorch import errors
@@ -21,6 +21,7 @@ from lightning_gpuorch.control.messages.ranks import DrainJob, Publish
 from lightning_gpuorch.errors import ControlPlaneError, ProtocolError
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.manifest import Manifest
+from tests.support.examples import examples
 
 SENDER = Sender(rank=1, replica=0, generation=2)
 NEXT = NextChunk(sender=SENDER, job=0, loader=0, sequence=7, block=True)
@@ -77,7 +78,7 @@ def _encode(message: object) -> bytes:
 
 
 @given(_messages(REQUEST_TYPES))
-@settings(max_examples=300)
+@examples(300)
 def test_requests_come_back_as_they_were_sent(request):
     assert codec.decode_request(_encode(request)) == request
 
@@ -88,14 +89,14 @@ def _exchanges(kind: type) -> st.SearchStrategy:
 
 
 @given(st.sampled_from(REQUEST_TYPES).flatmap(_exchanges))
-@settings(max_examples=300)
+@examples(300)
 def test_answers_come_back_as_they_were_sent(exchange):
     request, answer = exchange
     assert codec.decode_answer(_encode(answer), request) == answer
 
 
 @given(st.binary(max_size=200) | PLAIN.map(msgspec.msgpack.encode))
-@settings(max_examples=500)
+@examples(500)
 def test_garbage_is_refused_with_an_error_of_our_own(data):
     with pytest.raises(ProtocolError, match="malformed"):
         codec.decode_request(data)
@@ -104,7 +105,7 @@ def test_garbage_is_refused_with_an_error_of_our_own(data):
 
 
 @given(st.data())
-@settings(max_examples=200)
+@examples(200)
 def test_a_damaged_message_is_read_or_refused(data):
     whole = bytearray(_encode(data.draw(_messages(REQUEST_TYPES))))
     place = data.draw(st.integers(0, len(whole) - 1))

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from transformers import BatchEncoding
@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from lightning_gpuorch.errors import CorruptPartError, PredictionStorageError, UnsupportedPredictionError
 from lightning_gpuorch.predictions import check_storable
 from lightning_gpuorch.predictions.storage.part_file import Envelope, encode_envelope
+from tests.support.examples import examples
 
 
 def to_bytes(*predictions: Any, **fields: Any) -> bytearray:
@@ -391,7 +392,7 @@ trees = st.recursive(
 
 
 @given(st.lists(trees, max_size=4))
-@settings(max_examples=100)
+@examples(100)
 def test_any_tree_comes_back_bit_for_bit(predictions: list[Any]) -> None:
     envelope = Envelope(to_bytes(*predictions), "test")
     assert envelope.num_predictions == len(predictions)
@@ -423,7 +424,7 @@ def test_every_truncation_and_every_tail_is_noticed() -> None:
 
 
 @given(st.data())
-@settings(max_examples=100)
+@examples(100)
 def test_any_overwritten_stretch_is_noticed(data: st.DataObject) -> None:
     raw = to_bytes(*SAMPLE)
     start = data.draw(st.integers(0, len(raw) - 1))

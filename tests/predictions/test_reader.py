@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gpuorch.errors import ConfigurationError, CorruptPartError, MissingPredictionsError
@@ -32,6 +32,7 @@ from lightning_gpuorch.predictions import (
 from lightning_gpuorch.predictions.samples import CannotMergeError, CannotSplitError
 from lightning_gpuorch.predictions.storage.journal import loader_directory
 from lightning_gpuorch.predictions.storage.manifest import open_or_create, record_quarantine, set_num_units
+from tests.support.examples import examples
 
 
 def output_of(indices: Iterable[int]) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def test_each_part_is_read_once_in_order(ten: Predictions, monkeypatch: pytest.M
 
 
 @given(st.data())
-@settings(max_examples=60)
+@examples(60)
 def test_any_cut_gives_the_loaders_batches(data: st.DataObject) -> None:
     """Several runs with different batch sizes, halved batches, any chunk size: the last batch size is what is read."""
     num_units = data.draw(st.integers(0, 60), "samples")
@@ -183,7 +184,7 @@ def test_any_cut_gives_the_loaders_batches(data: st.DataObject) -> None:
 
 
 @given(st.data())
-@settings(max_examples=60)
+@examples(60)
 def test_scattered_shares_come_together_in_dataset_order(data: st.DataObject) -> None:
     """Strided shares of several ranks, padded as DistributedSampler does, in any batch size and any order."""
     num_samples = data.draw(st.integers(0, 40), "samples")
@@ -298,7 +299,7 @@ def test_gaps_of_several_dataloaders_are_named_together(tmp_path: Path) -> None:
 
 
 @given(st.data())
-@settings(max_examples=60)
+@examples(60)
 def test_every_gap_is_found_from_the_parts_alone(data: st.DataObject) -> None:
     """Whole chunks, whole batches or single samples may be missing; nobody needs to have noted it."""
     layout = by_sample(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gpuorch.predictions.samples import (
@@ -24,6 +24,7 @@ from lightning_gpuorch.predictions.samples import (
     merge_samples,
     slice_samples,
 )
+from tests.support.examples import examples
 
 Pair = collections.namedtuple("Pair", "scores names")
 
@@ -101,7 +102,7 @@ def trees(size: int) -> st.SearchStrategy[Any]:
 
 
 @given(st.data(), st.integers(5, 12))
-@settings(max_examples=150)
+@examples(150)
 def test_pieces_of_a_tree_merge_into_the_tree(data: st.DataObject, size: int) -> None:
     tree = {"rows": torch.arange(size), "tree": data.draw(trees(size))}
     layout = OutputLayout()
@@ -114,7 +115,7 @@ def test_pieces_of_a_tree_merge_into_the_tree(data: st.DataObject, size: int) ->
 
 
 @given(st.data(), st.integers(5, 12))
-@settings(max_examples=100)
+@examples(100)
 def test_a_tree_walked_by_sample_gives_each_sample(data: st.DataObject, size: int) -> None:
     tree = {"rows": torch.arange(size), "tree": data.draw(trees(size))}
     samples = list(iter_samples(tree, size))
@@ -125,7 +126,7 @@ def test_a_tree_walked_by_sample_gives_each_sample(data: st.DataObject, size: in
 
 
 @given(st.data(), st.integers(5, 12))
-@settings(max_examples=60)
+@examples(60)
 def test_merging_without_a_layout_is_right_or_refused(data: st.DataObject, size: int) -> None:
     tree = {"rows": torch.arange(size), "tree": data.draw(trees(size))}
     cuts = sorted(data.draw(st.sets(st.integers(1, size - 1), min_size=1, max_size=4)) | {0, size})

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pytest
 import scipy.sparse
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
@@ -39,6 +39,7 @@ from lightning_gpuorch.predictions.storage.part_file import Envelope, encode_env
 from lightning_gpuorch.predictions.storage.values.base import class_name, loaded_class
 from lightning_gpuorch.predictions.storage.values.containers import _fresh_namedtuple
 from lightning_gpuorch.worker import session
+from tests.support.examples import examples
 
 # Said by torch when such tensors are made, which is what the tests are about.
 pytestmark = [
@@ -402,7 +403,7 @@ tags = st.sampled_from(sorted({node[0] for node in HOSTILE if node and isinstanc
 
 
 @given(tags, st.lists(json_values | st.tuples(tags, json_values).map(list), max_size=5))
-@settings(max_examples=300)
+@examples(300)
 def test_any_node_gives_a_value_or_the_projects_error(tag: str, arguments: list[Any]) -> None:
     envelope = Envelope(forged([[tag, *arguments]], one_column(b"\xff\xfe\xfd")), "test")
     with contextlib.suppress(GPUOrchError):
@@ -444,7 +445,7 @@ trees = st.recursive(
 
 
 @given(trees)
-@settings(max_examples=150)
+@examples(150)
 def test_any_tree_of_such_values_comes_back(tree: Any) -> None:
     assert same(round_trip(tree), tree)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -26,6 +26,7 @@ from lightning_gpuorch.predictions.samples import CannotMergeError
 from lightning_gpuorch.predictions.storage.fragments import FragmentReader, FragmentWriter
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout, StoredBatch
 from lightning_gpuorch.worker.batching.dynamic import DynamicBatcher
+from tests.support.examples import examples
 
 
 class Queue:
@@ -167,7 +168,7 @@ def outputs(batch: list[list[int]]) -> dict[str, Any]:
     st.integers(1, 200),
     st.booleans(),
 )
-@settings(max_examples=80)
+@examples(80)
 def test_what_is_stored_is_what_the_loaders_batches_give(
     lengths: list[int], batch_size: int, chunk_batches: int, tokens: int, overlaps: bool
 ) -> None:
@@ -204,7 +205,7 @@ def check_stored(job: Job, batch_size: int, stored: list[StoredBatch]) -> None:
     st.booleans(),
     st.booleans(),
 )
-@settings(max_examples=150)
+@examples(150)
 def test_what_was_computed_before_a_stop_is_taken_over(
     lengths: list[int], batch_size: int, chunk_batches: int, tokens: int, stops: list[int], again: bool, stream: bool
 ) -> None:

@@ -1,7 +1,6 @@
 """The states of a replica: the table itself, and random histories that never leave it."""
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -12,6 +11,7 @@ from lightning_gpuorch.supervisor.replica import (
     Replica,
     ReplicaState,
 )
+from tests.support.examples import examples
 
 CHECKING, RUNNING, DRAINING = ReplicaState.CHECKING, ReplicaState.RUNNING, ReplicaState.DRAINING
 RESTARTING, RETIRED, DONE = ReplicaState.RESTARTING, ReplicaState.RETIRED, ReplicaState.DONE
@@ -206,4 +206,4 @@ class Histories(RuleBasedStateMachine):
 
 
 TestHistories = Histories.TestCase
-TestHistories.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestHistories.settings = examples(60, stateful_step_count=25, deadline=None)

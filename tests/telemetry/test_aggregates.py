@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.telemetry.metrics.aggregates import JobThroughput, StepLatency
 from tests.conftest import Runner
+from tests.support.examples import examples
 
 
 def gathered(metrics: list[Any]) -> torch.Tensor:
@@ -35,7 +36,7 @@ def gathered(metrics: list[Any]) -> torch.Tensor:
 
 
 @given(st.lists(st.floats(2e-5, 500), min_size=1, max_size=60), st.floats(0, 1), st.integers(1, 4))
-@settings(max_examples=40)
+@examples(40)
 def test_a_quantile_over_all_ranks_is_within_its_bucket(seconds: list[float], quantile: float, num_ranks: int) -> None:
     ranks = [StepLatency(quantile) for _ in range(num_ranks)]
     for i, value in enumerate(seconds):

@@ -4,12 +4,13 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from lightning_gpuorch.telemetry import FailureTally, RankMetrics
 from lightning_gpuorch.telemetry.metrics.exposition import merge_directory, snapshot_name, write_text
+from tests.support.examples import examples
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -152,7 +153,7 @@ def test_label_values_with_every_awkward_character_survive_the_merge(files: File
         st.tuples(st.integers(0, 3), st.integers(0, 3)), st.tuples(st.integers(0, 5), st.booleans()), max_size=6
     )
 )
-@settings(max_examples=25)
+@examples(25)
 def test_totals_are_the_sum_over_all_starts_whatever_died(
     tmp_path_factory: pytest.TempPathFactory, starts: dict[tuple[int, int], tuple[int, bool]]
 ) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gpuorch.telemetry import EventLog, StepRecorder, check_event, read_events, summarize, write_report
 from lightning_gpuorch.telemetry.report.charts import duration, nice_ticks, thin
 from lightning_gpuorch.telemetry.report.report import render
 from lightning_gpuorch.telemetry.report.run_summary import total_samples
+from tests.support.examples import examples
 from tests.telemetry.steps import step_record
 from tests.telemetry.synthetic_run import write_run
 
@@ -201,7 +202,7 @@ def all_events(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], list[di
 
 
 @given(seed=st.integers(0, 2**32), keep=st.floats(0.01, 1))
-@settings(max_examples=40)
+@examples(40)
 def test_any_part_of_a_run_makes_a_whole_page(
     all_events: Callable[[], list[dict[str, Any]]], seed: int, keep: float
 ) -> None:
@@ -247,7 +248,7 @@ def test_ticks_are_few_and_inside(span: float, most: int, of_time: bool) -> None
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=3000))
-@settings(max_examples=25)
+@examples(25)
 def test_thinning_keeps_the_peaks(values: list[float]) -> None:
     points = [(float(i), value) for i, value in enumerate(values)]
     kept = thin(points)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from lightning_gpuorch.devices.memory import BufferPool, ResourceAllocator, total_memory_bytes
 from lightning_gpuorch.errors import ConfigurationError, MemoryBudgetError
+from tests.support.examples import examples
 
 KEYS = {
     "allocated_mb",
@@ -202,4 +202,4 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 
 TestAllocatorMachine = AllocatorMachine.TestCase
-TestAllocatorMachine.settings = settings(max_examples=40, stateful_step_count=30)
+TestAllocatorMachine.settings = examples(40, stateful_step_count=30)

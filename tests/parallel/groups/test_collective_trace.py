@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gpuorch.parallel.groups import collective_trace
 from lightning_gpuorch.parallel.groups.collective_trace import StepTraces, _extrapolate
 from lightning_gpuorch.parallel.groups.recoverable_group import live_groups, register_backends
+from tests.support.examples import examples
 
 WIDTH = 6
 
@@ -159,13 +160,13 @@ laws = st.one_of(
 lengths = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
 
 
-@settings(max_examples=500)
+@examples(500)
 @given(laws, st.lists(lengths, min_size=1, max_size=8, unique=True), lengths)
 def test_a_size_that_follows_a_law_is_foretold_right_or_not_at_all(law, seen, new):
     assert _extrapolate(seen, [law(x) for x in seen], new) in (None, law(new))
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(laws)
 def test_a_size_that_follows_a_law_is_foretold_from_a_few_different_inputs(law):
     seen = [(3, 5, 7), (4, 11, 2), (9, 5, 13), (1, 2, 31), (6, 23, 8)]

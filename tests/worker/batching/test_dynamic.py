@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.worker.batching.dynamic import DynamicBatcher, padded_shape
 from lightning_gpuorch.worker.batching.memory_model import BatchSizer
+from tests.support.examples import examples
 
 
 def cut(batcher: DynamicBatcher, lengths: Any) -> list[list[int]]:
@@ -27,7 +28,7 @@ def cut(batcher: DynamicBatcher, lengths: Any) -> list[list[int]]:
 
 
 @given(st.lists(st.integers(0, 500), max_size=150), st.integers(1, 3000), st.integers(0, 500), st.integers(1, 40))
-@settings(max_examples=150)
+@examples(150)
 def test_every_sample_once_and_within_the_limits(
     lengths: list[int], max_tokens: int, overhead: int, max_count: int
 ) -> None:

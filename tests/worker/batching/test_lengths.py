@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.worker.batching.lengths import length_of, length_sorted_order
+from tests.support.examples import examples
 
 
 @given(st.lists(st.integers(0, 700), max_size=200), st.one_of(st.none(), st.integers(1, 300)))
-@settings(max_examples=200)
+@examples(200)
 def test_every_position_once_and_longest_first_within_windows(lengths: list[int], window: int | None) -> None:
     order = length_sorted_order(lengths, window).tolist()
     size = window or max(1, len(lengths))

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gpuorch.worker.batching.memory_model import BatchSizer, MemoryModel
+from tests.support.examples import examples
 
 Law = Callable[[int, int], float]
 
@@ -103,7 +104,7 @@ def test_the_model_finds_the_law() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 64), st.integers(1, 512), st.floats(1, 1e12)), min_size=1, max_size=30))
-@settings(max_examples=100)
+@examples(100)
 def test_predictions_never_fall_with_size_and_the_margin_covers_what_was_seen(
     points: list[tuple[int, int, float]],
 ) -> None:

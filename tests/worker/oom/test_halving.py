@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gpuorch.errors import MemoryBudgetError
@@ -21,6 +21,7 @@ from lightning_gpuorch.testing.memory import CPUMemoryBudget
 from lightning_gpuorch.worker.oom.detection import is_out_of_memory, release
 from lightning_gpuorch.worker.oom.halving import BatchHalver, OOMEvent, SingleSampleOOMError
 from lightning_gpuorch.worker.oom.limits import SizeLimits, shape_bucket
+from tests.support.examples import examples
 from tests.support.kinds import COLLATE, OUTPUT, LimitedStep, equal
 
 
@@ -76,7 +77,7 @@ def test_every_kind_of_batch_and_output_equals_the_undisturbed_run(kind: str, ou
     st.integers(1, 16),
     st.lists(st.integers(1, 16), min_size=1, max_size=12),
 )
-@settings(max_examples=120)
+@examples(120)
 def test_any_sizes_and_a_limit_that_changes(kind: str, output: str, count: int, size: int, limits: list[int]) -> None:
     class Changing(LimitedStep):
         def __call__(self, batch: Any) -> Any:
@@ -398,7 +399,7 @@ class TestRememberedSizes:
         assert limits.limit(11) == 32
 
     @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 64)), min_size=1, max_size=60), st.integers(1, 64))
-    @settings(max_examples=60)
+    @examples(60)
     def test_a_stable_limit_is_hit_ever_more_rarely(self, batches: list[tuple[int, int]], fits: int) -> None:
         limits, failures = SizeLimits(), 0
         for bucket, size in batches * 5:
