@@ -93,7 +93,7 @@ class ErrorRecord:
             location=summary.location,
             traceback="".join(_without_our_frames(traceback.TracebackException(type(error), error, tb)).format()),
             exit_code=_own_exit_code(error),
-            is_environment=any(map(_is_environment, _chain(error))),
+            is_environment=is_environment(error),
             caused_by=getattr(error, "caused_by", None),
             pid=pid,
             **context,
@@ -172,6 +172,11 @@ def _own_exit_code(error: BaseException) -> int | None:
     if isinstance(error, GPUOrchError) and error.exit_code != EXIT_FAILURE:
         return error.exit_code
     return None
+
+
+def is_environment(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from, tells of the device, the network or the machine."""
+    return any(map(_is_environment, _chain(error)))
 
 
 def _is_environment(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Puts "gpuorch" and "gpuorch_notebook" into Lightning's registries, without importing Lightning.
+"""Puts "gpuorch" and its variants into Lightning's registries, without importing Lightning.
 
 Lightning is heavy and may never be used by a process that imports this package. So the names are entered as soon as a
 registry's module has been imported, by whoever imports it; and the strategies are made by factories that import late.
@@ -22,7 +22,8 @@ _REGISTRIES = {
     "lightning_fabric.strategies": ("STRATEGY_REGISTRY", "lightning_gpuorch.lightning_fabric"),
     "pytorch_lightning.strategies": ("StrategyRegistry", "lightning_gpuorch.pytorch_lightning"),
 }
-_NAMES = {"gpuorch": {}, "gpuorch_notebook": {"start_method": "fork"}}
+_NAMES: dict[str, dict[str, Any]] = {"gpuorch": {}, "gpuorch_notebook": {"start_method": "fork"}}
+_TRAINER_NAMES: dict[str, dict[str, Any]] = {**_NAMES, "gpuorch_replay_outputs": {"replay_outputs": True}}
 
 
 def register() -> None:
@@ -49,7 +50,8 @@ def _factory(home: str) -> Callable[..., Any]:
 def _enter(module: ModuleType) -> None:
     attribute, home = _REGISTRIES[module.__name__]
     registry = getattr(module, attribute)
-    for name, options in _NAMES.items():
+    names = _NAMES if attribute == "STRATEGY_REGISTRY" else _TRAINER_NAMES
+    for name, options in names.items():
         if name not in registry:
             factory = _factory(home)
             registry.register(name, factory, description="Orchestrated multi-GPU inference.", **options)

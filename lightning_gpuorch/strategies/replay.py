@@ -61,8 +61,9 @@ class BatchCallbacks:
             if _num_kept(callback) - before >= num_seen:
                 log.warning(
                     "%s collects in on_predict_batch_end and has seen %d of %d batches: each rank's callbacks see the "
-                    "batches that the rank computes. trainer.predict returns all; GPUOrchStrategy(replay_outputs=True) gives "
-                    "callbacks all of them, in dataset order, when the job is complete.",
+                    'batches that the rank computes. trainer.predict returns all; strategy="gpuorch_replay_outputs", or '
+                    "GPUOrchStrategy(replay_outputs=True), gives callbacks all of them, in dataset order, when the job is "
+                    "complete.",
                     type(callback).__name__,
                     num_seen,
                     num_batches,

@@ -51,6 +51,7 @@ from lightning_gpuorch.worker.dynamic_steps import DynamicSteps
 from lightning_gpuorch.worker.leased_work import FOREVER_SECONDS, DrainOnSignal, ReplicaQueue, ReplicaSink, await_group
 from lightning_gpuorch.worker.oom.detection import freeze_objects
 from lightning_gpuorch.worker.step_context import StepContext, StepWrapper
+from lightning_gpuorch.worker.step_isolation import StepIsolation
 from lightning_gpuorch.worker.surviving_steps import SurvivingSteps
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,11 @@ class PredictionJob:
         sources = [describe(loader, limit) for loader, limit in zip(loaders, limits, strict=True)]
         halves = runtime.config.enable_oom_halving and SurvivingSteps.possible(runtime)
         self._surviving_steps = SurvivingSteps(runtime) if halves else None
+        self.raises_errors = runtime.config.on_error == "raise"
+        """Whether an error of a sample ends the job."""
+        alone = world.topology.tensor_parallel_size == 1
+        self._isolations = [self._isolation(index, source) for index, source in enumerate(sources) if alone]
+        """What gives up samples that raise in the step, by dataloader; none in a group, whose ranks restart."""
         dynamic = self._dynamic = DynamicSteps(runtime) if runtime.config.enable_dynamic_batching else None
         batchers = [None if dynamic is None else dynamic.batcher(source) for source in sources]
         chunk, replicas = runtime.config.chunk_size, world.topology.num_replicas
@@ -129,8 +135,6 @@ class PredictionJob:
         """What is given up of chunks that are not durable, and why."""
         self._num_errored = 0
         """Samples given up in chunks that are durable, by all ranks."""
-        self.raises_errors = runtime.config.on_error == "raise"
-        """Whether an error of a sample ends the job."""
         self._fragments = [self._fragments_of(index, layout) for index, layout in enumerate(manifest.loaders)]
         self._writer = self._make_writer(manifest.loaders) if world.topology.is_leader else None
         self._collectors = [
@@ -168,6 +172,9 @@ class PredictionJob:
             overlaps=self._runtime.transfers is not None,
             single_rank=topology.tensor_parallel_size == 1,
         )
+
+    def _isolation(self, index: int, source: Source) -> StepIsolation:
+        return StepIsolation(source, lambda batch: self._runtime.transfer(batch, index))
 
     def _announce(self, layouts: Sequence[LoaderLayout]) -> None:
         topology = self._world.topology
@@ -211,16 +218,20 @@ class PredictionJob:
         share = self._chunks_done[loader] / layout.num_chunks
         return max(1, int(layout.num_batches * share))
 
-    def lose(self, positions: Sequence[int], ticket: Ticket, reason: str) -> None:
+    def lose(self, reasons: Mapping[int, str], ticket: Ticket) -> None:
         """Give up samples of the batch that is being computed; its output covers the others.
 
         Args:
-            positions: Positions in the batch.
-            ticket: The batch.
-            reason: Why, for the report and the error at the end.
+            reasons: Why, for the report and the error at the end, by position in the batch.
+            ticket: The batch, or the part of it that is being computed.
         """
-        self._lost.update(positions)
-        self.give_up(ticket.loader, dict.fromkeys(map(ticket.span.unit, positions), reason))
+        self._lost.update(reasons if ticket.rows is None else [ticket.rows[position] for position in reasons])
+        by_unit: dict[int, list[str]] = {}
+        indices = ticket.indices if self._layouts[ticket.loader].unit == "batch" else None
+        for position, reason in reasons.items():
+            named = reason if indices is None else f"sample {indices[position]}: {reason}"
+            by_unit.setdefault(ticket.span.unit(position), []).append(named)
+        self.give_up(ticket.loader, {unit: "; ".join(named) for unit, named in by_unit.items()})
 
     def give_up(self, loader: int, reasons: Mapping[int, str]) -> None:
         """Note units that will have no prediction; the head is told with their chunk.
@@ -259,12 +270,6 @@ class PredictionJob:
         in_flight = self.batches_in_flight.next_delivered()
         ticket = in_flight.ticket
         call = functools.partial(self._compute, call)
-        step: Callable[[Any], Any] = functools.partial(self._runtime.compute_together, call)
-        if self._dynamic is not None:
-            step = self._dynamic.step(call, ticket)
-        surviving = self._runtime.surviving_steps or self._surviving_steps
-        for wrapper in (*reversed(self._runtime.step_wrappers), *([] if surviving is None else [surviving])):
-            step = functools.partial(_wrapped, wrapper, step, ticket)
         self._lost.clear()
         if self._writer is not None:
             self._chunks_began.setdefault((ticket.loader, ticket.chunk), time.monotonic())
@@ -272,14 +277,15 @@ class PredictionJob:
         telemetry.begin_step(self.steps, ticket.chunk)
         began_ns = time.perf_counter_ns()
         try:
-            output = step(batch)
+            output = self._isolated_step(call, batch, ticket)
         except StopIteration as error:
             # Lightning's loop would take it for the end of the data and silently drop the rest.
             raise RuntimeError(f"the predict step raised StopIteration on batch {ticket.number}") from error
         except Exception as error:
             telemetry.fail_step(self._record_of(in_flight, began_ns), error)
             units = range(ticket.span.first_unit, ticket.span.first_unit + ticket.span.num_units)
-            note_failure(error, PREDICT_STEP, loader=ticket.loader, units=units, is_final=self.raises_errors)
+            if not isinstance(error, TooManyErroredSamplesError):  # which has noted more than is known here
+                note_failure(error, PREDICT_STEP, loader=ticket.loader, units=units, is_final=self.raises_errors)
             if self._world.recovery is not None:
                 self._world.recovery.abandon(error)
             raise
@@ -327,6 +333,32 @@ class PredictionJob:
             calibration.observe_step(record)
             if calibration.is_enough:
                 self._end_calibration()
+
+    def _isolated_step(self, call: Callable[[Any], Any], batch: Any, ticket: Ticket) -> Any:
+        """Compute a batch, without the samples that make the step raise."""
+        if self.raises_errors or not self._isolations:
+            return self._step(call, batch, ticket)
+
+        def step(part: Any, its_ticket: Ticket) -> Any:
+            if part is not batch:
+                self._begin_blame(ticket)  # a step is judged by how long it takes, and this is one more
+            return self._step(call, part, its_ticket)
+
+        plain_step = functools.partial(self._runtime.compute_together, call)
+        output, reasons = self._isolations[ticket.loader].compute(step, plain_step, batch, ticket, self._lost)
+        if reasons:
+            self.lose(reasons, ticket)
+        return output
+
+    def _step(self, call: Callable[[Any], Any], batch: Any, ticket: Ticket) -> Any:
+        """Compute a batch, or a part of one, in all that surrounds the user's step."""
+        step: Callable[[Any], Any] = functools.partial(self._runtime.compute_together, call)
+        if self._dynamic is not None:
+            step = self._dynamic.step(call, ticket)
+        surviving = self._runtime.surviving_steps or self._surviving_steps
+        for wrapper in (*reversed(self._runtime.step_wrappers), *([] if surviving is None else [surviving])):
+            step = functools.partial(_wrapped, wrapper, step, ticket)
+        return step(batch)
 
     def _compute(self, call: Callable[[Any], Any], batch: Any) -> Any:
         self._group_asked = True  # its ranks have compared their input, or there is only this one

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -35,8 +35,8 @@ class StepNote(NamedTuple):
 class LosesSamples(Protocol):
     """The predict call that is under way, as far as steps need it."""
 
-    def lose(self, positions: Sequence[int], ticket: Ticket, reason: str) -> None:
-        """Give samples of a batch up."""
+    def lose(self, reasons: Mapping[int, str], ticket: Ticket) -> None:
+        """Give samples of a batch up, by position."""
         ...
 
 

@@ -43,7 +43,7 @@ class SurvivingSteps:
         halved = halver.run_surviving(call, batch, size=ticket.size, recollate=recollate)
         if halved.lost:
             assert context.job is not None
-            context.job.lose(halved.lost, ticket, "out of memory with this sample alone")
+            context.job.lose(dict.fromkeys(halved.lost, "out of memory with this sample alone"), ticket)
         return halved.output
 
     def _halver(self, ticket: Ticket) -> BatchHalver:

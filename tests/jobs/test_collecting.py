@@ -12,7 +12,7 @@ def test_a_collecting_callback_sees_its_ranks_part_and_is_named_once(runner):
     assert finished.result["bar"] == [6, 6]
     if all(seen for _, seen in ranks):  # else one rank has had everything
         assert finished.output.count("Collector collects in on_predict_batch_end") == 1
-        assert "replay_outputs=True" in finished.output
+        assert 'strategy="gpuorch_replay_outputs"' in finished.output
 
 
 @pytest.mark.parametrize(("loaders", "dynamic"), [(1, ()), (2, ()), (1, ("--dynamic",))])

@@ -44,12 +44,15 @@ def test_more_than_max_errored_samples_end_the_job(runner):
     assert "max_errored_samples=0" in finished.output
 
 
-def test_a_sample_that_raises_in_the_step_is_given_up_after_two_restarts(runner, tmp_path):
-    finished = runner.run(SCRIPT, "--output", "out", "--how", "sample", code=65, launcher=gpuorch_run())
+@pytest.mark.parametrize(("tp", "restarts"), [(1, 0), (2, 2)])
+def test_a_sample_that_raises_in_the_step_is_given_up(runner, tmp_path, tp, restarts):
+    finished = runner.run(SCRIPT, "--output", "out", "--how", "sample", "--tp", tp, code=65, launcher=gpuorch_run())
     assert "no prediction for 1 samples: 57 (ValueError: prompt is too long (failing.py:" in finished.output
-    assert finished.output.count("restarting replica") == 2
-    assert finished.output.count("Traceback") == 1, "an equal traceback is counted, not shown again"
-    assert read_predictions(tmp_path / "out", allow_missing=True).missing == [57]
+    assert finished.output.count("restarting replica") == restarts
+    assert finished.output.count("Traceback") == min(restarts, 1), "an equal traceback is counted, not shown again"
+    found = read_predictions(tmp_path / "out", allow_missing=True)
+    assert found.missing == [57]
+    assert [float(v) for batch in found for v in batch[:, 0]] == [2.0 * i for i in range(80) if i != 57]
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,25 @@ def test_predict_under_both_packages(tmp_path: Path, name: str, by_name: bool) -
 
 
 @pytest.mark.parametrize("name", PACKAGES)
+def test_outputs_are_replayed_to_callbacks_by_a_name_alone(tmp_path: Path, name: str) -> None:
+    pl = package(name)
+    seen: list[Any] = []
+
+    class Collect(pl.Callback):
+        def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            seen.append(outputs)
+
+    class Counting(pl.LightningModule):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            assert not seen, "callbacks wait until the job is complete"
+            return batch * 2
+
+    trainer = pl.Trainer(strategy="gpuorch_replay_outputs", callbacks=[Collect()], default_root_dir=tmp_path, **QUIET)
+    trainer.predict(Counting(), DataLoader(DATA, batch_size=3))
+    assert torch.equal(torch.cat(seen), DATA * 2)
+
+
+@pytest.mark.parametrize("name", PACKAGES)
 def test_our_callbacks_and_a_prediction_writer_under_both_packages(tmp_path: Path, name: str) -> None:
     pl = package(name)
     written = []

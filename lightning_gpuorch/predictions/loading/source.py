@@ -193,7 +193,8 @@ class _IndexedSource:
         """Build a batch of the given samples again, as the loader would and where the loader would."""
         if self.loader.num_workers:
             return read_in_worker(self.loader, **fed_by(self.loader, [indices]))[0]
-        return self._collate_here(indices, self.loader.collate_fn)
+        with world_of_one():
+            return self._collate_here(indices, self.loader.collate_fn)
 
     def _collate_here(self, indices: list[Any], collate: Callable[[Any], Any]) -> Any:
         dataset: Any = self.loader.dataset

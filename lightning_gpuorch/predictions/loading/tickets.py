@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -76,6 +77,7 @@ class Ticket:
         positions: Their positions in the window, ascending.
         shape: Samples in the batch and what each is padded to, where the batch shows it.
         sized: What memory allows decides its size, and that it did not fit decides the size of the next ones.
+        rows: Where its samples are in the batch of which it is a part; None if it is a whole batch.
     """
 
     loader: int
@@ -87,6 +89,18 @@ class Ticket:
     positions: Sequence[int] = ()
     shape: tuple[int, int] | None = None
     sized: bool = False
+    rows: Sequence[int] | None = None
+
+    def part(self, rows: Sequence[int]) -> Ticket:
+        """The ticket of some samples of this batch.
+
+        Args:
+            rows: Their positions in this batch, which is a whole one.
+        """
+        indices = None if self.span.indices is None else [self.span.indices[row] for row in rows]
+        span = dataclasses.replace(self.span, indices=indices, units=[self.span.unit(row) for row in rows])
+        positions = [self.positions[row] for row in rows] if self.window is not None else ()
+        return dataclasses.replace(self, span=span, positions=positions, shape=None, rows=rows)
 
     @property
     def size(self) -> int | None:

@@ -52,24 +52,24 @@ def slice_samples(tree: Any, start: int, stop: int, size: int | None, layout: Ou
     return _Cutter(size, layout).of(tree)(slice(start, stop))
 
 
-def take_samples(tree: Any, rows: list[int], size: int, layout: OutputLayout) -> Any:
-    """Some samples of an output, in any order.
+def take_samples(tree: Any, rows: list[int], size: int, layout: OutputLayout | None) -> Any:
+    """Some samples of a batch or output, in any order.
 
     Args:
-        tree: The output of ``size`` samples.
+        tree: The batch or output of ``size`` samples.
         rows: Which samples.
         size: Samples in ``tree``.
-        layout: What is known of the step's outputs.
+        layout: What is known of the step's outputs; None for a batch.
 
     Returns:
-        A tree of the same structure with new tensors and arrays; where nothing in it has a sample dimension (``None``,
-        a constant), the tree itself.
+        A tree of the same structure with new tensors and arrays; where nothing in an output has a sample dimension
+        (``None``, a constant), the tree itself.
 
     Raises:
-        CannotSplitError: A container cannot be rebuilt.
+        CannotSplitError: A container cannot be rebuilt, or nothing in a batch has one entry per sample.
         AmbiguousStructureError: A list can be read as samples or as columns.
     """
-    return _Cutter(size, layout).of(tree, require=False)(rows)
+    return _Cutter(size, layout).of(tree, require=layout is None)(rows)
 
 
 def iter_samples(tree: Any, size: int | None, layout: OutputLayout | None = None) -> Iterator[Any]:

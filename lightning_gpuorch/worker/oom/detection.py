@@ -64,10 +64,24 @@ def release(error: BaseException) -> None:
     Args:
         error: The caught error; it keeps its type and message, and loses its traceback and causes.
     """
-    for one in list(_chain(error)):
+    for one in release_frames(error):
+        one.__traceback__ = one.__cause__ = one.__context__ = None
+
+
+def release_frames(error: BaseException) -> list[BaseException]:
+    """Release the local variables of the frames that an error and its causes have passed; tracebacks still name the lines.
+
+    Args:
+        error: The caught error.
+
+    Returns:
+        The error and its causes.
+    """
+    chain = list(_chain(error))
+    for one in chain:
         if one.__traceback__ is not None:
             traceback.clear_frames(one.__traceback__)
-        one.__traceback__ = one.__cause__ = one.__context__ = None
+    return chain
 
 
 def free_memory(*, thorough: bool = True) -> None:

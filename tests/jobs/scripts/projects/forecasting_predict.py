@@ -7,7 +7,7 @@ import torch
 from arguments import options
 from pytorch_forecasting import NBeats, TimeSeriesDataSet
 
-from lightning_gpuorch.pytorch import GPUOrchStrategy
+import lightning_gpuorch  # noqa: F401 - registers strategy="gpuorch_replay_outputs"
 
 pl.seed_everything(1)
 frame = pd.DataFrame(
@@ -22,9 +22,7 @@ dataset = TimeSeriesDataSet(
     time_varying_unknown_reals=["value"],
 )  # fmt: skip
 model = NBeats.from_dataset(dataset, widths=[8, 8])
-where = (
-    {"devices": 1} if options.strategy == "stock" else {"devices": 2, "strategy": GPUOrchStrategy(replay_outputs=True)}
-)
+where = {"devices": 1} if options.strategy == "stock" else {"devices": 2, "strategy": "gpuorch_replay_outputs"}
 found = model.predict(
     dataset, batch_size=16, num_workers=options.workers, return_index=True, return_y=True,
     trainer_kwargs={"accelerator": "cpu", "logger": False, "enable_checkpointing": False, **where},
