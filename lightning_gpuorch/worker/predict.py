@@ -6,7 +6,6 @@ durable in the background.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import logging
@@ -24,11 +23,10 @@ from lightning_gpuorch.control.bootstrap import leave_resumable
 from lightning_gpuorch.control.error_record import PREDICT_STEP, note_failure
 from lightning_gpuorch.control.heartbeat import Phase, current_heartbeat, phase
 from lightning_gpuorch.control.messages.base import AnswerT, Request, Sender
-from lightning_gpuorch.control.messages.leases import ChunkDone, CloseJob, GetProgress, OpenJob, SamplesKept
+from lightning_gpuorch.control.messages.leases import CloseJob, GetProgress, OpenJob
 from lightning_gpuorch.control.messages.ranks import DrainJob
 from lightning_gpuorch.devices.memory.transfer import HostCopy
 from lightning_gpuorch.errors import TooManyErroredSamplesError
-from lightning_gpuorch.predictions.loading.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.loading.describe import Source, default_chunk_batches, describe
 from lightning_gpuorch.predictions.loading.loader import LeasedLoader
 from lightning_gpuorch.predictions.loading.tickets import Ticket
@@ -37,16 +35,14 @@ from lightning_gpuorch.predictions.loading.work import NoWork
 from lightning_gpuorch.predictions.reading.reader import results
 from lightning_gpuorch.predictions.samples import NOT_KEPT
 from lightning_gpuorch.predictions.samples.tensors import to_host
-from lightning_gpuorch.predictions.storage.fragments import FragmentReader, FragmentWriter
 from lightning_gpuorch.predictions.storage.journal import loader_directory
-from lightning_gpuorch.predictions.storage.layout import LoaderLayout, StoredBatch
+from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.manifest import Manifest
-from lightning_gpuorch.predictions.storage.parts import PartStore
-from lightning_gpuorch.predictions.storage.writer import PartWriter, size_bytes
-from lightning_gpuorch.telemetry.current import emit
+from lightning_gpuorch.predictions.storage.writer import size_bytes
 from lightning_gpuorch.telemetry.steps import StepRecord
 from lightning_gpuorch.worker.batches_in_flight import BatchesInFlight, BatchInFlight
 from lightning_gpuorch.worker.batching.dynamic import DynamicBatcher
+from lightning_gpuorch.worker.commit_pipeline import CommitPipeline
 from lightning_gpuorch.worker.dynamic_steps import DynamicSteps
 from lightning_gpuorch.worker.leased_work import FOREVER_SECONDS, DrainOnSignal, ReplicaQueue, ReplicaSink, await_group
 from lightning_gpuorch.worker.oom.detection import freeze_objects
@@ -120,8 +116,9 @@ class PredictionJob:
             source.thaw(loader_directory(self.directory, index), layout)
         self._keeps_outputs = manifest.keep_outputs
         keeps = self._host_copy if world.topology.is_leader else None
-        self.batches_in_flight = BatchesInFlight(keeps, self._keep)
-        self._chunks_began: dict[tuple[int, int], float] = {}
+        self._queues = [ReplicaQueue(self, index) for index in range(len(sources))]
+        self._pipeline = CommitPipeline(self, runtime, self.directory, manifest.loaders, dynamic, self._digest_of)
+        self.batches_in_flight = BatchesInFlight(keeps, self._pipeline.keep)
         self._looked_at, self._chunks_done = 0.0, [0] * len(sources)
         self._asked_ns = time.perf_counter_ns()
         self._free_ns: int | None = None
@@ -131,17 +128,6 @@ class PredictionJob:
         """Whether all ranks of the group have asked for the batch after those that are done here."""
         self._ended: NoWork | None = None
         self._lost: set[int] = set()
-        self._quarantined: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
-        """What is given up of chunks that are not durable, and why."""
-        self._num_errored = 0
-        """Samples given up in chunks that are durable, by all ranks."""
-        self._fragments = [self._fragments_of(index, layout) for index, layout in enumerate(manifest.loaders)]
-        self._writer = self._make_writer(manifest.loaders) if world.topology.is_leader else None
-        self._collectors = [
-            ChunkCollector(functools.partial(self._commit, index), fragments) if self._writer else NoCollector()
-            for index, fragments in enumerate(self._fragments)
-        ]
-        self._queues = [ReplicaQueue(self, index) for index in range(len(sources))]
         self.loaders = [
             self._make_loader(index, source, layout, batcher)
             for index, (source, layout, batcher) in enumerate(zip(sources, manifest.loaders, batchers, strict=True))
@@ -156,7 +142,7 @@ class PredictionJob:
         self, index: int, source: Source, layout: LoaderLayout, batcher: DynamicBatcher | None
     ) -> LeasedLoader:
         topology = self._world.topology
-        sink = ReplicaSink(self, self._world, index, self._collectors[index])
+        sink = ReplicaSink(self, self._world, index, self._pipeline.collectors[index])
         leased = (
             source, layout, self._queues[index], sink, self.batches_in_flight, index, self._on_ended,
             not self.raises_errors,
@@ -234,28 +220,8 @@ class PredictionJob:
         self.give_up(ticket.loader, {unit: "; ".join(named) for unit, named in by_unit.items()})
 
     def give_up(self, loader: int, reasons: Mapping[int, str]) -> None:
-        """Note units that will have no prediction; the head is told with their chunk.
-
-        Args:
-            loader: Their dataloader.
-            reasons: Why, by unit.
-
-        Raises:
-            TooManyErroredSamplesError: There are more of them than the configuration allows.
-        """
-        chunk_size = self._layouts[loader].chunk_size
-        for unit, reason in reasons.items():
-            self._quarantined.setdefault((loader, unit // chunk_size), []).append((unit, unit + 1, reason))
-            log.warning("%s %d is given up: %s", self._layouts[loader].noun, unit, reason)
-        most = self._runtime.config.max_errored_samples
-        num_errored = self._num_errored + sum(map(len, list(self._quarantined.values())))
-        if most is not None and num_errored > most:
-            error = TooManyErroredSamplesError(
-                f"{num_errored} samples failed, and max_errored_samples={most}; the last one: {list(reasons.values())[-1]}. "
-                f"What is computed is kept in {self.directory}."
-            )
-            note_failure(error, "", is_final=True)
-            raise error
+        """Note units that will have no prediction; see :meth:`CommitPipeline.give_up`."""
+        self._pipeline.give_up(loader, reasons)
 
     def run_step(self, call: Callable[[Any], Any], batch: Any) -> Any:
         """Compute the batch that was given out; its output is kept when callbacks are through with it.
@@ -271,8 +237,7 @@ class PredictionJob:
         ticket = in_flight.ticket
         call = functools.partial(self._compute, call)
         self._lost.clear()
-        if self._writer is not None:
-            self._chunks_began.setdefault((ticket.loader, ticket.chunk), time.monotonic())
+        self._pipeline.begin_step(ticket)
         telemetry = self._runtime.telemetry
         telemetry.begin_step(self.steps, ticket.chunk)
         began_ns = time.perf_counter_ns()
@@ -412,8 +377,8 @@ class PredictionJob:
         transfers = self._runtime.transfers
         return HostCopy(to_host(output)) if transfers is None else transfers.to_host(output)
 
-    def _keep(self, ticket: Ticket, output: Any, lost: frozenset[int]) -> None:
-        self._collectors[ticket.loader].add(ticket, output, lost)
+    def _digest_of(self, loader: int, chunk: int) -> str | None:
+        return self._queues[loader].digests.pop(chunk, None)
 
     def begin_waiting(self) -> None:
         """What passes until the next step is no work."""
@@ -465,9 +430,7 @@ class PredictionJob:
             PredictionStorageError: Something could not be written.
         """
         self.collect()
-        if self._writer is not None:
-            with phase(Phase.COMMIT, then=Phase.RUN):
-                self._writer.flush()
+        self._pipeline.flush()
 
     def close(self) -> None:
         """Stop the writer after it has written what it has; safe to call again."""
@@ -475,12 +438,9 @@ class PredictionJob:
             gc.unfreeze()  # the script may drop this model and go on with another
         if self._drain_signal is not None:
             self._drain_signal.restore()
-        if self._writer is not None:
+        if self._pipeline.is_open:
             self._collect_at_last()
-            writer, self._writer = self._writer, None
-            writer.close()
-            for collector in self._collectors:
-                collector.keep()
+            self._pipeline.close()
 
     def _collect_at_last(self) -> None:
         """Hand on what was done before an error. The device may have failed; then it gives nothing any more."""
@@ -496,61 +456,6 @@ class PredictionJob:
             log.info("nothing to do: all predictions are already in %s", self.directory)
         else:
             log.info("all predictions are in %s after %.1f s", self.directory, seconds)
-
-    def _make_writer(self, layouts: Sequence[LoaderLayout]) -> PartWriter:
-        stores = [PartStore(loader_directory(self.directory, index)) for index in range(len(layouts))]
-        heartbeat = current_heartbeat()
-        return PartWriter(
-            stores,
-            max_pending_bytes=self._runtime.config.max_pending_bytes,
-            on_committed=self._on_committed,
-            around_commit=contextlib.nullcontext if heartbeat is None else heartbeat.committing,
-            on_full=self._make_room,
-        )
-
-    def _fragments_of(self, loader: int, layout: LoaderLayout) -> tuple[FragmentWriter, FragmentReader] | None:
-        """What keeps windows that are not whole yet, on the rank that writes."""
-        if self._dynamic is None or not self._world.topology.is_leader:
-            return None
-        on_kept = functools.partial(self._on_kept, loader)
-        around_write = functools.partial(phase, Phase.COMMIT, then=Phase.RUN)
-        writer = FragmentWriter(self.directory, loader, layout.samples_per_chunk, on_kept, around_write)
-        return writer, FragmentReader(self.directory, loader)
-
-    def _make_room(self) -> None:
-        for fragments in self._fragments:
-            if fragments is not None:
-                fragments[0].give_up()
-
-    def _on_kept(self, loader: int, samples: int) -> None:
-        if self._writer is None:
-            return  # it leaves already
-        assert self._dynamic is not None
-        request = SamplesKept(sender=self.sender, job=self.number, loader=loader, samples=samples)
-        self._dynamic.asked_to_leave |= self.ask(request).leave
-
-    def _commit(self, loader: int, chunk: int, batches: list[StoredBatch]) -> None:
-        assert self._writer is not None
-        metadata: dict[str, Any] = {"replica": self.sender.replica, "generation": self.sender.generation}
-        read = self._queues[loader].digests.pop(chunk, None)
-        if read is not None:
-            metadata["read"] = read
-        with phase(Phase.COMMIT, then=Phase.RUN):  # it waits where the disk is slower than the model
-            self._writer.put(loader, chunk, batches, metadata)
-
-    def _on_committed(self, loader: int, chunk: int, won: bool, samples: int) -> None:
-        began = self._chunks_began.pop((loader, chunk), None)
-        took = {} if began is None else {"seconds": round(time.monotonic() - began, 6)}
-        emit("chunk", job=self.number, loader=loader, chunk=chunk, samples=samples, won=won, **took)
-        fragments = self._fragments[loader]
-        if fragments is not None:
-            fragments[0].on_durable(chunk)
-        quarantined = self._quarantined.pop((loader, chunk), [])
-        request = ChunkDone(
-            sender=self.sender, job=self.number, loader=loader, chunk=chunk, won=won, samples=samples,
-            quarantined=tuple(quarantined),
-        )  # fmt: skip
-        self._num_errored = max(self._num_errored, self.ask(request).num_errored)
 
     def _on_ended(self, answer: NoWork) -> None:
         self._ended = answer
