@@ -21,6 +21,7 @@
     │   └── CollectiveMismatchError          ranks called different collectives
     ├── InputMismatchError                   ranks that must read the same have read different input
     ├── UnreadableRecordsError               the records of a run are not those of a run
+    ├── WorkerStartError                     no worker can be started on this node
     ├── DataPlaneError                       ranks of a TP group could not complete a step together
     │   ├── CollectiveError                  a collective failed
     │   │   └── CollectiveTimeoutError (TimeoutError)
@@ -183,6 +184,10 @@ class ProtocolError(ControlPlaneError):
 
 class CollectiveMismatchError(ControlPlaneError):
     """Ranks called different collectives at the same point."""
+
+
+class WorkerStartError(GPUOrchError):
+    """No worker can be started on this node: the process that forks them dies, or does not come up."""
 
 
 class InputMismatchError(GPUOrchError):
