@@ -191,6 +191,8 @@ class ForkServerSpawner:
             start_new_session=True,
         )
         theirs.close()
+        if self._socket is not None:
+            self._socket.close()
         self._socket, self._buffer, self._answers = ours, b"", []
         self._has_answered, self._heard_at = False, time.monotonic()
 
