@@ -18,6 +18,8 @@
     ├── ControlPlaneError                    the coordinator cannot be reached, or ranks disagree
     │   ├── ControlPlaneTimeoutError (TimeoutError)
     │   ├── ProtocolError                    a message between two processes is malformed
+    │   ├── SeatTakenError                   another supervisor has the node rank of this one
+    │   ├── OtherJobError                    the coordinator was started again since this process joined it
     │   └── CollectiveMismatchError          ranks called different collectives
     ├── InputMismatchError                   ranks that must read the same have read different input
     ├── UnreadableRecordsError               the records of a run are not those of a run
@@ -180,6 +182,18 @@ class ControlPlaneTimeoutError(ControlPlaneError, TimeoutError):
 
 class ProtocolError(ControlPlaneError):
     """A message between two processes is malformed, or of a type that is not known."""
+
+
+class SeatTakenError(ControlPlaneError):
+    """Another supervisor has the node rank that this one asks for, or has had."""
+
+    exit_code = EXIT_CONFIGURATION
+
+
+class OtherJobError(ControlPlaneError):
+    """The other side of a connection belongs to another job: the coordinator was started again since."""
+
+    exit_code = EXIT_RESUMABLE
 
 
 class CollectiveMismatchError(ControlPlaneError):

@@ -345,7 +345,7 @@ def _join_supervised(
     # On the coordinator's own node an unreachable coordinator is gone; on another one it may be the network.
     patience = config.timeout_sec if worker.node_rank == 0 else config.node_timeout_sec
     peer = Peer("rank", topology.rank)
-    channel = RemoteChannel(worker.control, peer, worker.token, connect_timeout_seconds=patience)
+    channel = RemoteChannel(worker.control, peer, worker.token, connect_timeout_seconds=patience, job=worker.run_id)
     return World(
         topology=topology,
         channel=channel,
@@ -417,7 +417,7 @@ def _join_external(
             token, secret_at = secret.token, str(secret.directory)
         elif not token:
             require_token(config.allow_insecure, "several hosts")
-        server = ControlServer(coordinator, "127.0.0.1" if external.on_one_host else "0.0.0.0", token=token)
+        server = ControlServer(coordinator, "127.0.0.1" if external.on_one_host else "0.0.0.0", token=token, job=run_id)
         place = CoordinatorPlace(server.port, secret_at, run_id, socket.gethostname(), str(run_directory or ""))
         store.set("coordinator", place.text())
         channel: Channel = LocalChannel(coordinator)
@@ -431,7 +431,7 @@ def _join_external(
         run_directory = shared if shared is not None and shared.is_dir() else None
         host = "127.0.0.1" if external.on_one_host else external.main_address
         peer = Peer("rank", topology.rank)
-        channel = RemoteChannel(f"{host}:{place.port}", peer, token, connect_timeout_seconds=config.timeout_sec)
+        channel = RemoteChannel(f"{host}:{place.port}", peer, token, config.timeout_sec, job=run_id)
         atexit.register(_unregister, channel, topology.rank)
     # 3. One torch.distributed world over all ranks, as that launcher's users expect.
     groups.initialize(topology.rank, topology.world_size, store=dist.PrefixStore("world", store))

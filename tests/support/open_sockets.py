@@ -74,7 +74,7 @@ class RunningJob:
 
     def _describe(self, member: psutil.Process, address: str) -> Socket:
         root = next((p for p in self.processes if p.pid == member.pid), None)
-        role = "a rank" if root is None else "supervisor" if "lightning_gpuorch" in " ".join(root.args) else "launcher"
+        role = "a rank" if root is None else "launcher" if "torchrun" in " ".join(root.args) else "supervisor"
         kind = kind_of(address) if role != "launcher" else "the launcher's store"
         if address.startswith("unix:"):
             return Socket(role, "a unix socket in the run's directory", kind)

@@ -39,7 +39,7 @@ SENDER = Sender(rank=0, replica=0, generation=0)
 REQUESTS: tuple[Request[Any], ...] = (
     NextChunk(sender=SENDER, job=0, loader=0, sequence=0, block=False),
     Lookup(key="store/replica-0/0"),
-    GetJobState(node=0),
+    GetJobState(node=0, supervisor="guess"),
     DrainJob(),
     AbortJob(code=0),
 )
