@@ -18,9 +18,12 @@
     ├── ControlPlaneError                    the coordinator cannot be reached, or ranks disagree
     │   ├── ControlPlaneTimeoutError (TimeoutError)
     │   ├── ProtocolError                    a message between two processes is malformed
+    │   ├── SeatTakenError                   another supervisor has the node rank of this one
+    │   ├── OtherJobError                    the coordinator was started again since this process joined it
     │   └── CollectiveMismatchError          ranks called different collectives
     ├── InputMismatchError                   ranks that must read the same have read different input
     ├── UnreadableRecordsError               the records of a run are not those of a run
+    ├── WorkerStartError                     no worker can be started on this node
     ├── DataPlaneError                       ranks of a TP group could not complete a step together
     │   ├── CollectiveError                  a collective failed
     │   │   └── CollectiveTimeoutError (TimeoutError)
@@ -181,8 +184,24 @@ class ProtocolError(ControlPlaneError):
     """A message between two processes is malformed, or of a type that is not known."""
 
 
+class SeatTakenError(ControlPlaneError):
+    """Another supervisor has the node rank that this one asks for, or has had."""
+
+    exit_code = EXIT_CONFIGURATION
+
+
+class OtherJobError(ControlPlaneError):
+    """The other side of a connection belongs to another job: the coordinator was started again since."""
+
+    exit_code = EXIT_RESUMABLE
+
+
 class CollectiveMismatchError(ControlPlaneError):
     """Ranks called different collectives at the same point."""
+
+
+class WorkerStartError(GPUOrchError):
+    """No worker can be started on this node: the process that forks them dies, or does not come up."""
 
 
 class InputMismatchError(GPUOrchError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from lightning_gpuorch.control.messages.nodes import (
 )
 from lightning_gpuorch.control.messages.ranks import DrainJob
 from lightning_gpuorch.control.transport import Channel
-from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError
+from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, OtherJobError, SeatTakenError
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class CoordinatorClient:
 
     def __init__(self, channel: Channel, node_rank: int, timeout_seconds: float = 30.0):
         self._channel, self._node_rank, self._timeout_seconds = channel, node_rank, timeout_seconds
+        self._supervisor = secrets.token_hex(16)
         self._heard = time.monotonic()
 
     @property
@@ -78,15 +80,18 @@ class CoordinatorClient:
         """Take part, and wait until every node does.
 
         Raises:
-            ControlPlaneError: The coordinator cannot be reached, or not every node came in time.
+            ControlPlaneTimeoutError: Not every node came in time; ask again to be taken for alive.
+            ControlPlaneError: The coordinator cannot be reached, or another supervisor has the place.
             ConfigurationError: The coordinator expects something else of this node, or is of another version.
         """
-        request = JoinNode(node=self._node_rank, ranks=num_ranks, num_nodes=num_nodes, run_id=run_id)
+        request = JoinNode(
+            node=self._node_rank, supervisor=self._supervisor, ranks=num_ranks, num_nodes=num_nodes, run_id=run_id
+        )
         return self._ask(request, timeout_seconds)
 
     def state(self) -> JobState:
         """The state of the job, fresh."""
-        return self._ask(GetJobState(node=self._node_rank))
+        return self._ask(GetJobState(node=self._node_rank, supervisor=self._supervisor))
 
     def deaths_before(self, blamed: dict[LoaderKey, int], positions: dict[LoaderKey, UnitRange]) -> int:
         """How many workers have died in these samples, the most of any sample."""
@@ -136,7 +141,8 @@ class CoordinatorClient:
 
     def leave(self, codes: dict[int, int], timeout_seconds: float) -> int:
         """Report how this node's ranks ended; returns the job's exit code, once it is known."""
-        return self._ask(LeaveNode(node=self._node_rank, codes=codes), timeout_seconds).exit_code
+        request = LeaveNode(node=self._node_rank, supervisor=self._supervisor, codes=codes)
+        return self._ask(request, timeout_seconds).exit_code
 
     def _ask(self, request: Request[AnswerT], timeout_seconds: float | None = None) -> AnswerT:
         answer = self._channel.call(request, timeout_seconds=timeout_seconds or self._timeout_seconds)
@@ -159,6 +165,7 @@ class StateWatch:
     client: CoordinatorClient
     interval_seconds: float = 0.0
     _state: JobState | None = None
+    _end: ControlPlaneError | None = None
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -173,8 +180,11 @@ class StateWatch:
         """The state of the job: the last one known, or one asked for now.
 
         Raises:
-            ControlPlaneError: It is to be fresh, and the coordinator cannot be reached.
+            ControlPlaneError: It is to be fresh, and the coordinator cannot be reached; or this node has no place in the job
+                any more.
         """
+        if self._end is not None:
+            raise self._end
         if fresh or not self.interval_seconds or self._state is None:
             self._state = self.client.state()
         return self._state
@@ -189,5 +199,8 @@ class StateWatch:
         while not self._stop.wait(self.interval_seconds):
             try:
                 self._state = self.client.state()
+            except (SeatTakenError, OtherJobError) as error:
+                self._end = error
+                return
             except ControlPlaneError as error:
                 log.debug("the coordinator does not answer: %s", error)

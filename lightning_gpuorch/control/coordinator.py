@@ -75,6 +75,7 @@ class Coordinator:
         self.gang = False
         self.departures = Departures()
         self._evaluating: set[int] = set()
+        self._last_ended: dict[int, int] = {}
         self._lock = threading.RLock()
         self.routes: Mapping[type, Callable[[Any], Any]] = {
             RegisterRank: self._register,
@@ -155,6 +156,10 @@ class Coordinator:
         """Results somebody wants to keep, the first of them."""
         return self._job_service.kept_directory
 
+    def next_generation(self, replica: int) -> int:
+        """A generation of a replica that is newer than all that were started."""
+        return max(self._replicas.generations.get(replica, -1), self._last_ended.get(replica, -1)) + 1
+
     def set_world_size(self, world_size: int) -> None:
         """All nodes have joined: so many ranks take part."""
         self._replicas.world_size = world_size
@@ -177,6 +182,7 @@ class Coordinator:
         exception: RaisedException | None = None,
     ) -> int:
         """End a generation for its group and its leases; see :meth:`JobService.end_generation`."""
+        self._last_ended[replica] = max(generation, self._last_ended.get(replica, -1))
         self._votes.end_generation(replica, generation)
         return self._job_service.end_generation((replica, generation), blamed or {}, positions or {}, exception)
 

@@ -22,11 +22,17 @@ from typing import TypeVar
 import msgspec
 
 from lightning_gpuorch._version import __version__
-from lightning_gpuorch.errors import AuthenticationError, ConfigurationError, ProtocolError, ProtocolVersionError
+from lightning_gpuorch.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    OtherJobError,
+    ProtocolError,
+    ProtocolVersionError,
+)
 
 log = logging.getLogger(__name__)
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised with every change of :mod:`lightning_gpuorch.control.messages`."""
 
 MAGIC = b"gpuorch\n"
@@ -62,6 +68,8 @@ class Greeting(Introduction, frozen=True, kw_only=True):
     """Where the connection was made to, as this side sees it: another process in between has a port of its own."""
     nonce: str = msgspec.field(default_factory=lambda: secrets.token_hex(16))
     """A random number that no other connection has."""
+    job: str = ""
+    """The run that this side belongs to; empty of a process that has not joined one."""
 
 
 class Proof(msgspec.Struct, frozen=True):
@@ -154,6 +162,19 @@ def proof(token: str, by: Greeting, to: Greeting) -> Proof:
     """What ``by`` sends to ``to`` to show that it knows the token."""
     said = b"".join(hashlib.sha256(msgspec.json.encode(greeting)).digest() for greeting in (by, to))
     return Proof(hmac.new(token.encode(), said, hashlib.sha256).hexdigest())
+
+
+def check_job(ours: Greeting, other: Greeting, address: str) -> None:
+    """See that both sides belong to one job; to be called when they know each other.
+
+    Raises:
+        OtherJobError: They do not; both jobs are named.
+    """
+    if ours.job and other.job and ours.job != other.job:
+        raise OtherJobError(
+            f"{other.peer} at {address} belongs to {other.job}, and this process to {ours.job}: the coordinator was started "
+            "again in between. Start the other nodes again as well; the job goes on from what is durable."
+        )
 
 
 def check_proof(shown: Proof, token: str, by: Greeting, to: Greeting, address: str) -> None:

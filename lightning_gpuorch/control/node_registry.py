@@ -4,6 +4,9 @@ Every node has a supervisor, which alone decides about its own workers. It asks 
 job, and reports what ended. A node that is not heard of for a lease term loses its leases, in case its work will never
 come; it may come back. After ``node_timeout_seconds`` it is given up, and its ranks are no longer waited for.
 
+A place belongs to the supervisor that has asked for it first, told by a random name. Another one with the same node rank is
+refused while the first is heard of, and has the place once that is silent for a lease term: a node that was started again.
+
 A supervisor on the coordinator's own node uses the same requests, without a socket.
 """
 
@@ -14,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,19 +34,34 @@ from lightning_gpuorch.control.messages.nodes import (
     RestartGang,
 )
 from lightning_gpuorch.control.messages.ranks import ReportDevice
-from lightning_gpuorch.control.pending import answered, pending, resolve
-from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.control.pending import answered, failed, pending, resolve
+from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, ControlPlaneTimeoutError, SeatTakenError
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
+class _Successor:
+    """Another supervisor that asks for a node's place."""
+
+    request: JoinNode
+    answer: Future[NodeJoined]
+
+
+@dataclass
 class _Node:
-    ranks: list[int]
+    """A node's place, and the supervisor that has it."""
+
+    supervisor: str
+    num_ranks: int
     heard: float
+    ranks: list[int] = field(default_factory=list)
+    joining: Future[NodeJoined] | None = None
     expired: bool = False
     lost: bool = False
+    returned: bool = False
     codes: dict[int, int] | None = None
+    successor: _Successor | None = None
 
 
 class JobControl(Protocol):
@@ -95,6 +113,10 @@ class JobControl(Protocol):
         """All nodes have joined."""
         ...
 
+    def next_generation(self, replica: int) -> int:
+        """A generation of a replica that is newer than all that were started."""
+        ...
+
     def expire_leases(self, replica: int) -> int:
         """Take back the leases of a silent replica; returns how many chunks went back."""
         ...
@@ -134,8 +156,7 @@ class NodeRegistry:
         self._coordinator, self.num_nodes, self._clock = coordinator, num_nodes, clock
         self._lease_term_seconds, self._node_timeout_seconds = lease_term_seconds, node_timeout_seconds
         self._nodes: dict[int, _Node] = {}
-        self._counts: dict[int, int] = {}
-        self._joining: list[tuple[int, Future[NodeJoined]]] = []
+        self._seated = False
         self._leaving: list[Future[JobEnded]] = []
         self._verdicts: dict[int, DeviceVerdict] = {}
         self._conclusion: int | None = None
@@ -149,7 +170,7 @@ class NodeRegistry:
         """What is answered here."""
         return {
             JoinNode: self.join,
-            GetJobState: lambda request: self.state(request.node),
+            GetJobState: self.state,
             AbortJob: lambda request: self.abort(request.code),
             RestartGang: lambda request: self.restart_gang(request.generation),
             LeaveNode: self.leave,
@@ -159,14 +180,14 @@ class NodeRegistry:
     # What the coordinator's own supervisor does
 
     @property
-    def complete(self) -> bool:
-        """Whether all nodes have joined."""
-        return len(self._nodes) == self.num_nodes
-
-    @property
     def missing(self) -> list[int]:
         """Nodes that have not joined."""
-        return [node for node in range(self.num_nodes) if node not in self._counts]
+        return [node for node in range(self.num_nodes) if node not in self._nodes]
+
+    def absent(self) -> list[int]:
+        """Nodes that were given up and have not come back."""
+        with self._lock:
+            return [n for n, node in self._nodes.items() if node.lost and not node.returned]
 
     def others_present(self) -> list[int]:
         """Nodes other than the coordinator's that have neither left nor been given up."""
@@ -192,7 +213,7 @@ class NodeRegistry:
         given_up = []
         with self._lock:
             now = self._clock()
-            for number, node in self._nodes.items():
+            for number, node in self._nodes.items() if self._seated else ():
                 if number == 0 or node.codes is not None or node.lost:
                     continue
                 silent = now - node.heard
@@ -230,7 +251,7 @@ class NodeRegistry:
         Raises:
             ConfigurationError: Some node's ranks cannot be cut into whole replicas.
         """
-        for number, node in self._nodes.items():
+        for number, node in self._nodes.items() if self._seated else ():
             if len(node.ranks) % tensor_parallel_size or node.ranks[0] % tensor_parallel_size:
                 raise ConfigurationError(
                     f"node {number} has {len(node.ranks)} ranks, which cannot be cut into replicas of "
@@ -240,41 +261,116 @@ class NodeRegistry:
     # What supervisors ask
 
     def join(self, request: JoinNode) -> Future[NodeJoined]:
-        """Take part; answered when all nodes have joined. A repeated request is the same request."""
+        """Take part; answered when all nodes have joined. A repeated request of one supervisor is the same request.
+
+        Raises:
+            ConfigurationError: The node is not as the coordinator expects it.
+        """
         number, ranks = request.node, request.ranks
         with self._lock:
             if not 0 <= number < self.num_nodes:
                 raise ConfigurationError(f"node {number} is outside a job of {self.num_nodes} nodes.")
-            if self._counts.setdefault(number, ranks) != ranks or request.num_nodes != self.num_nodes:
+            node = self._nodes.get(number) or _Node(request.supervisor, ranks, self._clock())
+            if node.num_ranks != ranks or request.num_nodes != self.num_nodes:
                 raise ConfigurationError(
                     f"node {number} joins with {ranks} ranks and --num-nodes {request.num_nodes}; the coordinator "
-                    f"knows {self._counts[number]} and {self.num_nodes}. Two nodes with the same --node-rank?"
+                    f"knows {node.num_ranks} and {self.num_nodes}. Two nodes with the same --node-rank?"
                 )
+            self._nodes[number] = node
+            if node.supervisor != request.supervisor:
+                return self._succeed(number, node, request)
+            self._hear(number, node)
             if number == 0:
                 self._run_id = request.run_id
-            answer = pending()
-            self._joining.append((number, answer))
-            if len(self._counts) == self.num_nodes:
+            answer = self._await_seat(node)
+            if len(self._nodes) == self.num_nodes:
                 self._seat_all()
             return answer
 
-    def _seat_all(self) -> None:
-        if not self._nodes:
-            first, now = 0, self._clock()
-            for number in range(self.num_nodes):
-                self._nodes[number] = _Node(list(range(first, first + self._counts[number])), now)
-                first += self._counts[number]
-            self._coordinator.set_world_size(first)
-        for number, answer in self._joining:
-            first, world_size = self._nodes[number].ranks[0], self._coordinator.world_size
-            resolve([answer], NodeJoined(first_rank=first, world_size=world_size, run_id=self._run_id))
-        self._joining.clear()
+    def _await_seat(self, node: _Node) -> Future[NodeJoined]:
+        if node.joining is not None and not node.joining.done():  # nobody waits for it any more
+            node.joining.set_exception(ControlPlaneTimeoutError("the request was made again"))
+        node.joining = pending()
+        return node.joining
 
-    def state(self, number: int) -> JobState:
-        """The state of the job, for one node; asking for it renews the node's leases."""
+    def _seat_all(self) -> None:
+        if not self._seated:
+            first = 0
+            for number in range(self.num_nodes):
+                node = self._nodes[number]
+                node.ranks, node.heard = list(range(first, first + node.num_ranks)), self._clock()
+                first += node.num_ranks
+            self._seated = True
+            self._coordinator.set_world_size(first)
+        for node in self._nodes.values():
+            if node.joining is not None and not node.joining.done():
+                node.joining.set_result(self._place_of(node))
+
+    def _place_of(self, node: _Node, generation: int = 0, is_late: bool = False) -> NodeJoined:
+        world_size = self._coordinator.world_size
+        first = node.ranks[0]
+        return NodeJoined(
+            first_rank=first, world_size=world_size, run_id=self._run_id, generation=generation, is_late=is_late
+        )
+
+    def _hear(self, number: int, node: _Node) -> None:
+        """The supervisor that has a place is heard of: whoever asks for the same place does not get it."""
+        node.heard = self._clock()
+        if node.successor is not None:
+            log.error("a second supervisor with --node-rank %d is refused: the first one is alive", number)
+            node.successor.answer.set_exception(_taken(number))
+            node.successor = None
+
+    def _succeed(self, number: int, node: _Node, request: JoinNode) -> Future[NodeJoined]:
+        """Another supervisor asks for a place: give it away if nothing can come of the one that has it."""
+        now = self._clock()
+        asked_before = node.successor
+        if number == 0 or (asked_before is not None and asked_before.request.supervisor != request.supervisor):
+            return failed(_taken(number))
+        if node.lost or node.codes is not None:
+            node.supervisor, node.returned = request.supervisor, True
+            log.info("node %d comes back; the job goes on without it, and tells it how it ends", number)
+            return answered(self._place_of(node, is_late=True))
+        if now - node.heard > self._lease_term_seconds:
+            node.supervisor, node.heard, node.expired, node.successor = request.supervisor, now, False, None
+            log.warning("node %d was started again, and has its place back", number)
+            return answered(self._place_of(node, self._begin_again(node))) if self._seated else self._await_seat(node)
+        answer: Future[NodeJoined] = pending()
+        if asked_before is None:
+            log.info(
+                "another supervisor asks for the place of node %d; it has it once the first one is silent for %g s",
+                number, self._lease_term_seconds,
+            )  # fmt: skip
+        else:
+            asked_before.answer.set_exception(ControlPlaneTimeoutError("the request was made again"))
+        node.successor = _Successor(request, answer)
+        return answer
+
+    def _begin_again(self, node: _Node) -> int:
+        """What a node's ranks had is over; returns the generation with which they begin."""
+        coordinator = self._coordinator
+        if coordinator.gang:
+            return self.restart_gang(self.gang_generation).generation
+        replicas = self._replicas_of(node)
+        generation = max(coordinator.next_generation(replica) for replica in replicas)
+        for replica in replicas:
+            coordinator.end_generation(replica, generation - 1)
+        return generation
+
+    def state(self, request: GetJobState) -> JobState:
+        """The state of the job, for one node; asking for it renews the node's leases.
+
+        Raises:
+            ControlPlaneError: The node has no place, or another supervisor has it.
+        """
+        number = request.node
         with self._lock:
-            node = self._nodes[number]
-            node.heard = self._clock()
+            node = self._nodes.get(number)
+            if node is None or not self._seated:
+                raise ControlPlaneError(f"node {number} has not joined this job.")
+            if node.supervisor != request.supervisor:
+                raise _taken(number)
+            self._hear(number, node)
             if node.expired and not node.lost:
                 node.expired = False
                 log.info("node %d is heard of again", number)
@@ -315,7 +411,12 @@ class NodeRegistry:
     def leave(self, request: LeaveNode) -> Future[JobEnded]:
         """All ranks of a node have ended; answered with the job's exit code when it is known."""
         with self._lock:
-            self._nodes[request.node].codes = request.codes
+            node = self._nodes[request.node]
+            if node.supervisor != request.supervisor:
+                raise _taken(request.node)
+            node.heard = self._clock()
+            if not node.returned:
+                node.codes = request.codes
             if self._conclusion is not None:
                 return answered(JobEnded(exit_code=self._conclusion))
             answer = pending()
@@ -328,3 +429,10 @@ class NodeRegistry:
         verdict = DeviceVerdict(verdict=request.verdict, evidence=request.evidence, generation=sender.generation)
         with self._lock:
             self._verdicts[sender.rank] = verdict
+
+
+def _taken(number: int) -> SeatTakenError:
+    return SeatTakenError(
+        f"another supervisor has the place of node {number} in this job: give each node a --node-rank of its own, and start "
+        "none twice."
+    )

@@ -32,6 +32,7 @@ from lightning_gpuorch.errors import (
     ControlPlaneError,
     ControlPlaneTimeoutError,
     GPUOrchError,
+    OtherJobError,
     ProtocolError,
     ProtocolVersionError,
 )
@@ -90,10 +91,11 @@ class ControlServer:
         host: Interface to listen on, or a whole address, see :mod:`~lightning_gpuorch.control.addresses`.
         port: Port to listen on; 0 takes a free one, and is meant where ``host`` is a whole address.
         token: Shared secret; a connection that does not prove to know it is closed.
+        job: Name of the run; processes that belong to another one are refused.
     """
 
-    def __init__(self, handler: Handler, host: str = "127.0.0.1", port: int = 0, token: str = ""):
-        self._handler, self._token = handler, token
+    def __init__(self, handler: Handler, host: str = "127.0.0.1", port: int = 0, token: str = "", job: str = ""):
+        self._handler, self._token, self._job = handler, token, job
         self._peers: dict[asyncio.StreamReader, Peer] = {}
         self._strangers: dict[asyncio.StreamWriter, None] = {}
         self._refusals = Refusals()
@@ -207,7 +209,7 @@ class ControlServer:
             peer = await asyncio.wait_for(self._shake_hands(reader, writer, address), HANDSHAKE_SECONDS)
         except asyncio.TimeoutError:
             self._refusals.add(address, f"no handshake within {HANDSHAKE_SECONDS:g} s")
-        except ProtocolVersionError as error:
+        except (ProtocolVersionError, OtherJobError) as error:
             log.error("a connection is refused: %s", error)
         except (AuthenticationError, ProtocolError) as error:
             self._refusals.add(address, str(error))
@@ -219,7 +221,7 @@ class ControlServer:
         return None
 
     async def _shake_hands(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str) -> Peer:
-        greeting = Greeting(peer=COORDINATOR, port=self.port)
+        greeting = Greeting(peer=COORDINATOR, port=self.port, job=self._job)
         data = await _frame(reader)
         try:
             other = handshake.read(Greeting, data, address)
@@ -236,6 +238,8 @@ class ControlServer:
             await writer.drain()
             raise
         writer.write(handshake.frame(handshake.proof(self._token, greeting, other)))
+        await writer.drain()
+        handshake.check_job(greeting, other, address)  # the other side sees the same
         return other.peer
 
     async def _answer(self, peer: Peer, number: int, data: bytes) -> bytearray:
@@ -319,10 +323,13 @@ class RemoteChannel:
         peer: Who this process is.
         token: The job's shared secret.
         connect_timeout_seconds: How long the coordinator may be unreachable before a request fails.
+
+    Attributes:
+        job: Name of the run that this process belongs to; a coordinator of another one is not asked.
     """
 
-    def __init__(self, address: str, peer: Peer, token: str = "", connect_timeout_seconds: float = 30.0):
-        self.address = address
+    def __init__(self, address: str, peer: Peer, token: str = "", connect_timeout_seconds: float = 30.0, job: str = ""):
+        self.address, self.job = address, job
         self._peer, self._token = peer, token
         self._connect_timeout_seconds = connect_timeout_seconds
         self._idle: list[socket.socket] = []
@@ -335,6 +342,7 @@ class RemoteChannel:
             ProtocolVersionError: The coordinator is of another version.
             ProtocolError: What listens there is no coordinator.
             AuthenticationError: One of both does not know the token of the other.
+            OtherJobError: The coordinator was started again since this process joined it.
         """
         deadline = time.monotonic() + timeout_seconds
         lost_since: float | None = None
@@ -392,7 +400,7 @@ class RemoteChannel:
         return connection
 
     def _shake_hands(self, connection: socket.socket, deadline: float) -> None:
-        greeting = Greeting(peer=self._peer, port=addresses.port_of(self.address))
+        greeting = Greeting(peer=self._peer, port=addresses.port_of(self.address), job=self.job)
         connection.sendall(handshake.frame(greeting))
         try:
             data = self._frame(connection, deadline)
@@ -403,6 +411,7 @@ class RemoteChannel:
         except ProtocolError as error:
             raise ProtocolError(f"no gpuorch coordinator listens on {self.address}: {error}") from None
         handshake.check_proof(shown, self._token, other, greeting, self.address)
+        handshake.check_job(greeting, other, self.address)
 
     @staticmethod
     def _frame(connection: socket.socket, deadline: float) -> bytes:

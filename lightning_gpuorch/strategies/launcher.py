@@ -147,6 +147,9 @@ class Launcher:
             return self._strategy.results()  # type: ignore[attr-defined]
         return result
 
+    def kill(self, number: int) -> None:
+        """Nothing: the Trainer calls it when a rank gets SIGTERM; a supervisor decides about the others."""
+
     # A notebook: the workers are forks, the results come back through files
 
     def _call_forked(self, function: Callable[..., Any], args: Any, kwargs: Any, trainer: Any) -> None:

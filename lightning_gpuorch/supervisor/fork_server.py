@@ -27,6 +27,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_gpuorch.control import bootstrap
+from lightning_gpuorch.errors import WorkerStartError
+from lightning_gpuorch.supervisor.workers import describe_exit
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,8 @@ CONTINUE_SECONDS = 5.0
 """After so long it gets SIGCONT, in case it was stopped."""
 SILENT_SECONDS = 15.0
 """After so long it is replaced."""
+MAX_EARLY_DEATHS = 3
+"""So often in a row it may be killed during its imports."""
 _FRESH_SECONDS = 0.2
 
 
@@ -58,6 +62,7 @@ class ForkServerSpawner:
         self._exit_codes: dict[int, int] = {}
         self._running: set[int] = set()
         self._has_answered = False
+        self._early_deaths = 0
         self._heard_at = 0.0
         self._pinged_at = 0.0
 
@@ -65,21 +70,34 @@ class ForkServerSpawner:
         """See :meth:`~lightning_gpuorch.supervisor.workers.Spawner.prepare`: the imports begin now.
 
         Raises:
-            OSError: The fork server has died before its first word.
+            WorkerStartError: The fork server has ended before its first word: by itself, or by a signal for the fourth time.
         """
-        if self._server is not None and self._server.poll() is not None and not self._has_answered:
-            raise OSError("the process that forks workers has died; see its message above")
-        if self._server is None or self._server.poll() is not None:
-            self._start()
+        code = self._server.poll() if self._server is not None else None
+        if self._server is not None and code is None:
+            return
+        if code is not None and not self._has_answered:
+            self._early_deaths += 1
+            ended = (
+                f"the process that forks workers has ended while it imported torch and Lightning ({describe_exit(code)}"
+            )
+            if code >= 0 or self._early_deaths > MAX_EARLY_DEATHS:
+                raise WorkerStartError(
+                    f"{ended}, death {self._early_deaths} of {MAX_EARLY_DEATHS + 1}); its messages are above. "
+                    "GPUORCH_ENABLE_WARM_START=0 starts each worker without it."
+                )
+            log.warning("%s); it is started again", ended)
+        self._start()
 
     def can_spawn(self) -> bool:
         """See :meth:`~lightning_gpuorch.supervisor.workers.Spawner.can_spawn`.
 
         Raises:
-            OSError: The fork server has died while it started, or not started in time.
+            WorkerStartError: The fork server dies while it starts, or has not started in time.
         """
         self.prepare()
         self._watch()
+        if self._socket is None:
+            return False  # it is about to end
         if self._has_answered and time.monotonic() - self._heard_at > _FRESH_SECONDS:
             self._ping()
             self._receive(_FRESH_SECONDS)
@@ -89,7 +107,7 @@ class ForkServerSpawner:
         """See :meth:`~lightning_gpuorch.supervisor.workers.Spawner.spawn`.
 
         Raises:
-            OSError: The fork server cannot be started.
+            WorkerStartError: The fork server cannot be started.
         """
         self.prepare()
         assert self._server is not None
@@ -102,7 +120,9 @@ class ForkServerSpawner:
                 continue
             if had_answered:  # it was there a moment ago: the worker shares its fate, and is restarted as any other
                 return _LostWorker(server_pid)
-            raise OSError("the process that forks workers has died or does not answer; see its message above")
+            raise WorkerStartError(
+                "the process that forks workers has died or does not answer; its messages are above."
+            )
         pid = int(self._answers.pop(0)["pid"])
         self._running.add(pid)
         return _ForkedWorker(self, pid)
@@ -130,14 +150,14 @@ class ForkServerSpawner:
         if self._socket is None:
             return
         silent_seconds = time.monotonic() - self._heard_at
-        if not self._has_answered:
-            if silent_seconds > START_SECONDS:
-                raise OSError(f"the process that forks workers has not started in {START_SECONDS:.0f} s")
-            return
         if silent_seconds > PING_SECONDS and time.monotonic() - self._pinged_at > PING_SECONDS:
-            self._ping()
+            self._ping()  # during its imports it answers none, but may have been stopped as well
             if silent_seconds > CONTINUE_SECONDS and self._server is not None:
                 self._server.send_signal(signal.SIGCONT)
+        if not self._has_answered:
+            if silent_seconds > START_SECONDS:
+                raise WorkerStartError(f"the process that forks workers has not started in {START_SECONDS:.0f} s.")
+            return
         if silent_seconds > SILENT_SECONDS:
             log.error(
                 "the process that forks workers has not answered for %.0f s; it is replaced, and its %d workers with it",
@@ -171,6 +191,8 @@ class ForkServerSpawner:
             start_new_session=True,
         )
         theirs.close()
+        if self._socket is not None:
+            self._socket.close()
         self._socket, self._buffer, self._answers = ours, b"", []
         self._has_answered, self._heard_at = False, time.monotonic()
 
@@ -199,7 +221,7 @@ class ForkServerSpawner:
         self._buffer += data
         *lines, self._buffer = self._buffer.split(b"\n")
         if lines:
-            self._has_answered, self._heard_at = True, time.monotonic()
+            self._has_answered, self._heard_at, self._early_deaths = True, time.monotonic(), 0
         for line in lines:
             message = json.loads(line)
             if "exit_code" in message:
@@ -285,8 +307,6 @@ def serve(connection: socket.socket, preload: Sequence[str] = PRELOADED) -> None
     os.set_blocking(woken, False)
     signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the supervisor decides
     selector = selectors.DefaultSelector()
     selector.register(connection, selectors.EVENT_READ)
     selector.register(woken, selectors.EVENT_READ)
@@ -339,5 +359,7 @@ def _report_ended(connection: socket.socket) -> None:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the supervisor decides
     bootstrap.die_with_parent()
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -88,9 +88,11 @@ class Node:
         return self.replicas.group_of(rank, self.state().gang, with_ended)
 
     def begin_all(self) -> None:
-        """Start all ranks of the node, in their first generation."""
+        """Start all ranks of the node, in the first generation that is theirs."""
         ranks = range(self.rendezvous.first_rank, self.rendezvous.first_rank + self.num_workers)
-        self.replicas = NodeReplicas(ranks, self.state().tensor_parallel_size)
+        state = self.state()
+        self.replicas = NodeReplicas(ranks, state.tensor_parallel_size, self.rendezvous.first_generation)
+        self.gang_generation = state.gang_generation
         self.begin(list(ranks))
 
     def next_generation(self, group: Sequence[int], generation: int) -> None:

@@ -13,7 +13,7 @@ from lightning_gpuorch.control.addresses import unix_address
 from lightning_gpuorch.control.client import CoordinatorClient, NodePlace, StateWatch
 from lightning_gpuorch.control.coordinator import Coordinator
 from lightning_gpuorch.control.handshake import Peer, require_token
-from lightning_gpuorch.control.messages.nodes import JobState
+from lightning_gpuorch.control.messages.nodes import JobState, NodeJoined
 from lightning_gpuorch.control.transport import Channel, ControlServer, LocalChannel, RemoteChannel
 from lightning_gpuorch.errors import ControlPlaneError, ControlPlaneTimeoutError
 
@@ -41,6 +41,8 @@ class Rendezvous:
         control: Address of the coordinator, for this node's workers.
         token: The job's shared secret.
         first_rank: Global rank of this node's first worker, once :meth:`join` has returned.
+        first_generation: Which generation of this node's ranks is the first; another supervisor may have been here before.
+        is_late: The job goes on without this node, which only waits for its end.
         world_size: Ranks in the job.
         run_id: Name of the run.
     """
@@ -57,13 +59,14 @@ class Rendezvous:
     ):
         self._config, self.place, self._num_workers = config, place, num_workers
         self.run_id, self.first_rank, self.world_size = run_id, 0, num_workers
+        self.first_generation, self.is_late = 0, False
         self.token = config.token or ("" if place.num_nodes > 1 else secrets.token_hex(16))
         if not self.token:
             require_token(config.allow_insecure, f"{place.num_nodes} nodes")
         self.coordinator: Coordinator | None = None
         self._server: ControlServer | None = None
         if place.node_rank == 0:
-            self._channel = self._host_coordinator(directory, tensor_parallel_size, on_event)
+            self._channel: Channel = self._host_coordinator(directory, tensor_parallel_size, on_event)
         else:
             self.control = f"{place.main_address}:{place.main_port}"
             # Until the coordinator is there, and over cuts of the network, for as long as the coordinator waits for us.
@@ -86,10 +89,12 @@ class Rendezvous:
         )  # fmt: skip
         self.coordinator.tensor_parallel_size = tensor_parallel_size
         if several:
-            self._server = ControlServer(self.coordinator, "0.0.0.0", place.main_port, self.token)
+            self._server = ControlServer(self.coordinator, "0.0.0.0", place.main_port, self.token, self.run_id)
             self.control = f"127.0.0.1:{self._server.port}"
         else:
-            self._server = ControlServer(self.coordinator, unix_address(directory) or "127.0.0.1", token=self.token)
+            self._server = ControlServer(
+                self.coordinator, unix_address(directory) or "127.0.0.1", token=self.token, job=self.run_id
+            )
             self.control = self._server.address
         return LocalChannel(self.coordinator)
 
@@ -97,19 +102,34 @@ class Rendezvous:
         """Take a seat, and wait until all nodes have theirs.
 
         Raises:
-            ControlPlaneError: The coordinator cannot be reached, or not every node came in time.
+            ControlPlaneError: The coordinator cannot be reached, not every node came in time, or another supervisor has this
+                node's place.
             ConfigurationError: The nodes do not agree about the job, or run different versions.
         """
         place = self.place
         if place.num_nodes > 1:
             log.info("node %d of %d: waiting for all nodes", place.node_rank, place.num_nodes)
-        try:
-            joined = self.client.join(self._num_workers, place.num_nodes, self.run_id, self._config.start_timeout_sec)
-        except ControlPlaneError as error:
-            missing = self.coordinator.nodes.missing if self.coordinator is not None else []
-            raise ControlPlaneError(f"{error} Nodes {missing} have not joined." if missing else str(error)) from error
+        joined = self._ask_for_place()
         self.first_rank, self.world_size, self.run_id = joined.first_rank, joined.world_size, joined.run_id
-        self._watch.start()
+        self.first_generation, self.is_late = joined.generation, joined.is_late
+        if isinstance(self._channel, RemoteChannel):
+            self._channel.job = joined.run_id
+        if not self.is_late:
+            self._watch.start()
+
+    def _ask_for_place(self) -> NodeJoined:
+        """Ask again and again: a supervisor that is not heard of loses its place to another one."""
+        limit, several = self._config.start_timeout_sec, self.place.num_nodes
+        deadline = time.monotonic() + limit
+        while True:
+            seconds = min(_ASK_SECONDS, self._config.lease_term_sec / 3, max(0.01, deadline - time.monotonic()))
+            try:
+                return self.client.join(self._num_workers, several, self.run_id, seconds)
+            except ControlPlaneTimeoutError:
+                if time.monotonic() < deadline:
+                    continue
+                missing = f": {self.coordinator.nodes.missing}" if self.coordinator is not None else ""
+                raise ControlPlaneError(f"not all nodes have joined within {limit:g} s{missing}") from None
 
     def state(self, fresh: bool = False) -> JobState:
         """The state of the job: the last one known, or one asked for now."""
@@ -155,6 +175,14 @@ class Rendezvous:
                 return self.client.leave(codes, timeout_seconds=_ASK_SECONDS)
             except ControlPlaneTimeoutError:
                 meanwhile()
+
+    def await_latecomers(self) -> None:
+        """On node 0, when the job has ended: a node that was given up may come back for the exit code."""
+        if self.coordinator is None:
+            return
+        deadline = time.monotonic() + self._config.lease_term_sec
+        while self.coordinator.nodes.absent() and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
 
     def stop_watching(self) -> None:
         """Ask for nothing more; the coordinator goes on serving."""

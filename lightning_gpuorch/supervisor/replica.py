@@ -127,11 +127,12 @@ class NodeReplicas:
     Args:
         ranks: Global ranks of the node.
         size: Ranks per replica, if it is known.
+        generation: Their first one.
     """
 
-    def __init__(self, ranks: Iterable[int], size: int | None = None):
+    def __init__(self, ranks: Iterable[int], size: int | None = None, generation: int = 0):
         self.size: int | None = None
-        self._replicas = {rank: Replica(rank, [rank]) for rank in ranks}
+        self._replicas = {rank: Replica(rank, [rank], generation) for rank in ranks}
         self.cut(size)
 
     def __iter__(self) -> Iterator[Replica]:

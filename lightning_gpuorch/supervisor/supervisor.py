@@ -9,6 +9,7 @@ as dead. Before a generation starts, its GPUs are checked; a bad one is replaced
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import shutil
 import socket
@@ -126,6 +127,13 @@ class Supervisor:
             with self._job_drain.stopping_at_once():
                 self._rendezvous.join()
             self.run_id = self._rendezvous.run_id
+            if self._rendezvous.is_late:
+                log.info(
+                    "the job goes on, or has ended, without this node: it waits for the end, and ends as the job does"
+                )
+                with self._job_drain.stopping_at_once():
+                    code = self._rendezvous.leave({}, meanwhile=lambda: None)
+                return code
             self._record(
                 "run", world_size=self._rendezvous.world_size, tensor_parallel_size=node.state().tensor_parallel_size or 1,
                 command=command_line(sys.argv), run_id=self.run_id, host=socket.gethostname(),
@@ -140,6 +148,7 @@ class Supervisor:
             code = EXIT_RESUMABLE
         except ControlPlaneError as error:
             log.error("%s; this node stops, what it has computed is durable", error)
+            code = error.exit_code
         finally:
             node.workers.kill(list(node.workers))
             node.pending_starts.cancel()
@@ -199,6 +208,9 @@ class Supervisor:
         )
         self._tell_outcome(end)
         coordinator.nodes.conclude(end.exit_code)
+        if not self._job_drain.asked_by_signal:
+            with self._job_drain.stopping_at_once(), contextlib.suppress(StoppedError):
+                self._rendezvous.await_latecomers()
         return end.exit_code
 
     def _tell_outcome(self, end: Outcome) -> None:

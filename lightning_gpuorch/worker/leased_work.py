@@ -202,15 +202,23 @@ def await_group(job: JobContext, world: World) -> None:
 
 
 class DrainOnSignal:
-    """SIGTERM and SIGINT ask the job to drain, where no supervisor does it."""
+    """What SIGTERM does to a rank while it predicts: the job drains, or nothing happens where a supervisor decides that.
 
-    def __init__(self, drain: Callable[[], None]):
+    Lightning's own handler would begin a collective on this rank alone, among those of the step that it interrupts.
+
+    Args:
+        drain: Asks the job to drain; None where a supervisor does it.
+    """
+
+    def __init__(self, drain: Callable[[], None] | None):
         self._drain = drain
         self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
+        if self._drain is None:
+            return
         # Not in the handler: it may have interrupted a request on the same connection.
         threading.Thread(target=self._drain, name="gpuorch-drain", daemon=True).start()
 

@@ -132,7 +132,7 @@ class PredictionJob:
             self._make_loader(index, source, layout, batcher)
             for index, (source, layout, batcher) in enumerate(zip(sources, manifest.loaders, batchers, strict=True))
         ]
-        self._drain_signal = DrainOnSignal(self._request_drain) if not world.supervised else None
+        self._drain_signal = DrainOnSignal(None if world.supervised else self._request_drain)
         if world.topology.rank == 0:
             self._announce(manifest.loaders)
         if world.supervised:
@@ -436,8 +436,7 @@ class PredictionJob:
         """Stop the writer after it has written what it has; safe to call again."""
         if self._world.supervised:
             gc.unfreeze()  # the script may drop this model and go on with another
-        if self._drain_signal is not None:
-            self._drain_signal.restore()
+        self._drain_signal.restore()
         if self._pipeline.is_open:
             self._collect_at_last()
             self._pipeline.close()

@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import logging
 import os
-import secrets
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -120,8 +119,6 @@ class World:
             topology: The topology in force.
             whole_job: Form one world over all ranks, as training needs it.
         """
-        import torch.distributed as dist
-
         rank, size = (
             (topology.rank, topology.world_size)
             if whole_job
@@ -132,15 +129,24 @@ class World:
         scope = "world" if whole_job else f"replica-{topology.replica}"
         key = f"store/{scope}/{self.generation}"
         timeout = self.collectives_timeout
-        if rank == 0:
-            host = (WorkerEnvironment.read() or _NO_WORKER).host
-            store: Any = self.groups.create_store(host, 0, True, size)
-            prefix = secrets.token_hex(16)  # the store answers anyone who reaches it, about keys that they know
-            self.channel.call(Publish(key=key, value=[host, store.port, prefix]), timeout_seconds=timeout)
+        worker = WorkerEnvironment.read() or _NO_WORKER
+        spans_hosts = whole_job and worker.local_world_size < topology.world_size
+        store: Any
+        if self.run_directory is not None and not spans_hosts:
+            path = self.run_directory / key.replace("/", "-")
+            if rank == 0:
+                store = self.groups.create_local_store(path, size)
+                self.channel.call(Publish(key=key, value=str(path)), timeout_seconds=timeout)
+            else:
+                self.channel.call(Lookup(key=key), timeout_seconds=timeout)
+                store = self.groups.create_local_store(path, size)
+        elif rank == 0:
+            store = self.groups.create_store(worker.host, 0, True, size)
+            self.channel.call(Publish(key=key, value=[worker.host, store.port]), timeout_seconds=timeout)
         else:
-            host, port, prefix = self.channel.call(Lookup(key=key), timeout_seconds=timeout).value
+            host, port = self.channel.call(Lookup(key=key), timeout_seconds=timeout).value
             store = self.groups.create_store(host, port, False, size)
-        self.groups.initialize(rank, size, store=dist.PrefixStore(prefix, store), is_replica=not whole_job)
+        self.groups.initialize(rank, size, store=store, is_replica=not whole_job)
         self.spans_job = whole_job
 
     collectives_timeout: float = 1800.0
@@ -339,7 +345,7 @@ def _join_supervised(
     # On the coordinator's own node an unreachable coordinator is gone; on another one it may be the network.
     patience = config.timeout_sec if worker.node_rank == 0 else config.node_timeout_sec
     peer = Peer("rank", topology.rank)
-    channel = RemoteChannel(worker.control, peer, worker.token, connect_timeout_seconds=patience)
+    channel = RemoteChannel(worker.control, peer, worker.token, connect_timeout_seconds=patience, job=worker.run_id)
     return World(
         topology=topology,
         channel=channel,
@@ -411,7 +417,7 @@ def _join_external(
             token, secret_at = secret.token, str(secret.directory)
         elif not token:
             require_token(config.allow_insecure, "several hosts")
-        server = ControlServer(coordinator, "127.0.0.1" if external.on_one_host else "0.0.0.0", token=token)
+        server = ControlServer(coordinator, "127.0.0.1" if external.on_one_host else "0.0.0.0", token=token, job=run_id)
         place = CoordinatorPlace(server.port, secret_at, run_id, socket.gethostname(), str(run_directory or ""))
         store.set("coordinator", place.text())
         channel: Channel = LocalChannel(coordinator)
@@ -425,7 +431,7 @@ def _join_external(
         run_directory = shared if shared is not None and shared.is_dir() else None
         host = "127.0.0.1" if external.on_one_host else external.main_address
         peer = Peer("rank", topology.rank)
-        channel = RemoteChannel(f"{host}:{place.port}", peer, token, connect_timeout_seconds=config.timeout_sec)
+        channel = RemoteChannel(f"{host}:{place.port}", peer, token, config.timeout_sec, job=run_id)
         atexit.register(_unregister, channel, topology.rank)
     # 3. One torch.distributed world over all ranks, as that launcher's users expect.
     groups.initialize(topology.rank, topology.world_size, store=dist.PrefixStore("world", store))

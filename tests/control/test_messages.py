@@ -173,7 +173,7 @@ def test_a_value_that_cannot_be_sent_is_refused(value):
 def test_keys_of_dictionaries_keep_their_types():
     request = EndGeneration(replica=0, generation=1, blamed={(0, 1): 5}, positions={(0, 1): (20, 24)})
     assert codec.decode_request(_encode(request)) == request
-    assert codec.decode_request(_encode(LeaveNode(node=1, codes={2: -9}))).codes == {2: -9}
+    assert codec.decode_request(_encode(LeaveNode(node=1, supervisor="a", codes={2: -9}))).codes == {2: -9}
 
 
 OURS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.GPUOrchError)]

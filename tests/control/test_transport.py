@@ -22,11 +22,13 @@ from lightning_gpuorch.control.messages.ranks import Lookup, Publish, Published,
 from lightning_gpuorch.control.transport import ControlServer, LocalChannel, RemoteChannel
 from lightning_gpuorch.errors import (
     EXIT_CONFIGURATION,
+    EXIT_RESUMABLE,
     AuthenticationError,
     CollectiveMismatchError,
     ConfigurationError,
     ControlPlaneError,
     ControlPlaneTimeoutError,
+    OtherJobError,
     ProtocolError,
     ProtocolVersionError,
 )
@@ -408,6 +410,25 @@ def _one_frame(connection):
     while len(body) < length:
         body += connection.recv(length - len(body))
     return body
+
+
+def test_a_coordinator_that_was_started_again_is_told_from_the_one_that_was_joined(caplog):
+    server = ControlServer(Echo(), token="secret", job="run-2")
+    try:
+        for job in ("", "run-2"):
+            channel = RemoteChannel(server.address, RANK, "secret", job=job)
+            assert _echo(channel) == b"yx"
+            channel.close()
+        with pytest.raises(
+            OtherJobError, match=r"coordinator 0 at .* belongs to run-2, and this process to run-1"
+        ) as error:
+            _echo(RemoteChannel(server.address, RANK, "secret", job="run-1"))
+        assert error.value.exit_code == EXIT_RESUMABLE
+        with pytest.raises(AuthenticationError):  # who does not know the token is told nothing of jobs
+            _echo(RemoteChannel(server.address, RANK, "guess", job="run-1"))
+    finally:
+        server.close()
+    assert re.search(r"rank 0 at .* belongs to run-1, and this process to run-2", caplog.text)
 
 
 def test_a_closed_server_cancels_no_request_of_a_coordinator():

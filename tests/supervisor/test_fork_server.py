@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
+from lightning_gpuorch.errors import WorkerStartError
 from lightning_gpuorch.supervisor import fork_server
 from lightning_gpuorch.supervisor.fork_server import ForkServerSpawner
 
@@ -84,10 +87,48 @@ def test_a_worker_that_is_asked_for_as_it_dies_counts_as_killed(spawner: ForkSer
     assert spawner.spawn({"RANK": "0"}).poll() is None
 
 
-def test_one_that_dies_while_it_imports_is_not_started_again_for_ever(
-    spawner: ForkServerSpawner, monkeypatch: pytest.MonkeyPatch
+def test_one_that_is_killed_while_it_imports_is_started_again_though_not_for_ever(
+    spawner: ForkServerSpawner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     spawner.prepare()
     _server(spawner).kill()
-    with pytest.raises(OSError, match="has died"):
-        _until(spawner.can_spawn)
+    _until(spawner.can_spawn)
+    assert "killed by SIGKILL); it is started again" in caplog.text
+    assert spawner.spawn({"RANK": "0"}).poll() is None
+    monkeypatch.setattr(fork_server, "MAX_EARLY_DEATHS", 1)
+    again = ForkServerSpawner(WAITS)
+    try:
+        again.prepare()
+        with pytest.raises(WorkerStartError, match="death 2 of 2"):  # noqa: PT012 - each is killed as it appears
+            for _ in range(3):
+                assert again._server is not None
+                again._server.kill()
+                again._server.wait(10)
+                again.prepare()
+    finally:
+        again.close()
+
+
+def test_one_that_cannot_import_is_not_started_again(
+    spawner: ForkServerSpawner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('no torch here')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    spawner.prepare()
+    with pytest.raises(WorkerStartError, match=r"exit code 1, death 1 .* GPUORCH_ENABLE_WARM_START=0"):
+        _until(spawner.can_spawn, seconds=60)
+    assert "no torch here" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGTERM, signal.SIGINT])
+def test_one_that_gets_a_signal_while_it_imports_comes_up(
+    spawner: ForkServerSpawner, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(fork_server, "PING_SECONDS", 0.1)
+    monkeypatch.setattr(fork_server, "CONTINUE_SECONDS", 1.0)
+    spawner.prepare()
+    _until(lambda: "torch" in "".join(mapped.path for mapped in _server(spawner).memory_maps()))
+    _server(spawner).send_signal(number)
+    first = _server(spawner)
+    _until(spawner.can_spawn)
+    assert _server(spawner) == first

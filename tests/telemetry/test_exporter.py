@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from lightning_gpuorch.telemetry import FailureTally, MetricsExporter, RankMetrics, read_endpoint
+from lightning_gpuorch.telemetry.metrics.exporter import _Server
 from lightning_gpuorch.telemetry.metrics.exposition import snapshot_name
 from tests.conftest import free_port
 from tests.telemetry.test_metrics import Series, parse, value
@@ -275,3 +277,37 @@ def test_everything_failing_for_ever_is_counted_and_closing_still_works(
     eventually(lambda: tally.count("metrics") > 5)
     exporting.close()
     assert exporting.endpoint is None
+
+
+def test_slow_clients_are_dropped_and_hold_up_nobody(
+    tmp_path: Path, tally: FailureTally, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Server, "client_seconds", 1.0)
+    with exporter(tmp_path, tally) as served:
+        deadline = time.monotonic() + 30
+        while served.endpoint is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        idle = [socket.create_connection(served.endpoint, timeout=10) for _ in range(200)]
+        try:
+            for connection in idle:
+                connection.settimeout(10)
+                with contextlib.suppress(OSError):  # it was one too many
+                    connection.sendall(b"GET /metr")
+            assert b"200 OK" in _get(served.endpoint)
+            dripping = idle[-1]
+            began = time.monotonic()
+            with contextlib.suppress(OSError):  # reset, or a broken pipe
+                while time.monotonic() - began < 30:
+                    dripping.sendall(b"i")
+                    time.sleep(0.1)
+            assert time.monotonic() - began < 10, "each byte in time, the request never whole"
+        finally:
+            for connection in idle:
+                connection.close()
+
+
+def _get(endpoint: tuple[str, int]) -> bytes:
+    with socket.create_connection(endpoint, timeout=10) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        return connection.recv(4096)

@@ -8,17 +8,31 @@ from lightning_gpuorch.control.messages.base import Answer, Done, LoaderKey, Rai
 
 
 class NodeJoined(Answer, frozen=True):
-    """A node's first global rank, the ranks of the job, and the run's name, which is node 0's."""
+    """A node's place in the job.
+
+    Attributes:
+        first_rank: Its first global rank.
+        world_size: Ranks of the job.
+        run_id: The run's name, which is node 0's.
+        generation: First generation of its replicas; another supervisor may have had this place before.
+        is_late: The job goes on without this node, or has ended: there is nothing to do but to wait for its exit code.
+    """
 
     first_rank: int
     world_size: int
     run_id: str
+    generation: int = 0
+    is_late: bool = False
 
 
 class JoinNode(Request[NodeJoined], frozen=True):
-    """A supervisor takes part with so many ranks; answered when all nodes have joined."""
+    """A supervisor takes part with so many ranks; answered when all nodes have joined. It is asked again while it waits.
+
+    ``supervisor`` is a random name that no other supervisor has: who asks again is told from who asks for the same place.
+    """
 
     node: int
+    supervisor: str
     ranks: int
     num_nodes: int
     run_id: str
@@ -68,6 +82,7 @@ class GetJobState(Request[JobState], frozen=True):
     """Ask for the state of the job, which renews the leases of the node."""
 
     node: int
+    supervisor: str
 
 
 class EndGeneration(Request[Done], frozen=True):
@@ -148,4 +163,5 @@ class LeaveNode(Request[JobEnded], frozen=True):
     """All ranks of a node have ended; answered when it is known how the job ends."""
 
     node: int
+    supervisor: str
     codes: dict[int, int]

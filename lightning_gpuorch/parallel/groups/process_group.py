@@ -6,6 +6,7 @@ import errno
 import logging
 import socket
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError
@@ -155,6 +156,21 @@ class ProcessGroupManager:
             )
         except (dist.DistError, RuntimeError, OSError) as error:
             raise ControlPlaneError(f"no store at {host}:{port}: {error}") from error
+
+    def create_local_store(self, path: Path, world_size: int) -> Store:
+        """Open a store for ranks of one host, in a file.
+
+        A store that listens can be read and changed by every user of the host, its list of keys included.
+
+        Args:
+            path: In a directory of this user's alone; not used before.
+            world_size: Ranks that will open it.
+        """
+        import torch.distributed as dist
+
+        store = dist.FileStore(str(path), world_size)
+        store.set_timeout(timedelta(seconds=self._timeout_seconds))
+        return store
 
     def device_mesh(self, data_parallel_size: int, tensor_parallel_size: int) -> DeviceMesh:
         """The mesh handed to ``parallelize_fn``, with axes named ``data_parallel`` and ``tensor_parallel``.

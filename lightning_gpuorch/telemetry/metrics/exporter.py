@@ -13,6 +13,7 @@ Nothing here raises into the run: failures are counted as observer ``metrics``.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -241,8 +242,39 @@ def read_endpoint(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 class _Server(ThreadingHTTPServer):
+    """Serves a bounded number of clients for a bounded time each, however slowly they speak or listen."""
+
     daemon_threads = True
     block_on_close = False
+    most_clients = 32
+    client_seconds = 10.0
+
+    def __init__(self, *options: Any):
+        self._clients: dict[socket.socket, float] = {}
+        super().__init__(*options)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a client on a thread of its own; for one too many the oldest is dropped."""
+        if len(self._clients) >= self.most_clients:
+            self._drop(next(iter(self._clients)))
+        self._clients[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """Called several times a second: drop clients that take too long."""
+        late = time.monotonic() - self.client_seconds
+        for request in [request for request, since in list(self._clients.items()) if since < late]:
+            self._drop(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        """A client is through; called on its thread."""
+        self._clients.pop(request, None)
+        super().shutdown_request(request)
+
+    def _drop(self, request: socket.socket) -> None:
+        if self._clients.pop(request, None) is not None:
+            with contextlib.suppress(OSError):  # it has gone by itself
+                request.shutdown(socket.SHUT_RDWR)  # its thread closes it
 
     def server_bind(self) -> None:
         """Bind; without the base class's look-up of the host's name, which may wait for a name server."""

@@ -11,6 +11,7 @@ import torch
 from common import Rows, parser, quiet_trainer, write_result
 from torch.utils.data import DataLoader
 
+from lightning_gpuorch.callbacks import PrometheusMetrics
 from lightning_gpuorch.pytorch import GPUOrchStrategy
 
 
@@ -85,6 +86,7 @@ def main():
     options.add_argument("--padding", type=int, default=0, help="columns that make the predictions large")
     options.add_argument("--poison", type=int, default=None)
     options.add_argument("--late", type=float, default=0.0, help="seconds that rank 1 is late after a restart")
+    options.add_argument("--metrics", action="store_true", help="serve metrics on a free port")
     options = options.parse_args()
     if os.environ.get("RANK") == "1" and _restarts():
         time.sleep(options.late)
@@ -94,7 +96,8 @@ def main():
         chunk_size=options.chunk,
         parallelize_fn=lambda module, mesh: module,  # its collectives are its own
     )
-    trainer = quiet_trainer(strategy, options.devices)
+    callbacks = [PrometheusMetrics(0)] if options.metrics else []
+    trainer = quiet_trainer(strategy, options.devices, callbacks=callbacks)
     predictions = trainer.predict(Model(options), DataLoader(Rows(options.samples), batch_size=options.batch))
     values = [float(v) for batch in predictions for v in batch[:, 0]]
     if trainer.is_global_zero and options.result:
