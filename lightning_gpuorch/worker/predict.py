@@ -48,6 +48,7 @@ from lightning_gpuorch.telemetry.steps import StepRecord
 from lightning_gpuorch.worker.batches_in_flight import BatchesInFlight, BatchInFlight
 from lightning_gpuorch.worker.batching.dynamic import DynamicBatcher
 from lightning_gpuorch.worker.dynamic_steps import DynamicSteps
+from lightning_gpuorch.worker.group_samples import SamplesDifferError, SamplesRead, samples_of, without
 from lightning_gpuorch.worker.leased_work import FOREVER_SECONDS, DrainOnSignal, ReplicaQueue, ReplicaSink, await_group
 from lightning_gpuorch.worker.oom.detection import freeze_objects
 from lightning_gpuorch.worker.step_context import StepContext, StepWrapper
@@ -125,6 +126,8 @@ class PredictionJob:
         """Whether all ranks of the group have asked for the batch after those that are done here."""
         self._ended: NoWork | None = None
         self._lost: set[int] = set()
+        self.in_hand: SamplesRead | None = None
+        """What this rank has read of the batch that is being computed, where the ranks of a group have to agree on it."""
         self._quarantined: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
         """What is given up of chunks that are not durable, and why."""
         self._num_errored = 0
@@ -152,7 +155,7 @@ class PredictionJob:
         self, index: int, source: Source, layout: LoaderLayout, batcher: DynamicBatcher | None
     ) -> LeasedLoader:
         topology = self._world.topology
-        sink = ReplicaSink(self, self._world, index, self._collectors[index])
+        sink = ReplicaSink(self, self._world, index, self._collectors[index], windows=self._dynamic is not None)
         leased = (
             source, layout, self._queues[index], sink, self.batches_in_flight, index, self._on_ended,
             not self.raises_errors,
@@ -259,12 +262,6 @@ class PredictionJob:
         in_flight = self.batches_in_flight.next_delivered()
         ticket = in_flight.ticket
         call = functools.partial(self._compute, call)
-        step: Callable[[Any], Any] = functools.partial(self._runtime.compute_together, call)
-        if self._dynamic is not None:
-            step = self._dynamic.step(call, ticket)
-        surviving = self._runtime.surviving_steps or self._surviving_steps
-        for wrapper in (*reversed(self._runtime.step_wrappers), *([] if surviving is None else [surviving])):
-            step = functools.partial(_wrapped, wrapper, step, ticket)
         self._lost.clear()
         if self._writer is not None:
             self._chunks_began.setdefault((ticket.loader, ticket.chunk), time.monotonic())
@@ -272,7 +269,7 @@ class PredictionJob:
         telemetry.begin_step(self.steps, ticket.chunk)
         began_ns = time.perf_counter_ns()
         try:
-            output = step(batch)
+            output = self._step_on_common_samples(call, batch, in_flight)
         except StopIteration as error:
             # Lightning's loop would take it for the end of the data and silently drop the rest.
             raise RuntimeError(f"the predict step raised StopIteration on batch {ticket.number}") from error
@@ -296,6 +293,67 @@ class PredictionJob:
             self.batches_in_flight.collect()
         self._observe(in_flight, self._record_of(in_flight, began_ns, computed_ns, output_bytes))
         return output
+
+    def _step(self, call: Callable[[Any], Any], batch: Any, ticket: Ticket) -> Any:
+        """Compute a batch, in all that surrounds the user's step."""
+        step: Callable[[Any], Any] = functools.partial(self._runtime.compute_together, call)
+        if self._dynamic is not None:
+            step = self._dynamic.step(call, ticket)
+        surviving = self._runtime.surviving_steps or self._surviving_steps
+        for wrapper in (*reversed(self._runtime.step_wrappers), *([] if surviving is None else [surviving])):
+            step = functools.partial(_wrapped, wrapper, step, ticket)
+        return step(batch)
+
+    def _step_on_common_samples(self, call: Callable[[Any], Any], batch: Any, in_flight: BatchInFlight) -> Any:
+        """Compute a batch, less the samples that another rank of the group could not read; None if none are left."""
+        while True:
+            ticket = in_flight.ticket
+            self.in_hand = self._read_by_this_rank(ticket)
+            try:
+                return self._step(call, batch, ticket)
+            except SamplesDifferError as differ:
+                reasons = differ.reasons
+            finally:
+                self.in_hand = None
+            self._group_asked = True
+            samples = samples_of(ticket.span)
+            lost = frozenset(position for position, sample in enumerate(samples) if sample in reasons)
+            if lost:  # else it is the others who compute less now
+                self.give_up(ticket.loader, {samples[position][0]: reasons[samples[position]] for position in lost})
+                if len(lost) == ticket.size:
+                    self._lost |= lost
+                    return None
+                in_flight.ticket = without(ticket, lost)
+                if ticket.window is not None:
+                    self._collectors[ticket.loader].give_up_in_window(ticket.window, len(lost))
+                assert ticket.collate is not None
+                batch = self._runtime.transfer(ticket.collate(in_flight.ticket.indices or []), ticket.loader)
+
+    def skip_batch(self, ticket: Ticket) -> None:
+        """Nothing of a batch could be read here. In a group the others learn it where they would compute it."""
+        self.batches_in_flight.append(ticket)
+        self._begin_blame(ticket)
+        in_flight = self.batches_in_flight.next_delivered()
+        self.in_hand = SamplesRead((), self._reasons(ticket.loader))
+        with contextlib.suppress(SamplesDifferError):
+            self._runtime.compute_together(lambda nothing: None, None)
+        self.in_hand = None
+        self._group_asked = True
+        self.steps += 1
+        self.batches_in_flight.computed(in_flight, None, frozenset(range(ticket.size or 0)))
+        self.batches_in_flight.collect()
+        self.end_batch()
+
+    def _read_by_this_rank(self, ticket: Ticket) -> SamplesRead | None:
+        """What this rank has of a batch; None where no other rank has to have the same, or it could not be read again."""
+        if self._world.topology.tensor_parallel_size == 1 or ticket.indices is None or ticket.collate is None:
+            return None
+        return SamplesRead(samples_of(ticket.span), self._reasons(ticket.loader))
+
+    def _reasons(self, loader: int) -> dict[int, str]:
+        """Why units were given up, of chunks that are not durable."""
+        given_up = [lost for (of, _), lost in list(self._quarantined.items()) if of == loader]
+        return {unit: reason for lost in given_up for unit, _, reason in lost}
 
     def _record_of(
         self, batch: BatchInFlight, began_ns: int, computed_ns: int = 0, output_bytes: int = 0
