@@ -106,6 +106,11 @@ class CommitPipeline:
             note_failure(error, "", is_final=True)
             raise error
 
+    def reasons(self, loader: int) -> dict[int, str]:
+        """Why units were given up, by unit, of chunks that are not durable."""
+        given_up = [units for (of, _), units in list(self._given_up.items()) if of == loader]
+        return {unit: reason for units in given_up for unit, _, reason in units}
+
     def flush(self) -> None:
         """Wait until all whole chunks are durable.
 

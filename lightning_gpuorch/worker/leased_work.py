@@ -23,8 +23,11 @@ from lightning_gpuorch.control.messages.leases import (
 )
 from lightning_gpuorch.control.messages.ranks import Lookup, Publish
 from lightning_gpuorch.predictions.loading.collector import ChunkCollector, NoCollector
+from lightning_gpuorch.predictions.loading.source import Span
+from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.predictions.loading.window import Window
 from lightning_gpuorch.predictions.loading.work import NoWork
+from lightning_gpuorch.worker.group_samples import Sample, samples_of
 
 if TYPE_CHECKING:
     from lightning_gpuorch.worker.session import World
@@ -65,6 +68,10 @@ class JobContext(Protocol):
 
     def give_up(self, loader: int, reasons: Mapping[int, str]) -> None:
         """Units have no prediction."""
+        ...
+
+    def skip_batch(self, ticket: Ticket) -> None:
+        """Nothing of a batch can be read."""
         ...
 
 
@@ -131,11 +138,19 @@ class ReplicaSink:
         world: The job's world. In a tensor-parallel group the leader decides what is taken over, and tells the others.
         loader: Index of the dataloader.
         collector: The collector.
+        windows: Whether batches are formed out of windows, on which the ranks of a group agree before.
     """
 
-    def __init__(self, job: JobContext, world: World, loader: int, collector: ChunkCollector | NoCollector):
+    def __init__(
+        self, job: JobContext, world: World, loader: int, collector: ChunkCollector | NoCollector, windows: bool = False
+    ):
         self._job, self._world, self._loader, self._collector = job, world, loader, collector
         self._num_windows = 0
+        self._windows = windows and world.topology.tensor_parallel_size > 1
+        self._unread: list[tuple[int, str, str]] = []
+        """Samples that this rank could not read and the others of its group do not know of, and why."""
+        self._lost: dict[Sample, str] = {}
+        """Samples that a rank of the group could not read, and why."""
 
     def begin(self, chunk: int, num_batches: int | None) -> None:
         """A chunk starts."""
@@ -157,11 +172,23 @@ class ReplicaSink:
         """An error of reading is about to end this rank: what was being read goes into its record."""
         note_failure(error, READING, loader=self._loader, units=units, is_final=self._job.raises_errors)
 
-    def give_up(self, chunk: int, reasons: Mapping[int, str], whole_batch: bool) -> None:
-        """Units cannot be read, and have no prediction."""
-        self._job.give_up(self._loader, reasons)
-        if whole_batch:
-            self._collector.give_up_batch(chunk)
+    def give_up(self, span: Span, reasons: Mapping[int, str]) -> None:
+        """Samples of a span cannot be read, and have no prediction."""
+        self._job.give_up(self._loader, {span.unit(position): reason for position, reason in reasons.items()})
+        if self._windows:
+            samples = samples_of(span)
+            self._unread += [(*samples[position], reason) for position, reason in reasons.items()]
+
+    def give_up_batch(self, chunk: int) -> None:
+        """No output will follow for a batch of a chunk."""
+        self._collector.give_up_batch(chunk)
+
+    def skip_batch(self, ticket: Ticket) -> None:
+        """Nothing of a batch that would be given out now can be read."""
+        if self._world.topology.tensor_parallel_size == 1:
+            self._collector.give_up_batch(ticket.chunk)
+        else:
+            self._job.skip_batch(ticket)
 
     def give_up_in_window(self, window: Window, positions: Sequence[int], reasons: Mapping[int, str]) -> None:
         """Samples of a window cannot be collated, and have no prediction."""
@@ -170,20 +197,47 @@ class ReplicaSink:
 
     def take_over(self, window: Window) -> set[int]:
         """Take what is known of a window's samples already."""
-        sizes = self._collector.take_over(window)
         if self._world.topology.tensor_parallel_size == 1:
-            return sizes
-        job, sender = self._job, self._world.sender
-        place = (job.number, self._loader, *sender.owner, self._num_windows)
-        key, self._num_windows = "taken-over/" + "/".join(map(str, place)), self._num_windows + 1
-        if self._world.topology.is_leader:
-            job.ask(Publish(key=key, value=[sorted(sizes), sorted(window.taken_over)]))
-            return sizes
-        with phase(Phase.WAIT, then=Phase.RUN):  # the supervisor judges whether the leader is stuck
-            sizes, positions = job.ask(Lookup(key=key), timeout_seconds=FOREVER_SECONDS).value
-        if positions:
-            window.take_over(positions, None)
+            return self._collector.take_over(window)
+        topology, job, sender = self._world.topology, self._job, self._world.sender
+        place = "/".join(map(str, (job.number, self._loader, *sender.owner, self._num_windows)))
+        self._num_windows += 1
+        told = [(unit, index, f"rank {topology.rank} could not read it: {why}") for unit, index, why in self._unread]
+        self._unread.clear()
+        with phase(Phase.WAIT, then=Phase.RUN):  # the supervisor judges whether another rank is stuck
+            if not topology.is_leader:
+                job.ask(Publish(key=f"unread/{place}/{topology.tensor_parallel_rank}", value=told))
+                answer = job.ask(Lookup(key=f"taken-over/{place}"), timeout_seconds=FOREVER_SECONDS)
+            for rank in range(1, topology.tensor_parallel_size if topology.is_leader else 1):
+                told += job.ask(Lookup(key=f"unread/{place}/{rank}"), timeout_seconds=FOREVER_SECONDS).value
+        if topology.is_leader:
+            common = self._common(window, told)
+            sizes = self._collector.take_over(window)
+            taken = [index for index, position in enumerate(common) if position in window.taken_over]
+            job.ask(Publish(key=f"taken-over/{place}", value=[sorted(sizes), taken, told]))
+        else:
+            sizes, taken, told = answer.value
+            common = self._common(window, told)
+            if taken:
+                window.take_over([common[index] for index in taken], None)
+        self._leave_out(window, frozenset(common))
         return set(sizes)
+
+    def _common(self, window: Window, told: Sequence[tuple[int, str, str]]) -> list[int]:
+        """Positions of the samples of a window that all ranks of the group have read."""
+        self._lost.update({(unit, index): why for unit, index, why in told})  # some may be in a later window
+        samples = [sample for piece in window.pieces for sample in samples_of(piece.span)]
+        return [
+            position for position in range(len(window.samples)) if not samples or samples[position] not in self._lost
+        ]
+
+    def _leave_out(self, window: Window, common: frozenset[int]) -> None:
+        """Put the samples of a window that not all ranks have read into no batch, unless they are computed already."""
+        lost = [p for p in range(len(window.samples)) if p not in common and p not in window.taken_over]
+        if lost:
+            samples = [sample for piece in window.pieces for sample in samples_of(piece.span)]
+            window.leave_out(lost)
+            self.give_up_in_window(window, lost, {samples[p][0]: self._lost[samples[p]] for p in lost})
 
 
 def await_group(job: JobContext, world: World) -> None:

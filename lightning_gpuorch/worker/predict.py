@@ -6,7 +6,6 @@ durable in the background.
 
 from __future__ import annotations
 
-import functools
 import gc
 import logging
 import os
@@ -44,11 +43,11 @@ from lightning_gpuorch.worker.batches_in_flight import BatchesInFlight, BatchInF
 from lightning_gpuorch.worker.batching.dynamic import DynamicBatcher
 from lightning_gpuorch.worker.commit_pipeline import CommitPipeline
 from lightning_gpuorch.worker.dynamic_steps import DynamicSteps
+from lightning_gpuorch.worker.group_samples import SamplesRead
 from lightning_gpuorch.worker.leased_work import FOREVER_SECONDS, DrainOnSignal, ReplicaQueue, ReplicaSink, await_group
 from lightning_gpuorch.worker.oom.detection import freeze_objects
-from lightning_gpuorch.worker.step_context import StepContext, StepWrapper
-from lightning_gpuorch.worker.step_isolation import StepIsolation
-from lightning_gpuorch.worker.surviving_steps import SurvivingSteps
+from lightning_gpuorch.worker.replica_step import ReplicaStep
+from lightning_gpuorch.worker.step_context import StepContext
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +71,8 @@ class PredictionJob:
         self._runtime, self._world = runtime, world
         self.number = world.next_job()
         sources = [describe(loader, limit) for loader, limit in zip(loaders, limits, strict=True)]
-        halves = runtime.config.enable_oom_halving and SurvivingSteps.possible(runtime)
-        self._surviving_steps = SurvivingSteps(runtime) if halves else None
         self.raises_errors = runtime.config.on_error == "raise"
         """Whether an error of a sample ends the job."""
-        alone = world.topology.tensor_parallel_size == 1
-        self._isolations = [self._isolation(index, source) for index, source in enumerate(sources) if alone]
-        """What gives up samples that raise in the step, by dataloader; none in a group, whose ranks restart."""
         dynamic = self._dynamic = DynamicSteps(runtime) if runtime.config.enable_dynamic_batching else None
         batchers = [None if dynamic is None else dynamic.batcher(source) for source in sources]
         chunk, replicas = runtime.config.chunk_size, world.topology.num_replicas
@@ -118,16 +112,17 @@ class PredictionJob:
         keeps = self._host_copy if world.topology.is_leader else None
         self._queues = [ReplicaQueue(self, index) for index in range(len(sources))]
         self._pipeline = CommitPipeline(self, runtime, self.directory, manifest.loaders, dynamic, self._digest_of)
+        isolates = not self.raises_errors
+        self._step = ReplicaStep(
+            runtime, sources, manifest.loaders, self._pipeline, dynamic, self._begin_blame, isolates
+        )
         self.batches_in_flight = BatchesInFlight(keeps, self._pipeline.keep)
         self._looked_at, self._chunks_done = 0.0, [0] * len(sources)
         self._asked_ns = time.perf_counter_ns()
         self._free_ns: int | None = None
         """The last step was over, and no wait for work followed."""
         self.steps = 0
-        self._group_asked = False
-        """Whether all ranks of the group have asked for the batch after those that are done here."""
         self._ended: NoWork | None = None
-        self._lost: set[int] = set()
         self.loaders = [
             self._make_loader(index, source, layout, batcher)
             for index, (source, layout, batcher) in enumerate(zip(sources, manifest.loaders, batchers, strict=True))
@@ -142,7 +137,9 @@ class PredictionJob:
         self, index: int, source: Source, layout: LoaderLayout, batcher: DynamicBatcher | None
     ) -> LeasedLoader:
         topology = self._world.topology
-        sink = ReplicaSink(self, self._world, index, self._pipeline.collectors[index])
+        sink = ReplicaSink(
+            self, self._world, index, self._pipeline.collectors[index], windows=self._dynamic is not None
+        )
         leased = (
             source, layout, self._queues[index], sink, self.batches_in_flight, index, self._on_ended,
             not self.raises_errors,
@@ -158,9 +155,6 @@ class PredictionJob:
             overlaps=self._runtime.transfers is not None,
             single_rank=topology.tensor_parallel_size == 1,
         )
-
-    def _isolation(self, index: int, source: Source) -> StepIsolation:
-        return StepIsolation(source, lambda batch: self._runtime.transfer(batch, index))
 
     def _announce(self, layouts: Sequence[LoaderLayout]) -> None:
         topology = self._world.topology
@@ -204,20 +198,14 @@ class PredictionJob:
         share = self._chunks_done[loader] / layout.num_chunks
         return max(1, int(layout.num_batches * share))
 
-    def lose(self, reasons: Mapping[int, str], ticket: Ticket) -> None:
-        """Give up samples of the batch that is being computed; its output covers the others.
+    @property
+    def in_hand(self) -> SamplesRead | None:
+        """What this rank has read of the batch that is being computed, where the ranks of a group have to agree on it."""
+        return self._step.in_hand
 
-        Args:
-            reasons: Why, for the report and the error at the end, by position in the batch.
-            ticket: The batch, or the part of it that is being computed.
-        """
-        self._lost.update(reasons if ticket.rows is None else [ticket.rows[position] for position in reasons])
-        by_unit: dict[int, list[str]] = {}
-        indices = ticket.indices if self._layouts[ticket.loader].unit == "batch" else None
-        for position, reason in reasons.items():
-            named = reason if indices is None else f"sample {indices[position]}: {reason}"
-            by_unit.setdefault(ticket.span.unit(position), []).append(named)
-        self.give_up(ticket.loader, {unit: "; ".join(named) for unit, named in by_unit.items()})
+    def lose(self, reasons: Mapping[int, str], ticket: Ticket) -> None:
+        """Give up samples of the batch that is being computed; see :meth:`ReplicaStep.lose`."""
+        self._step.lose(reasons, ticket)
 
     def give_up(self, loader: int, reasons: Mapping[int, str]) -> None:
         """Note units that will have no prediction; see :meth:`CommitPipeline.give_up`."""
@@ -235,14 +223,12 @@ class PredictionJob:
         """
         in_flight = self.batches_in_flight.next_delivered()
         ticket = in_flight.ticket
-        call = functools.partial(self._compute, call)
-        self._lost.clear()
         self._pipeline.begin_step(ticket)
         telemetry = self._runtime.telemetry
         telemetry.begin_step(self.steps, ticket.chunk)
         began_ns = time.perf_counter_ns()
         try:
-            output = self._isolated_step(call, batch, ticket)
+            output, lost = self._step.compute(call, batch, in_flight)
         except StopIteration as error:
             # Lightning's loop would take it for the end of the data and silently drop the rest.
             raise RuntimeError(f"the predict step raised StopIteration on batch {ticket.number}") from error
@@ -261,12 +247,23 @@ class PredictionJob:
         # Before callbacks change the output: what they do may differ between the ranks of a group, which have to form the
         # same windows.
         output_bytes = 0 if self._dynamic is None else size_bytes(output)
-        self.batches_in_flight.computed(in_flight, output, frozenset(self._lost))
+        self.batches_in_flight.computed(in_flight, output, lost)
         if self._collects_late:
             # The step before: on CUDA this one still computes, and in a group all ranks have asked for it by now.
             self.batches_in_flight.collect()
         self._observe(in_flight, self._record_of(in_flight, began_ns, computed_ns, output_bytes))
         return output
+
+    def skip_batch(self, ticket: Ticket) -> None:
+        """Nothing of a batch could be read here. In a group the others learn it where they would compute it."""
+        self.batches_in_flight.append(ticket)
+        self._begin_blame(ticket)
+        in_flight = self.batches_in_flight.next_delivered()
+        self._step.skip(ticket)
+        self.steps += 1
+        self.batches_in_flight.computed(in_flight, None, frozenset(range(ticket.size or 0)))
+        self.batches_in_flight.collect()
+        self.end_batch()
 
     def _record_of(
         self, batch: BatchInFlight, began_ns: int, computed_ns: int = 0, output_bytes: int = 0
@@ -299,43 +296,13 @@ class PredictionJob:
             if calibration.is_enough:
                 self._end_calibration()
 
-    def _isolated_step(self, call: Callable[[Any], Any], batch: Any, ticket: Ticket) -> Any:
-        """Compute a batch, without the samples that make the step raise."""
-        if self.raises_errors or not self._isolations:
-            return self._step(call, batch, ticket)
-
-        def step(part: Any, its_ticket: Ticket) -> Any:
-            if part is not batch:
-                self._begin_blame(ticket)  # a step is judged by how long it takes, and this is one more
-            return self._step(call, part, its_ticket)
-
-        plain_step = functools.partial(self._runtime.compute_together, call)
-        output, reasons = self._isolations[ticket.loader].compute(step, plain_step, batch, ticket, self._lost)
-        if reasons:
-            self.lose(reasons, ticket)
-        return output
-
-    def _step(self, call: Callable[[Any], Any], batch: Any, ticket: Ticket) -> Any:
-        """Compute a batch, or a part of one, in all that surrounds the user's step."""
-        step: Callable[[Any], Any] = functools.partial(self._runtime.compute_together, call)
-        if self._dynamic is not None:
-            step = self._dynamic.step(call, ticket)
-        surviving = self._runtime.surviving_steps or self._surviving_steps
-        for wrapper in (*reversed(self._runtime.step_wrappers), *([] if surviving is None else [surviving])):
-            step = functools.partial(_wrapped, wrapper, step, ticket)
-        return step(batch)
-
-    def _compute(self, call: Callable[[Any], Any], batch: Any) -> Any:
-        self._group_asked = True  # its ranks have compared their input, or there is only this one
-        return call(batch)
-
     def end_batch(self) -> None:
         """The loop asks for the next batch, or has ended: the one in hand is done."""
         self._asked_ns = time.perf_counter_ns()
         if not self.batches_in_flight.end_computed():
             return
         self._end_blame()
-        self._group_asked = False
+        self._step.group_has_asked = False
         if not self._collects_late:
             self.batches_in_flight.collect()
 
@@ -443,7 +410,7 @@ class PredictionJob:
 
     def _collect_at_last(self) -> None:
         """Hand on what was done before an error. The device may have failed; then it gives nothing any more."""
-        if self._world.topology.tensor_parallel_size > 1 and not self._group_asked:
+        if self._world.topology.tensor_parallel_size > 1 and not self._step.group_has_asked:
             return
         try:
             self.batches_in_flight.collect()
@@ -474,7 +441,3 @@ class PredictionJob:
         """Ask the coordinator."""
         timeout = self._runtime.config.timeout_sec if timeout_seconds is None else timeout_seconds
         return self._world.channel.call(request, timeout_seconds=timeout)
-
-
-def _wrapped(wrapper: StepWrapper, call: Callable[[Any], Any], ticket: Ticket, batch: Any) -> Any:
-    return wrapper(call, batch, ticket)

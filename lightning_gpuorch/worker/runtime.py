@@ -32,6 +32,7 @@ from lightning_gpuorch.telemetry.metrics.efficiency import Calibration
 from lightning_gpuorch.telemetry.rank import RankTelemetry
 from lightning_gpuorch.worker.group_recovery.agreement import GroupAction
 from lightning_gpuorch.worker.group_recovery.recovery import GroupRecovery, Recovery
+from lightning_gpuorch.worker.group_samples import SamplesDifferError
 from lightning_gpuorch.worker.predict import PredictionJob
 from lightning_gpuorch.worker.session import ExternalRanks, World, join, pause_recording, resume_recording
 from lightning_gpuorch.worker.step_context import StepNote, StepWrapper
@@ -277,6 +278,7 @@ class Runtime:
 
         Raises:
             InputMismatchError: They differ; the odd ranks are named.
+            SamplesDifferError: They differ since a rank could not read what others have read.
         """
         import torch.distributed as dist
 
@@ -284,12 +286,16 @@ class Runtime:
         if topology.tensor_parallel_size == 1 or not dist.is_initialized():
             return [note]
         group = self.mesh.get_group("tensor_parallel") if self.mesh is not None else None
-        mine = torch.tensor([digest(batch), random_state_digest(self.device), *note], device=self.device)
+        read = None if self.job is None else self.job.in_hand
+        samples = 0 if read is None else read.digest
+        mine = torch.tensor([digest(batch), random_state_digest(self.device), samples, *note], device=self.device)
         everybodys = [torch.empty_like(mine) for _ in range(topology.tensor_parallel_size)]
         dist.all_gather(everybodys, mine, group=group)
-        values, random_states, *notes = zip(*(told.tolist() for told in everybodys), strict=True)
+        values, random_states, samples_of, *notes = zip(*(told.tolist() for told in everybodys), strict=True)
+        first = topology.replica * topology.ranks_per_replica
+        if read is not None and len(set(samples_of)) > 1:
+            raise read.differs(group, first)
         if len(set(values)) > 1:
-            first = topology.replica * topology.ranks_per_replica
             odd = [first + index for index, value in enumerate(values) if value != values[0]]
             raise InputMismatchError(
                 f"ranks {odd} of replica {topology.replica} were given another batch than rank {first}; all ranks of a "
@@ -321,6 +327,7 @@ class Runtime:
 
         Raises:
             InputMismatchError: The ranks were given different batches.
+            SamplesDifferError: A rank could not read what others have read. All ranks raise this.
             GroupOutOfMemoryError: Memory ran out on one of the ranks. All of them raise this, and may go on with a
                 smaller batch.
             PeerFailedError: ``call`` raised on another rank.
@@ -330,11 +337,17 @@ class Runtime:
             return call(batch), (note,)
 
         def compute() -> tuple[Any, list[StepNote]]:
-            notes = self.check_same_input(batch, note)
+            try:
+                notes = self.check_same_input(batch, note)
+            except SamplesDifferError as differ:
+                return differ, [note]  # all ranks have found it: this attempt is complete
             return whole(call(batch)), notes
 
         recovery = self.world.recovery
-        return compute() if recovery is None else recovery.attempt(compute, batch)
+        output, notes = compute() if recovery is None else recovery.attempt(compute, batch)
+        if isinstance(output, SamplesDifferError):
+            raise output
+        return output, notes
 
     def share(self, loader: Any, limit: int | None = None) -> SharedLoader:
         """This replica's fixed share of a loader's batches."""

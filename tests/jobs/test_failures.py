@@ -21,6 +21,24 @@ def test_samples_that_cannot_be_read_cost_no_restart(runner, tmp_path, workers, 
     assert [float(v) for batch in found for v in batch[:, 0]] == [2.0 * i for i in range(80) if i not in (3, 57)]
 
 
+DAMAGED_ON_A_RANK = [5, 8, 9, 10, 11, 16, 17, 18, 19, 30]
+
+
+@pytest.mark.parametrize(("workers", "dynamic"), [(0, ()), (1, ()), (0, ("--dynamic",))])
+def test_the_ranks_of_a_group_agree_on_what_one_of_them_could_not_read(runner, tmp_path, workers, dynamic):
+    finished = runner.run(
+        SCRIPT, "--output", "out", "--how", "disks", "--workers", workers, "--tp", 2, *dynamic, code=65,
+        launcher=gpuorch_run(),
+    )  # fmt: skip
+    assert "no prediction for 10 samples: 5, 8-11, 16-19, 30" in finished.output
+    assert "rank 1 could not read it: OSError: image 30 is damaged" in finished.output
+    assert "restarting" not in finished.output
+    found = read_predictions(tmp_path / "out", allow_missing=True)
+    assert found.missing == DAMAGED_ON_A_RANK
+    values = [float(value) for batch in found if batch is not None for value in batch[:, 0]]
+    assert values == [2.0 * i for i in range(80) if i not in DAMAGED_ON_A_RANK]
+
+
 def test_raise_ends_the_job_at_the_first_one(runner):
     finished = runner.run(
         SCRIPT,

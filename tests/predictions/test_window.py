@@ -62,10 +62,12 @@ class Sink(ChunkCollector):
     def cannot_read(self, chunk: int, units: range, error: Exception) -> None:
         pass
 
-    def give_up(self, chunk: int, reasons: Mapping[int, str], whole_batch: bool) -> None:
-        self.given_up = {**getattr(self, "given_up", {}), **reasons}
-        if whole_batch:
-            self.give_up_batch(chunk)
+    def give_up(self, span: Any, reasons: Mapping[int, str]) -> None:
+        by_unit = {span.unit(position): reason for position, reason in reasons.items()}
+        self.given_up = {**getattr(self, "given_up", {}), **by_unit}
+
+    def skip_batch(self, ticket: Any) -> None:
+        self.give_up_batch(ticket.chunk)
 
     def give_up_in_window(self, window: Any, positions: Any, reasons: Mapping[int, str] = {}) -> None:  # type: ignore[override]
         self.given_up = {**getattr(self, "given_up", {}), **reasons}

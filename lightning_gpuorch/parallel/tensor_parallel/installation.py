@@ -56,9 +56,15 @@ class StubInstaller:
             kinds.setdefault((generic_name(name), type(module), shapes), module)
         self._first_of_kind = set(kinds.values())
 
-    def whole_output(self, module: nn.Module, index: int, value: torch.Tensor) -> torch.Tensor:
-        """Give what a Linear, Conv1D or Embedding returns in the whole model at its ``index``-th call, read-only."""
-        leading = value.shape if isinstance(module, nn.Embedding) else value.shape[:-1]
+    def whole_output(self, module: nn.Module, index: int, shape: torch.Size) -> torch.Tensor:
+        """Give what a Linear, Conv1D or Embedding returns in the whole model at its ``index``-th call, read-only.
+
+        Args:
+            module: The layer.
+            index: How many times it was called before.
+            shape: Shape of its input.
+        """
+        leading = shape if isinstance(module, nn.Embedding) else shape[:-1]
         return self._numbers((self.stubbed[module], index), (*leading, features(module)[1]))
 
     def _numbers(self, key: tuple[Any, ...], shape: tuple[int, ...]) -> torch.Tensor:

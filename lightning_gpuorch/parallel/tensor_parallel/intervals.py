@@ -81,12 +81,27 @@ def union(first: Intervals, second: Intervals) -> Intervals:
 
 def tiles(intervals: RankIntervals, size: int) -> bool:
     """Tell whether every index below ``size`` belongs to exactly one rank."""
-    return sorted(index for per_rank in intervals for index in indices_of(per_rank)) == list(range(size))
+    reached = 0
+    for start, stop in _in_order(intervals):
+        if start != reached:
+            return False
+        reached = stop
+    return reached == size
 
 
 def covers(intervals: RankIntervals, size: int) -> bool:
     """Tell whether every index below ``size`` belongs to at least one rank, and no index lies outside."""
-    return {index for per_rank in intervals for index in indices_of(per_rank)} == set(range(size))
+    reached = 0
+    for start, stop in _in_order(intervals):
+        if not 0 <= start <= reached:
+            return False
+        reached = max(reached, stop)
+    return reached == size
+
+
+def _in_order(intervals: RankIntervals) -> Intervals:
+    """List the intervals of all ranks that hold an index, by where they start."""
+    return tuple(sorted((start, stop) for own in intervals for start, stop in own if start < stop))
 
 
 def take(source: Any, dim: int, intervals: Intervals) -> torch.Tensor:

@@ -34,6 +34,36 @@ class Deviation(TensorParallelError):  # noqa: N818 - an event of the search, no
         self.layer = layer
 
 
+@dataclasses.dataclass(frozen=True)
+class Received:
+    """A tensor that a layer received: the whole of it, or some of its rows.
+
+    Attributes:
+        shape: Shape of the whole tensor.
+        values: The tensor, copied.
+        rows: Which rows of its last dimension were kept; None for all.
+    """
+
+    shape: torch.Size
+    values: torch.Tensor
+    rows: torch.Tensor | None = None
+
+    @classmethod
+    def copy(cls, value: torch.Tensor, rows: torch.Tensor | None = None) -> Received:
+        """Copy a tensor, or some rows of it."""
+        return cls(value.shape, picked(value, rows).detach().clone(), rows)
+
+    def holds(self, value: torch.Tensor) -> bool:
+        """Tell whether a tensor has these values, as far as they are kept."""
+        alike = (self.shape, self.values.dtype) == (value.shape, value.dtype)
+        return alike and torch.equal(self.values, picked(value, self.rows))
+
+
+def picked(value: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Give some rows of a tensor's last dimension, all of it for None."""
+    return value if rows is None else value.reshape(-1, value.shape[-1]).index_select(0, rows)
+
+
 @dataclasses.dataclass
 class LayerCall:
     """One call of a stubbed layer in the reference run.
@@ -58,9 +88,10 @@ class Reference:
 
     Attributes:
         calls: Layer calls in order.
-        inputs: Inputs of every layer call, copied.
+        inputs: Inputs of every layer call: of the first call of a kind of layer whole, of later ones some rows.
         num_draws: For every layer call, how many random draws came before it.
         draws: The random draws, in order.
+        random_state: The state of torch's generator in the end.
         visible: Tensors with graph that leave torch or reach the caller, so that they have to be whole.
         outputs: What a caller sees, by path: tensors, arrays, numbers, text.
         unstable: Paths of outputs that differ from run to run of the whole model: times, identities.
@@ -71,9 +102,10 @@ class Reference:
     """
 
     calls: list[LayerCall] = dataclasses.field(default_factory=list)
-    inputs: dict[tuple[nn.Module, int], tuple[torch.Tensor, ...]] = dataclasses.field(default_factory=dict)
+    inputs: dict[tuple[nn.Module, int], tuple[Received, ...]] = dataclasses.field(default_factory=dict)
     num_draws: dict[tuple[nn.Module, int], int] = dataclasses.field(default_factory=dict)
     draws: list[Draw] = dataclasses.field(default_factory=list)
+    random_state: torch.Tensor = dataclasses.field(default_factory=torch.get_rng_state)
     visible: list[torch.Tensor] = dataclasses.field(default_factory=list)
     outputs: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
     unstable: set[str] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from lightning_gpuorch.parallel.tensor_parallel.installation import StubInstalle
 from lightning_gpuorch.parallel.tensor_parallel.isolation import CommunicatesError
 from lightning_gpuorch.parallel.tensor_parallel.layers import features, is_conv1d
 from lightning_gpuorch.parallel.tensor_parallel.random_draws import RandomDraws
-from lightning_gpuorch.parallel.tensor_parallel.records import LayerCall, Reference
+from lightning_gpuorch.parallel.tensor_parallel.records import LayerCall, Received, Reference
 from lightning_gpuorch.parallel.tensor_parallel.state import seed_everything
 from lightning_gpuorch.parallel.tensor_parallel.values import (
     detached,
@@ -33,6 +34,9 @@ from lightning_gpuorch.parallel.tensor_parallel.values import (
 )
 
 logger = logging.getLogger(__name__)
+
+MAX_KEPT_ROWS = 4
+"""Rows kept of what a layer receives whose kind was recorded whole before: in a deep model that is nearly everything."""
 
 
 class ExampleError(TensorParallelError):
@@ -116,16 +120,14 @@ class ReferenceRun(StubInstaller):
         record = Reference()
         counts: Counter[nn.Module] = Counter()
         draws = RandomDraws()
-        last: list[torch.Tensor] = []
+        kinds: set[tuple[Any, ...]] = set()
+        choice = random.Random(self.seed)
+        last: list[Received] = []
 
-        def copied(value: torch.Tensor) -> torch.Tensor:
+        def copied(value: torch.Tensor, whole: bool) -> Received:
             # Query, key and value projections get one tensor: one copy is enough.
-            if (
-                not last
-                or (last[0].shape, last[0].dtype) != (value.shape, value.dtype)
-                or not torch.equal(last[0], value)
-            ):
-                last[:] = [value.detach().clone()]
+            if not last or (whole and last[0].rows is not None) or not last[0].holds(value):
+                last[:] = [Received.copy(value, None if whole else _some_rows(value, choice))]
             return last[0]
 
         def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -138,17 +140,21 @@ class ReferenceRun(StubInstaller):
                 record.layer_arguments[module] = (snapshot(args), snapshot(kwargs))
                 if self._runs_as_it_is(module, record.layer_arguments[module]):
                     raise WeightReadDirectly(self.stubbed[module])
-            record.inputs[module, index] = tuple(copied(value) for value in inputs)
+            signature = self.anatomy.signature(module)
+            is_first = signature not in kinds
+            kinds.add(signature)
+            received = record.inputs[module, index] = tuple(copied(value, is_first) for value in inputs)
             record.num_draws[module, index] = len(draws.drawn)
-            record.calls.append(LayerCall(module, index, record.inputs[module, index], None))
+            record.calls.append(LayerCall(module, index, tuple(one.values for one in received if is_first), None))
             if self._has_fixed_role(module):
                 return self._fixed_output(module, index, args, kwargs)
-            return self.whole_output(module, index, inputs[0]).clone()
+            return self.whole_output(module, index, inputs[0].shape).clone()
 
         with self.installed(on_call, {}), self._recording_scopes(record), self._grad_mode():
             before = None if self.is_variation else self.anatomy.state.fingerprint()
             with draws:
                 result = self._run_model()
+            record.random_state = torch.get_rng_state()
             self.keeps_state = before is not None and self.anatomy.state.fingerprint() != before
             record.outputs = [
                 (path, snapshot(leaf)) for path, leaf in output_leaves(result, caches=self._caches_are_seen)
@@ -197,7 +203,7 @@ class ReferenceRun(StubInstaller):
             if self._has_fixed_role(module):
                 record.calls.append(LayerCall(module, index, inputs, None))
                 return self._fixed_output(module, index, args, kwargs)
-            value = self.whole_output(module, index, inputs[0]).clone()
+            value = self.whole_output(module, index, inputs[0].shape).clone()
             signature = self.anatomy.signature(module)
             if signature in kinds:
                 # One of each kind is enough for the analysis; graphs through all blocks would fill the memory.
@@ -253,6 +259,14 @@ class ReferenceRun(StubInstaller):
             for _ in range(self.num_steps)
         ]
         return results[0] if self.num_steps == 1 else results
+
+
+def _some_rows(value: torch.Tensor, choice: random.Random) -> torch.Tensor | None:
+    """Choose which rows of a tensor are kept; None for all."""
+    if value.dim() < 2 or value.layout is not torch.strided or value.is_quantized:
+        return None
+    num_rows = value.shape[:-1].numel()
+    return torch.tensor(sorted(choice.sample(range(num_rows), MAX_KEPT_ROWS))) if num_rows > MAX_KEPT_ROWS else None
 
 
 def _refuse_as_layer_would(module: nn.Module, value: torch.Tensor) -> None:

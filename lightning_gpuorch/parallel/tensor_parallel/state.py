@@ -58,6 +58,8 @@ class ModelState:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._restores: list[Callable[[], None]] = []
         self._containers: list[Any] = []
+        self._contents: list[tuple[Any, list[Any]]] = []
+        self._empty: list[Any] = []
         self._slots: list[_Slot] = []
         self._generators: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = []
         self._seen: set[int] = set()
@@ -97,6 +99,11 @@ class ModelState:
         try:
             yield
         finally:
+            for container in self._empty:  # most are: a module alone has a dozen, for its hooks
+                if len(container):
+                    container.clear()
+            for container, content in self._contents:
+                _refill(container, content)
             for restore in self._restores:
                 restore()
             for state, write in states:
@@ -176,17 +183,20 @@ class ModelState:
     def _remember(self, container: Any) -> None:
         """Undo what is added to a container or taken from it."""
         self._containers.append(container)
-        content = list(container.items()) if isinstance(container, MutableMapping) else list(container)
+        if not len(container):
+            self._empty.append(container)
+        else:
+            content = container.items() if isinstance(container, MutableMapping) else container
+            self._contents.append((container, list(content)))
 
-        def restore() -> None:
-            if isinstance(container, list):
-                container[:] = content
-            else:
-                container.clear()
-                fill = container.extend if isinstance(container, collections.deque) else container.update
-                fill(content)
 
-        self._restores.append(restore)
+def _refill(container: Any, content: list[Any]) -> None:
+    if isinstance(container, list):
+        container[:] = content
+    else:
+        container.clear()
+        fill = container.extend if isinstance(container, collections.deque) else container.update
+        fill(content)
 
 
 class _Copies:

@@ -22,10 +22,10 @@ from torch.overrides import TorchFunctionMode
 from lightning_gpuorch.parallel.tensor_parallel.apply import get_attribute, set_attribute, swap_layer
 from lightning_gpuorch.parallel.tensor_parallel.hidden_weight import WeightReadDirectly
 from lightning_gpuorch.parallel.tensor_parallel.installation import MIXED
-from lightning_gpuorch.parallel.tensor_parallel.intervals import take
+from lightning_gpuorch.parallel.tensor_parallel.intervals import Intervals, take
 from lightning_gpuorch.parallel.tensor_parallel.plan import LayerKind, ShapeRule
 from lightning_gpuorch.parallel.tensor_parallel.random_draws import RandomDraws
-from lightning_gpuorch.parallel.tensor_parallel.records import REPLICATED, Deviation, LocalPlan
+from lightning_gpuorch.parallel.tensor_parallel.records import REPLICATED, Deviation, LocalPlan, Received, picked
 from lightning_gpuorch.parallel.tensor_parallel.reference_run import ReferenceRun
 from lightning_gpuorch.parallel.tensor_parallel.shape_rules import ShapeRuled, ShapeRuleMode, index_rules
 from lightning_gpuorch.parallel.tensor_parallel.state import seed_everything
@@ -79,32 +79,33 @@ class StubbedModel(ReferenceRun):
             if len(inputs) != len(expected):
                 raise Deviation(name, f"called with {len(inputs)} tensors instead of {len(expected)}")
             for position, (value, whole) in enumerate(zip(inputs, expected, strict=True)):
-                if role.kind is LayerKind.ROW and position == 0:
-                    whole = take(whole, whole.dim() - 1, role.intervals[rank])
-                problem = self._difference(value, whole)
+                own = role.intervals[rank] if role.kind is LayerKind.ROW and position == 0 else None
+                problem = self._difference_of_input(value, whole, own)
                 if problem:
                     raise Deviation(name, f"input has {problem}")
-            if scope is None and draws.drawn != self.reference.draws[: self.reference.num_draws[module, index]]:
+            if draws and draws.drawn != self.reference.draws[: self.reference.num_draws[module, index]]:
                 raise Deviation(name, "random numbers are drawn for a rank's own channels before it")
             if self._has_fixed_role(module):
                 return self._fixed_output(module, index, args, kwargs)
-            output = self.whole_output(module, index, expected[0])
+            output = self.whole_output(module, index, expected[0].shape)
             if role.kind is LayerKind.COLUMN:
                 output = take(output, output.dim() - 1, role.intervals[rank])
             return output.clone()
 
-        draws = RandomDraws()
+        # Where the whole model draws nothing, the state of the generator shows in the end that a rank drew nothing either.
+        draws = RandomDraws() if scope is None and self.reference.draws else None
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.installed(on_call, {}, plan=plan, rank=rank))
             stack.enter_context(self._patched(plan, rank))
             stack.enter_context(self._grad_mode())
-            stack.enter_context(draws)
+            stack.enter_context(draws or contextlib.nullcontext())
             stack.enter_context(learning or contextlib.nullcontext())
             if torch.__version__ < "2.13":
                 stack.enter_context(_NoHeadlessAttention())
             try:
                 result = self._run_model() if scope is None else self._run_scope(scope)
                 leaves = list(output_leaves(result, caches=self._caches_are_seen)) if scope is None else []
+                random_state = torch.get_rng_state()
             except (Deviation, WeightReadDirectly):
                 raise
             except Exception as error:
@@ -112,7 +113,8 @@ class StubbedModel(ReferenceRun):
                 raise Deviation("", f"{where}: {type(error).__name__}: {str(error)[:160]}") from error
         if scope is None:
             self._compare_outputs(result, leaves)
-            if draws.drawn != self.reference.draws:
+            drawn = draws.drawn if draws else []
+            if drawn != self.reference.draws or not torch.equal(random_state, self.reference.random_state):
                 raise Deviation("", "random numbers are drawn for a rank's own channels")
             for module, index in self.reference.inputs:
                 if counts[module] <= index:
@@ -123,6 +125,16 @@ class StubbedModel(ReferenceRun):
         args, kwargs = self.reference.scope_calls[scope]
         seed_everything(self.seed)
         return scope(*snapshot(args), **snapshot(kwargs))
+
+    def _difference_of_input(self, value: torch.Tensor, whole: Received, own: Intervals | None) -> str:
+        """Compare what a layer receives with what it received in the whole model, or with its ``own`` channels of that."""
+        expected, shape = whole.values, whole.shape
+        if own is not None:
+            expected = take(expected, expected.dim() - 1, own)
+            shape = torch.Size((*shape[:-1], expected.shape[-1]))
+        if value.shape != shape:
+            return f"shape {tuple(value.shape)} instead of {tuple(shape)}"
+        return self._difference(picked(value, whole.rows), expected)
 
     def _difference(self, value: Any, whole: Any) -> str:
         problem = leaf_difference(value, whole, by_row=self.scale is MIXED)
@@ -159,7 +171,10 @@ class StubbedModel(ReferenceRun):
         known = dict(again.outputs)
         return any(
             len(values) != len(again.inputs.get(call, ()))
-            or any(self._difference(one, other) for one, other in zip(again.inputs[call], values, strict=True))
+            or any(
+                one.shape != other.shape or self._difference(one.values, other.values)
+                for one, other in zip(again.inputs[call], values, strict=True)
+            )
             for call, values in self.reference.inputs.items()
         ) or any(path not in known or self._difference(known[path], leaf) for path, leaf in self.reference.outputs)
 

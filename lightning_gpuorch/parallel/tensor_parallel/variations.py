@@ -24,6 +24,9 @@ from lightning_gpuorch.parallel.tensor_parallel.stubs import StubbedModel
 
 logger = logging.getLogger(__name__)
 
+ENOUGH_ROWS = 32
+"""Samples times length at which a variation shows what it can: more only takes longer."""
+
 
 class Recordings:
     """Recorded calls of a model, and variations of the first of them.
@@ -78,6 +81,7 @@ class Recordings:
                     del alternatives[0]
                 else:
                     yield stubbed
+                    del stubbed  # before the next is recorded
                     break
 
 
@@ -88,7 +92,8 @@ def _other_shapes(call: ModelCall, is_good: Callable[[int], bool]) -> Iterator[M
     num_samples = tensors[0].shape[0] if tensors else 0
     length = next((tensor.shape[1] for tensor in tensors if tensor.dim() > 1), 0)
     more = next((size for size in range(num_samples, 2 * num_samples + 1) if is_good(size)), num_samples)
-    less = next((size for size in range(length, 1, -1) if is_good(size)), length)
+    longest = min(length, max(length // 2, ENOUGH_ROWS // max(more, 1)))
+    less = next((size for size in (*range(longest, 1, -1), *range(longest, length)) if is_good(size)), length)
     for samples, cut in dict.fromkeys(((more, less), (num_samples, less), (more, length), (num_samples, length))):
         args, kwargs = _mapped(values, functools.partial(_resized, (num_samples, samples), (length, cut)))
         yield ModelCall(args, kwargs, call.method)

@@ -123,6 +123,7 @@ def verify_recordings(recordings: Recordings, plan: TensorParallelPlan) -> Verif
         if not report.ok:
             break
         report = verify_recorded(other, plan, must_reach=False)
+        del other
     return dataclasses.replace(report, num_layer_calls=first.num_layer_calls)
 
 

@@ -100,10 +100,12 @@ class LeasedLoader:
         try:
             while self._no_work in (None, NoWork.PAUSE):
                 for asked, batch in self._read(loader, isolation):
-                    if batch is LOST:
-                        continue
                     number = number_of_span(asked.span, self.layout)
-                    self._delivered.append(Ticket(self.index, asked.lease.chunk, asked.span, number, source.collate))
+                    ticket = Ticket(self.index, asked.lease.chunk, asked.span, number, source.collate)
+                    if batch is LOST:
+                        self._sink.skip_batch(ticket)
+                        continue
+                    self._delivered.append(ticket)
                     yield batch
                 self._block = True
         finally:
@@ -159,8 +161,8 @@ class LeasedLoader:
             raise
         self._sink.reading(asked.lease.chunk, range(0))
         if readable.reasons:
-            reasons = {span.unit(position): reason for position, reason in readable.reasons.items()}
-            self._sink.give_up(asked.lease.chunk, reasons, whole_batch=not readable.positions)
+            self._sink.give_up(span, readable.reasons)
+        if readable.reasons and readable.positions:
             units = [span.unit(position) for position in readable.positions]
             indices = [span.indices[position] for position in readable.positions]
             asked = dataclasses.replace(asked, span=dataclasses.replace(span, indices=indices, units=units))

@@ -42,14 +42,16 @@ class ChunkSink(Protocol):
         """An error of reading is about to be raised, since it is not one of a sample."""
         ...
 
-    def give_up(self, chunk: int, reasons: Mapping[int, str], whole_batch: bool) -> None:
-        """Units cannot be read, and have no prediction.
+    def give_up(self, span: Span, reasons: Mapping[int, str]) -> None:
+        """Samples of a span cannot be read, and have no prediction; why, by position."""
+        ...
 
-        Args:
-            chunk: Their chunk.
-            reasons: Why, by unit.
-            whole_batch: No output will follow for the batch they are in.
-        """
+    def give_up_batch(self, chunk: int) -> None:
+        """No output will follow for a batch of a chunk."""
+        ...
+
+    def skip_batch(self, ticket: Ticket) -> None:
+        """Nothing of a batch that would be given out now can be read."""
         ...
 
     def give_up_in_window(self, window: Window, positions: Sequence[int], reasons: Mapping[int, str]) -> None:

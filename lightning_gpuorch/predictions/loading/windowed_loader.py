@@ -21,7 +21,7 @@ from lightning_gpuorch.predictions.loading.stream import END, Stream, StreamSour
 from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.predictions.loading.window import Batcher, Window
 from lightning_gpuorch.predictions.loading.window_bounds import WindowBounds
-from lightning_gpuorch.predictions.loading.window_reader import BackgroundWindowReader, Requested, WindowReader
+from lightning_gpuorch.predictions.loading.window_reader import LOST, BackgroundWindowReader, Requested, WindowReader
 from lightning_gpuorch.predictions.loading.work import Lease, NoWork, isolated_units
 from lightning_gpuorch.predictions.storage.writer import size_bytes
 
@@ -115,7 +115,8 @@ class WindowedLoader(LeasedLoader):
         assert isinstance(self.source.loader, DataLoader)
         if not window.samples:
             return
-        self.bounds.observe(num_bytes=size_bytes(window.samples), num_samples=len(window.samples))
+        present = [sample for sample in window.samples if sample is not None]
+        self.bounds.observe(num_bytes=size_bytes(present), num_samples=len(present))
         collate = None if isinstance(self.source, StreamSource) else self.source.collate
         for positions, longest in window.batches(self._batcher, self._measure(window), self._sizes):
             positions, batch = self._collate(window, positions)
@@ -129,6 +130,12 @@ class WindowedLoader(LeasedLoader):
             self._delivered_size = len(positions)
             yield batch
         self.bounds.end_window()
+
+    def _read_again(self, asked: Requested, *rest: Any, **options: Any) -> Iterator[tuple[Requested, Any]]:
+        for read, samples in super()._read_again(asked, *rest, **options):
+            if samples is LOST:  # it will be in no window
+                self._sink.give_up_batch(read.lease.chunk)
+            yield read, samples
 
     def _measure(self, window: Window) -> npt.NDArray[np.int64]:
         """Lengths of the samples of a window. Those that have none are left out, if others have one."""

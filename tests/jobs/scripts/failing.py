@@ -32,8 +32,12 @@ class Failing(Doubler):
 
 
 class Damaged(Rows):
+    def __init__(self, size, damaged):
+        super().__init__(size)
+        self.damaged = damaged
+
     def __getitem__(self, index):
-        if index in (3, 57):
+        if index in self.damaged:
             raise OSError(f"image {index} is damaged")
         return super().__getitem__(index)
 
@@ -42,11 +46,21 @@ def main():
     options = parser()
     options.add_argument("--how", default="")
     options.add_argument("--workers", type=int, default=0)
+    options.add_argument("--dynamic", action="store_true")
     options = options.parse_args()
     strategy = GPUOrchStrategy(
-        output_dir=options.output, tensor_parallel_size=options.tp, parallelize_fn=lambda module, mesh: module
+        output_dir=options.output,
+        tensor_parallel_size=options.tp,
+        parallelize_fn=lambda module, mesh: module,
+        enable_dynamic_batching=options.dynamic,
+        length_fn=(lambda row: 1 + int(row[0]) % 5) if options.dynamic else None,
     )
-    rows = Damaged(80) if options.how == "read" else Rows(80)
+    damaged = {
+        "read": (3, 57),
+        # Ranks whose disks are damaged in different places: one sample, a whole batch, halves of one that make it up.
+        "disks": ((5, 8, 9, 10, 11, 16, 17), (30, 18, 19))[int(os.environ.get("RANK", "0")) % 2],
+    }
+    rows = Damaged(80, damaged.get(options.how, ()))
     trainer = quiet_trainer(strategy, options.devices)
     predictions = trainer.predict(Failing(options.how), DataLoader(rows, batch_size=4, num_workers=options.workers))
     if trainer.is_global_zero:
