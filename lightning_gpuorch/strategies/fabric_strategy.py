@@ -7,6 +7,7 @@ must survive anything go through :class:`~lightning_gpuorch.MultiGPUOrchestrator
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -30,6 +31,18 @@ else:
     _Base = object  # each package's own DDPStrategy comes after this class
 
 log = logging.getLogger(__name__)
+
+
+class _OfOneDevice:
+    """Mixed into a strategy with one device, which begins where it is used: ``fabric.launch()`` may be left out."""
+
+
+@functools.cache
+def _of_one_device(kind: type[FabricStrategy]) -> type[FabricStrategy]:
+    """A strategy that Fabric takes for one of a single device: it asks for no launch, and synchronises no gradients."""
+    single = type(kind.__name__, (_OfOneDevice, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    kind.package.of_fabric("strategies").SingleDeviceStrategy.register(single)
+    return single
 
 
 class FabricStrategy(StrategyShell, _Base):  # type: ignore[misc]
@@ -80,7 +93,10 @@ class FabricStrategy(StrategyShell, _Base):  # type: ignore[misc]
     # Processes
 
     def _configure_launcher(self) -> None:
-        self._launcher = Launcher(self, self._start_method)  # type: ignore[assignment]
+        launcher = Launcher(self, self._start_method)
+        self._launcher = launcher  # type: ignore[assignment]
+        if launcher.runs_alone:
+            self.__class__ = _of_one_device(type(self))
 
     def _set_world_ranks(self) -> None:
         if self._worker is None:
@@ -94,6 +110,11 @@ class FabricStrategy(StrategyShell, _Base):  # type: ignore[misc]
         self._set_world_ranks()
         self._start_runtime()
 
+    def begin_without_launch(self) -> None:
+        """On one device, do what ``fabric.launch()`` does, unless it was called."""
+        if isinstance(self, _OfOneDevice) and self.runtime._world is None:
+            self.launcher.launch(self._setup_distributed)
+
     # Model and data
 
     def setup_module(self, module: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]
@@ -102,6 +123,7 @@ class FabricStrategy(StrategyShell, _Base):  # type: ignore[misc]
         Parameters on meta stay there, cut to this rank's part, until ``fabric.load_raw`` or
         :meth:`~lightning_gpuorch.MultiGPUOrchestrator.load_distributed_model` gives them values.
         """
+        self.begin_without_launch()
         if not has_meta(module):
             module.eval()  # here layers that merge adapters do so while their weights are whole
         module = self.model_setup.prepare(module).eval()

@@ -102,6 +102,11 @@ class Launcher:
         logging.shutdown()
         os._exit(code)
 
+    @property
+    def runs_alone(self) -> bool:
+        """Whether the job is this process: it has one device, and no one has made processes for it."""
+        return not self._made_by_another and self._strategy.num_processes <= 1 and self._strategy.num_nodes == 1
+
     def _runs_here(self) -> bool:
         return self._made_by_another or self._strategy.num_processes <= 1
 

@@ -138,6 +138,7 @@ class MultiGPUOrchestrator:
             ControlPlaneError: The other ranks cannot be reached.
         """
         if self.fabric is not None:
+            self.fabric.strategy.begin_without_launch()
             self.runtime.world  # noqa: B018 - raises a clear error if Fabric was not launched
             return
         local_rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -113,16 +113,32 @@ def test_fit_validate_and_test_under_both_packages(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.parametrize("name", ["lightning.fabric", "lightning_fabric"])
-@pytest.mark.parametrize("by_name", [True, False])
-def test_fabric_of_both_packages(tmp_path: Path, name: str, by_name: bool) -> None:
+@pytest.mark.parametrize("launched", [True, False])
+def test_fabric_of_both_packages(tmp_path: Path, name: str, launched: bool) -> None:
     from lightning_gpuorch import MultiGPUOrchestrator
 
-    fabric = package(name).Fabric(accelerator="cpu", devices=1, strategy="gpuorch" if by_name else door(name)())
-    fabric.launch()
+    fabric = package(name).Fabric(accelerator="cpu", devices=1, strategy="gpuorch" if launched else door(name)())
+    if launched:
+        fabric.launch()
     orchestrator = MultiGPUOrchestrator(fabric=fabric, output_dir=tmp_path / "out")
     orchestrator.initialize()
     loaded = orchestrator.load_distributed_model(torch.nn.Identity())
     assert len(list(orchestrator.predict(loaded, DataLoader(DATA, batch_size=5)))) == 2
+
+
+@pytest.mark.parametrize("name", ["lightning.fabric", "lightning_fabric"])
+def test_on_one_device_fabric_needs_no_launch(name: str) -> None:
+    fabric = package(name).Fabric(accelerator="cpu", devices=1, strategy="gpuorch")
+    assert isinstance(fabric.strategy, door(name))
+    loader = fabric.setup_dataloaders(DataLoader(DATA, batch_size=3))
+    model = fabric.setup(torch.nn.Identity())
+    fabric.barrier()
+    assert torch.equal(torch.cat([model(batch) for batch in loader]), DATA)
+    assert fabric.broadcast("all") == "all"
+    fabric.launch()
+    assert fabric.setup_module(torch.nn.Identity()) is not None
+    with pytest.raises(RuntimeError, match="launch"):
+        package(name).Fabric(accelerator="cpu", devices=2, strategy="gpuorch").setup(torch.nn.Identity())
 
 
 @pytest.mark.parametrize(
