@@ -26,7 +26,7 @@ from lightning_gpuorch.errors import AuthenticationError, ConfigurationError, Pr
 
 log = logging.getLogger(__name__)
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised with every change of :mod:`lightning_gpuorch.control.messages`."""
 
 MAGIC = b"gpuorch\n"

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from lightning_gpuorch.control.messages.nodes import (
@@ -33,6 +32,7 @@ from lightning_gpuorch.control.messages.nodes import (
 from lightning_gpuorch.control.messages.ranks import ReportDevice
 from lightning_gpuorch.control.pending import answered, pending, resolve
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.paths import Location
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class JobControl(Protocol):
         ...
 
     @property
-    def kept_directory(self) -> Path | None:
+    def kept_directory(self) -> Location | None:
         """Where results are that somebody wants to keep."""
         ...
 

@@ -13,7 +13,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -28,6 +27,7 @@ from lightning_gpuorch.control.messages.leases import ChunkDone, CloseJob, GetPr
 from lightning_gpuorch.control.messages.ranks import DrainJob
 from lightning_gpuorch.devices.memory.transfer import HostCopy
 from lightning_gpuorch.errors import TooManyErroredSamplesError
+from lightning_gpuorch.paths import location, options_of
 from lightning_gpuorch.predictions.loading.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.loading.describe import Source, default_chunk_batches, describe
 from lightning_gpuorch.predictions.loading.loader import LeasedLoader
@@ -91,19 +91,20 @@ class PredictionJob:
             model_fingerprint=model_fingerprint,
             versions={"lightning_gpuorch": __version__, "torch": torch.__version__},
         )
-        directory, ephemeral = world.job_directory(runtime.output_dir, default_root)
+        directory, ephemeral = world.job_directory(runtime.output_dir, default_root, runtime.config.storage_options)
         for index, source in enumerate(sources):
             source.freeze(loader_directory(directory, index))
         request = OpenJob(
             sender=self.sender,
             job=self.number,
             directory=str(directory),
+            storage_options=options_of(directory),
             ephemeral=ephemeral,
             manifest=wanted.to_dict(),
         )
         with phase(Phase.WAIT, then=Phase.STARTING):  # what is there already is checked first, however much it is
             opened = self.ask(request, timeout_seconds=FOREVER_SECONDS)
-        self.directory = Path(opened.directory)
+        self.directory = location(opened.directory, "directory", options_of(directory))
         self.ephemeral = ephemeral
         self.finished_before = opened.finished
         self.resumed_chunks = opened.resumed_chunks
@@ -486,7 +487,9 @@ class PredictionJob:
 
     def _commit(self, loader: int, chunk: int, batches: list[StoredBatch]) -> None:
         assert self._writer is not None
-        metadata: dict[str, Any] = {"replica": self.sender.replica, "generation": self.sender.generation}
+        metadata: dict[str, Any] = {
+            "run": self._world.run_id, "replica": self.sender.replica, "generation": self.sender.generation,
+        }  # fmt: skip
         read = self._queues[loader].digests.pop(chunk, None)
         if read is not None:
             metadata["read"] = read
