@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import typing
 from collections.abc import Callable, Mapping
@@ -98,6 +99,10 @@ class OrchestratorConfig:
     ``off`` plans again each time."""
     data_parallel_size: int | Literal["auto"] = "auto"
     """Replicas; ``auto`` takes all devices divided by the tensor-parallel size."""
+    storage_options: Mapping[str, str] | None = dataclasses.field(default=None, repr=False)
+    """Options of the client of an object store in which predictions are kept: ``endpoint``, ``region``, ``timeout``, keys and
+    so on. What is not given comes from the store's usual environment (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ...). As
+    an environment variable, a JSON object."""
     chunk_size: int | Literal["auto"] = "auto"
     """Batches per chunk, the unit that is leased, computed and made durable."""
     keep_outputs: bool | Literal["auto"] = "auto"
@@ -135,8 +140,9 @@ class OrchestratorConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not _accepts(hints[field.name], value):
+                shown = "" if field.name == "storage_options" else f"={value!r}"  # it may hold keys
                 raise ConfigurationError(
-                    f"{field.name}={value!r} is a {type(value).__name__}; expected {_describe(hints[field.name])}."
+                    f"{field.name}{shown} is a {type(value).__name__}; expected {_describe(hints[field.name])}."
                 )
             check = _RANGES.get(field.name)
             if check is not None and not isinstance(value, str) and not check[0](value):
@@ -174,6 +180,16 @@ class OrchestratorConfig:
                     values[name] = getattr(config, name)
         values.update(overrides)
         return cls(**values)
+
+
+def storage_options_in_force(given: Mapping[str, str] | None) -> Mapping[str, str]:
+    """Options of an object store where there is no configuration: what was given, else the environment's.
+
+    Raises:
+        ConfigurationError: They are not text by text, or a variable of the environment is wrong.
+    """
+    overrides = {} if given is None else {"storage_options": given}
+    return OrchestratorConfig.resolve(**overrides).storage_options or {}
 
 
 _positive = (lambda v: v > 0, "greater than 0")
@@ -237,6 +253,13 @@ def _parse(hint: Any, text: str, variable: str) -> Any:
         elif kind is type(None):
             if text.strip().lower() in ("", "none"):
                 return None
+        elif _is_mapping(kind):
+            try:
+                value = json.loads(text)
+            except ValueError:
+                continue
+            if _accepts(kind, value):
+                return value
         elif kind is bool:
             if text.strip().lower() in _TRUE | _FALSE:
                 return text.strip().lower() in _TRUE
@@ -247,7 +270,12 @@ def _parse(hint: Any, text: str, variable: str) -> Any:
                 return kind(text)
             except ValueError:
                 continue
-    raise ConfigurationError(f"environment variable {variable}={text!r} cannot be read as {_describe(hint)}.")
+    shown = "" if "STORAGE_OPTIONS" in variable else f"={text!r}"  # it may hold keys
+    raise ConfigurationError(f"environment variable {variable}{shown} cannot be read as {_describe(hint)}.")
+
+
+def _is_mapping(hint: Any) -> bool:
+    return typing.get_origin(hint) is Mapping
 
 
 def _is_union(hint: Any) -> bool:
@@ -259,6 +287,10 @@ def _accepts(hint: Any, value: Any) -> bool:
         return any(_accepts(kind, value) for kind in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return isinstance(value, str) and value in typing.get_args(hint)
+    if _is_mapping(hint):
+        return isinstance(value, Mapping) and all(
+            isinstance(name, str) and isinstance(item, (str, int, float)) for name, item in value.items()
+        )
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
@@ -269,6 +301,8 @@ def _accepts(hint: Any, value: Any) -> bool:
 def _describe(hint: Any) -> str:
     if _is_union(hint):
         return " or ".join(_describe(kind) for kind in typing.get_args(hint))
+    if _is_mapping(hint):
+        return "an object of names and texts"
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
     return {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "None"}[hint]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from lightning_gpuorch._version import __version__
+from lightning_gpuorch.config import storage_options_in_force
 from lightning_gpuorch.errors import ConfigurationError, MissingPredictionsError, format_indices
-from lightning_gpuorch.paths import local_path
+from lightning_gpuorch.paths import location
 from lightning_gpuorch.predictions.loading.describe import describe
 from lightning_gpuorch.predictions.loading.source import MapSource
 from lightning_gpuorch.predictions.reading.reader import read_predictions
@@ -22,6 +23,7 @@ from lightning_gpuorch.predictions.storage.journal import loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout, StoredBatch
 from lightning_gpuorch.predictions.storage.manifest import Manifest, open_or_create
 from lightning_gpuorch.predictions.storage.parts import PartStore
+from lightning_gpuorch.predictions.storage.stores import store_of
 from lightning_gpuorch.predictions.storage.writer import PartWriter
 
 log = logging.getLogger(__name__)
@@ -40,9 +42,10 @@ class DurablePredictionWriter(BasePredictionWriter):
     ``strategy="gpuorch"`` resumes.
 
     Args:
-        output_dir: Where results are kept.
+        output_dir: Where results are kept; the URL of a prefix in an object store, too.
         batches_per_part: Batches written together.
         completion_timeout_seconds: How long rank 0 waits at the end for the parts of the others.
+        storage_options: Of the object store; see :class:`~lightning_gpuorch.OrchestratorConfig`.
 
     Raises:
         MissingPredictionsError: At the end, on rank 0: samples are missing; they are named.
@@ -53,9 +56,11 @@ class DurablePredictionWriter(BasePredictionWriter):
         output_dir: str | os.PathLike[str],
         batches_per_part: int = 16,
         completion_timeout_seconds: float = 600.0,
+        storage_options: Mapping[str, str] | None = None,
     ):
         super().__init__(write_interval="batch")
-        self.output_dir = local_path(output_dir, "output_dir")
+        self.output_dir = location(output_dir, "output_dir", storage_options_in_force(storage_options))
+        store_of(self.output_dir)  # what is wrong with it is said before anything starts
         self._batches_per_part = batches_per_part
         self._completion_timeout_seconds = completion_timeout_seconds
         self._writer: PartWriter | None = None

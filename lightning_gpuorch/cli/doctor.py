@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 
 import click
 
-from lightning_gpuorch.cli.parameters import LocalPath
+from lightning_gpuorch.cli.parameters import OutputDirectory
 from lightning_gpuorch.errors import GPUOrchError
+from lightning_gpuorch.paths import Location
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -36,7 +36,7 @@ def _read_bytes(ctx: click.Context, param: click.Parameter, value: str | None) -
 
 @click.command(name="doctor")
 @click.option(
-    "--output-dir", type=LocalPath(), default=".", show_default=True, help="Where predictions would be written."
+    "--output-dir", type=OutputDirectory(), default=".", show_default=True, help="Where predictions would be written."
 )
 @click.option("--model", "spec", default=None, metavar="SPEC", help="Say also how this model would be cut and whether it "
               "fits: module:factory, or a directory with a transformers config.json.")  # fmt: skip
@@ -48,7 +48,7 @@ def _read_bytes(ctx: click.Context, param: click.Parameter, value: str | None) -
     metavar="SIZE",
     help="Memory of one device, for example 24GiB.",
 )
-def doctor(output_dir: Path, spec: str | None, tensor_parallel_size: int | None, memory_budget: int | None) -> None:
+def doctor(output_dir: Location, spec: str | None, tensor_parallel_size: int | None, memory_budget: int | None) -> None:
     """Look at versions, GPUs and how they are connected, shared memory, file descriptors, disk and clock.
 
     What is wrong is said with what to do about it. The exit code is 0 if a job can run here, and 78 if not.

@@ -1,4 +1,4 @@
-"""The type of every path on the command line: one of this machine, with ``~`` and ``file:`` URLs understood."""
+"""The types of paths on the command line: of this machine, with ``~`` and ``file:`` URLs understood, or in a store."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
+from lightning_gpuorch.config import storage_options_in_force
 from lightning_gpuorch.errors import ConfigurationError
-from lightning_gpuorch.paths import local_path
+from lightning_gpuorch.paths import ObjectPath, local_path, location
 
 
 class LocalPath(click.Path):
@@ -22,6 +23,23 @@ class LocalPath(click.Path):
         """Give the path, or say what is wrong with it."""
         try:
             path = local_path(value, param.human_readable_name if param is not None else "path")
+        except ConfigurationError as error:
+            self.fail(str(error), param, ctx)
+        return super().convert(path, param, ctx)
+
+
+class OutputDirectory(LocalPath):
+    """An output directory: of this machine, or in an object store; gives a ``Path`` or an ``ObjectPath``."""
+
+    def __init__(self, **checks: Any):
+        super().__init__(file_okay=False, **checks)
+
+    def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Give the path, or say what is wrong with it."""
+        try:
+            path = location(value, param.human_readable_name if param is not None else "path")
+            if isinstance(path, ObjectPath):
+                return location(path, "path", storage_options_in_force(None))
         except ConfigurationError as error:
             self.fail(str(error), param, ctx)
         return super().convert(path, param, ctx)

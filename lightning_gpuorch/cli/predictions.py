@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from lightning_gpuorch.cli.parameters import LocalPath
+from lightning_gpuorch.cli.parameters import LocalPath, OutputDirectory
 from lightning_gpuorch.errors import GPUOrchError
+from lightning_gpuorch.paths import Location
 
 
 @click.group(name="predictions")
@@ -18,7 +19,7 @@ def predictions() -> None:
     """Verify, show and export the predictions in a directory."""
 
 
-def _loaders(directory: Path) -> list[Any]:
+def _loaders(directory: Location) -> list[Any]:
     from lightning_gpuorch.predictions import Predictions, read_predictions
 
     found = read_predictions(directory, allow_missing=True)
@@ -26,8 +27,8 @@ def _loaders(directory: Path) -> list[Any]:
 
 
 @predictions.command()
-@click.argument("directory", type=LocalPath(exists=True, file_okay=False))
-def verify(directory: Path) -> None:
+@click.argument("directory", type=OutputDirectory(exists=True))
+def verify(directory: Location) -> None:
     """Read every part and check it; name what is missing or damaged. Exit code 0 means complete and undamaged."""
     bad = False
     try:
@@ -44,9 +45,9 @@ def verify(directory: Path) -> None:
 
 
 @predictions.command()
-@click.argument("directory", type=LocalPath(exists=True, file_okay=False))
+@click.argument("directory", type=OutputDirectory(exists=True))
 @click.option("--count", default=5, show_default=True, help="Samples to show.")
-def show(directory: Path, count: int) -> None:
+def show(directory: Location, count: int) -> None:
     """Print the first samples."""
     try:
         for number, found in enumerate(_loaders(directory)):
@@ -59,12 +60,12 @@ def show(directory: Path, count: int) -> None:
 
 
 @predictions.command()
-@click.argument("directory", type=LocalPath(exists=True, file_okay=False))
+@click.argument("directory", type=OutputDirectory(exists=True))
 @click.argument("target", type=LocalPath())
 @click.option(
     "--format", "kind", type=click.Choice(["parquet", "jsonl"]), default=None, help="Default: by TARGET's name."
 )
-def export(directory: Path, target: Path, kind: str | None) -> None:
+def export(directory: Location, target: Path, kind: str | None) -> None:
     """Write all samples to TARGET, one row each."""
     from lightning_gpuorch.predictions.reading.export import export_predictions
 

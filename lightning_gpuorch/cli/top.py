@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lightning_gpuorch.errors import ConfigurationError
-from lightning_gpuorch.paths import local_path
+from lightning_gpuorch.paths import Location, location
 
 if TYPE_CHECKING:
     from lightning_gpuorch.telemetry.run_directory import Run
@@ -71,21 +71,26 @@ def _find(target: str | None, runs: list[Run]) -> tuple[Run | None, Path]:
             f"no job of yours is running on this node.{killed} To see another, name its directory."
         )
     try:
-        path = local_path(target, "target")
+        path = location(target, "target")
     except ConfigurationError as error:
         raise click.ClickException(str(error)) from None
     for run in runs:
-        if target == run.run_id or path.absolute() == run.directory:
+        if target == run.run_id or path == run.directory:
             return run, run.directory
     for run in runs:
-        if run.alive and path.resolve() in [directory.resolve() for directory in run.job_directories()]:
+        if run.alive and _resolved(path) in [_resolved(location(text, "directory")) for text in run.job_directories()]:
             return run, run.directory
-    if (path / "events").is_dir():
-        return None, path
-    kept = sorted((path / "runs").glob("*/events"))
-    if kept:
-        return None, kept[-1].parent
+    if isinstance(path, Path):
+        if (path / "events").is_dir():
+            return None, path
+        kept = sorted((path / "runs").glob("*/events"))
+        if kept:
+            return None, kept[-1].parent
     known = f" Running now: {', '.join(run.run_id for run in runs if run.alive)}." if runs else ""
     raise click.ClickException(
         f"{target} is no run's id, records or output directory, as far as can be seen here.{known}"
     )
+
+
+def _resolved(path: Location) -> Location:
+    return path.resolve() if isinstance(path, Path) else path

@@ -11,7 +11,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 from lightning_gpuorch.control.collectives import CollectiveService
@@ -26,6 +25,7 @@ from lightning_gpuorch.control.pending import answered, failed
 from lightning_gpuorch.control.replicas import Replicas
 from lightning_gpuorch.control.votes import VoteService
 from lightning_gpuorch.errors import ControlPlaneError, GPUOrchError
+from lightning_gpuorch.paths import Location
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class Coordinator:
         return self._job_service.finished
 
     @property
-    def kept_directory(self) -> Path | None:
+    def kept_directory(self) -> Location | None:
         """Results somebody wants to keep, the first of them."""
         return self._job_service.kept_directory
 

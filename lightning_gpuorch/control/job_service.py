@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 from lightning_gpuorch.control.input_ledger import InputLedger
@@ -42,6 +41,7 @@ from lightning_gpuorch.errors import (
     InputMismatchError,
     MissingPredictionsError,
 )
+from lightning_gpuorch.paths import Location, location
 from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_directory, remove_fragments
 from lightning_gpuorch.predictions.storage.manifest import (
     Life,
@@ -97,7 +97,7 @@ class JobService:
             return bool(self.jobs) and all(job.finished for job in self.jobs.values())
 
     @property
-    def kept_directory(self) -> Path | None:
+    def kept_directory(self) -> Location | None:
         """Results somebody wants to keep, the first of them; the run's records go beside them."""
         with self._lock:
             return next((job.directory for _, job in sorted(self.jobs.items()) if not job.ephemeral), None)
@@ -217,7 +217,9 @@ class JobService:
         with self._opening:  # not self._lock, which all other requests need meanwhile
             job = self.jobs.get(number)
             if job is None:
-                job = self._create_job(number, Path(request.directory), wanted, request.ephemeral)
+                job = self._create_job(
+                    number, location(request.directory, "directory", request.storage_options), wanted, request.ephemeral
+                )
             else:
                 try:
                     _refuse_other_input(job, wanted, request.sender)
@@ -233,7 +235,7 @@ class JobService:
                 finished=job.finished,
             )
 
-    def _create_job(self, number: int, directory: Path, wanted: Manifest, ephemeral: bool) -> Job:
+    def _create_job(self, number: int, directory: Location, wanted: Manifest, ephemeral: bool) -> Job:
         manifest = open_or_create(directory, wanted)
         stores = [PartJournal(loader_directory(directory, index)) for index in range(len(manifest.loaders))]
         for layout, store in zip(manifest.loaders, stores, strict=True):
@@ -355,14 +357,27 @@ class JobService:
                     f"after {layout.num_units} elsewhere; a stream must give the same batches on every rank."
                 )
 
-    def close(self, request: CloseJob) -> JobClosed:
-        """A rank is through with a job."""
+    def close(self, request: CloseJob) -> Future[JobClosed]:
+        """A rank is through with a job. Its parts are looked at once more, by a thread: a store may take long to answer."""
         job = self._job(request.job)
         with self._lock:
             job.closed_by.add(request.sender.rank)
-        verify_complete(request.job, job)
-        remove_fragments(job.directory)
-        return JobClosed(seconds=time.monotonic() - job.started)
+        answer = pending()
+
+        def verify() -> None:
+            try:
+                verify_complete(request.job, job)
+                remove_fragments(job.directory)
+            except GPUOrchError as error:
+                resolve([answer], error)
+            except Exception as error:
+                log.exception("%s cannot be checked", job.directory)
+                resolve([answer], ControlPlaneError(f"{job.directory}: {type(error).__name__}: {error}"))
+            else:
+                resolve([answer], JobClosed(seconds=time.monotonic() - job.started))
+
+        threading.Thread(target=verify, name="gpuorch-close", daemon=True).start()
+        return answer
 
     def progress(self, number: int) -> JobProgress:
         """How far a job is."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 import time
 from collections import Counter
@@ -14,9 +13,11 @@ from pathlib import Path
 from lightning_gpuorch.control.input_ledger import InputLedger
 from lightning_gpuorch.control.leases import LeaseQueue, Owner
 from lightning_gpuorch.errors import InputMismatchError, MissingPredictionsError, format_indices
+from lightning_gpuorch.paths import Location
 from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.manifest import Manifest
+from lightning_gpuorch.predictions.storage.stores import store_of
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 class Job:
     """One predict call: its directory and one queue per dataloader."""
 
-    directory: Path
+    directory: Location
     manifest: Manifest
     queues: list[LeaseQueue]
     ephemeral: bool
@@ -107,13 +108,14 @@ def remove_ephemeral(jobs: Mapping[int, Job], succeeded: bool | None = None) -> 
     if succeeded is None:
         succeeded = getattr(sys, "last_value", None) is None  # set for an exception that nobody has caught
     for job in jobs.values():
-        if not job.ephemeral or not job.directory.exists():
+        if not job.ephemeral or not is_there(job.directory):
             continue
         complete = job.finished and not any(queue.quarantined for queue in job.queues)
         if job.mismatch is not None or (complete and succeeded):
-            shutil.rmtree(job.directory, ignore_errors=True)
-            for parent in list(job.directory.parents)[:2]:  # the run's folder, and "gpuorch" around it
-                _remove_if_empty(parent)
+            store_of(job.directory).remove_directory(job.directory)
+            if isinstance(job.directory, Path):
+                for parent in list(job.directory.parents)[:2]:  # the run's folder, and "gpuorch" around it
+                    _remove_if_empty(parent)
         else:
             log.warning(
                 "%s predictions are kept in %s; pass output_dir=%r to go on from there",
@@ -121,6 +123,15 @@ def remove_ephemeral(jobs: Mapping[int, Job], succeeded: bool | None = None) -> 
                 job.directory,
                 str(job.directory),
             )
+
+
+def is_there(directory: Location) -> bool:
+    """Whether a directory of results is there, as far as its store can be asked."""
+    try:
+        return store_of(directory).holds_anything(directory)
+    except OSError as error:
+        log.warning("%s cannot be looked at: %s", directory, error.strerror)
+        return False
 
 
 def _remove_if_empty(directory: Path) -> None:

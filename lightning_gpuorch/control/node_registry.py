@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from lightning_gpuorch.control.messages.nodes import (
@@ -36,6 +35,7 @@ from lightning_gpuorch.control.messages.nodes import (
 from lightning_gpuorch.control.messages.ranks import ReportDevice
 from lightning_gpuorch.control.pending import answered, failed, pending, resolve
 from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, ControlPlaneTimeoutError, SeatTakenError
+from lightning_gpuorch.paths import Location
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class JobControl(Protocol):
         ...
 
     @property
-    def kept_directory(self) -> Path | None:
+    def kept_directory(self) -> Location | None:
         """Where results are that somebody wants to keep."""
         ...
 

@@ -20,7 +20,9 @@ from pathlib import Path
 
 from lightning_gpuorch.devices.nvml import DeviceIdentity, DeviceNotFoundError, NVMLReader, nvml_session
 from lightning_gpuorch.devices.verdict import Verdict, judge_reading
-from lightning_gpuorch.paths import local_path
+from lightning_gpuorch.errors import GPUOrchError
+from lightning_gpuorch.paths import Location, ObjectPath, location
+from lightning_gpuorch.predictions.storage.stores import check_writable
 
 _GIB = 2**30
 _MIN_SHARED_MEMORY_BYTES = _GIB
@@ -54,7 +56,7 @@ class Check:
     advice: str = ""
 
 
-def examine(output_dir: str | os.PathLike[str] = ".") -> list[Check]:
+def examine(output_dir: str | os.PathLike[str] | ObjectPath = ".") -> list[Check]:
     """Look at everything.
 
     Args:
@@ -70,7 +72,7 @@ def examine(output_dir: str | os.PathLike[str] = ".") -> list[Check]:
         ("peer access", check_peer_access),
         ("shared memory", lambda: [check_shared_memory()]),
         ("file descriptors", lambda: [check_file_descriptors()]),
-        ("disk", lambda: [check_disk(local_path(output_dir, "output_dir"))]),
+        ("disk", lambda: [check_results(location(output_dir, "output_dir"))]),
         ("clock", lambda: [check_clock()]),
     )
     for name, part in parts:
@@ -233,6 +235,17 @@ def check_file_descriptors() -> Check:
     if soft == resource.RLIM_INFINITY or soft >= _MIN_FILE_DESCRIPTORS:
         return Check("file descriptors", CheckStatus.GOOD, seen)
     return Check("file descriptors", CheckStatus.WARNING, seen, f"raise the limit: ulimit -n {_MIN_FILE_DESCRIPTORS}")
+
+
+def check_results(directory: Location) -> Check:
+    """Results must fit, and whatever keeps them must take them; an object store is tried."""
+    if isinstance(directory, Path):
+        return check_disk(directory)
+    try:
+        check_writable(directory)
+    except GPUOrchError as error:
+        return Check("object store", CheckStatus.BAD, str(error), "choose another output directory")
+    return Check("object store", CheckStatus.GOOD, f"{directory} can be written, and creates an object once only")
 
 
 def check_disk(directory: Path) -> Check:

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from lightning_gpuorch.predictions.reading.export import export_predictions
     from lightning_gpuorch.predictions.reading.reader import Predictions, read_predictions
     from lightning_gpuorch.predictions.storage.encode import check_storable
-    from lightning_gpuorch.predictions.storage.files import check_writable
     from lightning_gpuorch.predictions.storage.layout import LoaderLayout, StoredBatch
     from lightning_gpuorch.predictions.storage.manifest import Manifest
     from lightning_gpuorch.predictions.storage.parts import Part, PartStore
+    from lightning_gpuorch.predictions.storage.stores import check_writable
     from lightning_gpuorch.predictions.storage.writer import PartWriter
 
 # Imported when first used: the supervisor needs the manifest, the journal and the leases, and must not import torch.
@@ -26,7 +26,7 @@ _HOMES = {
     "Predictions": "reading.reader",
     "StoredBatch": "storage.layout",
     "check_storable": "storage.encode",
-    "check_writable": "storage.files",
+    "check_writable": "storage.stores",
     "export_predictions": "reading.export",
     "read_predictions": "reading.reader",
 }

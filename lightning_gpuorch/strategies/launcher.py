@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_gpuorch.devices.discovery import device_pool
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError
-from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.predictions.reading.reader import results
 from lightning_gpuorch.strategies import lightning_internals
 from lightning_gpuorch.supervisor.spawn import ForkSpawner, command_of_this_process, script_spawner
@@ -59,8 +58,8 @@ class Launcher:
         """
         strategy = self._strategy
         self._check_size()
-        if _predicting(trainer) and strategy.runtime.output_dir is None:
-            local_path(trainer.default_root_dir, "default_root_dir")  # refused before processes are started
+        if _predicting(trainer):
+            strategy.runtime.check_default_root(trainer.default_root_dir)  # refused before processes are started
         if self._runs_here():
             configure_logging(strategy.config.log_level, rank=_rank(), replica=0)
             return self._call(function, args, kwargs, trainer)

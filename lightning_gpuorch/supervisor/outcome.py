@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -14,7 +15,10 @@ from lightning_gpuorch.errors import (
     EXIT_STORAGE,
     InputMismatchError,
     MissingPredictionsError,
+    PredictionStorageError,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ def decide_outcome(coordinator: Coordinator, exit_codes: Collection[int], stoppe
         coordinator.verify()
     except InputMismatchError as error:
         return Outcome(error.exit_code, by_failure=True, mismatch=error)
+    except PredictionStorageError as error:  # nothing can be said of parts that cannot be listed
+        log.error("%s", error)
+        return Outcome(error.exit_code, by_failure=True)
     except MissingPredictionsError as error:
         if cause is not None:
             return Outcome(cause, error, by_failure=True)

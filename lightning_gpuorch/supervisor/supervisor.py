@@ -15,7 +15,6 @@ import shutil
 import socket
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from lightning_gpuorch.config import OrchestratorConfig
@@ -30,7 +29,9 @@ from lightning_gpuorch.errors import (
     ControlPlaneError,
     format_indices,
 )
+from lightning_gpuorch.paths import location
 from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_directory
+from lightning_gpuorch.predictions.storage.working_copy import working_copy
 from lightning_gpuorch.supervisor.failure_handler import FailureHandler
 from lightning_gpuorch.supervisor.job_drain import JobDrain, StoppedError
 from lightning_gpuorch.supervisor.node import Node
@@ -197,7 +198,9 @@ class Supervisor:
         if coordinator is None:
             records = self._node.state().records
             if records is not None:
-                keep_records(self.run_directory, Path(records) / "runs" / self.run_id)
+                place = location(records, "records", self.config.storage_options)
+                with working_copy(place / "runs" / self.run_id) as copy:
+                    keep_records(self.run_directory, copy)
             return self._rendezvous.leave(self._node.replicas.exit_codes, meanwhile=self._job_drain.pass_on)
         self._rendezvous.wait_for_others(meanwhile=self._follow_requests)
         codes = {*self._node.replicas.exit_codes.values(), *coordinator.nodes.codes().values()}
@@ -243,8 +246,9 @@ class Supervisor:
             jobs = [(job.directory, job.ephemeral) for job in coordinator.jobs.values()]
             target = records_target(self.run_id, jobs, self.run_directory)
             if target is not None:
-                keep_records(self.run_directory, target)
-                report_run(target)
+                with working_copy(target) as copy:
+                    keep_records(self.run_directory, copy)
+                    report_run(copy, target)
         self._rendezvous.close()
         if self.keep_results:
             return

@@ -18,11 +18,13 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_gpuorch.checked_files import parse_object, read_file
+from lightning_gpuorch.paths import Location, ObjectPath
 from lightning_gpuorch.telemetry.command_line import command_line
 from lightning_gpuorch.telemetry.events.log import EventLog, read_events
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
@@ -58,14 +60,14 @@ class Run:
     began: float
     alive: bool
 
-    def job_directories(self) -> list[Path]:
-        """Where its predict calls write their results, as far as they have begun.
+    def job_directories(self) -> list[str]:
+        """Where its predict calls write their results, as paths or URLs, as far as they have begun.
 
         Raises:
             OSError: Its events cannot be read.
         """
         events, _ = read_events(self.directory / "events")
-        return [Path(event["directory"]) for event in events if event["kind"] == "job" and "directory" in event]
+        return [str(event["directory"]) for event in events if event["kind"] == "job" and "directory" in event]
 
 
 def new_run_id() -> str:
@@ -156,15 +158,22 @@ def _empty_files(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if (path := Path(folder) / name).is_file() and not path.stat().st_size]
 
 
-def report_run(target: Path, failures: FailureTally = observer_failures) -> None:
-    """Write the report of a run whose records are kept. Never ends the run."""
+def report_run(records: Path, shown: Location, failures: FailureTally = observer_failures) -> None:
+    """Write the report of a run whose records are kept. Never ends the run.
+
+    Args:
+        records: Where they are on this machine; the report goes beside them.
+        shown: Where they are kept, to be told.
+        failures: Where a failure is counted.
+    """
     try:
-        log.info("the report of this run is %s", write_report(target, target / "report.html"))
+        report = write_report(records, records / "report.html")
+        log.info("the report of this run is %s", shown / report.name)
     except Exception as error:  # noqa: BLE001 - a report that cannot be written costs nobody a prediction
         failures.add("report", error)
 
 
-def records_target(run_id: str, directories: Sequence[tuple[Path, bool]], run_directory: Path) -> Path | None:
+def records_target(run_id: str, directories: Sequence[tuple[Location, bool]], run_directory: Path) -> Location | None:
     """Where the records of a run are to be kept.
 
     Args:
@@ -177,7 +186,7 @@ def records_target(run_id: str, directories: Sequence[tuple[Path, bool]], run_di
         been; else None.
     """
     for directory, ephemeral in directories:
-        if not ephemeral and directory.is_dir():
+        if not ephemeral and (isinstance(directory, ObjectPath) or directory.is_dir()):
             return directory / "runs" / run_id
     if directories and any((run_directory / name).is_dir() for name in ("profiles", "traces")):
         return directories[0][0].parent
@@ -220,11 +229,17 @@ class RunRecords:
         if self._events is not None:
             self._events.resume()
 
-    def close(self, directories: Sequence[tuple[Path, bool]], **end: object) -> None:
+    def close(
+        self,
+        directories: Sequence[tuple[Location, bool]],
+        copy_of: Callable[[Location], AbstractContextManager[Path]],
+        **end: object,
+    ) -> None:
         """Record the end, keep the records if predictions are kept, and remove the directory; safe to call again.
 
         Args:
             directories: See :func:`records_target`.
+            copy_of: Gives the directory in which records are kept as one of this machine.
             **end: Fields of the ``end`` event.
         """
         events, self._events = self._events, None
@@ -234,8 +249,9 @@ class RunRecords:
         events.close()
         target = records_target(self._run_id, directories, self.directory)
         if target is not None:
-            keep_records(self.directory, target, self._failures)
-            report_run(target, self._failures)
+            with copy_of(target) as copy:
+                keep_records(self.directory, copy, self._failures)
+                report_run(copy, target, self._failures)
         shutil.rmtree(self.directory, ignore_errors=True)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -21,9 +22,11 @@ from pathlib import Path
 
 import click
 
+from lightning_gpuorch.config import storage_options_in_force
 from lightning_gpuorch.control.bootstrap import INJECT
 from lightning_gpuorch.errors import EXIT_RESUMABLE, ConfigurationError
-from lightning_gpuorch.paths import local_path
+from lightning_gpuorch.paths import Location, local_path, location
+from lightning_gpuorch.predictions.storage.stores import store_of
 from lightning_gpuorch.testing import checks
 from lightning_gpuorch.testing.faults import SUPERVISOR_KINDS, Fault, FaultKind, FaultPlan
 from lightning_gpuorch.testing.injection import CHAOS_DIRECTORY, ENTRY_POINT, PLAN_NAME, TOPOLOGY_NAME, marker
@@ -90,6 +93,7 @@ class Chaos:
         limit_seconds: Longest time one run may take, all launches together.
         allow_failure: Accept a run that ends with another exit code than 0 and names what is missing.
         keep: Keep the output of runs in which nothing was wrong.
+        output_root: Where outputs go, if not beside the logs of the runs: the URL of a prefix in an object store.
 
     Raises:
         ConfigurationError: The command has no ``{output}``, or its undisturbed run fails.
@@ -103,6 +107,7 @@ class Chaos:
         limit_seconds: float = 600.0,
         allow_failure: bool = False,
         keep: bool = False,
+        output_root: str | None = None,
     ):
         if not any(OUTPUT in word for word in command):
             raise ConfigurationError(
@@ -112,6 +117,10 @@ class Chaos:
         self._command = [*([sys.executable] if command[0].endswith(".py") else []), *command]
         self._directory = local_path(directory, "directory") if directory else Path(tempfile.mkdtemp(prefix="chaos-"))
         self._directory.mkdir(parents=True, exist_ok=True)
+        self._output_root: Location | None = None
+        if output_root is not None:
+            place = location(output_root, "output_root", storage_options_in_force(None))
+            self._output_root = place / f"chaos-{secrets.token_hex(6)}"  # nothing of earlier runs is in it
         self._limit_seconds, self._allow_failure, self._keep = limit_seconds, allow_failure, keep
         self._runs = 0
         self.world_size, self.tensor_parallel_size = 1, 1
@@ -119,7 +128,7 @@ class Chaos:
         began = time.monotonic()
         launch = self._launch(calm, FaultPlan(), began + limit_seconds)
         self.calm_seconds = time.monotonic() - began
-        self.calm_output = calm / "output"
+        self.calm_output = self._output_of(calm)
         problems = [] if launch.code == 0 else [f"it ended with exit code {launch.code}"]
         if not problems and not checks.job_directories(self.calm_output):
             problems.append(f"it left no predictions in {self.calm_output}; does it use {OUTPUT} as output_dir?")
@@ -164,7 +173,7 @@ class Chaos:
                 break
         log = (directory / "log.txt").read_text(encoding="utf-8", errors="replace")
         restarts = log.count("restarting replica")
-        output = directory / "output"
+        output = self._output_of(directory)
         if launch.code == 0:
             problems += checks.compare_outputs(self.calm_output, output)
         elif launch.code is not None:
@@ -175,6 +184,7 @@ class Chaos:
         fired = tuple(marker(directory, index).exists() for index in range(len(plan)))
         kept = bool(problems) or self._keep
         if not kept:
+            store_of(output).remove_directory(output)
             shutil.rmtree(directory)
         return ChaosRun(
             plan, fired, launch.code, time.monotonic() - began, launches, restarts, tuple(problems),
@@ -183,6 +193,7 @@ class Chaos:
 
     def close(self) -> None:
         """Remove the directory of the runs, unless something in it was kept."""
+        store_of(self.calm_output).remove_directory(self.calm_output)
         shutil.rmtree(self._directory / "calm", ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: runs were kept
             self._directory.rmdir()
@@ -193,6 +204,9 @@ class Chaos:
         (directory / "output").mkdir()
         return directory
 
+    def _output_of(self, directory: Path) -> Location:
+        return directory / "output" if self._output_root is None else self._output_root / directory.name
+
     def _launch(self, directory: Path, plan: FaultPlan, deadline: float) -> _Launch:
         """Run the command once and do to its supervisor what the plan wants."""
         (directory / PLAN_NAME).write_text(str(plan), encoding="utf-8")
@@ -200,7 +214,7 @@ class Chaos:
         environment = {
             **os.environ, INJECT: ENTRY_POINT, CHAOS_DIRECTORY: str(directory), "TMPDIR": str(temporary),
         }  # fmt: skip
-        words = [word.replace(OUTPUT, str(directory / "output")) for word in self._command]
+        words = [word.replace(OUTPUT, str(self._output_of(directory))) for word in self._command]
         to_supervisor = {index: fault for index, fault in enumerate(plan) if fault.kind in SUPERVISOR_KINDS}
         done = {index for index in to_supervisor if marker(directory, index).exists()}
         launch = _Launch()
@@ -229,7 +243,7 @@ class Chaos:
         orphans = self._orphans(directory)
         _kill(orphans)
         problems = [f"processes {orphans} were left behind"] if orphans else []
-        return problems + checks.leftovers(directory / "output", directory / "tmp", run_names, killed or ())
+        return problems + checks.leftovers(self._output_of(directory), directory / "tmp", run_names, killed or ())
 
     @staticmethod
     def _orphans(directory: Path) -> list[int]:
@@ -281,11 +295,12 @@ def _plans(chaos: Chaos, plan: str | None, faults: int, seed: int, runs: int) ->
 @click.option("--limit", default=600.0, show_default=True, help="Seconds that one run may take.")
 @click.option("--allow-failure", is_flag=True, help="Accept an exit code other than 0 if all that is missing is named.")
 @click.option("--keep", is_flag=True, help="Keep the output of good runs as well.")
+@click.option("--output-root", default=None, metavar="URL", help="Keep the outputs there, for example in a bucket.")
 @click.option("--directory", type=click.Path(), default=None, help="Where; default: temporary.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def chaos(
     command: tuple[str, ...], faults: int, seed: int, runs: int, plan: str | None, limit: float, allow_failure: bool,
-    keep: bool, directory: str | None,
+    keep: bool, output_root: str | None, directory: str | None,
 ) -> None:  # fmt: skip
     """Run COMMAND undisturbed, then under faults, and compare the predictions bit by bit.
 
@@ -295,7 +310,9 @@ def chaos(
     try:
         if plan is not None:
             FaultPlan.parse(plan)
-        tested = Chaos(command, directory, limit_seconds=limit, allow_failure=allow_failure, keep=keep)
+        tested = Chaos(
+            command, directory, limit_seconds=limit, allow_failure=allow_failure, keep=keep, output_root=output_root
+        )
         click.echo(
             f"undisturbed: {tested.calm_seconds:.1f} s, {tested.world_size} ranks, "
             f"tensor-parallel size {tested.tensor_parallel_size}"

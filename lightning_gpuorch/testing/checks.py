@@ -9,17 +9,33 @@ from pathlib import Path
 from typing import Any
 
 from lightning_gpuorch.errors import GPUOrchError, format_indices
+from lightning_gpuorch.paths import Location
 from lightning_gpuorch.predictions.storage.files import TEMPORARY_PREFIX
+from lightning_gpuorch.predictions.storage.stores import store_of
 
 _MOST_DIFFERENCES = 5
 
 
-def job_directories(output: Path) -> list[Path]:
-    """Directories of predictions under a run's output directory, relative to it, in a fixed order."""
-    return sorted(path.parent.relative_to(output) for path in output.rglob("manifest.json"))
+def job_directories(output: Location) -> list[str]:
+    """Directories of predictions under a run's output directory, relative to it (``.`` is itself), in a fixed order."""
+    return sorted(_job_directories(output, "."))
 
 
-def compare_outputs(calm: Path, harmed: Path) -> list[str]:
+def _job_directories(directory: Location, shown: str) -> Iterator[str]:
+    store = store_of(directory)
+    if not store.holds_anything(directory):
+        return
+    if "manifest.json" in store.names(directory):
+        yield shown
+    for name in store.folders(directory, ""):
+        yield from _job_directories(directory / name, name if shown == "." else f"{shown}/{name}")
+
+
+def _inside(output: Location, job: str) -> Location:
+    return output if job == "." else output / job
+
+
+def compare_outputs(calm: Location, harmed: Location) -> list[str]:
     """Compare the predictions of two runs, batch by batch and bit by bit.
 
     Args:
@@ -37,7 +53,7 @@ def compare_outputs(calm: Path, harmed: Path) -> list[str]:
     problems = []
     for job in jobs:
         try:
-            pair = [_as_list(read_predictions(root / job)) for root in (calm, harmed)]
+            pair = [_as_list(read_predictions(_inside(root, job))) for root in (calm, harmed)]
             if len(pair[0]) != len(pair[1]):
                 problems.append(f"{job}: {len(pair[0])} dataloaders in the calm run, {len(pair[1])} here")
             for loader, (expected, got) in enumerate(zip(*pair, strict=False)):
@@ -48,19 +64,19 @@ def compare_outputs(calm: Path, harmed: Path) -> list[str]:
     return problems
 
 
-def missing_samples(output: Path) -> dict[str, Sequence[int]]:
+def missing_samples(output: Location) -> dict[str, Sequence[int]]:
     """Samples without a prediction, per job directory and dataloader."""
     from lightning_gpuorch.predictions.reading.reader import read_predictions
 
     missing: dict[str, Sequence[int]] = {}
     for job in job_directories(output):
-        for loader, predictions in enumerate(_as_list(read_predictions(output / job, allow_missing=True))):
+        for loader, predictions in enumerate(_as_list(read_predictions(_inside(output, job), allow_missing=True))):
             if predictions.missing:
                 missing[f"{job}/dataloader_{loader}"] = list(predictions.missing)
     return missing
 
 
-def unnamed_samples(output: Path, log: str) -> list[str]:
+def unnamed_samples(output: Location, log: str) -> list[str]:
     """What is missing in ``output`` and not named in ``log``, one line per dataloader."""
     return [
         f"{where} lacks {len(indices)} samples, {format_indices(indices)}, and the messages do not name them"
@@ -88,7 +104,7 @@ def run_names(temporary: Path) -> set[str]:
     return {path.name for path in temporary.glob("gpuorch-*/run-*")}
 
 
-def leftovers(output: Path, temporary: Path, seen: Iterable[str], killed: Iterable[str] = ()) -> list[str]:
+def leftovers(output: Location, temporary: Path, seen: Iterable[str], killed: Iterable[str] = ()) -> list[str]:
     """Files that should be gone once a job has ended.
 
     Args:
@@ -97,7 +113,8 @@ def leftovers(output: Path, temporary: Path, seen: Iterable[str], killed: Iterab
         seen: Runs that had a folder there at some time.
         killed: Runs whose supervisor was killed: their records stay for whoever wants to know what has happened.
     """
-    half = [str(path) for path in output.rglob(f"{TEMPORARY_PREFIX}*")]
+    # What a killed writer leaves in an object store cannot be told from what a living one needs; later runs sweep it.
+    half = [str(path) for path in output.rglob(f"{TEMPORARY_PREFIX}*")] if isinstance(output, Path) else []
     folders = [str(path) for path in temporary.glob("gpuorch-*/run-*") if path.name not in set(killed)]
     tables = [str(path) for name in seen for path in Path("/dev/shm").glob(f"gpuorch-{name}*")]
     return [f"left behind: {path}" for path in (*half, *folders, *tables)]
@@ -109,8 +126,8 @@ def _as_list(found: Any) -> list[Any]:
     return [found] if isinstance(found, Predictions) else found
 
 
-def _names(jobs: Sequence[Path]) -> str:
-    return ", ".join(map(str, jobs)) or "no directory"
+def _names(jobs: Sequence[str]) -> str:
+    return ", ".join(jobs) or "no directory"
 
 
 def _differences(where: str, expected: Any, got: Any) -> Iterator[str]:

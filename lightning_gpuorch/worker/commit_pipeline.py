@@ -7,13 +7,13 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning_gpuorch.control.error_record import note_failure
 from lightning_gpuorch.control.heartbeat import Phase, current_heartbeat, phase
 from lightning_gpuorch.control.messages.leases import ChunkDone, SamplesKept
 from lightning_gpuorch.errors import TooManyErroredSamplesError
+from lightning_gpuorch.paths import Location
 from lightning_gpuorch.predictions.loading.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.predictions.storage.fragments import FragmentReader, FragmentWriter
@@ -45,7 +45,7 @@ class CommitPipeline:
         self,
         job: JobContext,
         context: StepContext,
-        directory: Path,
+        directory: Location,
         layouts: Sequence[LoaderLayout],
         dynamic: DynamicSteps | None,
         digest_of: Callable[[int, int], str | None],
@@ -164,7 +164,8 @@ class CommitPipeline:
     def _commit(self, loader: int, chunk: int, batches: list[StoredBatch]) -> None:
         assert self._writer is not None
         sender = self._job.sender
-        metadata: dict[str, Any] = {"replica": sender.replica, "generation": sender.generation}
+        run = self._context.world.run_id
+        metadata: dict[str, Any] = {"run": run, "replica": sender.replica, "generation": sender.generation}
         read = self._digest_of(loader, chunk)
         if read is not None:
             metadata["read"] = read

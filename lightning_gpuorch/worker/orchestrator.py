@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError
 from lightning_gpuorch.parallel.tensor_parallel import build_model
-from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.predictions.loading.shared_loader import SharedLoader
 from lightning_gpuorch.predictions.samples.tensors import to_device
 from lightning_gpuorch.worker.model_setup import ModelSetup, ParallelizeFn, first_batch, refuse_meta
@@ -76,7 +75,7 @@ class MultiGPUOrchestrator:
             self.runtime: Runtime = fabric.strategy.runtime
             self.model_setup: ModelSetup = fabric.strategy.model_setup
             if output_dir is not None:
-                self.runtime.output_dir = local_path(output_dir, "output_dir")
+                self.runtime.set_output_dir(output_dir)
         else:
             self.runtime = Runtime(OrchestratorConfig.resolve(config, **options), output_dir)
             self.model_setup = ModelSetup(self.runtime, parallelize_fn, tensor_parallel_plan, example_input)

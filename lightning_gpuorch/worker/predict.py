@@ -11,7 +11,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,6 +25,7 @@ from lightning_gpuorch.control.messages.leases import CloseJob, GetProgress, Ope
 from lightning_gpuorch.control.messages.ranks import DrainJob
 from lightning_gpuorch.devices.memory.transfer import HostCopy
 from lightning_gpuorch.errors import TooManyErroredSamplesError
+from lightning_gpuorch.paths import location, options_of
 from lightning_gpuorch.predictions.loading.describe import Source, default_chunk_batches, describe
 from lightning_gpuorch.predictions.loading.loader import LeasedLoader
 from lightning_gpuorch.predictions.loading.tickets import Ticket
@@ -88,19 +88,20 @@ class PredictionJob:
             model_fingerprint=model_fingerprint,
             versions={"lightning_gpuorch": __version__, "torch": torch.__version__},
         )
-        directory, ephemeral = world.job_directory(runtime.output_dir, default_root)
+        directory, ephemeral = world.job_directory(runtime.output_dir, default_root, runtime.config.storage_options)
         for index, source in enumerate(sources):
             source.freeze(loader_directory(directory, index))
         request = OpenJob(
             sender=self.sender,
             job=self.number,
             directory=str(directory),
+            storage_options=options_of(directory),
             ephemeral=ephemeral,
             manifest=wanted.to_dict(),
         )
         with phase(Phase.WAIT, then=Phase.STARTING):  # what is there already is checked first, however much it is
             opened = self.ask(request, timeout_seconds=FOREVER_SECONDS)
-        self.directory = Path(opened.directory)
+        self.directory = location(opened.directory, "directory", options_of(directory))
         self.ephemeral = ephemeral
         self.finished_before = opened.finished
         self.resumed_chunks = opened.resumed_chunks

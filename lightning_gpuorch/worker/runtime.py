@@ -22,11 +22,12 @@ from lightning_gpuorch.errors import GPUOrchError, InputMismatchError
 from lightning_gpuorch.parallel.groups.recoverable_group import RecoverableProcessGroup, collective_hooks
 from lightning_gpuorch.parallel.groups.topology import Topology
 from lightning_gpuorch.parallel.tensor_parallel import Communicator, random_state_digest, synchronize_random_state
-from lightning_gpuorch.paths import local_path
+from lightning_gpuorch.paths import Location, location
 from lightning_gpuorch.predictions.loading.describe import describe
 from lightning_gpuorch.predictions.loading.shared_loader import SharedLoader
 from lightning_gpuorch.predictions.loading.world_of_one import undo_split
 from lightning_gpuorch.predictions.samples.tensors import digest, to_device, whole
+from lightning_gpuorch.predictions.storage.stores import store_of
 from lightning_gpuorch.telemetry.current import observe_collective, observe_retry
 from lightning_gpuorch.telemetry.metrics.efficiency import Calibration
 from lightning_gpuorch.telemetry.rank import RankTelemetry
@@ -53,7 +54,7 @@ class Runtime:
 
     def __init__(self, config: OrchestratorConfig, output_dir: str | os.PathLike[str] | None = None):
         self.config = config
-        self.output_dir = None if output_dir is None else local_path(output_dir, "output_dir")
+        self.output_dir = None if output_dir is None else self._usable(output_dir, "output_dir")
         self.step_wrappers: list[StepWrapper] = []
         self.surviving_steps: StepWrapper | None = None
         """Halves batches that do not fit, in place of what a predict call does by itself."""
@@ -365,6 +366,25 @@ class Runtime:
     def _undo_split(self, loader: Any) -> None:
         """What a dataset took for its share when it was built is the whole: loaders are shared out here."""
         undo_split(loader, self.world.topology.rank, self.world.topology.world_size)
+
+    def _usable(self, directory: str | os.PathLike[str], name: str) -> Location:
+        """The place that a user has given for results; what is wrong with it is said before anything starts."""
+        place = location(directory, name, self.config.storage_options)
+        store_of(place)
+        return place
+
+    def set_output_dir(self, output_dir: str | os.PathLike[str]) -> None:
+        """Keep results in another directory."""
+        self.output_dir = self._usable(output_dir, "output_dir")
+
+    def check_default_root(self, default_root: str | os.PathLike[str]) -> None:
+        """Refuse a directory for results that nobody has named, if it cannot be one.
+
+        Raises:
+            ConfigurationError: It cannot.
+        """
+        if self.output_dir is None:
+            self._usable(default_root, "default_root_dir")
 
     def open_job(
         self,

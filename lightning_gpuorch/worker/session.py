@@ -13,7 +13,7 @@ import itertools
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,15 +24,22 @@ from lightning_gpuorch.control.coordinator import Coordinator
 from lightning_gpuorch.control.disconnects import Disconnects
 from lightning_gpuorch.control.environment import WorkerEnvironment
 from lightning_gpuorch.control.handshake import Peer, require_token
-from lightning_gpuorch.control.jobs import Job, remove_ephemeral, verify_complete
+from lightning_gpuorch.control.jobs import Job, is_there, remove_ephemeral, verify_complete
 from lightning_gpuorch.control.messages.base import Sender
 from lightning_gpuorch.control.messages.ranks import Lookup, Publish, RegisterRank, UnregisterRank
 from lightning_gpuorch.control.shared_secret import CoordinatorPlace, SharedSecret, read_secret
 from lightning_gpuorch.control.transport import Channel, ControlServer, LocalChannel, RemoteChannel
-from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, MissingPredictionsError, format_indices
+from lightning_gpuorch.errors import (
+    ConfigurationError,
+    ControlPlaneError,
+    MissingPredictionsError,
+    PredictionStorageError,
+    format_indices,
+)
 from lightning_gpuorch.parallel.groups.process_group import ProcessGroupManager
 from lightning_gpuorch.parallel.groups.topology import Topology
-from lightning_gpuorch.paths import local_path
+from lightning_gpuorch.paths import Location, ObjectPath, location
+from lightning_gpuorch.predictions.storage.working_copy import working_copy
 from lightning_gpuorch.telemetry.run_directory import RunRecords, new_run_id
 from lightning_gpuorch.worker.group_recovery.recovery import GroupRecovery
 
@@ -94,23 +101,39 @@ class World:
         """Number of the next predict call; the same on every rank, since all run the same script."""
         return next(self._jobs)
 
-    def job_directory(self, wanted: Path | None, default_root: str | os.PathLike[str]) -> tuple[Path, bool]:
+    def job_directory(
+        self, wanted: Location | None, default_root: str | os.PathLike[str], storage_options: Mapping[str, str] | None
+    ) -> tuple[Location, bool]:
         """Where a predict call keeps its results.
 
         Args:
             wanted: The user's ``output_dir``; a second predict call with the same one gets a folder inside.
             default_root: Where results go that the user did not ask for.
+            storage_options: Of the object store that ``default_root`` may be in.
 
         Returns:
             The directory, and whether it is to be removed at the end.
+
+        Raises:
+            ConfigurationError: No such directory can be, or not all processes of the job would see the same one.
         """
         base = wanted
         if base is None:
-            base = local_path(default_root, "default_root_dir") / "gpuorch" / self.run_id
+            base = location(default_root, "default_root_dir", storage_options) / "gpuorch" / self.run_id
+        if isinstance(base, ObjectPath) and base.is_of_this_process and not self.is_one_process:
+            raise ConfigurationError(
+                f"{base} is the memory of one process, and this job has several. Use a directory or the bucket of an object "
+                "store; memory:// is for a job in one process (devices=1, started with python)."
+            )
         use = self._directory_uses.get(str(base), 0)
         self._directory_uses[str(base)] = use + 1
         directory = base / f"predict-{use}" if use or wanted is None else base
         return directory, wanted is None
+
+    @property
+    def is_one_process(self) -> bool:
+        """Whether the job is this process alone, coordinator and all."""
+        return self.topology.world_size == 1 and self.coordinator is not None
 
     def form_world(self, topology: Topology, *, whole_job: bool) -> None:
         """Form torch.distributed's world: this replica's ranks, or all ranks of the job.
@@ -268,8 +291,9 @@ def stop_recording(world: World) -> None:
     if world.telemetry is not None:
         world.telemetry.close()
     if world.records is not None and world.coordinator is not None:
-        jobs = {number: job for number, job in world.coordinator.jobs.items() if job.directory.is_dir()}
-        world.records.close([(job.directory, job.ephemeral) for job in jobs.values()], **_how_complete(jobs))
+        jobs = {number: job for number, job in world.coordinator.jobs.items() if is_there(job.directory)}
+        directories = [(job.directory, job.ephemeral) for job in jobs.values()]
+        world.records.close(directories, working_copy, **_how_complete(jobs))
 
 
 def _how_complete(jobs: dict[int, Job]) -> dict[str, Any]:
@@ -280,7 +304,7 @@ def _how_complete(jobs: dict[int, Job]) -> dict[str, Any]:
             verify_complete(number, job)
         except MissingPredictionsError as error:
             missing.append(format_indices(error.indices) or str(error))
-        except OSError as error:
+        except (OSError, PredictionStorageError) as error:
             log.debug("predict call %d cannot be checked: %s", number, error)
             return {}
     if not jobs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.devices.memory import ResourceAllocator
 from lightning_gpuorch.devices.memory.transfer import Transfers
+from lightning_gpuorch.paths import Location
 from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.telemetry.metrics.efficiency import Calibration
 from lightning_gpuorch.telemetry.rank import RankTelemetry
@@ -44,7 +44,7 @@ class StepContext(Protocol):
     """One rank of a replica; :class:`~lightning_gpuorch.worker.runtime.Runtime` is one."""
 
     config: OrchestratorConfig
-    output_dir: Path | None
+    output_dir: Location | None
     device: torch.device
     length_fn: Callable[[Any], int] | None
     transfer: Callable[[Any, int], Any]

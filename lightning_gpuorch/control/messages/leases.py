@@ -35,6 +35,7 @@ class OpenJob(JobRequest[JobOpened], frozen=True):
     """Begin a predict call, or take part in it."""
 
     directory: str
+    storage_options: dict[str, str]
     ephemeral: bool
     manifest: dict[str, Any]
 

@@ -12,17 +12,17 @@ import hashlib
 import itertools
 import operator
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_gpuorch.checked_files import NotRegularFileError, read_file
+from lightning_gpuorch.checked_files import NotRegularFileError
 from lightning_gpuorch.errors import CorruptPartError, UnsupportedPredictionError
-from lightning_gpuorch.predictions.storage.files import content_path, create_once, make_directory, storage_error
+from lightning_gpuorch.paths import Location
 from lightning_gpuorch.predictions.storage.part_file import Envelope, encode_envelope
+from lightning_gpuorch.predictions.storage.stores import storage_error, store_of
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -111,7 +111,7 @@ class Order:
     def _sorted(self) -> Integers | list[Any]:
         return np.sort(self._indices) if isinstance(self._indices, np.ndarray) else sorted(self._indices, key=repr)
 
-    def store(self, directory: Path) -> bool:
+    def store(self, directory: Location) -> bool:
         """Keep the order in a dataloader's directory, under its digest.
 
         Returns:
@@ -120,23 +120,26 @@ class Order:
         Raises:
             PredictionStorageError: The directory cannot be written.
         """
-        path = _path(directory, self.digest)
-        if path.exists():
-            return True
+        path, store = _path(directory, self.digest), store_of(directory)
+        try:
+            if store.exists(path):
+                return True
+        except OSError as error:
+            raise storage_error(error, directory) from error
         indices = _narrow(self._indices) if isinstance(self._indices, np.ndarray) else self._indices
         try:
             encoded = encode_envelope({}, [{"indices": indices, "ends": self._ends}])
         except UnsupportedPredictionError:
             return False
         try:
-            make_directory(directory)
-            create_once(path, encoded.buffers)
+            store.make_directory(directory)
+            store.create_once(path, encoded.buffers)
         except OSError as error:
             raise storage_error(error, directory, encoded.num_bytes) from error
         return True
 
     @classmethod
-    def load(cls, directory: Path, digest: str) -> Order:
+    def load(cls, directory: Location, digest: str) -> Order:
         """The order with a digest that a job has kept.
 
         Raises:
@@ -145,7 +148,7 @@ class Order:
         """
         path = _path(directory, digest)
         try:
-            stored = Envelope(read_file(content_path(path)), str(path)).prediction(0)
+            stored = Envelope(store_of(path).read(path), str(path)).prediction(0)
         except FileNotFoundError as error:
             raise CorruptPartError(
                 f"{path}, the order of the samples, is gone; without it the parts beside it have no meaning."
@@ -176,7 +179,7 @@ def draw_worker_seed(loader: DataLoader[Any]) -> torch.Generator:
     return seeds
 
 
-def _path(directory: Path, digest: str) -> Path:
+def _path(directory: Location, digest: str) -> Location:
     return directory / f"order-{digest}.gpq"
 
 

@@ -9,13 +9,13 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.paths import Location
 from lightning_gpuorch.predictions.loading.dataloaders import as_it_is, length_of, qualified_name, without_collation
 from lightning_gpuorch.predictions.loading.loader_workers import (
     copy_loader,
@@ -82,7 +82,7 @@ class _IndexedSource:
             self._order = Order.read(self.sampler, self._limit, self._gives_batches)
         return self._order
 
-    def freeze(self, directory: Path) -> None:
+    def freeze(self, directory: Location) -> None:
         """Keep the order in the dataloader's directory, before a job refers to it.
 
         Raises:
@@ -91,7 +91,7 @@ class _IndexedSource:
         if self.order is not None and not self.order.store(directory):
             log.debug("the order of %s has no durable form", type(self.sampler).__name__)
 
-    def thaw(self, directory: Path, layout: LoaderLayout) -> None:
+    def thaw(self, directory: Location, layout: LoaderLayout) -> None:
         """Take the order that the job in force began with, where the sampler gives another one now.
 
         Raises:

@@ -6,12 +6,12 @@ import contextlib
 import itertools
 import zlib
 from collections.abc import Callable, Generator, Iterable
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gpuorch.errors import UnreadableStreamError, summarize_exception
+from lightning_gpuorch.paths import Location
 from lightning_gpuorch.predictions.loading.dataloaders import length_of, qualified_name, without_collation
 from lightning_gpuorch.predictions.loading.loader_workers import copy_loader
 from lightning_gpuorch.predictions.loading.world_of_one import read_alone
@@ -77,10 +77,10 @@ class StreamSource:
         finally:
             items.close()
 
-    def freeze(self, directory: Path) -> None:
+    def freeze(self, directory: Location) -> None:
         """Nothing to keep: a stream's order is its own, and replicas compare what they read."""
 
-    def thaw(self, directory: Path, layout: LoaderLayout) -> None:
+    def thaw(self, directory: Location, layout: LoaderLayout) -> None:
         """Nothing was kept."""
 
     def first_batch(self) -> Any:

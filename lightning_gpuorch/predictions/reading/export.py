@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError, UnsupportedPredictionError
-from lightning_gpuorch.paths import local_path
+from lightning_gpuorch.paths import ObjectPath, local_path
 from lightning_gpuorch.predictions.reading.reader import Predictions, read_predictions
 from lightning_gpuorch.predictions.storage.files import storage_error
 from lightning_gpuorch.predictions.storage.values.base import type_name
@@ -40,11 +40,12 @@ class _Row:
 
 
 def export_predictions(
-    directory: str | os.PathLike[str],
+    directory: str | os.PathLike[str] | ObjectPath,
     target: str | os.PathLike[str],
     format: str | None = None,  # noqa: A002 - the word every exporter uses
     *,
     allow_missing: bool = False,
+    storage_options: Mapping[str, str] | None = None,
 ) -> int:
     """Write all predictions of a job into one file, a row per sample.
 
@@ -53,6 +54,7 @@ def export_predictions(
         target: The file to write.
         format: "jsonl" or "parquet"; by default what the name of ``target`` ends with.
         allow_missing: Export an incomplete job as well; its missing samples have no row.
+        storage_options: Of the object store that ``directory`` is in; see :class:`~lightning_gpuorch.OrchestratorConfig`.
 
     Returns:
         Number of rows.
@@ -70,7 +72,7 @@ def export_predictions(
         raise ConfigurationError(
             f"cannot export to {name!r}: name one of {sorted(_WRITERS)}, or a target that ends so."
         )
-    found = read_predictions(directory, allow_missing=allow_missing)
+    found = read_predictions(directory, allow_missing=allow_missing, storage_options=storage_options)
     loaders: list[Predictions] = [found] if isinstance(found, Predictions) else found
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:

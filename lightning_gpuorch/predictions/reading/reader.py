@@ -7,12 +7,12 @@ import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 
+from lightning_gpuorch.config import storage_options_in_force
 from lightning_gpuorch.errors import (
     ConfigurationError,
     CorruptPartError,
@@ -20,7 +20,7 @@ from lightning_gpuorch.errors import (
     MissingPredictionsError,
     OutputsNotKeptError,
 )
-from lightning_gpuorch.paths import local_path
+from lightning_gpuorch.paths import Location, ObjectPath, location
 from lightning_gpuorch.predictions.reading.lazy_list import LazyList
 from lightning_gpuorch.predictions.reading.part_index import Locator, Segment, UnitRanges, locate
 from lightning_gpuorch.predictions.samples import (
@@ -31,22 +31,28 @@ from lightning_gpuorch.predictions.samples import (
     merge_samples,
     slice_samples,
 )
-from lightning_gpuorch.predictions.storage.files import content_path
 from lightning_gpuorch.predictions.storage.journal import PartHeader, loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.manifest import Quarantined, load, read_quarantine
 from lightning_gpuorch.predictions.storage.parts import Part, PartStore
 
 _BYTES_AT_ONCE = 16 * 2**20
+_PARTS_AT_ONCE = 256
 _PARTS_IN_MEMORY = 2
 _HEADERS_IN_MEMORY = 64
 
 
-def read_predictions(directory: str | os.PathLike[str], *, allow_missing: bool = False) -> Any:
+def read_predictions(
+    directory: str | os.PathLike[str] | ObjectPath,
+    *,
+    allow_missing: bool = False,
+    storage_options: Mapping[str, str] | None = None,
+) -> Any:
     """Open the predictions of a job.
 
     Args:
-        directory: The job's output directory.
+        directory: The job's output directory; the URL of one in an object store, too.
+        storage_options: Of the object store; see :class:`~lightning_gpuorch.OrchestratorConfig`.
         allow_missing: Open an incomplete job as well. A batch of which nothing is there is None then, and a batch that
             lacks some samples holds the others; :attr:`Predictions.missing` names what is not there.
 
@@ -59,7 +65,9 @@ def read_predictions(directory: str | os.PathLike[str], *, allow_missing: bool =
         MissingPredictionsError: Predictions are missing, and ``allow_missing`` is False; they are named.
         CorruptPartError: The manifest or the header of a part is damaged. All of a part is checked when it is read.
     """
-    root = local_path(directory, "directory")
+    root = location(directory, "directory")
+    if isinstance(root, ObjectPath) and not isinstance(directory, ObjectPath):
+        root = location(root, "directory", storage_options_in_force(storage_options))
     manifest = load(root)
     if manifest is None:
         raise ConfigurationError(f"{root} holds no predictions: there is no manifest.json in it.")
@@ -72,7 +80,7 @@ def read_predictions(directory: str | os.PathLike[str], *, allow_missing: bool =
     return found[0] if len(found) == 1 else found
 
 
-def results(directory: str | os.PathLike[str]) -> Any:
+def results(directory: Location) -> Any:
     """What ``trainer.predict`` returns of a job that is complete: as :func:`read_predictions`, a small one read at once.
 
     So a small result is a list in every respect, also to code that reads a list's memory without asking it.
@@ -90,8 +98,14 @@ def results(directory: str | os.PathLike[str]) -> Any:
 def _are_small(loaders: Sequence[Predictions]) -> bool:
     num_bytes = 0
     for predictions in loaders:
-        for path in predictions._store.directory.glob("part-*"):
-            num_bytes += content_path(path).stat().st_size
+        chunks = predictions._store.done()
+        if len(chunks) > _PARTS_AT_ONCE:
+            return False
+        for chunk in chunks:
+            try:
+                num_bytes += predictions._store.store.size_bytes(predictions._store.path(chunk))
+            except OSError:  # whoever reads it is told why
+                return False
             if num_bytes > _BYTES_AT_ONCE:
                 return False
     return True
@@ -112,7 +126,7 @@ class Predictions(LazyList):
     Made by :func:`read_predictions`. Calling the class, as libraries do to make a list like a given one, makes a list.
     """
 
-    _directory: Path
+    _directory: Location
     _loader: int
     _layout: LoaderLayout
     _locator: Locator
@@ -123,7 +137,7 @@ class Predictions(LazyList):
 
     @classmethod
     def _open(
-        cls, directory: Path, loader: int, layout: LoaderLayout, locator: Locator, batches: range | None = None
+        cls, directory: Location, loader: int, layout: LoaderLayout, locator: Locator, batches: range | None = None
     ) -> Predictions:
         batches = range(locator.num_batches) if batches is None else batches
         self: Predictions = cls._of_length(len(batches))
@@ -366,7 +380,7 @@ class _Recent(Generic[_Value]):
             self._values.popitem(last=False)
 
 
-def _refuse_gaps(root: Path, found: Sequence[Predictions], quarantined: Sequence[Quarantined]) -> None:
+def _refuse_gaps(root: Location, found: Sequence[Predictions], quarantined: Sequence[Quarantined]) -> None:
     """Raise if anything is missing, naming it, and why where that is known."""
     lines, missing = [], []
     for loader, predictions in enumerate(found):

@@ -16,17 +16,17 @@ import contextlib
 import logging
 import os
 import secrets
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 from lightning_gpuorch.errors import CorruptPartError, MissingPredictionsError, PredictionStorageError
+from lightning_gpuorch.paths import Location
 from lightning_gpuorch.predictions.storage.journal import FRAGMENTS_PREFIX, BatchEntry, PartJournal
 from lightning_gpuorch.predictions.storage.layout import StoredBatch
 from lightning_gpuorch.predictions.storage.parts import Part, PartStore
+from lightning_gpuorch.predictions.storage.stores import store_of
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class FragmentWriter:
 
     def __init__(
         self,
-        directory: Path,
+        directory: Location,
         loader: int,
         samples_per_chunk: int,
         on_kept: Callable[[int], None] = lambda num_samples: None,
@@ -109,7 +109,7 @@ class FragmentWriter:
         self._failed = True
         with self._lock:
             self._chunks_of.clear()
-        shutil.rmtree(self._store.directory, ignore_errors=True)
+        self._store.store.remove_directory(self._store.directory)
 
     def on_durable(self, chunk: int) -> None:
         """Remove the fragments all of whose chunks are durable. From any thread."""
@@ -120,12 +120,10 @@ class FragmentWriter:
             for number in over:
                 del self._chunks_of[number]
         for number in over:
-            path = self._store.path(number)
             try:
-                # Where the file system knows no links, a directory stands for the file.
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            except OSError as error:
-                log.debug("%s stays until the job is complete: %s", path, error)
+                self._store.discard(number)
+            except PredictionStorageError as error:
+                log.debug("a fragment stays until the job is complete: %s", error)
 
 
 class FragmentReader:
@@ -136,10 +134,10 @@ class FragmentReader:
         loader: Which dataloader.
     """
 
-    def __init__(self, directory: Path, loader: int):
-        self._directory, self._pattern = directory, f"{_prefix(loader)}*"
-        self._numbers_in: dict[tuple[Path, int], frozenset[int]] = {}
-        self._parts: dict[tuple[Path, int], Part] = {}
+    def __init__(self, directory: Location, loader: int):
+        self._directory, self._prefix = directory, _prefix(loader)
+        self._numbers_in: dict[tuple[Location, int], frozenset[int]] = {}
+        self._parts: dict[tuple[Location, int], Part] = {}
         self._looked = False
 
     def has_any(self, look_again: bool) -> bool:
@@ -161,7 +159,7 @@ class FragmentReader:
         Yields:
             Batches as they were computed; they may hold other samples as well, and samples that another one held.
         """
-        used: dict[tuple[Path, int], Part] = {}
+        used: dict[tuple[Location, int], Part] = {}
         for place, held in list(self._numbers_in.items()):
             if held.isdisjoint(wanted):
                 continue
@@ -184,7 +182,7 @@ class FragmentReader:
         self._looked = True
         found = {(journal.directory, number) for journal in self._journals() for number in journal.done()}
         self._numbers_in = {place: numbers for place, numbers in self._numbers_in.items() if place in found}
-        for directory, number in sorted(found - self._numbers_in.keys()):
+        for directory, number in sorted(found - self._numbers_in.keys(), key=str):
             try:
                 entries = PartJournal(directory).header(number).entries
                 self._numbers_in[directory, number] = frozenset(n for entry in entries for n in numbers_of(entry))
@@ -192,9 +190,12 @@ class FragmentReader:
                 self._pass_over(directory, number, error)
 
     def _journals(self) -> Iterator[PartJournal]:
-        return (PartJournal(directory) for directory in sorted(self._directory.glob(self._pattern)))
+        return (
+            PartJournal(self._directory / name)
+            for name in store_of(self._directory).folders(self._directory, self._prefix)
+        )
 
-    def _pass_over(self, directory: Path, number: int, error: Exception) -> None:
+    def _pass_over(self, directory: Location, number: int, error: Exception) -> None:
         # It is gone where its writer lives and has finished, which is no news.
         level = logging.DEBUG if isinstance(error, MissingPredictionsError) else logging.WARNING
         log.log(level, "a fragment is passed over, and what it held computed again: %s", error)

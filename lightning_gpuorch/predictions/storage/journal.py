@@ -8,29 +8,21 @@ keeps it, the supervisor, imports neither torch nor numpy.
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from lightning_gpuorch.checked_files import MAX_INTEGER, NotRegularFileError, integer, open_file
+from lightning_gpuorch.checked_files import MAX_INTEGER, NotRegularFileError, integer
 from lightning_gpuorch.errors import CorruptPartError, MissingPredictionsError
-from lightning_gpuorch.paths import local_path
-from lightning_gpuorch.predictions.storage.files import (
-    content_path,
-    remove,
-    set_aside,
-    storage_error,
-    sweep_temporaries,
-)
+from lightning_gpuorch.paths import Location, ObjectPath, location
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.part_frame import NewerFormatError, check_file, damage, read_fields
+from lightning_gpuorch.predictions.storage.store import ReadableFile
+from lightning_gpuorch.predictions.storage.stores import storage_error, store_of
 
 FRAGMENTS_PREFIX = "unfinished-"
 """How the directories of fragments begin."""
@@ -40,15 +32,17 @@ _MAX_SAMPLES = 2**28
 _PART_NAME = re.compile(r"part-([0-9]{9}|[1-9][0-9]{9,17})\.gpq")
 
 
-def loader_directory(directory: str | os.PathLike[str], loader: int) -> Path:
+def loader_directory(directory: Location, loader: int) -> Location:
     """Return where the parts of one dataloader of a job are."""
-    return Path(directory) / f"dataloader_{loader}"
+    return directory / f"dataloader_{loader}"
 
 
-def remove_fragments(directory: Path) -> None:
+def remove_fragments(directory: Location) -> None:
     """Remove the fragments of a job that is complete; see :mod:`lightning_gpuorch.predictions.storage.fragments`."""
-    for path in directory.glob(f"{FRAGMENTS_PREFIX}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    store = store_of(directory)
+    with contextlib.suppress(OSError):  # they harm nobody; a later run removes them
+        for name in store.folders(directory, FRAGMENTS_PREFIX):
+            store.remove_directory(directory / name)
 
 
 @dataclass(frozen=True)
@@ -91,11 +85,12 @@ class PartJournal:
         directory: Where they are.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]):
-        self.directory = local_path(directory, "directory")
+    def __init__(self, directory: str | os.PathLike[str] | ObjectPath):
+        self.directory = location(directory, "directory")
+        self.store = store_of(self.directory)
 
-    def path(self, chunk: int) -> Path:
-        """Return the file of a chunk."""
+    def path(self, chunk: int) -> Any:
+        """Return the file of a chunk: a path of the kind that ``directory`` is."""
         return self.directory / f"part-{chunk:09d}.gpq"
 
     def done(self) -> set[int]:
@@ -105,7 +100,7 @@ class PartJournal:
             PredictionStorageError: The directory exists and cannot be listed.
         """
         try:
-            names = os.listdir(self.directory)
+            names = self.store.names(self.directory)
         except FileNotFoundError:
             return set()
         except OSError as error:
@@ -113,8 +108,15 @@ class PartJournal:
         return {int(match[1]) for match in map(_PART_NAME.fullmatch, names) if match}
 
     def is_durable(self, chunk: int) -> bool:
-        """Whether a chunk has been committed, by whomever."""
-        return self.path(chunk).exists()
+        """Whether a chunk has been committed, by whomever.
+
+        Raises:
+            PredictionStorageError: That cannot be found out.
+        """
+        try:
+            return self.store.exists(self.path(chunk))
+        except OSError as error:
+            raise storage_error(error, self.directory) from error
 
     def header(self, chunk: int) -> PartHeader:
         """Read and verify what is known of a part, without its predictions.
@@ -146,7 +148,7 @@ class PartJournal:
         for chunk, _ in found:
             path = self.path(chunk)
             try:
-                set_aside(path, path.with_name(f"{path.name}.damaged"))
+                self.store.set_aside(path, path.with_name(f"{path.name}.damaged"))
             except OSError as error:
                 raise storage_error(error, self.directory) from error
         return [error for _, error in found]
@@ -185,7 +187,7 @@ class PartJournal:
             PredictionStorageError: It cannot be removed.
         """
         try:
-            remove(self.path(chunk))
+            self.store.remove(self.path(chunk))
         except OSError as error:
             raise storage_error(error, self.directory) from error
 
@@ -198,7 +200,7 @@ class PartJournal:
         Returns:
             How many files were removed.
         """
-        return sweep_temporaries(self.directory, older_than_seconds)
+        return self.store.sweep_temporaries(self.directory, older_than_seconds)
 
     def unpack_header(self, fields: Mapping[str, Any], chunk: int, num_predictions: int | None = None) -> PartHeader:
         """Read the fields of a part's header, and check that they are those of this chunk.
@@ -226,16 +228,14 @@ class PartJournal:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[io.FileIO, int, str]]:
+def opened(path: Location) -> Iterator[tuple[ReadableFile, int, str]]:
     """Open a part's file; yields it with its length and its name."""
     try:
-        with open(open_file(content_path(path)), "rb", buffering=0) as file:
-            yield file, os.fstat(file.fileno()).st_size, str(path)
+        with store_of(path).open(path) as (file, file_bytes):
+            yield file, file_bytes, str(path)
     except NotRegularFileError as error:
         raise damage(str(path), "it is no regular file") from error
     except FileNotFoundError as error:
-        if path.is_dir():
-            raise damage(str(path), "it is a directory without content") from error
         raise MissingPredictionsError(f"there is no part {path}: it was removed, or never written.") from error
     except OSError as error:
         raise storage_error(error, path.parent) from error

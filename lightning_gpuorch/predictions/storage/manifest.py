@@ -23,21 +23,14 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from lightning_gpuorch.checked_files import NotRegularFileError, integer, is_number, parse_object, read_file
+from lightning_gpuorch.checked_files import NotRegularFileError, integer, is_number, parse_object
 from lightning_gpuorch.errors import ConfigurationError, CorruptPartError, InputMismatchError, JobMismatchError
-from lightning_gpuorch.predictions.storage.files import (
-    check_writable,
-    content_path,
-    create_once,
-    make_directory,
-    replace,
-    storage_error,
-)
-from lightning_gpuorch.predictions.storage.journal import loader_directory
+from lightning_gpuorch.paths import Location, ObjectPath, location
+from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
+from lightning_gpuorch.predictions.storage.stores import storage_error, store_of
 
 FORMAT_VERSION = 1
 _MAX_LOADERS = 4096
@@ -106,7 +99,7 @@ class Manifest:
         )
 
 
-def load(directory: str | os.PathLike[str]) -> Manifest | None:
+def load(directory: str | os.PathLike[str] | ObjectPath) -> Manifest | None:
     """Read the manifest of a directory.
 
     Returns:
@@ -118,7 +111,7 @@ def load(directory: str | os.PathLike[str]) -> Manifest | None:
         JobMismatchError: It has a format this version does not know.
         PredictionStorageError: It cannot be read.
     """
-    root = Path(directory)
+    root = location(directory, "directory")
     mismatch = _read_sealed(root / _MISMATCH_NAME)
     if mismatch is not None:
         raise InputMismatchError(
@@ -142,7 +135,7 @@ def load(directory: str | os.PathLike[str]) -> Manifest | None:
     )
 
 
-def open_or_create(directory: str | os.PathLike[str], wanted: Manifest) -> Manifest:
+def open_or_create(directory: str | os.PathLike[str] | ObjectPath, wanted: Manifest) -> Manifest:
     """Begin a job in a directory, or go on with it.
 
     Args:
@@ -159,19 +152,20 @@ def open_or_create(directory: str | os.PathLike[str], wanted: Manifest) -> Manif
         StorageFullError: There is no space left.
         PredictionStorageError: The directory cannot be made or written.
     """
-    root = Path(directory)
+    root = location(directory, "directory")
     existing = load(root)
-    if existing is None and any(root.glob("dataloader_*/part-*")):
+    if existing is None and _holds_parts(root):
         raise JobMismatchError(
             f"{root} holds predictions and no {_MANIFEST_NAME}, so it cannot be told whose they are. "
             "Restore the file, or use another output directory."
         )
     if existing is not None:
         _refuse_another_job(root, existing, wanted)
-    check_writable(root)
+    store = store_of(root)
+    store.check_writable(root)
     try:
         if existing is None:
-            if create_once(root / _MANIFEST_NAME, [_sealed(wanted.to_dict())]):
+            if store.create_once(root / _MANIFEST_NAME, [_sealed(wanted.to_dict())]):
                 return wanted
             existing = load(root)
             assert existing is not None
@@ -180,21 +174,21 @@ def open_or_create(directory: str | os.PathLike[str], wanted: Manifest) -> Manif
         loaders = [dataclasses.replace(old, batch_size=new.batch_size) for old, new in pairs]
         in_force = dataclasses.replace(existing, loaders=loaders)
         if in_force != existing:
-            replace(root / _MANIFEST_NAME, _sealed(in_force.to_dict()))
+            store.replace(root / _MANIFEST_NAME, _sealed(in_force.to_dict()))
     except OSError as error:
         raise storage_error(error, root) from error
     return in_force
 
 
-def record_mismatch(directory: str | os.PathLike[str], reason: str) -> None:
+def record_mismatch(directory: str | os.PathLike[str] | ObjectPath, reason: str) -> None:
     """Note durably that replicas have read different input, so that nothing here is taken for a result.
 
     Raises:
         PredictionStorageError: It cannot be written.
     """
-    root = Path(directory)
+    root = location(directory, "directory")
     try:
-        create_once(root / _MISMATCH_NAME, [_sealed({"reason": reason})])
+        store_of(root).create_once(root / _MISMATCH_NAME, [_sealed({"reason": reason})])
     except OSError as error:
         raise storage_error(error, root) from error
 
@@ -247,7 +241,7 @@ def compare(
     return differences
 
 
-def set_num_units(directory: str | os.PathLike[str], loader: int, num_units: int) -> Manifest:
+def set_num_units(directory: str | os.PathLike[str] | ObjectPath, loader: int, num_units: int) -> Manifest:
     """Record where a stream has ended. Safe to call from several processes, and again.
 
     Args:
@@ -262,11 +256,11 @@ def set_num_units(directory: str | os.PathLike[str], loader: int, num_units: int
         JobMismatchError: Somebody has seen it end elsewhere.
         PredictionStorageError: It cannot be written.
     """
-    root = Path(directory)
+    root = location(directory, "directory")
     path = loader_directory(root, loader) / _END_NAME
     try:
-        make_directory(path.parent)
-        won = create_once(path, [_sealed({"num_units": num_units})])
+        store_of(root).make_directory(path.parent)
+        won = store_of(root).create_once(path, [_sealed({"num_units": num_units})])
     except OSError as error:
         raise storage_error(error, root) from error
     manifest = load(root)
@@ -298,7 +292,9 @@ class Quarantined:
     reason: str
 
 
-def record_quarantine(directory: str | os.PathLike[str], loader: int, start: int, stop: int, reason: str) -> None:
+def record_quarantine(
+    directory: str | os.PathLike[str] | ObjectPath, loader: int, start: int, stop: int, reason: str
+) -> None:
     """Note durably that units ``start`` to ``stop`` of a loader were given up, and why.
 
     The note explains a gap; that there is one is seen from the parts alone.
@@ -307,20 +303,14 @@ def record_quarantine(directory: str | os.PathLike[str], loader: int, start: int
         PredictionStorageError: It cannot be written.
     """
     line = json.dumps(dataclasses.asdict(Quarantined(loader, start, stop, reason))).encode()
-    path = Path(directory) / _QUARANTINE_NAME
+    root = location(directory, "directory")
     try:
-        # One write to the end of the file; it begins a line, whatever a killed writer left before it.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        try:
-            os.write(descriptor, b"\n" + line + b"\n")
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        store_of(root).append(root / _QUARANTINE_NAME, line)
     except OSError as error:
-        raise storage_error(error, path.parent, len(line)) from error
+        raise storage_error(error, root, len(line)) from error
 
 
-def read_quarantine(directory: str | os.PathLike[str]) -> list[Quarantined]:
+def read_quarantine(directory: str | os.PathLike[str] | ObjectPath) -> list[Quarantined]:
     """Return what :func:`record_quarantine` noted.
 
     A line that a killed writer left unfinished is passed over: that its units have no prediction is found without it.
@@ -328,9 +318,9 @@ def read_quarantine(directory: str | os.PathLike[str]) -> list[Quarantined]:
     Raises:
         PredictionStorageError: The file cannot be read.
     """
-    path = Path(directory) / _QUARANTINE_NAME
+    path = location(directory, "directory") / _QUARANTINE_NAME
     try:
-        lines = read_file(path).decode("utf-8", "replace").splitlines()
+        lines = store_of(path).read(path).decode("utf-8", "replace").splitlines()
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -347,7 +337,7 @@ def read_quarantine(directory: str | os.PathLike[str]) -> list[Quarantined]:
     return found
 
 
-def _refuse_another_job(root: Path, existing: Manifest, wanted: Manifest) -> None:
+def _refuse_another_job(root: Location, existing: Manifest, wanted: Manifest) -> None:
     differences = compare(existing, wanted)
     if differences:
         raise JobMismatchError(
@@ -357,7 +347,15 @@ def _refuse_another_job(root: Path, existing: Manifest, wanted: Manifest) -> Non
         )
 
 
-def _with_end(root: Path, loader: int, layout: LoaderLayout) -> LoaderLayout:
+def _holds_parts(root: Location) -> bool:
+    try:
+        loaders = store_of(root).folders(root, loader_directory(root, 0).name.rstrip("0"))
+        return any(PartJournal(root / name).done() for name in loaders)
+    except OSError as error:
+        raise storage_error(error, root) from error
+
+
+def _with_end(root: Location, loader: int, layout: LoaderLayout) -> LoaderLayout:
     if layout.num_units is not None:
         return layout
     end = _read_sealed(loader_directory(root, loader) / _END_NAME)
@@ -379,9 +377,9 @@ def _checksum(data: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(data, sort_keys=True).encode())
 
 
-def _read_sealed(path: Path) -> dict[str, Any] | None:
+def _read_sealed(path: Location) -> dict[str, Any] | None:
     try:
-        content = read_file(content_path(path))
+        content = store_of(path).read(path)
     except FileNotFoundError:
         return None
     except NotRegularFileError as error:

@@ -5,7 +5,6 @@ Nothing here looks at the predictions, so nothing here imports torch: a supervis
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 from lightning_gpuorch.checked_files import integer, parse_object
 from lightning_gpuorch.errors import CorruptPartError
+from lightning_gpuorch.predictions.storage.store import ReadableFile
 
 FORMAT_VERSION = 1
 
@@ -29,7 +29,7 @@ class NewerFormatError(CorruptPartError):
     """A newer version has written the file; it is not damaged."""
 
 
-def check_file(file: io.FileIO, file_bytes: int, source: str) -> dict[str, Any]:
+def check_file(file: ReadableFile, file_bytes: int, source: str) -> dict[str, Any]:
     """Check every byte of a file against its checksums, a block at a time.
 
     Args:
@@ -52,7 +52,7 @@ def check_file(file: io.FileIO, file_bytes: int, source: str) -> dict[str, Any]:
     return without_own_fields(header)
 
 
-def read_fields(file: io.FileIO, file_bytes: int, source: str) -> dict[str, Any]:
+def read_fields(file: ReadableFile, file_bytes: int, source: str) -> dict[str, Any]:
     """Read the writer's fields only.
 
     Args:
@@ -77,7 +77,7 @@ def damage(source: str, what: str) -> CorruptPartError:
     )
 
 
-def _read_header(file: io.FileIO, file_bytes: int, source: str) -> tuple[dict[str, Any], bytes, int]:
+def _read_header(file: ReadableFile, file_bytes: int, source: str) -> tuple[dict[str, Any], bytes, int]:
     """Read the header; returns it, what was read of the file, and where in that the body begins."""
     raw = file.read(_FIRST_READ_BYTES)
     header_bytes = check_prelude(memoryview(raw)[:PRELUDE_BYTES], file_bytes, source)

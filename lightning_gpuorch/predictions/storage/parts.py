@@ -6,17 +6,17 @@ are, and whether they are intact, is told by :mod:`lightning_gpuorch.predictions
 
 from __future__ import annotations
 
-import errno
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_gpuorch.errors import CorruptPartError
-from lightning_gpuorch.predictions.storage.files import create_once, make_directory, storage_error
+from lightning_gpuorch.paths import ObjectPath
 from lightning_gpuorch.predictions.storage.journal import PartHeader, PartJournal, opened
 from lightning_gpuorch.predictions.storage.layout import StoredBatch
 from lightning_gpuorch.predictions.storage.part_file import Envelope, encode_envelope
+from lightning_gpuorch.predictions.storage.stores import storage_error
 
 
 class Part:
@@ -61,7 +61,7 @@ class PartStore(PartJournal):
         fsync: Wait until the disk has each part. Without it a power cut may lose parts that were reported durable.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], fsync: bool = True):
+    def __init__(self, directory: str | os.PathLike[str] | ObjectPath, fsync: bool = True):
         super().__init__(directory)
         self._fsync = fsync
         self._made = False
@@ -88,11 +88,9 @@ class PartStore(PartJournal):
         try:
             if not self._made:
                 # Once only, and not its parents: a directory removed under way is an error, not to be made again.
-                if not self.directory.parent.is_dir():
-                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.directory.parent))
-                make_directory(self.directory)
+                self.store.make_directory(self.directory, parents=False)
                 self._made = True
-            return create_once(self.path(chunk), encoded.buffers, fsync=self._fsync)
+            return self.store.create_once(self.path(chunk), encoded.buffers, fsync=self._fsync)
         except OSError as error:
             raise storage_error(error, self.directory, encoded.num_bytes) from error
 
