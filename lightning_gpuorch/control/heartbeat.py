@@ -276,7 +276,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StuckRank:
     """A rank that is stuck.
 
     Attributes:
@@ -294,7 +294,10 @@ class Verdict:
     sure: bool = True
 
 
-_COMMUNICATION = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}lightning_gpuorch{os.sep}distributed{os.sep}")
+_COMMUNICATION = (
+    f"{os.sep}torch{os.sep}distributed{os.sep}",
+    f"{os.sep}lightning_gpuorch{os.sep}parallel{os.sep}groups{os.sep}",
+)
 _SILENT, _WRITING, _IDLE, _LEAVING = range(4)
 """How sure it is that a suspect is the culprit, surest first: peers of a stuck rank are idle as well."""
 
@@ -335,7 +338,7 @@ class Judge:
         """How long a step of this rank may take now, in seconds."""
         return max(self.limits.step, self.limits.step_factor * self._slowest.get(rank, 0.0))
 
-    def check(self, pids: Mapping[int, int], started_ns: Mapping[int, int]) -> Verdict | None:
+    def check(self, pids: Mapping[int, int], started_ns: Mapping[int, int]) -> StuckRank | None:
         """Look at all ranks.
 
         Args:
@@ -346,14 +349,14 @@ class Judge:
             The culprit if a rank is stuck: one that shows no life, else the one that is furthest behind.
         """
         now = self._clock_ns()
-        suspects: list[tuple[int, int, Verdict]] = []
+        suspects: list[tuple[int, int, StuckRank]] = []
         for rank, pid in pids.items():
             row = self._table.row(rank)
             found = self._suspect(rank, pid, row, now, started_ns.get(rank, now))
             if found is not None:
                 severity, reason = found
                 in_step = severity != _WRITING
-                suspects.append((severity, row.progress, Verdict(rank, reason, row, in_step, severity != _IDLE)))
+                suspects.append((severity, row.progress, StuckRank(rank, reason, row, in_step, severity != _IDLE)))
         return min(suspects, key=lambda s: (s[0], s[1], s[2].rank))[2] if suspects else None
 
     def _suspect(self, rank: int, pid: int, row: Row, now: int, started_ns: int) -> tuple[int, str] | None:

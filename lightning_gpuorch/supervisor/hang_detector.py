@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.control.heartbeat import SHARED_MEMORY, Judge, Limits, Verdict, create_table
+from lightning_gpuorch.control.heartbeat import SHARED_MEMORY, Judge, Limits, StuckRank, create_table
 from lightning_gpuorch.control.messages.base import LoaderKey, UnitRange
 from lightning_gpuorch.supervisor.workers import Workers
 from lightning_gpuorch.telemetry.run_directory import find_runs
@@ -52,7 +52,7 @@ class HangDetector:
         self._table.clear(self._local(rank))
         self._judge.forget(self._local(rank))
 
-    def find_stuck(self, workers: Workers) -> tuple[int, Verdict] | None:
+    def find_stuck(self, workers: Workers) -> tuple[int, StuckRank] | None:
         """The rank that is stuck, with the verdict, if one is; looks five times a second."""
         if time.monotonic() < self._next_judgement:
             return None

@@ -217,3 +217,9 @@ def test_what_others_have_put_in_the_place_of_a_table_is_not_taken(tmp_path, cap
     with pytest.raises(OSError, match="symbolic links"):
         HeartbeatTable(str(tmp_path / "table"), 2)
     table.close()
+
+
+def test_who_stands_in_a_group_of_ours_waits_for_others():
+    from lightning_gpuorch.parallel.groups import recoverable_group
+
+    assert waits_for_others(f'  File "{recoverable_group.__file__}", line 7 in wait')

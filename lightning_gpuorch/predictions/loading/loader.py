@@ -24,7 +24,7 @@ from lightning_gpuorch.predictions.loading.source import BatchSource, MapSource,
 from lightning_gpuorch.predictions.loading.stream import END, Stream, StreamSource
 from lightning_gpuorch.predictions.loading.tickets import ChunkSink, Ticket, TicketQueue
 from lightning_gpuorch.predictions.loading.window_reader import LOST, Requested
-from lightning_gpuorch.predictions.loading.work import Lease, NoWork, WorkQueue, isolated_units
+from lightning_gpuorch.predictions.loading.work import LeasedChunk, NoWork, WorkQueue, isolated_units
 from lightning_gpuorch.predictions.loading.world_of_one import read_alone, world_of_one
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 
@@ -240,7 +240,7 @@ class LeasedLoader:
         """Whether samples are read by this thread, one batch when it is asked for."""
         return not getattr(self.source.loader, "num_workers", 0)
 
-    def _next_answer(self) -> Lease | NoWork:
+    def _next_answer(self) -> LeasedChunk | NoWork:
         if self._reads_here:
             self._sink.reading(-1, range(0))
         try:

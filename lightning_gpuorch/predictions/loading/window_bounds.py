@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_gpuorch.predictions.loading.work import Lease
+from lightning_gpuorch.predictions.loading.work import LeasedChunk
 
 SAMPLES_PER_WINDOW = 8192
 """Samples that are sorted together at most, unless a single chunk has more."""
@@ -49,7 +49,7 @@ class WindowBounds:
             self.seconds_per_sample = self._measured_seconds / self._num_measured
             self._num_measured, self._measured_seconds = 0, 0.0
 
-    def max_chunks(self, lease: Lease, taken: int) -> int:
+    def max_chunks(self, lease: LeasedChunk, taken: int) -> int:
         """How many chunks a window is to hold, of which ``taken`` are in it already.
 
         Args:

@@ -11,7 +11,7 @@ from typing import Any
 from lightning_gpuorch.predictions.loading.source import Span
 from lightning_gpuorch.predictions.loading.window import Window
 from lightning_gpuorch.predictions.loading.window_bounds import WindowBounds
-from lightning_gpuorch.predictions.loading.work import Lease
+from lightning_gpuorch.predictions.loading.work import LeasedChunk
 
 _CLOSE_SECONDS = 5.0
 
@@ -30,7 +30,7 @@ class Requested:
         is_last: It ends its chunk.
     """
 
-    lease: Lease
+    lease: LeasedChunk
     span: Span
     alone: bool
     is_last: bool
@@ -107,7 +107,7 @@ class WindowReader:
         if window.closed:
             self._cut()
 
-    def _window_of(self, lease: Lease) -> Window:
+    def _window_of(self, lease: LeasedChunk) -> Window:
         """The window of a leased chunk: the open one, or a new one, which is open then.
 
         A chunk that another replica has lost goes alone, so that blame can be precise.

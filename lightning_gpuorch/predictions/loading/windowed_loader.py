@@ -22,7 +22,7 @@ from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.predictions.loading.window import Batcher, Window
 from lightning_gpuorch.predictions.loading.window_bounds import WindowBounds
 from lightning_gpuorch.predictions.loading.window_reader import LOST, BackgroundWindowReader, Requested, WindowReader
-from lightning_gpuorch.predictions.loading.work import Lease, NoWork, isolated_units
+from lightning_gpuorch.predictions.loading.work import LeasedChunk, NoWork, isolated_units
 from lightning_gpuorch.predictions.storage.writer import size_bytes
 
 
@@ -59,7 +59,7 @@ class WindowedLoader(LeasedLoader):
         """Samples of the last batch."""
         self._sizes: set[int] = set()
         self._has_measured = False
-        self._held: Lease | NoWork | None = None
+        self._held: LeasedChunk | NoWork | None = None
 
     @property
     def _seconds_per_sample(self) -> float:
@@ -216,7 +216,7 @@ class WindowedLoader(LeasedLoader):
                 span, is_last = Span(number, 1, number, None), number == batches[-1][0]
                 yield Requested(lease, span, number in isolate, is_last), samples
 
-    def _next_answer(self) -> Lease | NoWork:
+    def _next_answer(self) -> LeasedChunk | NoWork:
         if self._held is None:
             return super()._next_answer()
         answer, self._held = self._held, None

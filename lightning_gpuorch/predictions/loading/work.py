@@ -19,7 +19,7 @@ class NoWork(Enum):
     """This generation of the replica was replaced."""
 
 
-class Pace(Protocol):
+class ReplicaPace(Protocol):
     """How fast the replica is."""
 
     @property
@@ -38,7 +38,7 @@ class Pace(Protocol):
         ...
 
 
-class Lease(Protocol):
+class LeasedChunk(Protocol):
     """A chunk to compute; see :class:`~lightning_gpuorch.control.messages.leases.Lease`."""
 
     @property
@@ -67,7 +67,7 @@ class Lease(Protocol):
         ...
 
     @property
-    def pace(self) -> Pace | None:
+    def pace(self) -> ReplicaPace | None:
         """Of this replica, if it is known."""
         ...
 
@@ -75,7 +75,7 @@ class Lease(Protocol):
 class WorkQueue(Protocol):
     """Where a replica gets its chunks from; see :class:`~lightning_gpuorch.control.leases.LeaseQueue`."""
 
-    def next(self, block: bool, seconds_per_sample: float = 0.0) -> Lease | NoWork:
+    def next(self, block: bool, seconds_per_sample: float = 0.0) -> LeasedChunk | NoWork:
         """Ask for work; the second argument says how fast it goes here, if that is known."""
         ...
 
@@ -88,6 +88,6 @@ class WorkQueue(Protocol):
         ...
 
 
-def isolated_units(lease: Lease) -> range:
+def isolated_units(lease: LeasedChunk) -> range:
     """Units that have to be computed one by one."""
     return range(*lease.isolate) if lease.isolate is not None else range(0)
