@@ -11,7 +11,7 @@ import difflib
 import json
 import os
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -168,7 +168,7 @@ class OrchestratorConfig:
         names = {field.name: field for field in dataclasses.fields(cls)}
         for name in overrides:
             if name not in names:
-                raise ConfigurationError(f"unknown configuration field {name!r}{_nearest(name, names)}.")
+                raise ConfigurationError(f"unknown configuration field {name!r}{nearest(name, names)}.")
         values = _read_environment(os.environ, cls)
         if config is not None:
             if not isinstance(config, OrchestratorConfig):
@@ -236,7 +236,7 @@ def _read_environment(environment: Mapping[str, str], cls: type[OrchestratorConf
             continue
         if variable not in variables:
             raise ConfigurationError(
-                f"unknown environment variable {variable}={text!r}{_nearest(variable, variables)}; "
+                f"unknown environment variable {variable}={text!r}{nearest(variable, variables)}; "
                 f"{ENVIRONMENT_PREFIX}* names are reserved for the fields of OrchestratorConfig."
             )
         name = variables[variable]
@@ -308,6 +308,7 @@ def _describe(hint: Any) -> str:
     return {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "None"}[hint]
 
 
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
+def nearest(name: str, known: Collection[str]) -> str:
+    """What an unknown name may have meant, as the end of an error message."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

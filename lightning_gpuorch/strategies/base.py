@@ -20,6 +20,7 @@ from lightning_gpuorch.control.addresses import port_of
 from lightning_gpuorch.control.collectives import one_per_replica
 from lightning_gpuorch.control.environment import WorkerEnvironment
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.options import OrchestratorOptions, refuse_unknown
 from lightning_gpuorch.predictions.loading.world_of_one import job_is_hidden
 from lightning_gpuorch.strategies.exit_codes import exit_with_codes
 from lightning_gpuorch.strategies.lightning_internals import set_rank_zero
@@ -116,7 +117,7 @@ class StrategyShell:
     def _init_shell(
         self,
         config: OrchestratorConfig | None,
-        options: dict[str, Any],
+        options: OrchestratorOptions,
         parallelize_fn: ParallelizeFn | None,
         tensor_parallel_plan: Any,
         example_input: Any,
@@ -125,6 +126,7 @@ class StrategyShell:
     ) -> None:
         exit_with_codes()
         self.package.of_fabric("plugins.environments").ClusterEnvironment.register(SupervisedEnvironment)
+        refuse_unknown(options, type(self).__init__)
         resolved = OrchestratorConfig.resolve(config, **options)
         if length_fn is not None and not callable(length_fn):
             raise ConfigurationError(f"length_fn={length_fn!r} is not callable.")

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.devices.memory import memory_budget_bytes, model_bytes
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.options import OrchestratorOptions
 from lightning_gpuorch.parallel.tensor_parallel import applied_plan, empty_parameters
 from lightning_gpuorch.strategies import lightning_internals
 from lightning_gpuorch.strategies.base import StrategyShell
@@ -76,7 +78,7 @@ class FabricStrategy(StrategyShell, _Base):  # type: ignore[misc]
         output_dir: str | os.PathLike[str] | None = None,
         length_fn: Callable[[Any], int] | None = None,
         start_method: Literal["popen", "fork"] = "popen",
-        **options: Any,
+        **options: Unpack[OrchestratorOptions],
     ):
         self._init_shell(config, options, parallelize_fn, tensor_parallel_plan, example_input, output_dir, length_fn)
         super().__init__(

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.options import OrchestratorOptions
 from lightning_gpuorch.parallel.tensor_parallel import applied_plan, empty_parameters
 from lightning_gpuorch.predictions.loading.describe import describe
 from lightning_gpuorch.strategies import lightning_internals
@@ -70,7 +72,7 @@ class TrainerStrategy(StrategyShell, _Base):
         length_fn: Callable[[Any], int] | None = None,
         replay_outputs: bool = False,
         start_method: Literal["popen", "fork"] = "popen",
-        **options: Any,
+        **options: Unpack[OrchestratorOptions],
     ):
         self._init_shell(config, options, parallelize_fn, tensor_parallel_plan, example_input, output_dir, length_fn)
         super().__init__(

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from typing_extensions import Unpack
 
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError
+from lightning_gpuorch.options import OrchestratorOptions, refuse_unknown
 from lightning_gpuorch.parallel.tensor_parallel import build_model
 from lightning_gpuorch.predictions.loading.shared_loader import SharedLoader
 from lightning_gpuorch.predictions.samples.tensors import to_device
@@ -61,8 +63,9 @@ class MultiGPUOrchestrator:
         tensor_parallel_plan: Any = None,
         example_input: Any = None,
         length_fn: Callable[[Any], int] | None = None,
-        **options: Any,
+        **options: Unpack[OrchestratorOptions],
     ):
+        refuse_unknown(options, MultiGPUOrchestrator)
         strategy = getattr(fabric, "strategy", None)
         if fabric is not None and not isinstance(getattr(strategy, "runtime", None), Runtime):
             raise ConfigurationError(
