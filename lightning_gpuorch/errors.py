@@ -23,7 +23,7 @@
     │   └── CollectiveMismatchError          ranks called different collectives
     ├── InputMismatchError                   ranks that must read the same have read different input
     ├── UnreadableRecordsError               the records of a run are not those of a run
-    ├── WorkerStartError                     no worker can be started on this node
+    ├── WorkerStartError (OSError)           no worker can be started on this node
     ├── DataPlaneError                       ranks of a TP group could not complete a step together
     │   ├── CollectiveError                  a collective failed
     │   │   └── CollectiveTimeoutError (TimeoutError)
@@ -200,8 +200,8 @@ class CollectiveMismatchError(ControlPlaneError):
     """Ranks called different collectives at the same point."""
 
 
-class WorkerStartError(GPUOrchError):
-    """No worker can be started on this node: the process that forks them dies, or does not come up."""
+class WorkerStartError(GPUOrchError, OSError):
+    """No worker can be started on this node: there is no room for it, or the process that forks workers dies."""
 
 
 class InputMismatchError(GPUOrchError):
@@ -267,6 +267,8 @@ def format_indices(indices: Iterable[int], limit: int = 20) -> str:
     Returns:
         The text, complete up to ``limit`` ranges.
     """
+    if hasattr(indices, "ranges"):  # UnitRanges, which are not walked
+        return str(indices)
     ranges: list[list[int]] = []
     for index in indices:
         if ranges and index == ranges[-1][1] + 1:

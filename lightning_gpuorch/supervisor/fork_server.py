@@ -28,6 +28,7 @@ from typing import Any
 
 from lightning_gpuorch.control import bootstrap
 from lightning_gpuorch.errors import WorkerStartError
+from lightning_gpuorch.supervisor.leftovers import become_subreaper, kill_descendants
 from lightning_gpuorch.supervisor.workers import describe_exit
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ SILENT_SECONDS = 15.0
 MAX_EARLY_DEATHS = 3
 """So often in a row it may be killed during its imports."""
 _FRESH_SECONDS = 0.2
+_ROOM = "Are there limits on processes, files or memory (ulimit -u, -n, -v; pids.max of a container)?"
+_TIDY_SECONDS = 3.0
+"""How long the fork server may take to end what workers have left behind."""
 
 
 class ForkServerSpawner:
@@ -123,7 +127,10 @@ class ForkServerSpawner:
             raise WorkerStartError(
                 "the process that forks workers has died or does not answer; its messages are above."
             )
-        pid = int(self._answers.pop(0)["pid"])
+        answer = self._answers.pop(0)
+        if "failed" in answer:
+            raise WorkerStartError(f"a worker process cannot be started: {answer['failed']}. {_ROOM}")
+        pid = int(answer["pid"])
         self._running.add(pid)
         return _ForkedWorker(self, pid)
 
@@ -135,11 +142,16 @@ class ForkServerSpawner:
         return -signal.SIGKILL if self._socket is None else None
 
     def close(self) -> None:
-        """End the fork server."""
+        """End the fork server, and with it whatever workers have left behind."""
+        self._end(_TIDY_SECONDS if self._has_answered else 0.0)
+
+    def _end(self, patience_seconds: float) -> None:
         if self._socket is not None:
-            self._socket.close()
+            self._socket.close()  # it ends by that
             self._socket = None
         if self._server is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._server.wait(patience_seconds)
             self._server.kill()
             self._server.wait(10)
             self._server = None
@@ -171,7 +183,7 @@ class ForkServerSpawner:
         self._send({"ping": True})
 
     def _replace(self) -> None:
-        self.close()
+        self._end(0.0)
         self._start()
 
     def _start(self) -> None:
@@ -180,17 +192,12 @@ class ForkServerSpawner:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended by itself
                 os.killpg(pid, signal.SIGKILL)
         self._running.clear()
-        ours, theirs = socket.socketpair()
-        os.set_inheritable(theirs.fileno(), True)
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-        self._server = subprocess.Popen(
-            [sys.executable, "-u", *flags, "-m", "lightning_gpuorch.supervisor.fork_server", str(theirs.fileno())],
-            env={**os.environ, bootstrap.PARENT: str(os.getpid())},
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        theirs.close()
+        try:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self._server = _popen(theirs)
+        except OSError as error:
+            raise WorkerStartError(f"the process that forks workers cannot be started: {error}. {_ROOM}") from error
         if self._socket is not None:
             self._socket.close()
         self._socket, self._buffer, self._answers = ours, b"", []
@@ -227,8 +234,19 @@ class ForkServerSpawner:
             if "exit_code" in message:
                 self._exit_codes[message["pid"]] = message["exit_code"]
                 self._running.discard(message["pid"])
-            elif "pid" in message:
+            elif "pid" in message or "failed" in message:
                 self._answers.append(message)
+
+
+def _popen(connection: socket.socket) -> subprocess.Popen[bytes]:
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    return subprocess.Popen(
+        [sys.executable, "-u", *flags, "-m", "lightning_gpuorch.supervisor.fork_server", str(connection.fileno())],
+        env={**os.environ, bootstrap.PARENT: str(os.getpid())},
+        pass_fds=(connection.fileno(),),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 class _ForkedWorker:
@@ -295,9 +313,14 @@ def _leave(code: Any) -> None:
 
 
 def serve(connection: socket.socket, preload: Sequence[str] = PRELOADED) -> None:
-    """The fork server's life: import, then fork on request and report who ended, until the supervisor is gone."""
+    """The fork server's life: import, then fork on request and report who ended, until the supervisor is gone.
+
+    What workers have started becomes its child when they are gone, sessions of their own or not, and ends with it.
+    """
     for name in preload:
         importlib.import_module(name)
+    become_subreaper()
+    bootstrap.continue_with_parents_end()
     import gc
 
     gc.collect()
@@ -311,17 +334,18 @@ def serve(connection: socket.socket, preload: Sequence[str] = PRELOADED) -> None
     selector.register(connection, selectors.EVENT_READ)
     selector.register(woken, selectors.EVENT_READ)
     buffer = b""
-    server_pid = os.getpid()
+    server_pid, workers = os.getpid(), set[int]()
     _tell(connection, {"ready": True})
     while True:
         ready = {key.fileobj for key, _ in selector.select()}
         if woken in ready:
             os.read(woken, 4096)
-        _report_ended(connection)
+        _report_ended(connection, workers)
         if connection not in ready:
             continue
         data = connection.recv(2**16)
         if not data:
+            kill_descendants(_TIDY_SECONDS)
             return
         buffer += data
         *lines, buffer = buffer.split(b"\n")
@@ -330,7 +354,11 @@ def serve(connection: socket.socket, preload: Sequence[str] = PRELOADED) -> None
             if "ping" in request:
                 _tell(connection, {"pong": True})
                 continue
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError as error:
+                _tell(connection, {"failed": error.strerror})
+                continue
             if pid == 0:
                 signal.set_wakeup_fd(-1)
                 for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
@@ -340,14 +368,18 @@ def serve(connection: socket.socket, preload: Sequence[str] = PRELOADED) -> None
                 os.close(woken)
                 os.close(wake)
                 _become_worker(request["command"], request["environment"], server_pid)
+            workers.add(pid)
             _tell(connection, {"pid": pid})
 
 
 def _tell(connection: socket.socket, message: dict[str, Any]) -> None:
-    connection.sendall(json.dumps(message).encode() + b"\n")
+    with contextlib.suppress(
+        BrokenPipeError, ConnectionResetError
+    ):  # the supervisor is gone, which is seen when it is read
+        connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _report_ended(connection: socket.socket) -> None:
+def _report_ended(connection: socket.socket, workers: set[int]) -> None:
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -355,7 +387,9 @@ def _report_ended(connection: socket.socket) -> None:
             return
         if pid == 0:
             return
-        _tell(connection, {"pid": pid, "exit_code": os.waitstatus_to_exitcode(status)})
+        if pid in workers:  # and no orphan that a worker has left
+            workers.discard(pid)
+            _tell(connection, {"pid": pid, "exit_code": os.waitstatus_to_exitcode(status)})
 
 
 if __name__ == "__main__":

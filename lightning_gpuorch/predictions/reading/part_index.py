@@ -9,19 +9,19 @@ part; for scattered parts 16 bytes per sample.
 from __future__ import annotations
 
 import bisect
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, overload
+from typing import Any, Protocol
 
 import numpy as np
 
-from lightning_gpuorch.errors import CorruptPartError, format_indices
+from lightning_gpuorch.errors import CorruptPartError
 from lightning_gpuorch.predictions.storage.journal import BatchEntry, PartHeader, PartJournal
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
+from lightning_gpuorch.predictions.storage.unit_ranges import UnitRanges
 
-_MAX_SCATTERED_SAMPLES = 2**24
-"""Of a stored batch: each of its samples is kept in memory, though a range of them takes no bytes in the file."""
+_SCATTERED_SAMPLES, _SAMPLES_PER_BYTE = 2**21, 64
+"""So many may be claimed by ranges, whatever is stored, and so many for each byte that is: each is kept in memory."""
 
 ReadHeader = Callable[[int], PartHeader]
 
@@ -58,65 +58,6 @@ class Segment:
     def indices(self) -> Sequence[int] | None:
         """Dataset indices of its samples, in order; None where unknown."""
         return None if self.entry.indices is None else self.entry.indices[self.start : self.stop]
-
-
-class UnitRanges(Sequence[int]):
-    """Ascending units, held as ranges.
-
-    Args:
-        ranges: Ascending and disjoint.
-    """
-
-    def __init__(self, ranges: Iterable[range] = ()):
-        merged: list[range] = []
-        for units in ranges:
-            if merged and merged[-1].stop == units.start:
-                merged[-1] = range(merged[-1].start, units.stop)
-            elif units:
-                merged.append(units)
-        self.ranges = tuple(merged)
-        self._ends = list(itertools.accumulate(map(len, merged)))
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[int]: ...
-
-    def __getitem__(self, index: int | slice) -> int | list[int]:
-        if isinstance(index, slice):
-            return [self[position] for position in range(len(self))[index]]
-        position = range(len(self))[index]
-        which = bisect.bisect_right(self._ends, position)
-        return self.ranges[which].start + position - (self._ends[which - 1] if which else 0)
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.chain.from_iterable(self.ranges)
-
-    def __contains__(self, unit: object) -> bool:
-        return any(unit in units for units in self.ranges)
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, UnitRanges):
-            return self.ranges == other.ranges
-        return list(self) == list(other) if isinstance(other, (list, tuple, range)) else NotImplemented
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return f"UnitRanges({self})"
-
-    def __str__(self) -> str:
-        # format_indices joins neighbours, so a range need not be walked to be written: its ends do.
-        shown = list(itertools.islice(self.ranges, 20))
-        text = ", ".join(
-            format_indices([units[0]]) if len(units) == 1 else f"{units[0]}-{units[-1]}" for units in shown
-        )
-        hidden = len(self) - sum(map(len, shown))
-        return f"{text} and {hidden} more" if hidden else text
 
 
 class Locator(Protocol):
@@ -217,14 +158,14 @@ class ScatteredLocator:
         empty: list[np.ndarray[Any, np.dtype[Any]]] = [np.empty(0, np.int64)]
         indices, places, rows = list(empty), list(empty), list(empty)
         self._places: list[tuple[int, int]] = []
+        unclaimed = _SCATTERED_SAMPLES + _SAMPLES_PER_BYTE * sum(journal.sizes_bytes())
         for chunk in sorted(journal.done()):
             for position, entry in enumerate(journal.header(chunk).entries):
                 if entry.indices is None:
                     raise CorruptPartError(f"{journal.path(chunk)} does not name the dataset indices of its samples.")
-                if len(entry.indices) > _MAX_SCATTERED_SAMPLES:
-                    raise CorruptPartError(
-                        f"{journal.path(chunk)} claims a batch of more than {_MAX_SCATTERED_SAMPLES} samples."
-                    )
+                unclaimed -= len(entry.indices) if isinstance(entry.indices, range) else 0
+                if unclaimed < 0:
+                    raise CorruptPartError(f"{journal.path(chunk)} claims more samples than its bytes can hold.")
                 try:
                     indices.append(np.asarray(entry.indices, np.int64).reshape(len(entry.indices)))
                 except (ValueError, TypeError, OverflowError) as error:
@@ -241,7 +182,7 @@ class ScatteredLocator:
         num_samples = layout.num_units
         if num_samples is None:
             # Nobody told how many there should be: what there is, batch by batch.
-            self._starts = None
+            self._is_counted = False
             self.num_batches = -(-len(self._indices) // self._batch_size)
             self.missing = UnitRanges()
             return
@@ -251,16 +192,14 @@ class ScatteredLocator:
                 f"{num_samples}."
             )
         self.num_batches = layout.num_batches
-        borders = np.arange(self.num_batches + 1) * self._batch_size
-        self._starts = np.searchsorted(self._indices, borders)
+        self._is_counted = True
         self.missing = UnitRanges(_holes(self._indices, num_samples))
 
     def segments(self, batch: int, read_header: ReadHeader) -> list[Segment]:
         """See :class:`Locator`."""
-        if self._starts is None:
-            start, stop = batch * self._batch_size, (batch + 1) * self._batch_size
-        else:
-            start, stop = int(self._starts[batch]), int(self._starts[batch + 1])
+        start, stop = batch * self._batch_size, (batch + 1) * self._batch_size
+        if self._is_counted:
+            start, stop = np.searchsorted(self._indices, [start, stop]).tolist()
         found: list[Segment] = []
         for place, row in zip(self._place[start:stop].tolist(), self._row[start:stop].tolist(), strict=True):
             chunk, position = self._places[place]

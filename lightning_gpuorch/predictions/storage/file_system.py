@@ -14,7 +14,7 @@ from pathlib import Path
 from lightning_gpuorch.checked_files import NotRegularFileError, open_file, read_file
 from lightning_gpuorch.errors import PredictionStorageError
 from lightning_gpuorch.predictions.storage import files
-from lightning_gpuorch.predictions.storage.store import Store
+from lightning_gpuorch.predictions.storage.store import MAX_READ_BYTES, Store
 
 
 class FileSystem(Store[Path]):
@@ -40,8 +40,8 @@ class FileSystem(Store[Path]):
         with open(_descriptor(path), "rb", buffering=0) as file:
             yield file, os.fstat(file.fileno()).st_size
 
-    def read(self, path: Path) -> bytes:
-        return read_file(files.content_path(path))
+    def read(self, path: Path, max_bytes: int = MAX_READ_BYTES) -> bytes:
+        return read_file(files.content_path(path), max_bytes)
 
     def create_once(self, path: Path, buffers: Sequence[bytes | memoryview], *, fsync: bool = True) -> bool:
         return files.create_once(path, buffers, fsync=fsync)

@@ -107,6 +107,12 @@ class PartJournal:
             raise storage_error(error, self.directory) from error
         return {int(match[1]) for match in map(_PART_NAME.fullmatch, names) if match}
 
+    def sizes_bytes(self) -> Iterator[int]:
+        """Lengths of the parts, of each that can be told: a request per part."""
+        for chunk in self.done():
+            with contextlib.suppress(OSError):  # whoever reads it is told why
+                yield self.store.size_bytes(self.path(chunk))
+
     def is_durable(self, chunk: int) -> bool:
         """Whether a chunk has been committed, by whomever.
 
@@ -173,7 +179,8 @@ class PartJournal:
     def _check(self, chunk: int) -> CorruptPartError | None:
         try:
             with opened(self.path(chunk)) as (file, file_bytes, source):
-                self.unpack_header(check_file(file, file_bytes, source), chunk)
+                fields, num_predictions = check_file(file, file_bytes, source)
+            self.unpack_header(fields, chunk, num_predictions)
         except NewerFormatError:
             raise
         except CorruptPartError as error:
@@ -267,7 +274,7 @@ def _unpack_entry(entry: Any) -> BatchEntry:
 def _unpack_integers(packed: Any) -> Sequence[int] | None:
     if isinstance(packed, dict):
         start = integer(packed["start"], "start", low=-MAX_INTEGER)
-        return range(start, integer(packed["stop"], "stop", low=start))
+        return range(start, integer(packed["stop"], "stop", low=start, high=start + _MAX_SAMPLES))
     if packed is not None and not isinstance(packed, list):
         raise TypeError("it is no list of indices")
     return packed

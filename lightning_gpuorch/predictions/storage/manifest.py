@@ -34,6 +34,8 @@ from lightning_gpuorch.predictions.storage.stores import storage_error, store_of
 
 FORMAT_VERSION = 1
 _MAX_LOADERS = 4096
+_MAX_BYTES = 8 * 2**20
+"""Of a file that is read as a whole, and takes some 20 times as much in memory at worst."""
 
 _MANIFEST_NAME = "manifest.json"
 _END_NAME = "end.json"
@@ -379,7 +381,7 @@ def _checksum(data: Mapping[str, Any]) -> int:
 
 def _read_sealed(path: Location) -> dict[str, Any] | None:
     try:
-        content = store_of(path).read(path)
+        content = store_of(path).read(path, _MAX_BYTES)
     except FileNotFoundError:
         return None
     except NotRegularFileError as error:

@@ -16,6 +16,7 @@ The client's own repetitions are switched off: it would not tell step 1 from ste
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -29,7 +30,7 @@ from typing import Any, TypeVar
 
 from lightning_gpuorch.errors import ConfigurationError, PredictionStorageError
 from lightning_gpuorch.paths import ObjectPath
-from lightning_gpuorch.predictions.storage.store import Store
+from lightning_gpuorch.predictions.storage.store import MAX_READ_BYTES, Store
 
 try:
     import obstore
@@ -146,8 +147,14 @@ class ObjectStore(Store[ObjectPath]):
         first, size_bytes = self._call(lambda: self._first_bytes(path.key))
         yield ObjectFile(lambda start, stop: self._range(path.key, start, stop), first, size_bytes), size_bytes
 
-    def read(self, path: ObjectPath) -> bytes:
-        return self._call(lambda: bytes(obstore.get(self._client, path.key).bytes()))
+    def read(self, path: ObjectPath, max_bytes: int = MAX_READ_BYTES) -> bytes:
+        def read() -> bytes:
+            answer = obstore.get(self._client, path.key)
+            if answer.meta["size"] > max_bytes:
+                raise OSError(errno.EFBIG, f"it is larger than the {max_bytes:,} bytes that such a file may have")
+            return bytes(answer.bytes())
+
+        return self._call(read)
 
     def create_once(self, path: ObjectPath, buffers: Sequence[bytes | memoryview], *, fsync: bool = True) -> bool:
         size_bytes = sum(memoryview(buffer).nbytes for buffer in buffers)

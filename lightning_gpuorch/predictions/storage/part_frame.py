@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_gpuorch.checked_files import integer, parse_object
 from lightning_gpuorch.errors import CorruptPartError
+from lightning_gpuorch.predictions.storage.part_contents import num_bytes_before_data, read_contents
 from lightning_gpuorch.predictions.storage.store import ReadableFile
 
 FORMAT_VERSION = 1
@@ -23,14 +24,15 @@ OWN_FIELDS = frozenset({"structure_bytes", "columns_bytes", "body_crc32"})
 _FIRST_READ_BYTES = 4096
 """Enough for the header of most parts: one read instead of two."""
 _BLOCK_BYTES = 2**20
+_MAX_HEADER_BYTES = 2**28
 
 
 class NewerFormatError(CorruptPartError):
     """A newer version has written the file; it is not damaged."""
 
 
-def check_file(file: ReadableFile, file_bytes: int, source: str) -> dict[str, Any]:
-    """Check every byte of a file against its checksums, a block at a time.
+def check_file(file: ReadableFile, file_bytes: int, source: str) -> tuple[dict[str, Any], int]:
+    """Check every byte of a file against its checksums, a block at a time, and what can be told of its contents.
 
     Args:
         file: The file, at its beginning.
@@ -38,18 +40,31 @@ def check_file(file: ReadableFile, file_bytes: int, source: str) -> dict[str, An
         source: Its name, for error messages.
 
     Returns:
-        The writer's fields.
+        The writer's fields, and the number of predictions.
 
     Raises:
-        CorruptPartError: A checksum, a length or the magic does not fit.
+        CorruptPartError: A checksum, a length or the magic does not fit, or the structure is none.
     """
     header, raw, body_start = _read_header(file, file_bytes, source)
-    checksum = zlib.crc32(memoryview(raw)[body_start:])
+    first = bytearray(memoryview(raw)[body_start:])  # of the body, as far as its list of columns
+    checksum = zlib.crc32(first)
     while block := file.read(_BLOCK_BYTES):
         checksum = zlib.crc32(block, checksum)
+        if _is_short(first, header):
+            first += block
     if checksum != header["body_crc32"]:
         raise damage(source, "the checksum of its body does not fit")
-    return without_own_fields(header)
+    return without_own_fields(header), len(read_contents(memoryview(first), header, source).nodes)
+
+
+def _is_short(body: bytearray, header: Mapping[str, Any]) -> bool:
+    try:
+        with memoryview(body) as view:
+            return len(body) < num_bytes_before_data(view, header)
+    except struct.error:
+        return True
+    except ValueError:
+        return False  # nothing there will be read
 
 
 def read_fields(file: ReadableFile, file_bytes: int, source: str) -> dict[str, Any]:
@@ -67,6 +82,26 @@ def read_fields(file: ReadableFile, file_bytes: int, source: str) -> dict[str, A
         CorruptPartError: A checksum, a length or the magic does not fit.
     """
     return without_own_fields(_read_header(file, file_bytes, source)[0])
+
+
+def read_whole(file: ReadableFile, file_bytes: int, source: str) -> bytearray:
+    """Read all of a file, once its header has said that it has the right length.
+
+    Args:
+        file: The file, at its beginning.
+        file_bytes: Its length.
+        source: Its name, for error messages.
+
+    Raises:
+        CorruptPartError: The header's checksum, a length or the magic does not fit.
+    """
+    _, read, _ = _read_header(file, file_bytes, source)
+    raw = bytearray(file_bytes)
+    raw[: len(read)] = read
+    position, view = len(read), memoryview(raw)
+    while position < file_bytes and (count := file.readinto(view[position:])):
+        position += count
+    return raw if position == file_bytes else bytearray(view[:position])
 
 
 def damage(source: str, what: str) -> CorruptPartError:
@@ -94,6 +129,8 @@ def check_prelude(prelude: memoryview, file_bytes: int, source: str) -> int:
     magic, _, _, header_bytes = COVERED.unpack(prelude[: COVERED.size])
     if magic != MAGIC:
         raise damage(source, f"it begins with {bytes(magic)!r} in place of {MAGIC!r}")
+    if header_bytes > _MAX_HEADER_BYTES:
+        raise damage(source, f"it claims a header of {header_bytes} bytes")
     if file_bytes < PRELUDE_BYTES + header_bytes:
         raise damage(source, f"it ends after {file_bytes} bytes, within its header")
     return int(header_bytes)

@@ -20,6 +20,9 @@ from typing import Generic, Protocol, TypeVar
 from lightning_gpuorch.errors import PredictionStorageError
 from lightning_gpuorch.paths import ObjectPath
 
+MAX_READ_BYTES = 64 * 2**20
+"""Of what is read at once; parts are read with :meth:`Store.open`."""
+
 PathT = TypeVar("PathT", Path, ObjectPath)
 
 
@@ -67,8 +70,8 @@ class Store(ABC, Generic[PathT]):
         """Open a file, and tell its length; one request, at most 64 KiB of content. The rest: one per 8 MiB."""
 
     @abstractmethod
-    def read(self, path: PathT) -> bytes:
-        """Read a whole file; one request, its content once."""
+    def read(self, path: PathT, max_bytes: int = MAX_READ_BYTES) -> bytes:
+        """Read a whole file; one request, its content once. A larger one is refused with ``OSError``."""
 
     @abstractmethod
     def create_once(self, path: PathT, buffers: Sequence[bytes | memoryview], *, fsync: bool = True) -> bool:
