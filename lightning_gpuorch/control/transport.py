@@ -17,16 +17,18 @@ import itertools
 import logging
 import os
 import socket
+import ssl
 import struct
 import threading
 import time
 from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
-from lightning_gpuorch.control import addresses, codec, handshake
+from lightning_gpuorch.control import addresses, codec, handshake, tls
 from lightning_gpuorch.control.addresses import UNIX
 from lightning_gpuorch.control.handshake import COORDINATOR, Greeting, Introduction, Peer
 from lightning_gpuorch.control.messages.base import AnswerT, Message, Request
+from lightning_gpuorch.control.tls import Certificates
 from lightning_gpuorch.errors import (
     AuthenticationError,
     ControlPlaneError,
@@ -46,6 +48,8 @@ _SILENCE_SECONDS = 10
 
 HANDSHAKE_SECONDS = 5.0
 """Until then a connection has to have proven that it belongs to the job."""
+MAX_UNREAD_BYTES = 2**13
+"""The most that one can have sent before."""
 MAX_STRANGERS = 64
 """Connections that have not; one more closes the oldest of them. The kernel keeps those that wait to be accepted."""
 ACCEPTS_AT_ONCE, ACCEPTS_PER_SECOND = 512, 100
@@ -92,13 +96,25 @@ class ControlServer:
         port: Port to listen on; 0 takes a free one, and is meant where ``host`` is a whole address.
         token: Shared secret; a connection that does not prove to know it is closed.
         job: Name of the run; processes that belong to another one are refused.
+        certificates: Encrypt connections, unless the address is a unix socket.
     """
 
-    def __init__(self, handler: Handler, host: str = "127.0.0.1", port: int = 0, token: str = "", job: str = ""):
+    def __init__(
+        self,
+        handler: Handler,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        token: str = "",
+        job: str = "",
+        certificates: Certificates | None = None,
+    ):
         self._handler, self._token, self._job = handler, token, job
+        encrypted = certificates if not host.startswith(UNIX) else None
+        self._tls = encrypted.context(server_side=True) if encrypted is not None else None
+        self._certificate = encrypted.fingerprint() if encrypted is not None else ""
         self._peers: dict[asyncio.StreamReader, Peer] = {}
-        self._strangers: dict[asyncio.StreamWriter, None] = {}
-        self._refusals = Refusals()
+        self._strangers: dict[asyncio.Task[Any], None] = {}
+        self._refusals, self._versions = Refusals(), Refusals(logging.ERROR)
         self._loop = asyncio.new_event_loop()
         self._started: Future[None] = Future()
         wanted = host if host.startswith(UNIX) else f"{host}:{port}"
@@ -173,56 +189,117 @@ class ControlServer:
 
     async def _connection(self, connection: socket.socket) -> None:
         _notice_silence(connection)
-        # A stranger's bytes are taken in up to twice the limit.
-        reader, writer = await asyncio.open_connection(sock=connection, limit=2**16)
-        name = writer.get_extra_info("peername")
-        address = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "this host"
+        name = connection.getpeername() if connection.family != getattr(socket, "AF_UNIX", None) else None
+        address = f"{name[0]}:{name[1]}" if name else "this host"
+        uid = addresses.other_user(connection)
+        if uid is not None:
+            connection.close()
+            self._refusals.add(address, f"it is of another user, uid {uid}")
+            return
+        admitted = await self._admit(connection, address)
+        if admitted is None:
+            return
+        peer, reader, writer = admitted
+        self._peers[reader] = peer
         try:
-            uid = addresses.other_user(connection)
-            if uid is not None:
-                self._refusals.add(address, f"it is of another user, uid {uid}")
-                return
-            peer = await self._admit(reader, writer, address)
-            while peer is not None:
+            while True:
                 number, length = _PREFIX.unpack(await reader.readexactly(_PREFIX.size))
                 _check_size(length)
                 writer.write(await self._answer(peer, number, await reader.readexactly(length)))
                 await writer.drain()
         except ProtocolError as error:
             log.warning("the connection from %s is closed: %s", address, error)
-        except (asyncio.IncompleteReadError, ConnectionError) as error:
+        except (asyncio.IncompleteReadError, OSError) as error:
             # The process is gone: its supervisor decides what follows.
             log.debug("the connection from %s has ended: %s", address, error)
         finally:
             self._peers.pop(reader, None)
             writer.close()
 
-    async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str) -> Peer | None:
-        """Who connects; None if it is not served."""
+    async def _admit(
+        self, connection: socket.socket, address: str
+    ) -> tuple[Peer, asyncio.StreamReader, asyncio.StreamWriter] | None:
+        """Who connects; None, and the connection closed, if it is not served."""
+        this = asyncio.current_task()
+        assert this is not None
         if len(self._strangers) >= MAX_STRANGERS:
             oldest = next(iter(self._strangers))
             del self._strangers[oldest]
-            oldest.transport.abort()
+            oldest.cancel()
             self._refusals.add(address, f"{MAX_STRANGERS} others had not proven either that they belong to the job")
-        self._strangers[writer] = None
+        self._strangers[this] = None
+        peer = writer = None
+        deadline = self._loop.time() + HANDSHAKE_SECONDS
         try:
-            peer = await asyncio.wait_for(self._shake_hands(reader, writer, address), HANDSHAKE_SECONDS)
+            reader, writer = await asyncio.wait_for(self._open(connection), HANDSHAKE_SECONDS)
+            seconds = deadline - self._loop.time()
+            peer = await asyncio.wait_for(self._shake_hands(reader, writer, address), seconds)
         except asyncio.TimeoutError:
             self._refusals.add(address, f"no handshake within {HANDSHAKE_SECONDS:g} s")
-        except (ProtocolVersionError, OtherJobError) as error:
+        except ProtocolVersionError as error:
+            self._versions.add(address, str(error))
+        except OtherJobError as error:
             log.error("a connection is refused: %s", error)
         except (AuthenticationError, ProtocolError) as error:
             self._refusals.add(address, str(error))
+        except ssl.SSLError as error:
+            self._refusals.add(address, f"no TLS connection: {error}")
+        except (asyncio.IncompleteReadError, OSError) as error:
+            log.debug("the connection from %s has ended: %s", address, error)
         else:
-            self._peers[reader] = peer
-            return peer
+            return peer, reader, writer
         finally:
-            self._strangers.pop(writer, None)
+            self._strangers.pop(this, None)
+            if peer is None and writer is not None:
+                writer.close()
+            elif peer is None:
+                connection.close()
         return None
 
+    async def _open(self, connection: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Streams over a connection, encrypted if this server is."""
+        # A stranger's bytes are taken in up to twice the limit.
+        reader = asyncio.StreamReader(limit=2**16, loop=self._loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=self._loop)
+        if self._tls is None:
+            transport, _ = await self._loop.connect_accepted_socket(lambda: protocol, connection)
+            return reader, asyncio.StreamWriter(transport, protocol, reader, self._loop)
+        await self._refuse_without_tls(connection)
+        with connection.dup() as spare:
+            try:
+                transport, _ = await self._loop.connect_accepted_socket(lambda: protocol, connection, ssl=self._tls)
+            except ssl.SSLError:
+                with contextlib.suppress(OSError):
+                    spare.send(tls.ALERT)  # asyncio closes without a word, which could mean anything
+                raise
+        return reader, asyncio.StreamWriter(transport, protocol, reader, self._loop)
+
+    async def _refuse_without_tls(self, connection: socket.socket) -> None:
+        """Tell a process of this project that it lacks TLS: it would not understand an alert.
+
+        Raises:
+            AuthenticationError: The other side begins without TLS.
+        """
+        readable: asyncio.Future[None] = self._loop.create_future()
+        self._loop.add_reader(connection, _set, readable)
+        try:
+            await readable
+        finally:
+            self._loop.remove_reader(connection)
+        if connection.recv(len(handshake.MAGIC), socket.MSG_PEEK) == handshake.MAGIC:
+            connection.recv(
+                MAX_UNREAD_BYTES
+            )  # what is left unread would reset the connection before the answer is read
+            with contextlib.suppress(OSError):
+                connection.send(handshake.frame(self._greeting()))
+            raise AuthenticationError(f"it begins without TLS, and this process uses it. {tls.ADVICE}")
+
+    def _greeting(self) -> Greeting:
+        return Greeting(peer=COORDINATOR, port=self.port, job=self._job, certificate=self._certificate)
+
     async def _shake_hands(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str) -> Peer:
-        greeting = Greeting(peer=COORDINATOR, port=self.port, job=self._job)
-        data = await _frame(reader)
+        greeting = self._greeting()
+        data = await _frame(reader, writer)
         try:
             other = handshake.read(Greeting, data, address)
         except ProtocolVersionError:
@@ -230,7 +307,7 @@ class ControlServer:
             await writer.drain()
             raise
         writer.write(handshake.frame(greeting))
-        shown = handshake.read_proof(await _frame(reader))
+        shown = handshake.read_proof(await _frame(reader, writer))
         try:
             handshake.check_proof(shown, self._token, other, greeting, address)
         except AuthenticationError:
@@ -257,8 +334,8 @@ class ControlServer:
 class Refusals:
     """Tells of strangers, one line a minute however many there are."""
 
-    def __init__(self) -> None:
-        self._count, self._told_at = 0, -_REFUSALS_SECONDS
+    def __init__(self, level: int = logging.WARNING) -> None:
+        self._count, self._told_at, self._level = 0, -_REFUSALS_SECONDS, level
 
     def add(self, address: str, reason: str) -> None:
         """A connection was refused."""
@@ -267,12 +344,21 @@ class Refusals:
         if now - self._told_at < _REFUSALS_SECONDS:
             return
         more = f" ({self._count - 1} more since the last such line)" if self._count > 1 else ""
-        log.warning("the connection from %s is refused%s: %s", address, more, reason)
+        log.log(self._level, "the connection from %s is refused%s: %s", address, more, reason)
         self._count, self._told_at = 0, now
 
 
-async def _frame(reader: asyncio.StreamReader) -> bytes:
-    return await reader.readexactly(handshake.length_of(await reader.readexactly(handshake.PREAMBLE.size)))
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+async def _frame(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    preamble = await reader.readexactly(handshake.PREAMBLE.size)
+    if preamble.startswith(tls.HELLO):
+        writer.write(tls.ALERT)
+        raise ProtocolError(f"it begins with TLS, and this process does not use it. {tls.ADVICE}")
+    return await reader.readexactly(handshake.length_of(preamble))
 
 
 class Channel(Protocol):
@@ -323,13 +409,25 @@ class RemoteChannel:
         peer: Who this process is.
         token: The job's shared secret.
         connect_timeout_seconds: How long the coordinator may be unreachable before a request fails.
+        job: See below.
+        certificates: Encrypt connections, unless the address is a unix socket.
 
     Attributes:
         job: Name of the run that this process belongs to; a coordinator of another one is not asked.
     """
 
-    def __init__(self, address: str, peer: Peer, token: str = "", connect_timeout_seconds: float = 30.0, job: str = ""):
+    def __init__(
+        self,
+        address: str,
+        peer: Peer,
+        token: str = "",
+        connect_timeout_seconds: float = 30.0,
+        job: str = "",
+        certificates: Certificates | None = None,
+    ):
         self.address, self.job = address, job
+        encrypted = certificates if not address.startswith(UNIX) else None
+        self._tls = encrypted.context(server_side=False) if encrypted is not None else None
         self._peer, self._token = peer, token
         self._connect_timeout_seconds = connect_timeout_seconds
         self._idle: list[socket.socket] = []
@@ -393,19 +491,34 @@ class RemoteChannel:
             raise ConnectionError(str(error)) from None
         try:
             _notice_silence(connection)
-            self._shake_hands(connection, deadline)
+            certificate = ""
+            if self._tls is not None:
+                connection = encrypted = tls.begin(connection, self._tls, self.address)
+                certificate = tls.fingerprint_of_peer(encrypted)
+            self._shake_hands(connection, certificate, deadline)
+        except ssl.SSLEOFError as error:
+            connection.close()
+            raise ConnectionError(str(error)) from None
+        except ssl.SSLError as error:  # the coordinator's verdict on our certificate comes with its first words
+            connection.close()
+            raise tls.refusal(error, self.address) from None
         except BaseException:
             connection.close()
             raise
         return connection
 
-    def _shake_hands(self, connection: socket.socket, deadline: float) -> None:
-        greeting = Greeting(peer=self._peer, port=addresses.port_of(self.address), job=self.job)
+    def _shake_hands(self, connection: socket.socket, certificate: str, deadline: float) -> None:
+        port = addresses.port_of(self.address)
+        greeting = Greeting(peer=self._peer, port=port, job=self.job, certificate=certificate)
         connection.sendall(handshake.frame(greeting))
         try:
             data = self._frame(connection, deadline)
             handshake.read(Introduction, data, self.address)  # of whatever version
             other = handshake.read(Greeting, data, self.address)
+            if other.certificate and not certificate:
+                raise AuthenticationError(
+                    f"the coordinator at {self.address} uses TLS, and this process does not. {tls.ADVICE}"
+                )
             connection.sendall(handshake.frame(handshake.proof(self._token, greeting, other)))
             shown = handshake.read_proof(self._frame(connection, deadline))
         except ProtocolError as error:
