@@ -26,13 +26,14 @@ JOBS = ("one node", "one node, tensor-parallel", "two nodes", "torchrun, one hos
 KINDS = {
     "control plane": (
         "requests of ranks and supervisors",
-        "an HMAC of the token by both sides; as a unix socket also a directory of mode 0700 and the uid at the other end",
+        "an HMAC of the token by both sides, within TLS where certificates are given",
     ),
     "metrics": ("`GET /metrics`", "nothing: every user of the host may read them; at most 32 clients, 10 s each"),
     "connections of a tensor-parallel group": ("tensors", "nothing: gloo and NCCL do not authenticate them"),
     "the launcher's store": ("keys of all ranks", "nothing; this package puts no secret into it"),
 }
 """What a kind of socket takes, and how it is guarded."""
+UNIX_GUARD = "a directory of mode 0700, the uid at the other end, and an HMAC of the token by both sides"
 
 
 @dataclass(frozen=True, order=True)
@@ -150,7 +151,12 @@ def _listening_paths() -> set[str]:
 
 def rows(job: str, found: list[Socket]) -> list[str]:
     """The rows of the table about a job."""
-    return [f"| {job} | {s.process} | {s.address} | {s.kind} | {' | '.join(KINDS[s.kind])} |" for s in found]
+    table = []
+    for one in found:
+        takes, guard = KINDS[one.kind]
+        guard = UNIX_GUARD if one.address.startswith("a unix socket") else guard
+        table.append(f"| {job} | {one.process} | {one.address} | {one.kind} | {takes} | {guard} |")
+    return table
 
 
 def documented() -> list[str]:
