@@ -174,12 +174,13 @@ class ControlServer:
         allowed, since = float(ACCEPTS_AT_ONCE), time.monotonic()
         while True:
             try:
-                connection, _ = await self._loop.sock_accept(listening)
+                connection, name = await self._loop.sock_accept(listening)
             except OSError as error:  # no descriptors are left, say: those that are served go on
                 log.warning("a connection cannot be accepted: %s", error)
                 await asyncio.sleep(1.0)
                 continue
-            task = asyncio.ensure_future(self._connection(connection))
+            address = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "this host"
+            task = asyncio.ensure_future(self._connection(connection, address))
             connections.add(task)
             task.add_done_callback(connections.discard)
             now = time.monotonic()
@@ -187,11 +188,14 @@ class ControlServer:
             if allowed < 1:
                 await asyncio.sleep((1 - allowed) / ACCEPTS_PER_SECOND)
 
-    async def _connection(self, connection: socket.socket) -> None:
-        _notice_silence(connection)
-        name = connection.getpeername() if connection.family != getattr(socket, "AF_UNIX", None) else None
-        address = f"{name[0]}:{name[1]}" if name else "this host"
-        uid = addresses.other_user(connection)
+    async def _connection(self, connection: socket.socket, address: str) -> None:
+        try:
+            _notice_silence(connection)
+            uid = addresses.other_user(connection)
+        except OSError as error:
+            connection.close()
+            log.debug("the connection from %s has ended: %s", address, error)
+            return
         if uid is not None:
             connection.close()
             self._refusals.add(address, f"it is of another user, uid {uid}")

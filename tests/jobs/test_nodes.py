@@ -14,6 +14,7 @@ import pytest
 from lightning_gpuorch import read_predictions
 from lightning_gpuorch.control import handshake
 from tests.conftest import free_port
+from tests.support.certificates import make_authority, make_certificate
 from tests.support.listener import listener
 
 SLOW = "slow_predict.py"
@@ -77,6 +78,26 @@ def test_a_node_with_another_token_does_not_join(runner):
     assert "node 1 at 127.0.0.1" in runner.log_of(coordinator)
     coordinator.terminate()
     assert runner.wait(coordinator, 30) == 75
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="certificates are made with openssl")
+def test_nodes_share_a_job_over_tls_and_one_that_lacks_it_is_refused(runner, tmp_path):
+    make_authority(tmp_path, "ca")
+    tls = []
+    for node in (0, 1):
+        make_certificate(tmp_path, "ca", f"node{node}")
+        names = {"CERTIFICATE": f"node{node}.pem", "KEY": f"node{node}.key", "CA": "ca.pem"}
+        tls.append({f"GPUORCH_TLS_{name}": str(tmp_path / file) for name, file in names.items()})
+    port = free_port()
+    coordinator = _start(runner, 0, port, environment=tls[0])
+    _wait_until(lambda: "waiting for all nodes" in runner.log_of(coordinator), (coordinator,), "wait")
+    without = _start(runner, 1, port)
+    assert runner.wait(without, 60) == 78
+    assert "uses TLS, and this process does not. Set tls_certificate" in runner.log_of(without)
+    assert "it begins without TLS" in runner.log_of(coordinator)
+    other = _start(runner, 1, port, environment=tls[1])
+    assert [runner.wait(node) for node in (coordinator, other)] == [0, 0], runner.log_of(other)
+    assert _right(tmp_path / "out", 120)
 
 
 @pytest.mark.parametrize("node", [0, 1])

@@ -249,6 +249,7 @@ def main() -> None:
     """Become another user, attack, and tell."""
     targets = json.load(sys.stdin)
     if os.geteuid() == 0:
+        socket.getaddrinfo("127.0.0.1", 1)  # imports what the other user might not be able to read
         os.setgroups([])
         os.setgid(UID)
         os.setuid(UID)
