@@ -14,8 +14,9 @@ from lightning_gpuorch.control.client import CoordinatorClient, NodePlace, State
 from lightning_gpuorch.control.coordinator import Coordinator
 from lightning_gpuorch.control.handshake import Peer, require_token
 from lightning_gpuorch.control.messages.nodes import JobState, NodeJoined
+from lightning_gpuorch.control.server import ControlServer
 from lightning_gpuorch.control.tls import Certificates
-from lightning_gpuorch.control.transport import Channel, ControlServer, LocalChannel, RemoteChannel
+from lightning_gpuorch.control.transport import Channel, LocalChannel, RemoteChannel
 from lightning_gpuorch.errors import ControlPlaneError, ControlPlaneTimeoutError
 
 log = logging.getLogger(__name__)

@@ -27,9 +27,10 @@ from lightning_gpuorch.control.handshake import Peer, require_token
 from lightning_gpuorch.control.jobs import Job, remove_ephemeral, verify_complete
 from lightning_gpuorch.control.messages.base import Sender
 from lightning_gpuorch.control.messages.ranks import Lookup, Publish, RegisterRank, UnregisterRank
+from lightning_gpuorch.control.server import ControlServer
 from lightning_gpuorch.control.shared_secret import CoordinatorPlace, SharedSecret, read_secret
 from lightning_gpuorch.control.tls import Certificates
-from lightning_gpuorch.control.transport import Channel, ControlServer, LocalChannel, RemoteChannel
+from lightning_gpuorch.control.transport import Channel, LocalChannel, RemoteChannel
 from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, MissingPredictionsError, format_indices
 from lightning_gpuorch.parallel.groups.process_group import ProcessGroupManager
 from lightning_gpuorch.parallel.groups.topology import Topology

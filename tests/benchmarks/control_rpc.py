@@ -20,7 +20,8 @@ from lightning_gpuorch.control.coordinator import Coordinator
 from lightning_gpuorch.control.handshake import Peer
 from lightning_gpuorch.control.messages.base import Sender
 from lightning_gpuorch.control.messages.leases import Lease, NextChunk, OpenJob
-from lightning_gpuorch.control.transport import ControlServer, RemoteChannel
+from lightning_gpuorch.control.server import ControlServer
+from lightning_gpuorch.control.transport import RemoteChannel
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.manifest import Manifest
 

@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.control import handshake, transport
+from lightning_gpuorch.control import handshake
+from lightning_gpuorch.control import server as control_server
 from lightning_gpuorch.control.handshake import Peer
 from lightning_gpuorch.control.messages.ranks import Lookup
+from lightning_gpuorch.control.server import ControlServer
 from lightning_gpuorch.control.tls import Certificates
-from lightning_gpuorch.control.transport import ControlServer, RemoteChannel
+from lightning_gpuorch.control.transport import RemoteChannel
 from lightning_gpuorch.errors import AuthenticationError, ConfigurationError, ControlPlaneError
 from tests.control.test_addresses import Echo
 from tests.support.certificates import make_authority, make_certificate
@@ -131,8 +133,8 @@ def _one_frame(connection: ssl.SSLSocket) -> bytes:
 
 
 def test_strangers_are_bounded_before_they_speak_tls(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "MAX_STRANGERS", 8)
-    monkeypatch.setattr(transport, "HANDSHAKE_SECONDS", 1.0)
+    monkeypatch.setattr(control_server, "MAX_STRANGERS", 8)
+    monkeypatch.setattr(control_server, "HANDSHAKE_SECONDS", 1.0)
     with _serving(_of(directory, "ours-node0")) as server, contextlib.ExitStack() as stack:
         host, port = server.address.rsplit(":", 1)
         idle = [stack.enter_context(socket.create_connection((host, int(port)), timeout=10)) for _ in range(50)]
