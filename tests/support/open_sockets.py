@@ -84,10 +84,10 @@ class RunningJob:
         return Socket(role, f"{host}, the main port" if int(port) == self.port else f"{host}, a free port", kind)
 
 
-def start(job: str, runner: Runner, samples: int = 1600) -> RunningJob:
-    """Start a job of :data:`JOBS`, and wait until it computes."""
+def start(job: str, runner: Runner, samples: int = 4000) -> RunningJob:
+    """Start a job of :data:`JOBS`, and wait until it computes; it comes to its end when a file ``hurry`` is made."""
     port = free_port()
-    arguments = ["--output", "out", "--samples", samples, "--notes", "notes.txt", "--metrics"]
+    arguments = ["--output", "out", "--samples", samples, "--notes", "notes.txt", "--metrics", "--hurry", "hurry"]
     token = {"GPUORCH_TOKEN": "a secret of all nodes"}
     if job == "torchrun, one host":
         torchrun = (
