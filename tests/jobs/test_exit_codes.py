@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from lightning_gpuorch import read_predictions
 from lightning_gpuorch.testing import checks
 from tests.conftest import gpuorch_run
 
@@ -23,6 +24,7 @@ TABLE = [
     ("environment", "start", 2, 1, 78, "unknown environment variable GPUORCH_TOKENS"),
     ("configuration", "middle", 2, 2, 78, "this cannot work"),
     ("exception", "end", 2, 2, 1, "a label is unknown"),
+    ("terminate", "middle", 2, 2, 0, "all predictions are in"),
     ("kill", "start", 2, 2, 0, "killed by SIGKILL"),
     ("kill", "end", 2, 1, 0, "killed by SIGKILL"),
 ]
@@ -52,5 +54,10 @@ def test_the_exit_code_tells_what_has_happened(runner, tmp_path, cause, moment, 
     log = runner.log_of(process)
     assert said in log
     assert log.count("Traceback") <= 1
+    if code == 0:
+        values = [float(value) for batch in read_predictions(tmp_path / "out") for value in batch[:, 0]]
+        assert values == [2.0 * index for index in range(160)]
+    if cause == "terminate":
+        assert "restarting" not in log, "one rank alone is not the job"
     if code == 65:
         assert not checks.unnamed_samples(tmp_path / "out", log), "what is missing is named"

@@ -51,6 +51,8 @@ class Ending(Doubler):
             raise ConfigurationError("this cannot work")
         if options.cause == "exception":
             raise ValueError("a label is unknown")
+        if options.cause == "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
         if options.cause == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
 
