@@ -69,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         runner = Runner(Path(scratch))
-        job = open_sockets.start("two nodes", runner, samples=1_000_000)
+        job = open_sockets.start("two nodes", runner, size=("--samples", 1_000_000))
         on, end = multiprocessing.Event(), multiprocessing.Event()
         attacker = multiprocessing.Process(target=flood, args=(job.port, options.connections, on, end))
         attacker.start()

@@ -17,7 +17,7 @@ TABLE = [
     ("output is a file", "start", 2, 2, 74, "out"),
     ("directory vanishes", "middle", 4, 2, 74, "vanished"),
     ("memory", "middle", 2, 1, 65, "41"),
-    ("SIGTERM", "start", 2, 2, 75, "the same command goes on from here"),
+    ("SIGTERM", "start", 2, 2, 75, "SIGTERM: finishing the chunks in hand"),
     ("SIGTERM", "middle", 4, 1, 75, "the same command goes on from here"),
     ("SIGINT", "middle", 1, 1, 75, "the same command goes on from here"),
     ("SIGTERM", "end", 2, 1, 0, "all predictions are in"),

@@ -75,7 +75,7 @@ def test_what_listens_is_in_the_table_and_a_stranger_gets_nothing(runner, tmp_pa
     (tmp_path / "hurry").touch()
     assert [runner.wait(process, 240) for process in running.processes] == [0] * len(running.processes)
     values = [float(value) for batch in read_predictions(tmp_path / "out") for value in batch[:, 0]]
-    assert values == [2.0 * index for index in range(4000)]
+    assert values == [2.0 * index for index in range(open_sockets.SAMPLES)]
 
 
 @pytest.mark.root
@@ -105,7 +105,7 @@ def test_a_stranger_on_another_host_gets_nothing(runner, tmp_path):
         (tmp_path / "hurry").touch()
         assert [runner.wait(process, 240) for process in running.processes] == [0, 0]
         values = [float(value) for batch in read_predictions(tmp_path / "out") for value in batch[:, 0]]
-        assert values == [2.0 * index for index in range(4000)]
+        assert values == [2.0 * index for index in range(open_sockets.SAMPLES)]
     finally:
         ip("link", "del", ends[0])
         ip("netns", "del", name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,10 +85,15 @@ class RunningJob:
         return Socket(role, f"{host}, the main port" if int(port) == self.port else f"{host}, a free port", kind)
 
 
-def start(job: str, runner: Runner, samples: int = 4000) -> RunningJob:
-    """Start a job of :data:`JOBS`, and wait until it computes; it comes to its end when a file ``hurry`` is made."""
+SAMPLES = 40_000
+"""For two minutes and more; a file ``hurry`` makes the rest take no time."""
+SIZE = ("--samples", SAMPLES, "--batch", 40, "--chunk", 5, "--step", 0.25)
+
+
+def start(job: str, runner: Runner, size: Sequence[object] = SIZE) -> RunningJob:
+    """Start a job of :data:`JOBS`, and wait until it computes."""
     port = free_port()
-    arguments = ["--output", "out", "--samples", samples, "--notes", "notes.txt", "--metrics", "--hurry", "hurry"]
+    arguments = ["--output", "out", *size, "--notes", "notes.txt", "--metrics", "--hurry", "hurry"]
     token = {"GPUORCH_TOKEN": "a secret of all nodes"}
     if job == "torchrun, one host":
         torchrun = (
