@@ -70,6 +70,13 @@ class OrchestratorConfig:
     """Secret that the nodes of a job share; one node alone makes its own."""
     allow_insecure: bool = False
     """Let a job of several nodes run without a token: any host that reaches its port can then take part."""
+    tls_certificate: str = ""
+    """Certificate of this node (PEM, with its chain). With ``tls_key`` and ``tls_ca`` the control plane is encrypted
+    wherever it is a port: all processes of the job need the three, and show each other certificates of that authority."""
+    tls_key: str = ""
+    """Private key of ``tls_certificate`` (PEM, not encrypted)."""
+    tls_ca: str = ""
+    """Certificates (PEM) of the authority that has signed those of all nodes."""
     max_restart_attempts: int = 3
     """Restarts of one replica without progress before it is retired."""
     max_chunk_failures: int = 3
@@ -150,6 +157,10 @@ class OrchestratorConfig:
         for name, other_words in _PATHS.items():
             if getattr(self, name) not in other_words:
                 local_path(getattr(self, name), name)
+        tls = {name: getattr(self, name) for name in ("tls_certificate", "tls_key", "tls_ca")}
+        lacking = [name for name, value in tls.items() if not value]
+        if 0 < len(lacking) < len(tls):
+            raise ConfigurationError(f"{' and '.join(lacking)} must be set as well: TLS needs {', '.join(tls)}.")
 
     @classmethod
     def resolve(cls, config: OrchestratorConfig | None = None, /, **overrides: Any) -> OrchestratorConfig:
@@ -196,7 +207,11 @@ _positive = (lambda v: v > 0, "greater than 0")
 _at_least_one = (lambda v: v >= 1, "1 or more")
 _not_negative = (lambda v: v >= 0, "0 or more")
 
-_PATHS = {"plan_cache": ("auto", "off"), "baseline_file": ("",)}
+_PATHS = {
+    "plan_cache": ("auto", "off"),
+    "baseline_file": ("",),
+    **dict.fromkeys(("tls_certificate", "tls_key", "tls_ca"), ("",)),
+}
 """Fields that are paths, and what else they may be."""
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {

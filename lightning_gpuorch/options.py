@@ -36,6 +36,9 @@ class OrchestratorOptions(TypedDict, total=False):
     node_timeout_sec: float
     token: str
     allow_insecure: bool
+    tls_certificate: str
+    tls_key: str
+    tls_ca: str
     max_restart_attempts: int
     max_chunk_failures: int
     on_error: Literal["isolate", "raise"]

@@ -187,6 +187,7 @@ SLOW = {
     "devices/memory/test_host.py",
     "devices/test_monitor.py::test_a_wedged_driver_blocks_nobody_and_becomes_unknown",
     "devices/test_verdicts.py::test_a_row_about_xids",
+    "jobs/test_security.py::test_a_stranger_on_another_host_gets_nothing",
     "parallel/tensor_parallel/test_example.py",
     "parallel/tensor_parallel/test_loading.py",
     "parallel/tensor_parallel/test_models.py",

@@ -70,6 +70,8 @@ class Greeting(Introduction, frozen=True, kw_only=True):
     """A random number that no other connection has."""
     job: str = ""
     """The run that this side belongs to; empty of a process that has not joined one."""
+    certificate: str = ""
+    """Fingerprint of the certificate that the coordinator has shown, as this side sees it; empty without TLS."""
 
 
 class Proof(msgspec.Struct, frozen=True):
@@ -194,6 +196,11 @@ def check_proof(shown: Proof, token: str, by: Greeting, to: Greeting, address: s
         raise AuthenticationError(
             f"{by.peer} at {address} speaks to port {by.port}, and this is port {to.port}: something in between passes "
             "the connection on. Let processes of the job connect directly."
+        )
+    if by.certificate != to.certificate:
+        raise AuthenticationError(
+            f"{by.peer} at {address} and this process do not see the same certificate of the coordinator: something in "
+            "between passes the connection on. Let processes of the job connect directly."
         )
     if hmac.compare_digest(shown.mac.encode(), proof(token, by, to).mac.encode()):
         return

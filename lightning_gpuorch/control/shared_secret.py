@@ -8,11 +8,13 @@ so a stranger who changes the place gains nothing.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import shutil
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 import msgspec
@@ -20,6 +22,8 @@ import msgspec
 from lightning_gpuorch.errors import ControlPlaneError
 
 _NAME = "token"
+_PREFIX = "gpuorch-secret-"
+_NEW_SECONDS = 60
 _MAX_BYTES = 4096
 
 
@@ -60,18 +64,37 @@ class CoordinatorPlace(msgspec.Struct, frozen=True):
 
 
 class SharedSecret:
-    """A new secret, in a directory of its own."""
+    """A new secret, in a directory of its own; those of processes that were killed are removed before."""
 
     def __init__(self) -> None:
+        _sweep()
         self.token = secrets.token_hex(16)
-        self.directory = Path(tempfile.mkdtemp(prefix="gpuorch-secret-"))  # 0700, and new
+        self.directory = Path(tempfile.mkdtemp(prefix=_PREFIX))  # 0700, and new
         descriptor = os.open(self.directory / _NAME, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(self.token)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)  # as long as this process lives
+        self._file = os.fdopen(descriptor, "w")
+        self._file.write(self.token)
+        self._file.flush()
 
     def remove(self) -> None:
         """Take it away; processes that have read it keep it."""
         shutil.rmtree(self.directory, ignore_errors=True)
+        self._file.close()
+
+
+def _sweep() -> None:
+    """Remove secrets of this user that no process holds."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError, ControlPlaneError), contextlib.ExitStack() as stack:
+            place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            stack.callback(os.close, place)
+            _check_owner(os.fstat(place), str(directory))
+            if time.time() - os.fstat(place).st_mtime < _NEW_SECONDS:
+                continue  # whoever makes it may not have come to lock it
+            descriptor = os.open(_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=place)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(directory)
 
 
 def read_secret(directory: str) -> str:

@@ -11,47 +11,33 @@ object, and ``set`` is not acknowledged.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import itertools
 import logging
-import os
 import socket
+import ssl
 import struct
-import threading
 import time
 from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
-from lightning_gpuorch.control import addresses, codec, handshake
+from lightning_gpuorch.control import addresses, codec, handshake, tls
 from lightning_gpuorch.control.addresses import UNIX
-from lightning_gpuorch.control.handshake import COORDINATOR, Greeting, Introduction, Peer
+from lightning_gpuorch.control.handshake import Greeting, Introduction, Peer
 from lightning_gpuorch.control.messages.base import AnswerT, Message, Request
+from lightning_gpuorch.control.tls import Certificates
 from lightning_gpuorch.errors import (
     AuthenticationError,
     ControlPlaneError,
     ControlPlaneTimeoutError,
-    GPUOrchError,
-    OtherJobError,
     ProtocolError,
-    ProtocolVersionError,
 )
 
 log = logging.getLogger(__name__)
 
-_PREFIX = struct.Struct("!IQ")
+PREFIX = struct.Struct("!IQ")
 MAX_MESSAGE_BYTES = 2 * 2**30
 _SILENCE_SECONDS = 10
 """A peer whose kernel acknowledges nothing for so long is taken for unreachable, also while an answer is awaited."""
-
-HANDSHAKE_SECONDS = 5.0
-"""Until then a connection has to have proven that it belongs to the job."""
-MAX_STRANGERS = 64
-"""Connections that have not; one more closes the oldest of them. The kernel keeps those that wait to be accepted."""
-ACCEPTS_AT_ONCE, ACCEPTS_PER_SECOND = 512, 100
-"""Connections are taken in at this rate, after so many at once. Ranks keep theirs, so it matters to strangers alone."""
-_REFUSALS_SECONDS = 60.0
-"""Refused strangers are told so often."""
 
 _SERVED_SECONDS = 1.0
 """A connection that lived so long was served; one that ends sooner was refused."""
@@ -67,212 +53,25 @@ class Handler(Protocol):
 
 def encode(number: int, message: Message) -> bytearray:
     """One frame."""
-    frame = bytearray(_PREFIX.size)
-    codec.encode_into(message, frame, _PREFIX.size)
-    length = len(frame) - _PREFIX.size
-    _check_size(length)
-    _PREFIX.pack_into(frame, 0, number, length)
+    frame = bytearray(PREFIX.size)
+    codec.encode_into(message, frame, PREFIX.size)
+    length = len(frame) - PREFIX.size
+    check_size(length)
+    PREFIX.pack_into(frame, 0, number, length)
     return frame
 
 
-def _check_size(length: int) -> None:
+def check_size(length: int) -> None:
+    """Refuse a message that is too large.
+
+    Raises:
+        ProtocolError: It is.
+    """
     if length > MAX_MESSAGE_BYTES:
         raise ProtocolError(
             f"a control-plane message of {length} bytes exceeds the limit of {MAX_MESSAGE_BYTES}; job-wide collectives are "
             "for small objects."
         )
-
-
-class ControlServer:
-    """Serves a handler to all ranks of a job, on a thread of its own.
-
-    Args:
-        handler: Answers the requests.
-        host: Interface to listen on, or a whole address, see :mod:`~lightning_gpuorch.control.addresses`.
-        port: Port to listen on; 0 takes a free one, and is meant where ``host`` is a whole address.
-        token: Shared secret; a connection that does not prove to know it is closed.
-        job: Name of the run; processes that belong to another one are refused.
-    """
-
-    def __init__(self, handler: Handler, host: str = "127.0.0.1", port: int = 0, token: str = "", job: str = ""):
-        self._handler, self._token, self._job = handler, token, job
-        self._peers: dict[asyncio.StreamReader, Peer] = {}
-        self._strangers: dict[asyncio.StreamWriter, None] = {}
-        self._refusals = Refusals()
-        self._loop = asyncio.new_event_loop()
-        self._started: Future[None] = Future()
-        wanted = host if host.startswith(UNIX) else f"{host}:{port}"
-        self._thread = threading.Thread(target=self._run, args=(wanted,), name="gpuorch-control", daemon=True)
-        self._thread.start()
-        self._started.result(timeout=30)
-
-    def connected_ranks(self) -> set[int]:
-        """Ranks whose worker has a connection open."""
-        return {p.rank for reader, p in list(self._peers.items()) if p.role == "rank" and not reader.at_eof()}
-
-    def close(self) -> None:
-        """Stop serving; open connections are dropped."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(10)
-
-    def _run(self, wanted: str) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            listening = addresses.listen(wanted)
-        except OSError as error:
-            self._started.set_exception(
-                ControlPlaneError(
-                    f"the coordinator cannot listen on {wanted}: {error}; choose another port or address."
-                )
-            )
-        else:
-            # Before anyone is greeted.
-            self.address = (
-                wanted if wanted.startswith(UNIX) else f"{wanted.rsplit(':', 1)[0]}:{listening.getsockname()[1]}"
-            )
-            """For :class:`RemoteChannel`."""
-            self.port = addresses.port_of(self.address)
-            with listening:
-                self._loop.run_until_complete(self._serve(listening))
-            if wanted.startswith(UNIX):
-                with contextlib.suppress(FileNotFoundError):  # the directory may be gone with it
-                    os.unlink(wanted.removeprefix(UNIX))
-        finally:
-            self._loop.close()
-
-    async def _serve(self, listening: socket.socket) -> None:
-        self._stop = asyncio.Event()
-        connections: set[asyncio.Task[None]] = set()
-        listening.setblocking(False)
-        accepting = asyncio.ensure_future(self._accept(listening, connections))
-        self._started.set_result(None)
-        await self._stop.wait()
-        accepting.cancel()
-        for task in list(connections):
-            task.cancel()
-        await asyncio.gather(accepting, *connections, return_exceptions=True)
-
-    async def _accept(self, listening: socket.socket, connections: set[asyncio.Task[None]]) -> None:
-        """Take in connections, not faster than strangers can cost little; the kernel keeps the others waiting."""
-        allowed, since = float(ACCEPTS_AT_ONCE), time.monotonic()
-        while True:
-            try:
-                connection, _ = await self._loop.sock_accept(listening)
-            except OSError as error:  # no descriptors are left, say: those that are served go on
-                log.warning("a connection cannot be accepted: %s", error)
-                await asyncio.sleep(1.0)
-                continue
-            task = asyncio.ensure_future(self._connection(connection))
-            connections.add(task)
-            task.add_done_callback(connections.discard)
-            now = time.monotonic()
-            allowed, since = min(ACCEPTS_AT_ONCE, allowed + (now - since) * ACCEPTS_PER_SECOND) - 1, now
-            if allowed < 1:
-                await asyncio.sleep((1 - allowed) / ACCEPTS_PER_SECOND)
-
-    async def _connection(self, connection: socket.socket) -> None:
-        _notice_silence(connection)
-        # A stranger's bytes are taken in up to twice the limit.
-        reader, writer = await asyncio.open_connection(sock=connection, limit=2**16)
-        name = writer.get_extra_info("peername")
-        address = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "this host"
-        try:
-            uid = addresses.other_user(connection)
-            if uid is not None:
-                self._refusals.add(address, f"it is of another user, uid {uid}")
-                return
-            peer = await self._admit(reader, writer, address)
-            while peer is not None:
-                number, length = _PREFIX.unpack(await reader.readexactly(_PREFIX.size))
-                _check_size(length)
-                writer.write(await self._answer(peer, number, await reader.readexactly(length)))
-                await writer.drain()
-        except ProtocolError as error:
-            log.warning("the connection from %s is closed: %s", address, error)
-        except (asyncio.IncompleteReadError, ConnectionError) as error:
-            # The process is gone: its supervisor decides what follows.
-            log.debug("the connection from %s has ended: %s", address, error)
-        finally:
-            self._peers.pop(reader, None)
-            writer.close()
-
-    async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str) -> Peer | None:
-        """Who connects; None if it is not served."""
-        if len(self._strangers) >= MAX_STRANGERS:
-            oldest = next(iter(self._strangers))
-            del self._strangers[oldest]
-            oldest.transport.abort()
-            self._refusals.add(address, f"{MAX_STRANGERS} others had not proven either that they belong to the job")
-        self._strangers[writer] = None
-        try:
-            peer = await asyncio.wait_for(self._shake_hands(reader, writer, address), HANDSHAKE_SECONDS)
-        except asyncio.TimeoutError:
-            self._refusals.add(address, f"no handshake within {HANDSHAKE_SECONDS:g} s")
-        except (ProtocolVersionError, OtherJobError) as error:
-            log.error("a connection is refused: %s", error)
-        except (AuthenticationError, ProtocolError) as error:
-            self._refusals.add(address, str(error))
-        else:
-            self._peers[reader] = peer
-            return peer
-        finally:
-            self._strangers.pop(writer, None)
-        return None
-
-    async def _shake_hands(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str) -> Peer:
-        greeting = Greeting(peer=COORDINATOR, port=self.port, job=self._job)
-        data = await _frame(reader)
-        try:
-            other = handshake.read(Greeting, data, address)
-        except ProtocolVersionError:
-            writer.write(handshake.frame(greeting))  # with our version: the other side sees the same
-            await writer.drain()
-            raise
-        writer.write(handshake.frame(greeting))
-        shown = handshake.read_proof(await _frame(reader))
-        try:
-            handshake.check_proof(shown, self._token, other, greeting, address)
-        except AuthenticationError:
-            writer.write(handshake.frame(handshake.Proof("")))
-            await writer.drain()
-            raise
-        writer.write(handshake.frame(handshake.proof(self._token, greeting, other)))
-        await writer.drain()
-        handshake.check_job(greeting, other, address)  # the other side sees the same
-        return other.peer
-
-    async def _answer(self, peer: Peer, number: int, data: bytes) -> bytearray:
-        try:
-            request = codec.decode_request(data)
-            # Shielded: a connection that ends must not cancel what other ranks wait for as well.
-            return encode(number, await asyncio.shield(asyncio.wrap_future(self._handler.handle(request))))
-        except ProtocolError as error:
-            log.warning("%s is refused: %s", peer, error)
-            return encode(number, codec.refused(error))
-        except GPUOrchError as error:
-            return encode(number, codec.refused(error))
-
-
-class Refusals:
-    """Tells of strangers, one line a minute however many there are."""
-
-    def __init__(self) -> None:
-        self._count, self._told_at = 0, -_REFUSALS_SECONDS
-
-    def add(self, address: str, reason: str) -> None:
-        """A connection was refused."""
-        self._count += 1
-        now = time.monotonic()
-        if now - self._told_at < _REFUSALS_SECONDS:
-            return
-        more = f" ({self._count - 1} more since the last such line)" if self._count > 1 else ""
-        log.warning("the connection from %s is refused%s: %s", address, more, reason)
-        self._count, self._told_at = 0, now
-
-
-async def _frame(reader: asyncio.StreamReader) -> bytes:
-    return await reader.readexactly(handshake.length_of(await reader.readexactly(handshake.PREAMBLE.size)))
 
 
 class Channel(Protocol):
@@ -323,13 +122,25 @@ class RemoteChannel:
         peer: Who this process is.
         token: The job's shared secret.
         connect_timeout_seconds: How long the coordinator may be unreachable before a request fails.
+        job: See below.
+        certificates: Encrypt connections, unless the address is a unix socket.
 
     Attributes:
         job: Name of the run that this process belongs to; a coordinator of another one is not asked.
     """
 
-    def __init__(self, address: str, peer: Peer, token: str = "", connect_timeout_seconds: float = 30.0, job: str = ""):
+    def __init__(
+        self,
+        address: str,
+        peer: Peer,
+        token: str = "",
+        connect_timeout_seconds: float = 30.0,
+        job: str = "",
+        certificates: Certificates | None = None,
+    ):
         self.address, self.job = address, job
+        encrypted = certificates if not address.startswith(UNIX) else None
+        self._tls = encrypted.context(server_side=False) if encrypted is not None else None
         self._peer, self._token = peer, token
         self._connect_timeout_seconds = connect_timeout_seconds
         self._idle: list[socket.socket] = []
@@ -392,20 +203,35 @@ class RemoteChannel:
         except TimeoutError as error:  # unreachable for now, which is not "no answer": try again
             raise ConnectionError(str(error)) from None
         try:
-            _notice_silence(connection)
-            self._shake_hands(connection, deadline)
+            notice_silence(connection)
+            certificate = ""
+            if self._tls is not None:
+                connection = encrypted = tls.begin(connection, self._tls, self.address)
+                certificate = tls.fingerprint_of_peer(encrypted)
+            self._shake_hands(connection, certificate, deadline)
+        except ssl.SSLEOFError as error:
+            connection.close()
+            raise ConnectionError(str(error)) from None
+        except ssl.SSLError as error:  # the coordinator's verdict on our certificate comes with its first words
+            connection.close()
+            raise tls.refusal(error, self.address) from None
         except BaseException:
             connection.close()
             raise
         return connection
 
-    def _shake_hands(self, connection: socket.socket, deadline: float) -> None:
-        greeting = Greeting(peer=self._peer, port=addresses.port_of(self.address), job=self.job)
+    def _shake_hands(self, connection: socket.socket, certificate: str, deadline: float) -> None:
+        port = addresses.port_of(self.address)
+        greeting = Greeting(peer=self._peer, port=port, job=self.job, certificate=certificate)
         connection.sendall(handshake.frame(greeting))
         try:
             data = self._frame(connection, deadline)
             handshake.read(Introduction, data, self.address)  # of whatever version
             other = handshake.read(Greeting, data, self.address)
+            if other.certificate and not certificate:
+                raise AuthenticationError(
+                    f"the coordinator at {self.address} uses TLS, and this process does not. {tls.ADVICE}"
+                )
             connection.sendall(handshake.frame(handshake.proof(self._token, greeting, other)))
             shown = handshake.read_proof(self._frame(connection, deadline))
         except ProtocolError as error:
@@ -420,8 +246,8 @@ class RemoteChannel:
 
     @staticmethod
     def _receive(connection: socket.socket, number: int, deadline: float) -> bytes:
-        answered, length = _PREFIX.unpack(_exactly(connection, _PREFIX.size, deadline))
-        _check_size(length)
+        answered, length = PREFIX.unpack(_exactly(connection, PREFIX.size, deadline))
+        check_size(length)
         if answered != number:
             raise ConnectionError("answer to another request")
         return _exactly(connection, length, deadline)
@@ -438,7 +264,7 @@ def _exactly(connection: socket.socket, count: int, deadline: float) -> bytes:
     return bytes(buffer)
 
 
-def _notice_silence(connection: socket.socket) -> None:
+def notice_silence(connection: socket.socket) -> None:
     """Let the kernel end a connection whose other side no longer answers: a cut cable, a host that lost power."""
     if connection.family not in (socket.AF_INET, socket.AF_INET6):
         return  # the kernel of this host knows at once

@@ -131,6 +131,9 @@ class FailureHandler:
         if decision.action is Action.FAIL or record.is_final:
             node.client.abort(code)
         elif decision.action is Action.DRAIN:
+            peers = [peer for peer in node.group_of(rank) if peer in node.workers]
+            node.workers.kill(peers)  # they wait for it, and cannot finish what they hold
+            node.replicas.end(peers, EXIT_RESUMABLE)
             self._job_drain.begin(kind.value)
 
     def _on_failure(

@@ -14,7 +14,9 @@ from lightning_gpuorch.control.client import CoordinatorClient, NodePlace, State
 from lightning_gpuorch.control.coordinator import Coordinator
 from lightning_gpuorch.control.handshake import Peer, require_token
 from lightning_gpuorch.control.messages.nodes import JobState, NodeJoined
-from lightning_gpuorch.control.transport import Channel, ControlServer, LocalChannel, RemoteChannel
+from lightning_gpuorch.control.server import ControlServer
+from lightning_gpuorch.control.tls import Certificates
+from lightning_gpuorch.control.transport import Channel, LocalChannel, RemoteChannel
 from lightning_gpuorch.errors import ControlPlaneError, ControlPlaneTimeoutError
 
 log = logging.getLogger(__name__)
@@ -72,7 +74,9 @@ class Rendezvous:
             # Until the coordinator is there, and over cuts of the network, for as long as the coordinator waits for us.
             patience = max(config.start_timeout_sec, config.node_timeout_sec)
             peer = Peer("node", place.node_rank)
-            self._channel = RemoteChannel(self.control, peer, self.token, connect_timeout_seconds=patience)
+            self._channel = RemoteChannel(
+                self.control, peer, self.token, patience, certificates=Certificates.of(config)
+            )
         self.client = CoordinatorClient(self._channel, place.node_rank, config.timeout_sec)
         self._watch = StateWatch(
             self.client, 0.0 if self.coordinator is not None else min(1.0, config.lease_term_sec / 5)
@@ -82,20 +86,18 @@ class Rendezvous:
         self, directory: Path, tensor_parallel_size: int | None, on_event: Callable[..., None]
     ) -> Channel:
         config, place = self._config, self.place
-        several = place.num_nodes > 1
+        several, certificates = place.num_nodes > 1, Certificates.of(config)
         self.coordinator = Coordinator(
             self._num_workers, config.max_chunk_failures, on_event, num_nodes=place.num_nodes,
             lease_term_seconds=config.lease_term_sec, node_timeout_seconds=config.node_timeout_sec,
         )  # fmt: skip
         self.coordinator.tensor_parallel_size = tensor_parallel_size
         if several:
-            self._server = ControlServer(self.coordinator, "0.0.0.0", place.main_port, self.token, self.run_id)
-            self.control = f"127.0.0.1:{self._server.port}"
+            address, port = "0.0.0.0", place.main_port
         else:
-            self._server = ControlServer(
-                self.coordinator, unix_address(directory) or "127.0.0.1", token=self.token, job=self.run_id
-            )
-            self.control = self._server.address
+            address, port = unix_address(directory) or "127.0.0.1", 0
+        self._server = ControlServer(self.coordinator, address, port, self.token, self.run_id, certificates)
+        self.control = f"127.0.0.1:{self._server.port}" if several else self._server.address
         return LocalChannel(self.coordinator)
 
     def join(self) -> None:

@@ -27,8 +27,10 @@ from lightning_gpuorch.control.handshake import Peer, require_token
 from lightning_gpuorch.control.jobs import Job, is_there, remove_ephemeral, verify_complete
 from lightning_gpuorch.control.messages.base import Sender
 from lightning_gpuorch.control.messages.ranks import Lookup, Publish, RegisterRank, UnregisterRank
+from lightning_gpuorch.control.server import ControlServer
 from lightning_gpuorch.control.shared_secret import CoordinatorPlace, SharedSecret, read_secret
-from lightning_gpuorch.control.transport import Channel, ControlServer, LocalChannel, RemoteChannel
+from lightning_gpuorch.control.tls import Certificates
+from lightning_gpuorch.control.transport import Channel, LocalChannel, RemoteChannel
 from lightning_gpuorch.errors import (
     ConfigurationError,
     ControlPlaneError,
@@ -369,7 +371,7 @@ def _join_supervised(
     # On the coordinator's own node an unreachable coordinator is gone; on another one it may be the network.
     patience = config.timeout_sec if worker.node_rank == 0 else config.node_timeout_sec
     peer = Peer("rank", topology.rank)
-    channel = RemoteChannel(worker.control, peer, worker.token, connect_timeout_seconds=patience, job=worker.run_id)
+    channel = RemoteChannel(worker.control, peer, worker.token, patience, worker.run_id, Certificates.of(config))
     return World(
         topology=topology,
         channel=channel,
@@ -441,7 +443,8 @@ def _join_external(
             token, secret_at = secret.token, str(secret.directory)
         elif not token:
             require_token(config.allow_insecure, "several hosts")
-        server = ControlServer(coordinator, "127.0.0.1" if external.on_one_host else "0.0.0.0", token=token, job=run_id)
+        interface = "127.0.0.1" if external.on_one_host else "0.0.0.0"
+        server = ControlServer(coordinator, interface, 0, token, run_id, Certificates.of(config))
         place = CoordinatorPlace(server.port, secret_at, run_id, socket.gethostname(), str(run_directory or ""))
         store.set("coordinator", place.text())
         channel: Channel = LocalChannel(coordinator)
@@ -455,7 +458,9 @@ def _join_external(
         run_directory = shared if shared is not None and shared.is_dir() else None
         host = "127.0.0.1" if external.on_one_host else external.main_address
         peer = Peer("rank", topology.rank)
-        channel = RemoteChannel(f"{host}:{place.port}", peer, token, config.timeout_sec, job=run_id)
+        channel = RemoteChannel(
+            f"{host}:{place.port}", peer, token, config.timeout_sec, run_id, Certificates.of(config)
+        )
         atexit.register(_unregister, channel, topology.rank)
     # 3. One torch.distributed world over all ranks, as that launcher's users expect.
     groups.initialize(topology.rank, topology.world_size, store=dist.PrefixStore("world", store))

@@ -1,7 +1,7 @@
 """Measures one lease request over a real socket, and the memory of the coordinator.
 
-Run as ``python -m tests.benchmarks.control_rpc [REQUESTS]``; prints one JSON line: the median and the 99th percentile in
-microseconds, and the resident memory in MiB of the coordinator's process before and after.
+Run as ``python -m tests.benchmarks.control_rpc [REQUESTS]``; prints one JSON line for TCP and one for a unix socket: the
+median and the 99th percentile in microseconds, and the resident memory in MiB of the coordinator's process before and after.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from lightning_gpuorch.control.addresses import unix_address
 from lightning_gpuorch.control.coordinator import Coordinator
 from lightning_gpuorch.control.handshake import Peer
 from lightning_gpuorch.control.messages.base import Sender
 from lightning_gpuorch.control.messages.leases import Lease, NextChunk, OpenJob
-from lightning_gpuorch.control.transport import ControlServer, RemoteChannel
+from lightning_gpuorch.control.server import ControlServer
+from lightning_gpuorch.control.transport import RemoteChannel
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.manifest import Manifest
 
@@ -29,8 +31,8 @@ def _resident_mib() -> float:
     return int(status["VmRSS"].split()[0]) / 1024
 
 
-def _serve(pipe: Connection) -> None:
-    server = ControlServer(Coordinator(1), token="secret")
+def _serve(pipe: Connection, listen_on: str) -> None:
+    server = ControlServer(Coordinator(1), listen_on, token="secret")
     pipe.send((server.address, _resident_mib()))
     pipe.recv()
     pipe.send(_resident_mib())
@@ -61,8 +63,16 @@ class _Rank:
 
 
 def main(num_requests: int) -> None:
+    with TemporaryDirectory() as directory:
+        for kind, listen_on in (("tcp", "127.0.0.1"), ("unix", unix_address(Path(directory)))):
+            if listen_on is not None:
+                print(json.dumps({"kind": kind, **measure(listen_on, num_requests)}))
+
+
+def measure(listen_on: str, num_requests: int) -> dict[str, float]:
+    """Figures of a coordinator that listens there."""
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs,), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, listen_on), daemon=True)
     process.start()
     address, before_mib = ours.recv()
     with TemporaryDirectory() as directory:
@@ -83,7 +93,7 @@ def main(num_requests: int) -> None:
         "coordinator_mib": before_mib,
         "coordinator_after_mib": after_mib,
     }
-    print(json.dumps({name: round(value, 1) for name, value in figures.items()}))
+    return {name: round(value, 1) for name, value in figures.items()}
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from lightning_gpuorch.control.coordinator import Coordinator
 from lightning_gpuorch.control.handshake import Peer
 from lightning_gpuorch.control.messages.base import Sender
-from lightning_gpuorch.control.transport import ControlServer, RemoteChannel
+from lightning_gpuorch.control.server import ControlServer
+from lightning_gpuorch.control.transport import RemoteChannel
 from lightning_gpuorch.parallel.groups import recoverable_group as groups
 from lightning_gpuorch.parallel.groups.process_group import ProcessGroupManager
 from lightning_gpuorch.parallel.tensor_parallel import Communicator

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
-from lightning_gpuorch.control import addresses, transport
+from lightning_gpuorch.control import addresses
+from lightning_gpuorch.control import server as control_server
 from lightning_gpuorch.control.handshake import Peer
 from lightning_gpuorch.control.messages.ranks import Lookup, Published
-from lightning_gpuorch.control.transport import ControlServer, RemoteChannel
+from lightning_gpuorch.control.server import ControlServer
+from lightning_gpuorch.control.transport import RemoteChannel
 from lightning_gpuorch.errors import AuthenticationError, ControlPlaneError
 
 RANK = Peer("rank", 0)
@@ -90,8 +92,8 @@ def test_another_user_is_refused_though_the_directory_is_open(caplog: pytest.Log
 
 
 def test_a_flood_is_taken_in_slowly_and_costs_the_connected_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "ACCEPTS_AT_ONCE", 20)
-    monkeypatch.setattr(transport, "ACCEPTS_PER_SECOND", 10)
+    monkeypatch.setattr(control_server, "ACCEPTS_AT_ONCE", 20)
+    monkeypatch.setattr(control_server, "ACCEPTS_PER_SECOND", 10)
     server = ControlServer(Echo(), token="secret")
     channel = RemoteChannel(server.address, RANK, "secret")
     assert channel.call(Lookup(key="a"), timeout_seconds=10).value == "a"

@@ -10,7 +10,8 @@ from lightning_gpuorch.control.disconnects import Disconnects
 from lightning_gpuorch.control.handshake import Peer
 from lightning_gpuorch.control.messages.base import Sender
 from lightning_gpuorch.control.messages.ranks import RegisterRank, UnregisterRank
-from lightning_gpuorch.control.transport import ControlServer, RemoteChannel
+from lightning_gpuorch.control.server import ControlServer
+from lightning_gpuorch.control.transport import RemoteChannel
 
 
 @pytest.fixture

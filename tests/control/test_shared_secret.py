@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from lightning_gpuorch.control import shared_secret
 from lightning_gpuorch.control.shared_secret import CoordinatorPlace, SharedSecret, read_secret
 from lightning_gpuorch.errors import ControlPlaneError
 
@@ -21,6 +25,36 @@ def test_processes_of_one_user_share_it_until_it_is_removed() -> None:
         secret.remove()
         with pytest.raises(ControlPlaneError, match="set GPUORCH_TOKEN"):
             read_secret(str(secret.directory))
+
+
+LEAVES_ONE = """
+import os
+from lightning_gpuorch.control.shared_secret import SharedSecret
+print(SharedSecret().directory, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_that_of_a_killed_process_is_removed_by_the_next_one_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(shared_secret, "_NEW_SECONDS", 0)
+    here = SharedSecret()
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES_ONE], env=environment, capture_output=True, text=True, timeout=60
+    )
+    left = Path(done.stdout.strip())
+    assert read_secret(str(left))
+    stranger = tmp_path / "gpuorch-secret-open"
+    _open_directory(stranger)
+    following = SharedSecret()
+    assert not left.exists()
+    assert stranger.exists(), "it is not known whose it is"
+    assert read_secret(str(here.directory)) == here.token
+    for secret in (here, following):
+        secret.remove()
 
 
 def _open_directory(place: Path) -> None:

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from lightning_gpuorch.control import handshake, transport
+from lightning_gpuorch.control import server as control_server
 from lightning_gpuorch.control.codec import decode_answer
 from lightning_gpuorch.control.collectives import ControlCollectives
 from lightning_gpuorch.control.coordinator import Coordinator
@@ -19,7 +20,8 @@ from lightning_gpuorch.control.handshake import PROTOCOL_VERSION, Greeting, Intr
 from lightning_gpuorch.control.messages.base import Sender
 from lightning_gpuorch.control.messages.collectives import Gather, Gathered
 from lightning_gpuorch.control.messages.ranks import Lookup, Publish, Published, RegisterRank
-from lightning_gpuorch.control.transport import ControlServer, LocalChannel, RemoteChannel
+from lightning_gpuorch.control.server import ControlServer
+from lightning_gpuorch.control.transport import LocalChannel, RemoteChannel
 from lightning_gpuorch.errors import (
     EXIT_CONFIGURATION,
     EXIT_RESUMABLE,
@@ -371,8 +373,8 @@ def test_a_process_in_between_cannot_pass_the_proofs_on(server, caplog):
 
 
 def test_idle_strangers_neither_stay_nor_keep_others_out(server, monkeypatch, caplog):
-    monkeypatch.setattr(transport, "MAX_STRANGERS", 8)
-    monkeypatch.setattr(transport, "HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr(control_server, "MAX_STRANGERS", 8)
+    monkeypatch.setattr(control_server, "HANDSHAKE_SECONDS", 0.5)
     idle = [_connect(server) for _ in range(100)]
     try:
         channel = RemoteChannel(server.address, RANK, "secret")

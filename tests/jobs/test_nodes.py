@@ -14,6 +14,7 @@ import pytest
 from lightning_gpuorch import read_predictions
 from lightning_gpuorch.control import handshake
 from tests.conftest import free_port
+from tests.support.certificates import make_authority, make_certificate
 from tests.support.listener import listener
 
 SLOW = "slow_predict.py"
@@ -79,6 +80,26 @@ def test_a_node_with_another_token_does_not_join(runner):
     assert runner.wait(coordinator, 30) == 75
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="certificates are made with openssl")
+def test_nodes_share_a_job_over_tls_and_one_that_lacks_it_is_refused(runner, tmp_path):
+    make_authority(tmp_path, "ca")
+    tls = []
+    for node in (0, 1):
+        make_certificate(tmp_path, "ca", f"node{node}")
+        names = {"CERTIFICATE": f"node{node}.pem", "KEY": f"node{node}.key", "CA": "ca.pem"}
+        tls.append({f"GPUORCH_TLS_{name}": str(tmp_path / file) for name, file in names.items()})
+    port = free_port()
+    coordinator = _start(runner, 0, port, environment=tls[0])
+    _wait_until(lambda: "waiting for all nodes" in runner.log_of(coordinator), (coordinator,), "wait")
+    without = _start(runner, 1, port)
+    assert runner.wait(without, 60) == 78
+    assert "uses TLS, and this process does not. Set tls_certificate" in runner.log_of(without)
+    assert "it begins without TLS" in runner.log_of(coordinator)
+    other = _start(runner, 1, port, environment=tls[1])
+    assert [runner.wait(node) for node in (coordinator, other)] == [0, 0], runner.log_of(other)
+    assert _right(tmp_path / "out", 120)
+
+
 @pytest.mark.parametrize("node", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_node_that_waits_for_the_others(runner, node, number):
@@ -112,6 +133,64 @@ def test_a_lost_node_is_given_up_and_the_others_finish(runner, tmp_path):
     assert runner.wait(coordinator) == 0, runner.log_of(coordinator)
     assert _right(tmp_path / "out", 600)
     assert "node 1 is given up" in runner.log_of(coordinator)
+
+
+def test_a_second_supervisor_with_the_same_node_rank_is_refused_and_the_job_goes_on(runner, tmp_path):
+    port = free_port()
+    coordinator, other = _start(runner, 0, port, "--samples", 600), _start(runner, 1, port, "--samples", 600)
+    _wait_until(lambda: any(note[0] == "1" for note in _notes(tmp_path)), (coordinator, other), "work on node 1")
+    twin = _start(runner, 1, port, "--samples", 600)
+    assert runner.wait(twin, 60) == 78
+    assert "another supervisor has the place of node 1" in runner.log_of(twin)
+    assert runner.log_of(coordinator).count("a second supervisor with --node-rank 1 is refused") == 1
+    assert [runner.wait(node) for node in (coordinator, other)] == [0, 0]
+    assert _right(tmp_path / "out", 600)
+    assert len({note[1] for note in _notes(tmp_path)}) == 2, "the twin has started no worker"
+
+
+def test_a_node_that_is_started_again_has_its_place_back(runner, tmp_path):
+    port = free_port()
+    work = ("--samples", 1600, "--step", 0.1)
+    coordinator, other = _start(runner, 0, port, *work), _start(runner, 1, port, *work)
+
+    def workers():
+        return {note[1] for note in _notes(tmp_path) if note[0] == "1"}
+
+    _wait_until(workers, (coordinator, other), "work on node 1")
+    os.killpg(other.pid, signal.SIGKILL)
+    before = workers()
+    again = _start(runner, 1, port, *work)
+    assert [runner.wait(node) for node in (coordinator, again)] == [0, 0], runner.log_of(again)
+    assert "node 1 was started again, and has its place back" in runner.log_of(coordinator)
+    assert len(workers() - before) == 1, "it has worked"
+    assert _right(tmp_path / "out", 1600)
+
+
+def test_a_node_that_comes_back_after_the_work_is_done_ends_as_the_job_does(runner, tmp_path):
+    port = free_port()
+    term = {"GPUORCH_LEASE_TERM_SEC": "10"}
+    coordinator, other = (_start(runner, node, port, "--samples", 400, environment=term) for node in (0, 1))
+    _wait_until(lambda: any(note[0] == "1" for note in _notes(tmp_path)), (coordinator, other), "work on node 1")
+    os.killpg(other.pid, signal.SIGKILL)
+    _wait_until(lambda: "node 1 is given up" in runner.log_of(coordinator), (coordinator,), "end without node 1")
+    again = _start(runner, 1, port, "--samples", 400, environment=term)
+    assert [runner.wait(node, 60) for node in (coordinator, again)] == [0, 0], runner.log_of(again)
+    assert "the job goes on, or has ended, without this node" in runner.log_of(again)
+    assert "node 1 comes back" in runner.log_of(coordinator)
+
+
+def test_after_a_restart_of_the_coordinator_the_other_nodes_end_at_once_and_may_join_again(runner, tmp_path):
+    port = free_port()
+    coordinator, other = _start(runner, 0, port, "--samples", 800), _start(runner, 1, port, "--samples", 800)
+    _wait_until(lambda: len({note[0] for note in _notes(tmp_path)}) == 2, (coordinator, other), "work on both nodes")
+    os.killpg(coordinator.pid, signal.SIGKILL)
+    again = _start(runner, 0, port, "--samples", 800)
+    assert runner.wait(other, 60) == 75, runner.log_of(other)
+    assert "the coordinator was started again in between" in runner.log_of(other)
+    assert "the coordinator was started again in between" in runner.log_of(again)
+    other = _start(runner, 1, port, "--samples", 800)
+    assert [runner.wait(node) for node in (again, other)] == [0, 0], runner.log_of(again)
+    assert _right(tmp_path / "out", 800)
 
 
 def test_sigterm_on_any_node_drains_the_job(runner, tmp_path):

@@ -65,16 +65,17 @@ def test_what_listens_is_in_the_table_and_a_stranger_gets_nothing(runner, tmp_pa
     running = open_sockets.start(job, runner)
     found = open_sockets.rows(job, running.sockets())
     assert found == [row for row in open_sockets.documented() if row.startswith(f"| {job} |")], "\n".join(found)
-    if os.geteuid() == 0:
+    if os.geteuid() == 0 and "tensor" not in job:
         told = _attack(running)
         assert told["through"] == []
-        assert sum(told["attempts"].values()) >= ATTEMPTS
-        assert len(told["attempts"]) >= 4, told["attempts"]
+        assert len(told["attempts"]) >= 12, told["attempts"]
+        assert all(process.poll() is None for process in running.processes), "it was there all the time"
         assert not [secret for secret in _tokens(running) for value in told["seen"] if secret in value]
         print(job, json.dumps(told["attempts"]))
+    (tmp_path / "hurry").touch()
     assert [runner.wait(process, 240) for process in running.processes] == [0] * len(running.processes)
     values = [float(value) for batch in read_predictions(tmp_path / "out") for value in batch[:, 0]]
-    assert values == [2.0 * index for index in range(1600)]
+    assert values == [2.0 * index for index in range(open_sockets.SAMPLES)]
 
 
 @pytest.mark.root
@@ -101,9 +102,10 @@ def test_a_stranger_on_another_host_gets_nothing(runner, tmp_path):
         assert told["through"] == []
         assert told["attempts"]["huge frame"] > 0
         print("another network namespace", json.dumps(told["attempts"]))
+        (tmp_path / "hurry").touch()
         assert [runner.wait(process, 240) for process in running.processes] == [0, 0]
         values = [float(value) for batch in read_predictions(tmp_path / "out") for value in batch[:, 0]]
-        assert values == [2.0 * index for index in range(1600)]
+        assert values == [2.0 * index for index in range(open_sockets.SAMPLES)]
     finally:
         ip("link", "del", ends[0])
         ip("netns", "del", name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +27,14 @@ JOBS = ("one node", "one node, tensor-parallel", "two nodes", "torchrun, one hos
 KINDS = {
     "control plane": (
         "requests of ranks and supervisors",
-        "an HMAC of the token by both sides; as a unix socket also a directory of mode 0700 and the uid at the other end",
+        "an HMAC of the token by both sides, within TLS where certificates are given",
     ),
     "metrics": ("`GET /metrics`", "nothing: every user of the host may read them; at most 32 clients, 10 s each"),
     "connections of a tensor-parallel group": ("tensors", "nothing: gloo and NCCL do not authenticate them"),
     "the launcher's store": ("keys of all ranks", "nothing; this package puts no secret into it"),
 }
 """What a kind of socket takes, and how it is guarded."""
+UNIX_GUARD = "a directory of mode 0700, the uid at the other end, and an HMAC of the token by both sides"
 
 
 @dataclass(frozen=True, order=True)
@@ -83,10 +85,15 @@ class RunningJob:
         return Socket(role, f"{host}, the main port" if int(port) == self.port else f"{host}, a free port", kind)
 
 
-def start(job: str, runner: Runner, samples: int = 1600) -> RunningJob:
+SAMPLES = 40_000
+"""For two minutes and more; a file ``hurry`` makes the rest take no time."""
+SIZE = ("--samples", SAMPLES, "--batch", 40, "--chunk", 5, "--step", 0.25)
+
+
+def start(job: str, runner: Runner, size: Sequence[object] = SIZE) -> RunningJob:
     """Start a job of :data:`JOBS`, and wait until it computes."""
     port = free_port()
-    arguments = ["--output", "out", "--samples", samples, "--notes", "notes.txt", "--metrics"]
+    arguments = ["--output", "out", *size, "--notes", "notes.txt", "--metrics", "--hurry", "hurry"]
     token = {"GPUORCH_TOKEN": "a secret of all nodes"}
     if job == "torchrun, one host":
         torchrun = (
@@ -150,7 +157,12 @@ def _listening_paths() -> set[str]:
 
 def rows(job: str, found: list[Socket]) -> list[str]:
     """The rows of the table about a job."""
-    return [f"| {job} | {s.process} | {s.address} | {s.kind} | {' | '.join(KINDS[s.kind])} |" for s in found]
+    table = []
+    for one in found:
+        takes, guard = KINDS[one.kind]
+        guard = UNIX_GUARD if one.address.startswith("a unix socket") else guard
+        table.append(f"| {job} | {one.process} | {one.address} | {one.kind} | {takes} | {guard} |")
+    return table
 
 
 def documented() -> list[str]:

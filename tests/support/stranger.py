@@ -18,7 +18,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from torch.distributed import TCPStore
@@ -103,18 +102,23 @@ class Stranger:
             yield "files", lambda p=path: opened(p)  # type: ignore[misc]
 
     def attack(self, count: int) -> None:
-        """Make at least so many attempts, every kind at least once."""
+        """Make at least so many attempts at what answers, every kind at least once."""
+        local = ("files", "/proc")  # once each: they do not change
         while True:
             rounds = list(self.kinds())
             self._rng.shuffle(rounds)
             for kind, attempt in rounds:
+                if kind in local and self.attempts["rounds"]:
+                    continue
                 self.attempts[kind] += 1
                 got = None
                 with contextlib.suppress(GPUOrchError, OSError, RuntimeError, EOFError):
                     got = attempt()
                 if got is not None:
                     self.through.append(f"{kind}: {got}")
-            if sum(self.attempts.values()) >= count:
+            self.attempts["rounds"] += 1
+            if sum(number for kind, number in self.attempts.items() if kind not in (*local, "rounds")) >= count:
+                del self.attempts["rounds"]
                 return
 
     def _read_store(self, place: str) -> str | None:
@@ -206,7 +210,8 @@ def opened(path: str) -> str | None:
         return os.readlink(path)
     if os.path.isdir(path):
         return repr(os.listdir(path))
-    return repr(Path(path).open("rb").read(64))
+    with open(path, "rb") as file:
+        return repr(file.read(64)) if file.peek(1) else None  # a process that has ended has nothing
 
 
 def _greeting(door: str) -> Greeting:
@@ -249,6 +254,7 @@ def main() -> None:
     """Become another user, attack, and tell."""
     targets = json.load(sys.stdin)
     if os.geteuid() == 0:
+        socket.getaddrinfo("127.0.0.1", 1)  # imports what the other user might not be able to read
         os.setgroups([])
         os.setgid(UID)
         os.setuid(UID)
