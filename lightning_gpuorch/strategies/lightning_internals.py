@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from lightning_gpuorch.predictions.loading.world_of_one import hide_as_well
 from lightning_gpuorch.strategies.packages import LightningPackage, package_of
 
 if TYPE_CHECKING:
@@ -279,6 +280,7 @@ def set_rank_zero(rank: int) -> None:
         module = sys.modules.get(f"{root}.utilities.rank_zero")
         if module is not None:
             module.rank_zero_only.rank = rank
+            hide_as_well(module.rank_zero_only, "rank", 0)
 
 
 def reset_seed(package: LightningPackage) -> None:

@@ -1,10 +1,12 @@
 """A step that raises is computed again without the samples that make it raise; those are given up.
 
-1. The batch is halved, and what raises is halved again, until single samples raise.
-2. A single sample is tried twice; the second time it is read again, without the padding of its batch.
-3. If nothing of the batch can be computed, something from elsewhere is: a sample that could be computed before, else some
+1. The batch is read again. If the one in hand is another by now, since the step or a hook has changed it in place, or since
+   the dataset is random, parts of either would be wrong: nothing is isolated.
+2. It is halved, and what raises is halved again, until single samples raise.
+3. A single sample is tried twice; the second time it is read alone, without the padding of its batch.
+4. If nothing of the batch can be computed, something from elsewhere is: a sample that could be computed before, else some
    of the dataset. Where that raises too, the error is not one of a sample.
-4. The samples that do not raise alone are computed as one batch, and its output counts.
+5. The samples that do not raise alone are computed as one batch, and its output counts.
 
 An error that is not one of a sample is raised as it came: one of the device, the network, the machine, of this package, of
 how Lightning is used, and one that no single sample raises.
@@ -12,8 +14,11 @@ how Lightning is used, and one that no single sample raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import torch
 
 from lightning_gpuorch.control.error_record import is_environment
 from lightning_gpuorch.errors import GPUOrchError, summarize_exception
@@ -21,8 +26,11 @@ from lightning_gpuorch.predictions.loading.describe import Source
 from lightning_gpuorch.predictions.loading.source import BatchSource
 from lightning_gpuorch.predictions.loading.stream import StreamSource
 from lightning_gpuorch.predictions.loading.tickets import Ticket
-from lightning_gpuorch.predictions.samples import CannotSplitError, take_samples
+from lightning_gpuorch.predictions.samples import CannotSplitError, map_arrays, take_samples
+from lightning_gpuorch.predictions.samples.tensors import digest
 from lightning_gpuorch.worker.oom.detection import is_out_of_memory, release_frames
+
+log = logging.getLogger(__name__)
 
 Step = Callable[[Any, Ticket], Any]
 """Computes a batch, or a part of one, with its ticket."""
@@ -65,8 +73,8 @@ class StepIsolation:
         try:
             output = step(batch, ticket)
         except Exception as error:
-            if ticket.size is None or not _may_be_of_a_sample(error):
-                raise
+            if isinstance(self._source, StreamSource) or not _may_be_of_a_sample(error):
+                raise  # a stream cannot be read again, elsewhere or alone
             failed = error
         if failed is None:
             if not lost:
@@ -85,11 +93,6 @@ class StepIsolation:
     def _good_ones(self, ticket: Ticket, lost: set[int]) -> list[Any]:
         return [index for row, index in enumerate(ticket.indices or ()) if row not in lost]
 
-    @property
-    def can_build(self) -> bool:
-        """Whether samples can be read again."""
-        return not isinstance(self._source, StreamSource)
-
     def build(self, indices: list[Any]) -> Any:
         """A batch of dataset indices, read again."""
         assert not isinstance(self._source, StreamSource)
@@ -97,8 +100,7 @@ class StepIsolation:
 
     def from_elsewhere(self, ticket: Ticket) -> list[list[Any]]:
         """Dataset indices of small batches, of which the step raises in all only if that is not the fault of a sample."""
-        if isinstance(self._source, StreamSource):
-            return []
+        assert not isinstance(self._source, StreamSource)
         if self._last_good is not None:
             return [self._last_good if isinstance(self._source, BatchSource) else self._last_good[:1]]
         here = ticket.indices or []
@@ -121,18 +123,25 @@ class _Isolated:
         self._isolation, self._step, self._plain_step = isolation, step, plain_step
         self._batch, self._ticket, self._lost = batch, ticket, lost
         self._size = ticket.size
-        self._reads_again = False
-        """What is cut from the batch may raise where the same samples, read again, do not."""
+        self._read: Any = None
+        """The batch, read again; parts are copies, since a step may change them."""
+        self._reads_parts = False
+        """The batch cannot be cut, or what is cut from it raises where the same samples, read alone, do not."""
         self._any_good = False
         """Whether something can be computed."""
         self._reasons: dict[int, str] = {}
 
     def outcome(self) -> tuple[Any, dict[int, str]] | None:
-        """The output of the others, and why samples were given up; None if the error is not one of a sample."""
-        if not self._can_cut():
-            if not self._isolation.can_build:
-                return None
-            self._reads_again = True
+        """The output of the others, and why samples were given up; None if the error is not known to be a sample's."""
+        try:
+            self._read = self._build(range(self._size))
+        except Exception as unreadable:  # noqa: BLE001 - what the step raised is told
+            log.debug("the batch cannot be read again: %s", unreadable)
+            return None
+        if digest(self._read, max_elements=None) != digest(self._batch, max_elements=None):
+            log.debug("the batch is another when it is read again")
+            return None
+        self._reads_parts = not self._can_cut()
         while kept := [row for row in range(self._size) if row not in self._reasons and row not in self._lost]:
             found = self._raising_alone(kept)
             if found is None:
@@ -170,19 +179,18 @@ class _Isolated:
         return found
 
     def _attempt_again(self, row: list[int]) -> Exception | None:
-        if not self._isolation.can_build or self._reads_again:
-            return self._attempt(row)[1]
-        self._reads_again = True
+        reads_parts, self._reads_parts = self._reads_parts, True
         error = self._attempt(row)[1]
-        self._reads_again = error is None
+        self._reads_parts = reads_parts or error is None
         return error
 
     def _attempt(self, rows: list[int]) -> tuple[Any, Exception | None]:
         """The output of some samples, or what the step raised."""
-        is_whole = len(rows) == self._size and not self._reads_again
-        ticket = self._ticket if is_whole else self._ticket.part(rows)
+        rows = [row for row in rows if row not in self._lost]
+        if not rows:
+            return None, None
         try:
-            return self._step(self._batch if is_whole else self._part(rows), ticket), None
+            return self._step(self._part(rows), self._ticket.part(rows)), None
         except Exception as error:
             if not _may_be_of_a_sample(error):
                 raise
@@ -190,14 +198,18 @@ class _Isolated:
             return None, error
 
     def _part(self, rows: list[int]) -> Any:
-        if not self._reads_again:
-            return take_samples(self._batch, rows, self._size, None)
+        if self._reads_parts:
+            return self._build(rows)
+        part = self._read if len(rows) == self._size else take_samples(self._read, rows, self._size, None)
+        return map_arrays(part, lambda array: array.clone() if isinstance(array, torch.Tensor) else array.copy())
+
+    def _build(self, rows: Iterable[int]) -> Any:
         assert self._ticket.indices is not None
         return self._isolation.build([self._ticket.indices[row] for row in rows])
 
     def _can_cut(self) -> bool:
         try:
-            take_samples(self._batch, [0], self._size, None)
+            take_samples(self._read, [0], self._size, None)
         except CannotSplitError:
             return False
         return True

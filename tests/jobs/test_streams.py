@@ -11,7 +11,16 @@ from lightning_gpuorch.predictions.reading.reader import read_predictions
 from tests.conftest import SCRIPTS, gpuorch_run
 
 LENGTH = 61
-OWN = ["ByEnvironment", "ByLocalRank", "ByProcessGroup", "ByProcessGroupUnasked", "ByTrainer", "numbers"]
+OWN = [
+    "ByEnvironment",
+    "ByLocalRank",
+    "ByProcessGroup",
+    "ByProcessGroupUnasked",
+    "ByImportedFunctions",
+    "ByRankZeroOnly",
+    "ByTrainer",
+    "numbers",
+]
 
 
 def in_worker_order(workers):

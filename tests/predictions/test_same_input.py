@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader
 from lightning_gpuorch.control.input_ledger import InputLedger
 from lightning_gpuorch.errors import InputMismatchError
 from lightning_gpuorch.predictions import LoaderLayout, Manifest
+from lightning_gpuorch.predictions.loading import world_of_one as world_of_one_module
 from lightning_gpuorch.predictions.loading.describe import describe
 from lightning_gpuorch.predictions.loading.shared_loader import SharedLoader
 from lightning_gpuorch.predictions.loading.stream import END, Stream
-from lightning_gpuorch.predictions.loading.world_of_one import job_is_hidden, read_alone, world_of_one
+from lightning_gpuorch.predictions.loading.world_of_one import hide_as_well, job_is_hidden, read_alone, world_of_one
 from lightning_gpuorch.predictions.samples.tensors import digest
 from lightning_gpuorch.predictions.storage.manifest import compare, load, open_or_create, record_mismatch
 
@@ -164,23 +165,29 @@ def test_inside_a_world_of_one_nothing_tells_of_others(monkeypatch: pytest.Monke
     for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("SLURM_PROCID", "3"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("NODE_RANK", raising=False)
-    functions = dist.get_rank, dist.get_world_size
+    get_rank, get_world_size = dist.get_rank, dist.get_world_size  # as code that imports the functions themselves
+    told = SimpleNamespace(rank=3)
+    monkeypatch.setattr(world_of_one_module._job, "attributes", {})
+    hide_as_well(told, "rank", 0)
 
     def seen() -> Any:
         names = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
-        return [os.environ.get(name) for name in names], job_is_hidden()
+        return [os.environ.get(name) for name in names], told.rank, job_is_hidden()
 
     outside = seen()
     with world_of_one():
-        assert seen() == (["0", "1", "0", "0", None], True)
-        assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
+        assert seen() == (["0", "1", "0", "0", None], 0, True)
+        assert (dist.get_rank(), dist.get_world_size(), get_rank(), get_world_size()) == (0, 1, 0, 1)
         with world_of_one():
-            assert seen()[1]
+            assert job_is_hidden()
         with world_of_one(hide=False):
             assert seen() == outside
-        assert seen()[1]
+            with pytest.raises(ValueError, match="process group"):
+                get_rank()
+        assert job_is_hidden()
     assert seen() == outside
-    assert (dist.get_rank, dist.get_world_size) == functions
+    with pytest.raises(ValueError, match="process group"):
+        dist.get_world_size()
     with pytest.raises(KeyError), world_of_one():
         raise KeyError
     assert seen() == outside

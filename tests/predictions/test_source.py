@@ -10,7 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from lightning_gpuorch.errors import ConfigurationError, CorruptPartError
 from lightning_gpuorch.predictions.loading.describe import describe
@@ -132,6 +139,30 @@ def test_a_sampler_is_iterated_once_and_draws_as_it_would_for_the_loader() -> No
             assert [s.indices for s in source.spans(layout, chunk, range(0), frozenset())] == [expected[chunk]]
     assert sampler.iterations == 1
     assert torch.equal(torch.get_rng_state(), drawn)
+
+
+class Reversed(RandomSampler):
+    """Has an order of its own, whatever it is derived from."""
+
+    def __iter__(self):
+        return iter(range(len(self.data_source) - 1, -1, -1))
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        lambda rows: RandomSampler(rows, replacement=True, generator=torch.Generator().manual_seed(3)),
+        lambda rows: RandomSampler(rows, num_samples=7, generator=torch.Generator().manual_seed(3)),
+        lambda rows: RandomSampler(rows, num_samples=2 * LENGTH, generator=torch.Generator().manual_seed(3)),
+        Reversed,
+    ],
+)
+def test_a_sampler_that_picks_samples_is_no_shuffling_that_could_be_left_out(sampler: Any) -> None:
+    rows = Rows()
+    source = describe(DataLoader(rows, batch_size=4, sampler=sampler(rows)))
+    layout = source.layout(100)
+    spans = source.spans(layout, 0, range(0), frozenset())
+    assert [index for span in spans for index in span.indices] == list(sampler(rows))
 
 
 class EndlessBatches:

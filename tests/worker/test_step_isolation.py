@@ -224,6 +224,38 @@ def test_what_begins_to_fail_for_all_samples_gives_up_none() -> None:
         run(DataLoader(Rows(), batch_size=BATCH), step)
 
 
+@pytest.mark.parametrize("changes", ["in place", "its keys"])
+def test_a_step_that_changes_its_batch_before_it_raises_is_not_given_parts_of_what_it_left(changes: str) -> None:
+    def step(batch: Any) -> Any:
+        if changes == "in place":
+            batch["x"] *= 2
+        values = batch.pop("x") if changes == "its keys" else batch["x"]
+        if 10 in values or 20 in values:
+            raise ValueError("no")
+        return values[:, 0]
+
+    loader = DataLoader(Rows(), batch_size=BATCH, collate_fn=lambda samples: {"x": torch.stack(samples)})
+    with pytest.raises(ValueError, match="no"):
+        run(loader, step)
+
+
+def test_samples_of_a_random_dataset_are_not_given_up_for_others() -> None:
+    rows = Rows()
+    rows.width = lambda index: int(torch.randint(1, 99, ()))
+    with pytest.raises(ValueError, match="no"):
+        run(DataLoader(rows, batch_size=BATCH, collate_fn=padded), step_that_raises({10}))
+
+
+def test_parts_are_copies_that_a_step_may_change() -> None:
+    def step(batch: Any) -> Any:
+        if 10 in [int(sample[0]) for sample in batch]:
+            raise ValueError("no")
+        return torch.stack([sample.mul_(2)[0] for sample in batch])
+
+    done = run(DataLoader(Rows(), batch_size=BATCH, collate_fn=list), step)
+    assert list(done.outputs.values()) == others({10})
+
+
 def test_samples_that_raise_only_together_are_no_ones_fault() -> None:
     def step(batch: Any) -> Any:
         if len(batch) == BATCH:

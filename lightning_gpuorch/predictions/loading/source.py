@@ -342,7 +342,7 @@ class BatchSource(_IndexedSource):
 
 def _deterministic_sampler(loader: DataLoader[Any]) -> Sampler[int]:
     sampler = loader.batch_sampler.sampler if isinstance(loader.batch_sampler, BatchSampler) else loader.sampler
-    if isinstance(sampler, RandomSampler):
+    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
         warnings.warn(
             "the dataloader shuffles, which predictions in dataset order cannot follow: shuffle=True is overridden and "
             "samples are taken in order. Remove shuffle=True to silence this warning.",

@@ -50,21 +50,30 @@ class _Job:
         self.hidden = False
         self._environment: dict[str, str] = {}
         self._group: Any = None
-        self._functions = (dist.get_rank, dist.get_world_size)
+        self._codes = (dist.get_rank.__code__, dist.get_world_size.__code__)
+        self._shown: list[tuple[Any, str, Any]] = []
+        self.attributes: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+        """Attributes of other objects that tell a rank, and what each is while the job is hidden."""
 
     def hide(self) -> None:
         self._environment = {name: os.environ[name] for name in _ALONE if name in os.environ}
         os.environ.update({name: _ALONE[name] for name in self._environment})
         self._group, distributed_c10d._world.default_pg = distributed_c10d._world.default_pg, None
-        # Code that comes from ddp asks for the rank without looking whether there is a process group.
-        self._functions = (dist.get_rank, dist.get_world_size)
-        dist.get_rank, dist.get_world_size = _rank_of_one, _size_of_one
+        # Code that comes from ddp asks for the rank without looking whether there is a process group. It may have imported
+        # the functions themselves, so they are not replaced but changed.
+        self._codes = (dist.get_rank.__code__, dist.get_world_size.__code__)
+        dist.get_rank.__code__, dist.get_world_size.__code__ = _rank_of_one.__code__, _size_of_one.__code__
+        self._shown = [(owner, name, getattr(owner, name)) for owner, name, _ in self.attributes.values()]
+        for owner, name, alone in self.attributes.values():
+            setattr(owner, name, alone)
         self.hidden = True
 
     def show(self) -> None:
         os.environ.update(self._environment)
         distributed_c10d._world.default_pg = self._group
-        dist.get_rank, dist.get_world_size = self._functions
+        dist.get_rank.__code__, dist.get_world_size.__code__ = self._codes
+        for owner, name, shown in self._shown:
+            setattr(owner, name, shown)
         self.hidden = False
 
 
@@ -74,6 +83,17 @@ _job = _Job()
 def job_is_hidden() -> bool:
     """Whether this process reads data just now, or is a worker process that does nothing else."""
     return _job.hidden
+
+
+def hide_as_well(owner: Any, name: str, alone: Any) -> None:
+    """Hide the job in one more place.
+
+    Args:
+        owner: Has an attribute that tells a rank, or a number of ranks.
+        name: The attribute.
+        alone: What it is for a process that is alone.
+    """
+    _job.attributes[id(owner), name] = (owner, name, alone)
 
 
 @contextlib.contextmanager

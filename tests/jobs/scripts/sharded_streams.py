@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from common import Doubler, parser, quiet_trainer, write_result
+from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed import get_rank, get_world_size
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lightning_gpuorch.pytorch import GPUOrchStrategy
@@ -51,6 +53,20 @@ class ByProcessGroupUnasked(Sharded):
 
     def place(self):
         return dist.get_rank(), dist.get_world_size()
+
+
+class ByImportedFunctions(Sharded):
+    """They were bound before anybody could replace them in their module."""
+
+    def place(self):
+        return get_rank(), get_world_size()
+
+
+class ByRankZeroOnly(Sharded):
+    """Lightning's own notion of the rank."""
+
+    def place(self):
+        return rank_zero_only.rank, 1 + rank_zero_only.rank
 
 
 class ByTrainer(Sharded):
