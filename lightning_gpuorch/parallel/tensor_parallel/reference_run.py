@@ -134,6 +134,8 @@ class ReferenceRun(StubInstaller):
             index = counts[module]
             counts[module] += 1
             inputs = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+            if any(map(torch._C._functorch.is_functorch_wrapped_tensor, inputs)):
+                raise WeightReadDirectly(self.stubbed[module])  # under vmap, no collective could be called
             if not self._has_fixed_role(module):
                 _refuse_as_layer_would(module, inputs[0])
             elif module not in record.layer_arguments:
@@ -258,6 +260,7 @@ class ReferenceRun(StubInstaller):
             self.call.run(self.model, snapshot(self.call.args), snapshot(dict(self.call.kwargs)))
             for _ in range(self.num_steps)
         ]
+        self._refuse_readings()
         return results[0] if self.num_steps == 1 else results
 
 
