@@ -188,6 +188,7 @@ SLOW = {
     "devices/test_monitor.py::test_a_wedged_driver_blocks_nobody_and_becomes_unknown",
     "devices/test_verdicts.py::test_a_row_about_xids",
     "parallel/tensor_parallel/test_example.py",
+    "parallel/tensor_parallel/test_layer_kinds.py",
     "parallel/tensor_parallel/test_loading.py",
     "parallel/tensor_parallel/test_models.py",
     "parallel/tensor_parallel/test_plan.py::test_plans_survive_json",
