@@ -531,8 +531,8 @@ def table(rows: dict[str, dict[str, Any]], version: str) -> str:
         "# Models, tensor-parallel",
         "",
         f"Written by `tests/parallel/tensor_parallel/sweep.py` with transformers {version} and torch {torch.__version__}. "
-        f"Every model is built tiny and random, planned for {', '.join(map(str, SIZES))} ranks, sharded, and compared with the "
-        "unsharded model. Equal means every output of every rank is within 1e-5 (kinds of layers: 1e-4).",
+        f"Every model is built tiny and random, planned for {', '.join(map(str, SIZES))} ranks, sharded, and compared with "
+        "the unsharded model. Equal means every output of every rank is within 1e-5 (kinds of layers: 1e-4).",
         "",
         f"- {len(judged)} of {len(rows)} types of transformers build and run here: {_counted(judged)}.",
         f"- {len(own)} kinds of layers and models of the tests: {_counted(list(own.values()))}.",
