@@ -189,6 +189,7 @@ SLOW = {
     "devices/test_verdicts.py::test_a_row_about_xids",
     "jobs/test_security.py::test_a_stranger_on_another_host_gets_nothing",
     "parallel/tensor_parallel/test_example.py",
+    "parallel/tensor_parallel/test_layer_kinds.py",
     "parallel/tensor_parallel/test_loading.py",
     "parallel/tensor_parallel/test_models.py",
     "parallel/tensor_parallel/test_plan.py::test_plans_survive_json",

@@ -133,6 +133,8 @@ def _plain_weight(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     if "forward" in module.__dict__ or (is_conv1d(module) and has_own_forward(module)):
         return False
+    if "bias" not in module._parameters and ("bias" in module.__dict__ or hasattr(type(module), "bias")):
+        return False  # computed from other parameters
     return weight is not None and weight.dim() == 2 and weight.is_floating_point() and type(weight) is nn.Parameter
 
 

@@ -60,10 +60,17 @@ class HiddenWeight(torch.Tensor):
     """Stands in for a stubbed layer's weight: has a shape and a dtype, no values. Reading it is reported."""
 
     @staticmethod
-    def make(layer: str, shape: tuple[int, ...], dtype: torch.dtype) -> HiddenWeight:
-        """Make the stand-in of a layer's weight."""
+    def make(layer: str, shape: tuple[int, ...], dtype: torch.dtype, readings: list[str]) -> HiddenWeight:
+        """Make the stand-in of a layer's weight.
+
+        Args:
+            layer: Name of the layer.
+            shape: Its shape.
+            dtype: Its dtype.
+            readings: Gets the layer's name when it is read: the code that reads it may catch what is raised then.
+        """
         weight: HiddenWeight = torch.Tensor._make_subclass(HiddenWeight, torch.empty(shape, dtype=dtype, device="meta"))
-        weight.__dict__.update(_layer=layer, _is_param=True)
+        weight.__dict__.update(_layer=layer, _readings=readings, _is_param=True)
         return weight
 
     @classmethod
@@ -75,9 +82,11 @@ class HiddenWeight(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return _ON_CPU.get(func, func)(*args, **kwargs)
         if func in _TRANSPOSED:
-            return HiddenWeight.make(args[0].__dict__["_layer"], tuple(args[0].shape)[::-1], args[0].dtype)
+            own = args[0].__dict__
+            return HiddenWeight.make(own["_layer"], tuple(args[0].shape)[::-1], args[0].dtype, own["_readings"])
         for item in (*args, *kwargs.values()):
             for value in item if isinstance(item, (list, tuple)) else (item,):
                 if isinstance(value, HiddenWeight):
+                    value.__dict__["_readings"].append(value.__dict__["_layer"])
                     raise WeightReadDirectly(value.__dict__["_layer"])
         raise WeightReadDirectly("")

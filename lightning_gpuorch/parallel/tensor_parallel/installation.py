@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lightning_gpuorch.parallel.tensor_parallel.anatomy import Anatomy, layer_parameters
-from lightning_gpuorch.parallel.tensor_parallel.hidden_weight import HiddenWeight
+from lightning_gpuorch.parallel.tensor_parallel.hidden_weight import HiddenWeight, WeightReadDirectly
 from lightning_gpuorch.parallel.tensor_parallel.intervals import take
 from lightning_gpuorch.parallel.tensor_parallel.layer_calls import LayerCalls
 from lightning_gpuorch.parallel.tensor_parallel.layers import features, has_own_forward
@@ -49,6 +49,8 @@ class StubInstaller:
         self.stubbed: dict[nn.Module, str] = {module: anatomy.names[module] for module in anatomy.leaves}
         self.attributes_read: dict[nn.Module, set[str]] = defaultdict(set)
         self.fields_read: dict[int, set[str]] = {}
+        self.weights_read: list[str] = []
+        """Layers whose weight was read by other code in the present run."""
         self._experts = set(anatomy.experts)
         kinds: dict[tuple[Any, ...], nn.Module] = {}
         for name, module in anatomy.modules.items():
@@ -121,6 +123,7 @@ class StubInstaller:
             rank: The rank of a local run.
             trace: Record which plain attributes the model's code reads.
         """
+        self.weights_read = []
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.anatomy.state.protected())
             for module in self.anatomy.names:
@@ -138,6 +141,15 @@ class StubInstaller:
             if trace:
                 self._trace(stack)
             yield
+
+    def _refuse_readings(self) -> None:
+        """Raise what the code of the model may have caught.
+
+        Raises:
+            WeightReadDirectly: A layer's weight was read.
+        """
+        if self.weights_read:
+            raise WeightReadDirectly(self.weights_read[0])
 
     def _trace(self, stack: contextlib.ExitStack) -> None:
         """Record which plain attributes of modules, and fields of configuration-like objects they hold, are read.
@@ -211,7 +223,7 @@ class StubInstaller:
                             layer, cuts = hidden[id(value)]
                             shape = cuts[""].local_shape(rank) if cuts else tuple(value.shape)
                             dtype = torch.float32 if value.is_floating_point() else value.dtype
-                            substitute: torch.Tensor = HiddenWeight.make(layer, shape, dtype)
+                            substitute: torch.Tensor = HiddenWeight.make(layer, shape, dtype, self.weights_read)
                         else:
                             # Running statistics take no gradient.
                             wanted = differentiable and not isinstance(module, nn.modules.batchnorm._NormBase)

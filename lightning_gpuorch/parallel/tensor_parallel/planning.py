@@ -62,7 +62,7 @@ def plan_tensor_parallel(
         whole.roles.update({module: replicated("one rank") for module in anatomy.attentions})
         return assemble(anatomy, whole, 1)
     calls = (ModelCall.of(example_input, example_kwargs, method), *also)
-    recordings = Recordings(anatomy, calls, tensor_parallel_size, seed, analyze=True)
+    recordings = Recordings(anatomy, calls, tensor_parallel_size, seed)
     return _from_publication(recordings, tensor_parallel_size) or _from_probe(recordings, tensor_parallel_size)
 
 
@@ -104,6 +104,7 @@ def _visible_layers(stubbed: StubbedModel) -> set[nn.Module]:
 
 def _from_probe(recordings: Recordings, num_ranks: int) -> TensorParallelPlan:
     stubbed = recordings.first
+    stubbed.analyze()
     decisions = probe(stubbed, num_ranks)
     decide_experts(stubbed, num_ranks, decisions)
     failure: VerificationFailure | None = None

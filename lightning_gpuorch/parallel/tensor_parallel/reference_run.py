@@ -72,13 +72,10 @@ class ReferenceRun(StubInstaller):
 
     # -- reference run ------------------------------------------------------------------------------------------------
 
-    def run_reference(self, analyze: bool = False) -> Reference:
+    def run_reference(self) -> Reference:
         """Run the whole model with stubs and record it.
 
         Layers whose weight is read by other code are found here: they run for real and stay whole.
-
-        Args:
-            analyze: Whether to run it once more with gradients, for the planner.
 
         Raises:
             TensorParallelError: If the model cannot be run with the example input.
@@ -86,8 +83,6 @@ class ReferenceRun(StubInstaller):
         while True:
             try:
                 self.reference = self._record()
-                if analyze:
-                    self._analyze()
                 return self.reference
             except WeightReadDirectly as error:
                 self._unstub(error)
@@ -101,6 +96,20 @@ class ReferenceRun(StubInstaller):
                     f"{self.model_name} failed on the example input, before anything was sharded: {error!r}. "
                     "Pass an example_input the model accepts."
                 ) from error
+
+    def analyze(self) -> None:
+        """Run the recorded model once more with gradients, for the planner.
+
+        Raises:
+            TensorParallelError: See :meth:`run_reference`.
+        """
+        while True:
+            try:
+                self._analyze()
+                return
+            except WeightReadDirectly as error:
+                self._unstub(error)
+                self.run_reference()
 
     def _unstub(self, error: WeightReadDirectly) -> None:
         module = self.anatomy.modules.get(error.layer)
@@ -134,6 +143,8 @@ class ReferenceRun(StubInstaller):
             index = counts[module]
             counts[module] += 1
             inputs = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+            if any(map(torch._C._functorch.is_functorch_wrapped_tensor, inputs)):
+                raise WeightReadDirectly(self.stubbed[module])  # under vmap, no collective could be called
             if not self._has_fixed_role(module):
                 _refuse_as_layer_would(module, inputs[0])
             elif module not in record.layer_arguments:
@@ -258,6 +269,7 @@ class ReferenceRun(StubInstaller):
             self.call.run(self.model, snapshot(self.call.args), snapshot(dict(self.call.kwargs)))
             for _ in range(self.num_steps)
         ]
+        self._refuse_readings()
         return results[0] if self.num_steps == 1 else results
 
 

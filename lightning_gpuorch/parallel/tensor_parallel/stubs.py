@@ -66,8 +66,16 @@ class StubbedModel(ReferenceRun):
             Deviation: If a layer or the caller would get something else than in the whole model.
         """
         counts: Counter[nn.Module] = Counter()  # a scope was recorded at its first call: the layers inside start at 0
+        deviations: list[Deviation] = []
 
         def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            try:
+                return compared(module, args, kwargs)
+            except Deviation as deviation:
+                deviations.append(deviation)  # the model's code may catch it
+                raise
+
+        def compared(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             index = counts[module]
             counts[module] += 1
             name = self.stubbed[module]
@@ -109,8 +117,12 @@ class StubbedModel(ReferenceRun):
             except (Deviation, WeightReadDirectly):
                 raise
             except Exception as error:
+                if deviations:
+                    raise deviations[0] from error
                 where = self._innermost_module(error)
                 raise Deviation("", f"{where}: {type(error).__name__}: {str(error)[:160]}") from error
+        if deviations:
+            raise deviations[0]
         if scope is None:
             self._compare_outputs(result, leaves)
             drawn = draws.drawn if draws else []
@@ -124,7 +136,9 @@ class StubbedModel(ReferenceRun):
     def _run_scope(self, scope: nn.Module) -> Any:
         args, kwargs = self.reference.scope_calls[scope]
         seed_everything(self.seed)
-        return scope(*snapshot(args), **snapshot(kwargs))
+        result = scope(*snapshot(args), **snapshot(kwargs))
+        self._refuse_readings()
+        return result
 
     def _difference_of_input(self, value: torch.Tensor, whole: Received, own: Intervals | None) -> str:
         """Compare what a layer receives with what it received in the whole model, or with its ``own`` channels of that."""

@@ -24,7 +24,7 @@ from lightning_gpuorch.parallel.tensor_parallel.stubs import StubbedModel
 
 logger = logging.getLogger(__name__)
 
-ENOUGH_ROWS = 32
+ENOUGH_ROWS = 16
 """Samples times length at which a variation shows what it can: more only takes longer."""
 
 
@@ -39,7 +39,6 @@ class Recordings:
         calls: The calls; the model has to accept them all.
         num_ranks: Number of ranks, which decides which sizes are telling.
         seed: Seed of the stubs' numbers.
-        analyze: Whether the first call is recorded with gradients too.
 
     Attributes:
         first: The first call.
@@ -49,21 +48,19 @@ class Recordings:
         TensorParallelError: The model cannot be run with one of the calls.
     """
 
-    def __init__(
-        self, anatomy: Anatomy, calls: Sequence[ModelCall], num_ranks: int, seed: int = 0, analyze: bool = False
-    ) -> None:
+    def __init__(self, anatomy: Anatomy, calls: Sequence[ModelCall], num_ranks: int, seed: int = 0) -> None:
         self.anatomy, self.seed = anatomy, seed
         self.first, *self.others = (StubbedModel(anatomy, call, seed) for call in calls)
         for stubbed in (self.first, *self.others):
-            stubbed.run_reference(analyze=analyze and stubbed is self.first)
+            stubbed.run_reference()
         call = self.first.call
-        coprime = _other_shapes(call, lambda size: math.gcd(size, num_ranks) == 1)
+        coprime = list(_other_shapes(call, lambda size: math.gcd(size, num_ranks) == 1))
         multiple = _other_shapes(call, lambda size: size % num_ranks == 0)
         # Each variation is a list of alternatives, the first that the model accepts counts.
         self._variations: list[list[tuple[ModelCall, float, int]]] = [
             [(one, MIXED, 1) for one in coprime],
             [(one, LARGEST_SCALE, 1) for one in multiple],
-            [(call, 1 / LARGEST_SCALE, 1)],
+            [(one, 1 / LARGEST_SCALE, 1) for one in coprime],
         ]
         if self.first.keeps_state:
             self._variations.append([(call, 1.0, 2)])

@@ -1,4 +1,6 @@
-"""Which transformers models go tensor-parallel? Builds every model type tiny and random, plans it, shards it, compares.
+"""Models and kinds of layers, tensor-parallel: each is built tiny and random, planned, sharded and compared.
+
+Swept are every model type of transformers, the models of ``tp_models.py`` and the kinds of ``layer_kinds.py``.
 
 Run from the repository root::
 
@@ -31,13 +33,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+import tp_models
+from layer_kinds import KINDS
+from test_layer_kinds import judge as judge_kind
 from torch import nn
-from tp_models import randomized
+from tp_models import EXAMPLES, randomized
 from tp_ranks import relative_error, sharded_outputs
 
 from lightning_gpuorch.errors import TensorParallelError
 from lightning_gpuorch.parallel.tensor_parallel import LayerKind, TensorParallelPlan, plan_tensor_parallel
-from lightning_gpuorch.parallel.tensor_parallel.values import plain_outputs
+from lightning_gpuorch.parallel.tensor_parallel.values import plain_outputs, tensors_within
 
 SIZES = (2, 3, 4)
 TOLERANCE = 1e-5
@@ -395,6 +400,35 @@ def rounding_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> float:
         return max(relative_error(value, whole) for value, whole in pairs)
 
 
+OWN = {**{f"kind: {name}": name for name in KINDS}, **{f"model: {name}": name for name in EXAMPLES}}
+"""What is swept besides the types of transformers."""
+
+
+def judge_own(key: str) -> dict[str, Any]:
+    """Sweep a kind of layer, or one of the models that the tests use."""
+    name = OWN[key]
+    sizes: dict[str, Any] = {}
+    for size in SIZES:
+        if key.startswith("kind"):
+            verdict, found = judge_kind(name, size)
+            sizes[str(size)] = {"verdict": verdict, **({} if verdict == "equal" else {"why": str(found)[:300]})}
+            continue
+        model, inputs = tp_models.build(name)
+        try:
+            plan = plan_tensor_parallel(model, inputs, size)
+        except TensorParallelError as error:
+            sizes[str(size)] = {"verdict": "refused", "why": str(error)[:300]}
+            continue
+        with torch.no_grad():
+            expected = list(tensors_within(model(*inputs)))
+        outputs = sharded_outputs(model, plan, lambda part, inputs=inputs: list(tensors_within(part(*inputs))))
+        worst = max(
+            relative_error(own, whole) for values in outputs for own, whole in zip(values, expected, strict=True)
+        )
+        sizes[str(size)] = {"verdict": "equal" if worst <= TOLERANCE else "WRONG", "error": worst}
+    return {"type": key, "status": "judged", "sizes": sizes}
+
+
 def judge(model_type: str, sizes: tuple[int, ...] = SIZES) -> dict[str, Any]:
     """Sweep one type."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -448,7 +482,7 @@ def serve(types: list[str], results: Path) -> None:
         started = time.monotonic()
         signal.setitimer(signal.ITIMER_PROF, SECONDS_PER_TYPE)
         try:
-            row = judge(model_type)
+            row = judge_own(model_type) if model_type in OWN else judge(model_type)
         except TypeTookTooLongError:
             row = {"type": model_type, "status": "not built", "why": f"more than {SECONDS_PER_TYPE} CPU s", "sizes": {}}
         except Exception as error:  # noqa: BLE001 - one type must not end the sweep; it shows in the table
@@ -478,26 +512,36 @@ def verdict_of(row: dict[str, Any]) -> str:
     return next(word for word in ("WRONG", "refused", "equal") if word in verdicts)
 
 
+def _counted(judged: list[dict[str, Any]]) -> str:
+    """Count models and plans by verdict."""
+    models = Counter(verdict_of(row) for row in judged)
+    plans = Counter(size["verdict"] for row in judged for size in row["sizes"].values())
+    return (
+        f"{models['equal']} are equal at all sizes, {models['refused']} are refused at some size, {models['WRONG']} are "
+        f"wrong; {sum(plans.values())} plans, {plans['equal']} equal, {plans['refused']} refused, {plans['WRONG']} wrong"
+    )
+
+
 def table(rows: dict[str, dict[str, Any]], version: str) -> str:
     """Write the results as a Markdown page."""
+    own = {name: rows.pop(name) for name in list(rows) if name in OWN}
     judged = [row for row in rows.values() if row["status"] == "judged"]
-    counts = Counter(verdict_of(row) for row in judged)
-    runs = Counter(size["verdict"] for row in judged for size in row["sizes"].values())
     fractions = sorted(row["sizes"]["2"].get("sharded", 0.0) for row in judged)
     lines = [
-        "# transformers models, tensor-parallel",
+        "# Models, tensor-parallel",
         "",
         f"Written by `tests/parallel/tensor_parallel/sweep.py` with transformers {version} and torch {torch.__version__}. "
-        "Every model type is "
-        f"built from a tiny random config, planned for {', '.join(map(str, SIZES))} ranks, sharded, and compared "
-        "with the unsharded "
-        "model: equal means every output of every rank is within 1e-5.",
+        f"Every model is built tiny and random, planned for {', '.join(map(str, SIZES))} ranks, sharded, and compared with "
+        "the unsharded model. Equal means every output of every rank is within 1e-5 (kinds of layers: 1e-4).",
         "",
-        f"- {len(judged)} of {len(rows)} types build and run here; {counts['equal']} are equal at all sizes, "
-        f"{counts['refused']} are "
-        f"refused at some size, {counts['WRONG']} are wrong.",
-        f"- {sum(runs.values())} plans: {runs['equal']} equal, {runs['refused']} refused, {runs['WRONG']} wrong.",
-        f"- Median share of the parameters that is cut at 2 ranks: {100 * fractions[len(fractions) // 2]:.1f}%.",
+        f"- {len(judged)} of {len(rows)} types of transformers build and run here: {_counted(judged)}.",
+        f"- {len(own)} kinds of layers and models of the tests: {_counted(list(own.values()))}.",
+        f"- Median share of the parameters that is cut at 2 ranks, transformers: "
+        f"{100 * fractions[len(fractions) // 2]:.1f}%.",
+        "",
+        "Kinds of layers (`layer_kinds.py`): "
+        + ", ".join(name.removeprefix("kind: ") for name in own if name.startswith("kind"))
+        + ".",
         "",
         "| Type | Class | Inputs | Ranks 2 / 3 / 4 | Cut at 2 ranks | Layers at 2 ranks |",
         "|---|---|---|---|---|---|",
@@ -534,7 +578,7 @@ def main() -> int:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    types = options.types or sorted(CONFIG_MAPPING_NAMES)
+    types = options.types or [*OWN, *sorted(CONFIG_MAPPING_NAMES)]
     if options.serve:
         serve(types, options.results)
         return 0
