@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -40,6 +41,7 @@ from lightning_gpuorch.errors import (
     GPUOrchError,
     InputMismatchError,
     MissingPredictionsError,
+    PredictionStorageError,
 )
 from lightning_gpuorch.paths import Location, location
 from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_directory, remove_fragments
@@ -252,7 +254,7 @@ class JobService:
                     layout.chunk_size,
                     store.done(),
                     self._max_chunk_failures,
-                    store.is_durable,
+                    functools.partial(_is_durable, store),
                 )
                 for layout, store in zip(manifest.loaders, stores, strict=True)
             ]
@@ -419,13 +421,22 @@ def _refuse_other_input(job: Job, wanted: Manifest, sender: Sender) -> None:
         )
 
 
+def _is_durable(store: PartJournal, chunk: int) -> bool:
+    """Whether a chunk need not be computed again, as far as its store can be asked now; if it was, its commit finds out."""
+    try:
+        return store.is_durable(chunk)
+    except PredictionStorageError as error:
+        log.warning("%s Chunk %d is leased again.", error, chunk)
+        return False
+
+
 def _digest_of_part(store: PartJournal) -> Callable[[int], str | None]:
     def read(chunk: int) -> str | None:
-        if not store.is_durable(chunk):
+        if not _is_durable(store, chunk):
             return None
         try:
             digest = store.header(chunk).metadata.get("read")
-        except (CorruptPartError, MissingPredictionsError) as error:
+        except (CorruptPartError, MissingPredictionsError, PredictionStorageError) as error:
             log.debug("chunk %d tells nothing of what was read: %s", chunk, error)
             return None
         return digest if isinstance(digest, str) else None

@@ -47,7 +47,9 @@ class _Rank:
         self._channel = RemoteChannel(address, Peer("rank", 0), "secret")
         layout = LoaderLayout(unit="sample", num_units=num_chunks, batch_size=1, chunk_size=1)
         manifest = Manifest(loaders=[layout]).to_dict()
-        request = OpenJob(sender=self._sender, job=0, directory=directory, ephemeral=False, manifest=manifest)
+        request = OpenJob(
+            sender=self._sender, job=0, directory=directory, storage_options={}, ephemeral=False, manifest=manifest
+        )
         self._channel.call(request, timeout_seconds=30)
 
     def next_chunk(self, sequence: int) -> int:

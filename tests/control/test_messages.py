@@ -209,7 +209,7 @@ def test_a_request_is_the_same_request_when_it_is_repeated(tmp_path):
     place = {"sender": sender, "job": 0, "loader": 0}
     done = ChunkDone(**place, chunk=0, won=True, samples=3, quarantined=((1, 2, "no memory"),))
     requests = [
-        OpenJob(sender=sender, job=0, directory=str(tmp_path), ephemeral=False, manifest=manifest),
+        OpenJob(sender=sender, job=0, directory=str(tmp_path), storage_options={}, ephemeral=False, manifest=manifest),
         NextChunk(**place, sequence=0, block=False),
         NextChunk(**place, sequence=1, block=False),
         done,

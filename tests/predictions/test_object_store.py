@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
 
 from lightning_gpuorch import read_predictions
 from lightning_gpuorch.cli import gpuorch
+from lightning_gpuorch.control.jobs import remove_ephemeral
 from lightning_gpuorch.errors import (
     ConfigurationError,
     CorruptPartError,
@@ -36,6 +39,8 @@ from lightning_gpuorch.predictions.storage.manifest import (
     set_num_units,
 )
 from lightning_gpuorch.predictions.storage.stores import store_of
+from lightning_gpuorch.pytorch import GPUOrchStrategy
+from lightning_gpuorch.worker import session
 from tests.support.object_store import FaultyProxy, S3Server, bucket, environment_of, one_bucket, proxy, s3_server
 
 __all__ = ["bucket", "one_bucket", "proxy", "s3_server"]
@@ -349,3 +354,33 @@ def test_the_command_line_takes_urls(bucket: str, tmp_path: Any, in_the_environm
     assert "4 missing: 4-7" in incomplete.output
     in_the_environment("{")
     assert "GPUORCH_STORAGE_OPTIONS cannot be read" in runner.invoke(gpuorch, ["predictions", "verify", url]).output
+
+
+class Double(LightningModule):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return batch * 2
+
+
+def predict(strategy: GPUOrchStrategy, root: Any) -> Any:
+    session.leave()
+    quiet: Any = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, default_root_dir=root, **quiet)
+    return trainer.predict(Double(), DataLoader(torch.arange(6.0), batch_size=4))
+
+
+def test_a_trainer_takes_options_and_keeps_what_nobody_asked_for_until_its_end(
+    bucket: str, s3_server: S3Server, tmp_path: Any, in_the_environment: Callable[[str], None]
+) -> None:
+    options = {"endpoint": s3_server.endpoint, "timeout": "30s"}
+    predicted = predict(GPUOrchStrategy(output_dir=f"{bucket}/asked", storage_options=options), tmp_path)
+    assert values(predicted) == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+    assert values(read_predictions(f"{bucket}/asked", storage_options=options)) == values(predicted)
+    root = location(f"{bucket}/root", "root", options)
+    strategy = GPUOrchStrategy(storage_options=options)
+    assert values(predict(strategy, str(root))) == values(predicted)
+    assert store_of(root).holds_anything(root / "gpuorch")
+    assert strategy.runtime.world.coordinator is not None
+    remove_ephemeral(strategy.runtime.world.coordinator.jobs)  # as the process does at its end
+    assert not store_of(root).holds_anything(root / "gpuorch"), "it is removed, as a directory of the machine is"
+    with pytest.raises(ConfigurationError, match="storage_options is a dict; expected an object of names and texts"):
+        GPUOrchStrategy(storage_options={"secret_access_key": b"not text"})

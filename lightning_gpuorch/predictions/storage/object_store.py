@@ -64,6 +64,8 @@ PATIENCE_SECONDS = 240.0
 """A store that cannot be reached is tried for so long; below ``commit_timeout_sec``, so that the error says why."""
 _FIRST_CONTACT_SECONDS = 20.0
 """The same, while it has not answered this process once: a wrong endpoint does not get better."""
+_GLANCE_SECONDS = 5.0
+"""The same, where the answer only saves work: the coordinator asks it between requests of ranks."""
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 5.0
 _YOUNG_SECONDS = 3600.0
 """No upload lasts so long: what is older was left by a killed writer. Nothing tells whether one lives."""
@@ -131,7 +133,7 @@ class ObjectStore(Store[ObjectPath]):
 
     def exists(self, path: ObjectPath) -> bool:
         try:
-            self.size_bytes(path)
+            self._call(lambda: obstore.head(self._client, path.key), _GLANCE_SECONDS)
         except FileNotFoundError:
             return False
         return True
