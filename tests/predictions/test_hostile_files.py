@@ -154,7 +154,7 @@ def test_a_job_that_goes_on_sets_bad_parts_aside_and_keeps_the_others(job: Path)
     spoilt = spoil(job, BAD)
     coordinator = Coordinator(1)
     opened = coordinator.handle(
-        OpenJob(sender=Sender(rank=0, replica=0, generation=0), job=0, directory=str(job), ephemeral=False,
+        OpenJob(sender=Sender(rank=0, replica=0, generation=0), job=0, directory=str(job), storage_options={}, ephemeral=False,
                 manifest=MANIFEST.to_dict())
     ).result(60)  # fmt: skip
     assert isinstance(opened, JobOpened)
