@@ -236,7 +236,8 @@ def resume(root: Path, path: str) -> None:
     """What the coordinator does when a rank opens the job."""
     coordinator = Coordinator(1)
     request = OpenJob(
-        sender=Sender(rank=0, replica=0, generation=0), job=0, directory=str(_job(root, path)), ephemeral=False,
+        sender=Sender(rank=0, replica=0, generation=0), job=0, directory=str(_job(root, path)), storage_options={},
+        ephemeral=False,
         manifest=manifest_of().to_dict(),
     )  # fmt: skip
     coordinator.handle(request).result(60)
