@@ -327,11 +327,12 @@ class NodeRegistry:
         asked_before = node.successor
         if number == 0 or (asked_before is not None and asked_before.request.supervisor != request.supervisor):
             return failed(_taken(number))
-        if node.lost or node.codes is not None:
+        silent = now - node.heard > self._lease_term_seconds
+        if node.lost or (silent and node.codes is not None):
             node.supervisor, node.returned = request.supervisor, True
             log.info("node %d comes back; the job goes on without it, and tells it how it ends", number)
             return answered(self._place_of(node, is_late=True))
-        if now - node.heard > self._lease_term_seconds:
+        if silent:
             node.supervisor, node.heard, node.expired, node.successor = request.supervisor, now, False, None
             log.warning("node %d was started again, and has its place back", number)
             return answered(self._place_of(node, self._begin_again(node))) if self._seated else self._await_seat(node)
@@ -414,7 +415,7 @@ class NodeRegistry:
             node = self._nodes[request.node]
             if node.supervisor != request.supervisor:
                 raise _taken(request.node)
-            node.heard = self._clock()
+            self._hear(request.node, node)
             if not node.returned:
                 node.codes = request.codes
             if self._conclusion is not None:

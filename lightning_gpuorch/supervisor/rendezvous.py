@@ -119,12 +119,17 @@ class Rendezvous:
         if not self.is_late:
             self._watch.start()
 
+    @property
+    def _ask_seconds(self) -> float:
+        """How often is asked again while others are waited for, so as not to be taken for silent."""
+        return min(_ASK_SECONDS, self._config.lease_term_sec / 3)
+
     def _ask_for_place(self) -> NodeJoined:
         """Ask again and again: a supervisor that is not heard of loses its place to another one."""
         limit, several = self._config.start_timeout_sec, self.place.num_nodes
         deadline = time.monotonic() + limit
         while True:
-            seconds = min(_ASK_SECONDS, self._config.lease_term_sec / 3, max(0.01, deadline - time.monotonic()))
+            seconds = min(self._ask_seconds, max(0.01, deadline - time.monotonic()))
             try:
                 return self.client.join(self._num_workers, several, self.run_id, seconds)
             except ControlPlaneTimeoutError:
@@ -174,7 +179,7 @@ class Rendezvous:
         """
         while True:
             try:
-                return self.client.leave(codes, timeout_seconds=_ASK_SECONDS)
+                return self.client.leave(codes, timeout_seconds=self._ask_seconds)
             except ControlPlaneTimeoutError:
                 meanwhile()
 

@@ -124,11 +124,23 @@ def test_a_node_that_was_given_up_waits_for_the_end_and_has_the_exit_code_of_the
 def test_a_node_that_comes_back_after_its_work_does_not_change_how_its_ranks_ended(job: Job) -> None:
     job.join(1, "one").result(0)
     job.ask(LeaveNode(node=1, supervisor="one", codes={2: 0, 3: 0}))
+    job.now = 31
     assert job.join(1, "again").result(0).is_late
     ended = job.ask(LeaveNode(node=1, supervisor="again", codes={}))
     assert job.coordinator.nodes.codes() == {2: 0, 3: 0}
     job.coordinator.nodes.conclude(0)
     assert ended.result(0).exit_code == 0
+
+
+def test_a_second_supervisor_is_refused_while_the_first_one_waits_for_the_end(job: Job) -> None:
+    job.join(1, "one").result(0)
+    job.ask(LeaveNode(node=1, supervisor="one", codes={2: 0, 3: 0}))
+    twin = job.join(1, "twin")
+    waiting = job.ask(LeaveNode(node=1, supervisor="one", codes={2: 0, 3: 0}))
+    with pytest.raises(SeatTakenError):
+        twin.result(0)
+    job.coordinator.nodes.conclude(0)
+    assert waiting.result(0).exit_code == 0
 
 
 def test_nobody_takes_the_place_of_the_coordinators_own_node(job: Job) -> None:

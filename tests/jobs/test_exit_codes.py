@@ -53,7 +53,6 @@ def test_the_exit_code_tells_what_has_happened(runner, tmp_path, cause, moment, 
     assert runner.wait(process, 100) == code, runner.log_of(process)
     log = runner.log_of(process)
     assert said in log
-    assert log.count("Traceback") <= 1
     if code == 0:
         values = [float(value) for batch in read_predictions(tmp_path / "out") for value in batch[:, 0]]
         assert values == [2.0 * index for index in range(160)]
