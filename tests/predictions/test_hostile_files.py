@@ -153,10 +153,11 @@ def spoil(job: Path, kinds: dict[str, Any]) -> dict[int, str]:
 def test_a_job_that_goes_on_sets_bad_parts_aside_and_keeps_the_others(job: Path) -> None:
     spoilt = spoil(job, BAD)
     coordinator = Coordinator(1)
-    opened = coordinator.handle(
-        OpenJob(sender=Sender(rank=0, replica=0, generation=0), job=0, directory=str(job), storage_options={}, ephemeral=False,
-                manifest=MANIFEST.to_dict())
-    ).result(60)  # fmt: skip
+    request = OpenJob(
+        sender=Sender(rank=0, replica=0, generation=0), job=0, directory=str(job), storage_options={}, ephemeral=False,
+        manifest=MANIFEST.to_dict(),
+    )  # fmt: skip
+    opened = coordinator.handle(request).result(60)
     assert isinstance(opened, JobOpened)
     assert opened.resumed_chunks == 20 - len(spoilt)
     store = PartStore(loader_directory(job, 0))

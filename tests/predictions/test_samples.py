@@ -24,6 +24,7 @@ from lightning_gpuorch.predictions.samples import (
     merge_samples,
     slice_samples,
 )
+from lightning_gpuorch.predictions.samples.kinds import Node, node_of
 from tests.support.examples import examples
 
 Pair = collections.namedtuple("Pair", "scores names")
@@ -377,3 +378,9 @@ def test_an_unclear_batch_size_is_refused(batch: Any) -> None:
 def test_a_batch_without_samples_is_refused() -> None:
     with pytest.raises(CannotSplitError):
         batch_size_of({"scale": torch.tensor(1.0)})
+
+
+def test_a_matrix_of_scipy_that_is_a_dict_is_no_mapping() -> None:
+    scipy_sparse = pytest.importorskip("scipy.sparse")
+    for kind in (scipy_sparse.dok_matrix, scipy_sparse.dok_array):
+        assert node_of(kind(np.eye(3))) is Node.OPAQUE

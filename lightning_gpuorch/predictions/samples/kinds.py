@@ -98,8 +98,9 @@ def node_of(value: Any) -> Node:
         return Node.ARRAY
     if isinstance(value, _CONSTANTS):
         return Node.CONSTANT
-    if isinstance(value, Mapping):
-        return Node.MAPPING
+    if isinstance(value, Mapping):  # dok matrices of scipy are, for lookups only
+        of_scipy = any(base.__module__.startswith("scipy.sparse") for base in type(value).__mro__)
+        return Node.OPAQUE if of_scipy else Node.MAPPING
     if dataclasses.is_dataclass(value):
         return Node.RECORD
     if isinstance(value, range) and value[_LONGEST_RANGE:]:
