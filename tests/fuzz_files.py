@@ -1,0 +1,316 @@
+"""Files that somebody else has made: each is read or refused with the project's own error, in 2 s and 256 MiB.
+
+``python -m tests.fuzz_files --mutations 100000 --seed 1`` changes one file after another, with right checksums, and has
+everything read it that reads it in earnest. Each is read in a child process that is watched from outside. What is found is
+printed with the number of the change; ``--only NUMBER`` repeats it, with the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import gc
+import json
+import os
+import random
+import resource
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SECONDS = 2.0
+BYTES = 256 * 2**20
+_ADDRESS_SPACE_BYTES = 2 * 2**30
+"""What a reader may reserve beyond what is in use before: more raises MemoryError, which counts as too much."""
+_HANG_SECONDS = 30.0
+
+
+def values() -> list[Any]:
+    """Outputs of every type that can be stored."""
+    from tests.predictions import test_values as known
+
+    plain: list[Any] = [
+        None, 1, 2**70, 0.5, "text", b"raw", [1, 2, "x"], ("a", 1), {"a": 1, "b": [2.0]}, list(range(40)), ["word"] * 30,
+        [b"a"] * 20, [True] * 20, [0.5] * 20,
+    ]  # fmt: skip
+    tensors = known.torch.arange(12.0).reshape(3, 4)
+    more: list[Any] = [
+        tensors, tensors.bfloat16(), tensors.to(known.torch.complex128), tensors.numpy(), known.jagged(),
+        known.torch.quantize_per_tensor(tensors, 0.1, 3, known.torch.qint8), tensors.max(dim=1),
+        known.Item(known.pathlib.Path("x"), known.datetime.datetime.min, [1]),
+    ]  # fmt: skip
+    with contextlib.suppress(ImportError):
+        import polars
+
+        more.append(polars.DataFrame({"a": [1, None], "b": ["x", "y"], "c": [[1], [2, 3]]}))
+    return [*plain, *more, *known.SCALARS, *known.CONTAINERS, *known.ARRAYS, *known.TABLES]
+
+
+class Fuzzer:
+    """Changes files and reads them, each change by its number.
+
+    Args:
+        directory: Scratch, on a disk that is in memory if there is one.
+        seed: Replays all changes.
+    """
+
+    def __init__(self, directory: Path, seed: str):
+        from tests.support import hostile_files
+
+        hostile_files.quiet()
+        self._files, self._seed = hostile_files, seed
+        self._clean, self._used = directory / "clean", directory / "used"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            hostile_files.write_files(self._clean, values())
+        self._targets = hostile_files.targets(self._clean)
+        tempfile.tempdir = str(self._used / "tmp")
+
+    def change(self, number: int) -> tuple[Any, str]:
+        """Make fresh files and change one of them; returns which, and how."""
+        rng = random.Random(f"{self._seed}/{number}")
+        target = rng.choice(self._targets)
+        self._refresh(target)
+        path = self._used / target.path
+        if rng.random() < 0.04:
+            return target, self._files.mutations.replace_by_no_file(rng, path)
+        raw = target.change(rng, path.read_bytes())
+        path.unlink()
+        path.write_bytes(raw)
+        return target, target.change.__name__
+
+    def warm_up(self) -> None:
+        """Have everything read as it is, which must go well; what is imported by it is not counted later."""
+        for target in {target.name: target for target in self._targets}.values():
+            for reader in target.readers:
+                self._refresh(target)
+                with _silence(), contextlib.suppress(*self._files.ALLOWED):
+                    reader(self._used, target.path)
+
+    def _refresh(self, target: Any) -> None:
+        """Fresh files, as far as readers of a target need them: links, since nothing writes into a file that is there."""
+        shutil.rmtree(self._used, ignore_errors=True)
+        (self._used / "tmp").mkdir(parents=True)
+        top = target.path.split("/")[0]
+        for name in (top, "job0") if top == "tmp" else (top,):
+            if (self._clean / name).is_dir():
+                shutil.copytree(self._clean / name, self._used / name, copy_function=os.link, dirs_exist_ok=True)
+            else:
+                os.link(self._clean / name, self._used / name)
+
+    def run(self, number: int, show: bool = False) -> Iterator[dict[str, Any]]:
+        """Read one change with all its readers; yields what each has cost, and what was wrong."""
+        target, how = self.change(number)
+        for position, reader in enumerate(target.readers):
+            if position:
+                self.change(number)  # a reader may have set things aside
+            name = getattr(reader, "__name__", "")
+            result: dict[str, Any] = {"target": target.name, "how": how, "reader": name}
+            gc.collect() if number % 50 == 0 else None
+            before = _peak(reset=True)
+            began, cpu = time.monotonic(), time.process_time()
+            try:
+                with _silence():
+                    reader(self._used, target.path)
+                result["outcome"] = "read"
+            except self._files.ALLOWED as error:
+                result["outcome"] = "refused"
+                result["memory_error"] = _is_memory_error(error)
+                if show:
+                    print(f"{name}: {type(error).__name__}: {str(error)[:500]}")
+            except Exception as error:  # noqa: BLE001 - which it is is what is to be found
+                result["outcome"] = "foreign"
+                result["error"] = f"{type(error).__name__} at {_place(error)}: {str(error)[:100]!r}"
+                result["memory_error"] = _is_memory_error(error)
+                if show:
+                    traceback.print_exc()
+            result["seconds"], result["cpu"] = time.monotonic() - began, time.process_time() - cpu
+            result["bytes"] = _peak() - before
+            yield result
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def _peak(reset: bool = False) -> int:
+    """The most memory this process has had resident since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def _is_memory_error(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, MemoryError) or "allocate" in str(error)[:300]:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _place(error: BaseException) -> str:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "lightning_gpuorch" in frame.filename]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
+
+
+class Child:
+    """A process that runs a stretch of changes and tells of each before and after it."""
+
+    def __init__(self, fuzzer: Fuzzer, numbers: range):
+        reading, writing = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.close(reading)
+                _limit_address_space()
+                with os.fdopen(writing, "w") as out:
+                    for number in numbers:
+                        print(json.dumps({"number": number}), file=out, flush=True)
+                        for result in fuzzer.run(number):
+                            print(json.dumps({"number": number, **result}), file=out, flush=True)
+                code = 0
+            finally:
+                os._exit(code)
+        os.close(writing)
+        self._reading, self._rest = reading, b""
+
+    def results(self) -> Iterator[dict[str, Any] | None]:
+        """What the child tells; None where nothing came for too long."""
+        while True:
+            ready, _, _ = select.select([self._reading], [], [], _HANG_SECONDS)
+            if not ready:
+                yield None
+                return
+            data = os.read(self._reading, 2**16)
+            if not data:
+                return
+            *lines, self._rest = (self._rest + data).split(b"\n")
+            yield from map(json.loads, lines)
+
+    def end(self) -> int:
+        """Kill it, if it still runs; returns its status."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.close(self._reading)
+        return os.waitpid(self.pid, 0)[1]
+
+
+def _limit_address_space() -> None:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + _ADDRESS_SPACE_BYTES,) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+class Findings:
+    """What was found, and figures."""
+
+    def __init__(self) -> None:
+        self.changes = 0
+        self.outcomes: collections.Counter[str] = collections.Counter()
+        self.by_target: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        self.problems: dict[str, list[int]] = collections.defaultdict(list)
+        self.most = {"seconds": 0.0, "cpu": 0.0, "bytes": 0}
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Judge what one reader did."""
+        number, where = result["number"], f"{result['target']} by {result['reader']}"
+        self.outcomes[result["outcome"]] += 1
+        self.by_target[result["target"]][result["outcome"]] += 1
+        for name in self.most:
+            self.most[name] = max(self.most[name], result[name])
+        if result["outcome"] == "foreign":
+            self.problems[f"foreign: {where}: {result['error']}"].append(number)
+        if result["cpu"] > SECONDS:
+            self.problems[f"slow: {where} ({result['how']})"].append(number)
+        if result["bytes"] > BYTES or result.get("memory_error"):
+            self.problems[f"memory: {where} ({result['how']})"].append(number)
+
+    def summary(self) -> str:
+        """All of it, as text."""
+        lines = [f"{self.changes} changed files, {sum(self.outcomes.values())} readings: {dict(self.outcomes)}"]
+        lines += [f"  {name}: {dict(counts)}" for name, counts in sorted(self.by_target.items())]
+        most = self.most
+        lines.append(f"at most {most['cpu']:.2f} s of CPU time ({most['seconds']:.2f} s), {most['bytes'] / 2**20:.0f} MiB")
+        for problem, numbers in sorted(self.problems.items(), key=lambda item: -len(item[1])):
+            lines.append(f"{len(numbers)}x {problem} --only {' '.join(map(str, numbers[:3]))}")
+        lines.append(f"{sum(map(len, self.problems.values()))} problems")
+        return "\n".join(lines)
+
+
+def fuzz(fuzzer: Fuzzer, numbers: range, progress: bool = False) -> Findings:
+    """Run changes in watched child processes, one after the other."""
+    findings = Findings()
+    upcoming = numbers
+    while upcoming:
+        child = Child(fuzzer, upcoming[:2000])
+        at, ended_well, doing = upcoming[0], False, ""
+        for result in child.results():
+            if result is None:
+                findings.problems[f"hang: {doing}"].append(at)
+                break
+            if result["number"] != at:
+                findings.changes += 1
+            at, doing = result["number"], f"{result.get('target')} after {result.get('reader')}"
+            if "outcome" in result:
+                findings.add(result)
+        else:
+            ended_well = at == upcoming[:2000][-1]
+        status = child.end()
+        findings.changes += 1
+        if not ended_well and os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGKILL:
+            findings.problems[f"died of signal {os.WTERMSIG(status)}: {doing}"].append(at)
+        elif not ended_well and os.WIFEXITED(status) and os.WEXITSTATUS(status):
+            findings.problems[f"the child ended with {os.WEXITSTATUS(status)}: {doing}"].append(at)
+        upcoming = range(at + 1, numbers.stop)
+        if progress:
+            print(f"{findings.changes} changes, {sum(map(len, findings.problems.values()))} problems", flush=True)
+    return findings
+
+
+@contextlib.contextmanager
+def fuzzer(seed: str) -> Iterator[Fuzzer]:
+    """A fuzzer with scratch files of its own."""
+    before = tempfile.tempdir
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    scratch = Path(tempfile.mkdtemp(prefix="gpuorch-fuzz-", dir=place))
+    try:
+        made = Fuzzer(scratch, seed)
+        made.warm_up()
+        yield made
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mutations", type=int, default=100_000, help="how many files to change")
+    parser.add_argument("--seed", default="1", help="replays all changes")
+    parser.add_argument("--first", type=int, default=0, help="number of the first change")
+    parser.add_argument("--only", type=int, nargs="*", help="run these changes here, and print tracebacks")
+    options = parser.parse_args()
+    with fuzzer(options.seed) as one:
+        if options.only:
+            for number in options.only:
+                for result in one.run(number, show=True):
+                    print(json.dumps({"number": number, **result}))
+            return 0
+        findings = fuzz(one, range(options.first, options.first + options.mutations), progress=True)
+    print(findings.summary())
+    return 1 if findings.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
