@@ -7,16 +7,23 @@ are as they were written, not who wrote them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 MAX_INTEGER = 2**62
 """Counts and positions beyond are refused: sums of a few still fit 64 bits."""
+MAX_LINE_BYTES = 2**20
+"""Of a file of records: what is longer is no line that was written here."""
+_MAX_FILE_BYTES = 64 * 2**20
+"""Of what is read at once. A file without content can have any length."""
+_MAX_DEPTH = 256
+"""Of JSON; what is written here is less deep, and can be walked by functions that call themselves."""
 
 
 class NotRegularFileError(OSError):
@@ -42,15 +49,35 @@ def open_file(path: str | os.PathLike[str]) -> int:
     return descriptor
 
 
-def read_file(path: str | os.PathLike[str]) -> bytes:
+def read_file(path: str | os.PathLike[str], max_bytes: int = _MAX_FILE_BYTES) -> bytes:
     """Read a whole regular file.
+
+    Raises:
+        NotRegularFileError: It is something else.
+        OSError: It cannot be read, or is larger than it may be.
+    """
+    with open(open_file(path), "rb") as file:
+        content = file.read(max_bytes + 1) if os.fstat(file.fileno()).st_size <= max_bytes else None
+    if content is None or len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"it is larger than the {max_bytes:,} bytes that such a file may have", os.fspath(path))
+    return content
+
+
+def read_lines(path: str | os.PathLike[str], offset: int = 0) -> Iterator[bytes]:
+    """Read the lines of a regular file, each with its newline; the last one may be without, if it is being written.
+
+    A line that is too long is the last one: what comes behind it is not read.
 
     Raises:
         NotRegularFileError: It is something else.
         OSError: It cannot be read.
     """
     with open(open_file(path), "rb") as file:
-        return file.read()
+        file.seek(offset)
+        while line := file.readline(MAX_LINE_BYTES):
+            yield line
+            if len(line) == MAX_LINE_BYTES:
+                return
 
 
 def regular_files(directory: Path, pattern: str) -> Iterator[Path]:
@@ -68,9 +95,19 @@ def parse_json(raw: bytes | str) -> Any:
         ValueError: It is none, or nested too deeply.
     """
     try:
-        return json.loads(raw)
+        data = json.loads(raw)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    level = [data]
+    for _ in range(_MAX_DEPTH):
+        level = [item for value in level for item in _items(value) if isinstance(item, (list, dict))]
+        if not level:
+            return data
+    raise ValueError("it is nested too deeply")
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def parse_object(raw: bytes | str) -> dict[str, Any]:

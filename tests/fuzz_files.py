@@ -18,6 +18,7 @@ import resource
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +32,9 @@ SECONDS = 2.0
 BYTES = 256 * 2**20
 _ADDRESS_SPACE_BYTES = 2 * 2**30
 """What a reader may reserve beyond what is in use before: more raises MemoryError, which counts as too much."""
-_HANG_SECONDS = 30.0
+_HANG_SECONDS, _START_SECONDS = 60.0, 300.0
+_CHANGES_PER_CHILD = 5000
+_ROOT = Path(__file__).parent.parent
 
 
 def values() -> list[Any]:
@@ -166,45 +169,55 @@ def _place(error: BaseException) -> str:
 
 
 class Child:
-    """A process that runs a stretch of changes and tells of each before and after it."""
+    """A process of its own that runs a stretch of changes, and tells of each before and after it.
 
-    def __init__(self, fuzzer: Fuzzer, numbers: range):
-        reading, writing = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                os.close(reading)
-                _limit_address_space()
-                with os.fdopen(writing, "w") as out:
-                    for number in numbers:
-                        print(json.dumps({"number": number}), file=out, flush=True)
-                        for result in fuzzer.run(number):
-                            print(json.dumps({"number": number, **result}), file=out, flush=True)
-                code = 0
-            finally:
-                os._exit(code)
-        os.close(writing)
-        self._reading, self._rest = reading, b""
+    Not a fork: thread pools of polars do not survive one.
+    """
+
+    def __init__(self, seed: str, numbers: range):
+        command = [sys.executable, "-m", "tests.fuzz_files", "--child", "--seed", seed, "--first", str(numbers.start)]
+        self._process = subprocess.Popen(
+            [*command, "--mutations", str(len(numbers))], stdout=subprocess.PIPE, cwd=_ROOT, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        self._rest = b""
 
     def results(self) -> Iterator[dict[str, Any] | None]:
         """What the child tells; None where nothing came for too long."""
+        assert self._process.stdout is not None
+        limit_seconds = _START_SECONDS
         while True:
-            ready, _, _ = select.select([self._reading], [], [], _HANG_SECONDS)
+            ready, _, _ = select.select([self._process.stdout], [], [], limit_seconds)
             if not ready:
                 yield None
                 return
-            data = os.read(self._reading, 2**16)
+            data = os.read(self._process.stdout.fileno(), 2**16)
             if not data:
                 return
+            limit_seconds = _HANG_SECONDS
             *lines, self._rest = (self._rest + data).split(b"\n")
             yield from map(json.loads, lines)
 
     def end(self) -> int:
-        """Kill it, if it still runs; returns its status."""
-        os.kill(self.pid, signal.SIGKILL)
-        os.close(self._reading)
-        return os.waitpid(self.pid, 0)[1]
+        """Wait for it a little, and kill it; returns its status as :class:`subprocess.Popen` does."""
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        try:
+            return self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait(30)
+
+
+def run_as_child(seed: str, numbers: range) -> None:
+    """Run changes and tell of each on standard output."""
+    out = os.fdopen(os.dup(1), "w")
+    with fuzzer(seed) as one:
+        _limit_address_space()
+        for number in numbers:
+            print(json.dumps({"number": number}), file=out, flush=True)
+            for result in one.run(number):
+                print(json.dumps({"number": number, **result}), file=out, flush=True)
 
 
 def _limit_address_space() -> None:
@@ -249,30 +262,27 @@ class Findings:
         return "\n".join(lines)
 
 
-def fuzz(fuzzer: Fuzzer, numbers: range, progress: bool = False) -> Findings:
+def fuzz(seed: str, numbers: range, progress: bool = False) -> Findings:
     """Run changes in watched child processes, one after the other."""
     findings = Findings()
     upcoming = numbers
     while upcoming:
-        child = Child(fuzzer, upcoming[:2000])
-        at, ended_well, doing = upcoming[0], False, ""
+        stretch = upcoming[:_CHANGES_PER_CHILD]
+        child = Child(seed, stretch)
+        at, doing = stretch[0] - 1, "its start"
         for result in child.results():
             if result is None:
                 findings.problems[f"hang: {doing}"].append(at)
                 break
-            if result["number"] != at:
-                findings.changes += 1
+            findings.changes += result["number"] != at
             at, doing = result["number"], f"{result.get('target')} after {result.get('reader')}"
             if "outcome" in result:
                 findings.add(result)
-        else:
-            ended_well = at == upcoming[:2000][-1]
-        status = child.end()
-        findings.changes += 1
-        if not ended_well and os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGKILL:
-            findings.problems[f"died of signal {os.WTERMSIG(status)}: {doing}"].append(at)
-        elif not ended_well and os.WIFEXITED(status) and os.WEXITSTATUS(status):
-            findings.problems[f"the child ended with {os.WEXITSTATUS(status)}: {doing}"].append(at)
+        code = child.end()
+        if at < stretch[0]:
+            raise RuntimeError(f"a child did not come to its first change; it ended with {code}")
+        if code not in (0, -signal.SIGKILL):
+            findings.problems[f"the child ended with {code}: {doing}"].append(at)
         upcoming = range(at + 1, numbers.stop)
         if progress:
             print(f"{findings.changes} changes, {sum(map(len, findings.problems.values()))} problems", flush=True)
@@ -300,14 +310,19 @@ def main() -> int:
     parser.add_argument("--seed", default="1", help="replays all changes")
     parser.add_argument("--first", type=int, default=0, help="number of the first change")
     parser.add_argument("--only", type=int, nargs="*", help="run these changes here, and print tracebacks")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    with fuzzer(options.seed) as one:
-        if options.only:
+    numbers = range(options.first, options.first + options.mutations)
+    if options.child:
+        run_as_child(options.seed, numbers)
+        return 0
+    if options.only:
+        with fuzzer(options.seed) as one:
             for number in options.only:
                 for result in one.run(number, show=True):
                     print(json.dumps({"number": number, **result}))
-            return 0
-        findings = fuzz(one, range(options.first, options.first + options.mutations), progress=True)
+        return 0
+    findings = fuzz(options.seed, numbers, progress=True)
     print(findings.summary())
     return 1 if findings.problems else 0
 

@@ -16,6 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import msgspec
+
+from lightning_gpuorch.checked_files import parse_object, read_file
 from lightning_gpuorch.errors import EXIT_FAILURE, ExceptionSummary, GPUOrchError, summarize_exception
 
 _ENVIRONMENT_TYPES = frozenset(
@@ -103,10 +106,8 @@ class ErrorRecord:
     def read(cls, path: Path) -> ErrorRecord | None:
         """The record in a file; None if there is none, as after a kill."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            values["units"] = None if values["units"] is None else tuple(values["units"])
-            return cls(**values)
-        except (OSError, ValueError, TypeError, KeyError):
+            return msgspec.convert(parse_object(read_file(path)), type=cls)
+        except (OSError, ValueError):
             return None
 
     def write(self, path: Path) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_gpuorch.checked_files import parse_object, read_file
+from lightning_gpuorch.checked_files import integer, is_number, open_file, parse_object, read_file
 from lightning_gpuorch.telemetry.command_line import command_line
 from lightning_gpuorch.telemetry.events.log import EventLog, read_events
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
@@ -34,6 +34,7 @@ OWNER_FILE = "run.json"
 KEPT = ("events", "logs", "errors", "profiles", "traces")
 """What of a run's records is kept; metrics have been scraped, or never will be."""
 _SWEEP_AFTER_SECONDS = 7 * 86400.0
+_MAX_OWNER_BYTES = 2**22
 _locks: dict[Path, int] = {}
 """Descriptors by which this process holds the locks of its runs."""
 
@@ -65,7 +66,8 @@ class Run:
             OSError: Its events cannot be read.
         """
         events, _ = read_events(self.directory / "events")
-        return [Path(event["directory"]) for event in events if event["kind"] == "job" and "directory" in event]
+        named = [event["directory"] for event in events if event["kind"] == "job" and "directory" in event]
+        return [Path(name) for name in named if "\0" not in name]
 
 
 def new_run_id() -> str:
@@ -117,12 +119,14 @@ def find_runs() -> list[Run]:
     found = []
     for path in runs_directory().glob(f"*/{OWNER_FILE}"):
         try:
-            owner = parse_object(read_file(path))
+            owner = parse_object(read_file(path, _MAX_OWNER_BYTES))
+            if not is_number(owner["began"]) or not all(isinstance(owner[name], str) for name in ("run_id", "command")):
+                raise ValueError("it does not tell of a run")  # noqa: TRY301
             run = Run(
-                run_id=owner["run_id"], directory=path.parent, pid=owner["pid"], command=owner["command"],
+                run_id=owner["run_id"], directory=path.parent, pid=integer(owner["pid"], "pid"), command=owner["command"],
                 began=float(owner["began"]), alive=_is_locked(path),
             )  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError) as error:  # ended and tidied up a moment ago, or just begun
+        except (OSError, ValueError, KeyError) as error:  # ended and tidied up a moment ago, or just begun
             log.debug("%s tells of no run: %r", path, error)
             continue
         found.append(run)
@@ -241,7 +245,7 @@ class RunRecords:
 
 def _is_locked(path: Path) -> bool:
     """Whether the lock of a run is held; also where the file system cannot tell, since what lives must stay."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = open_file(path)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:

@@ -220,7 +220,7 @@ def change_lines(rng: random.Random, raw: bytes) -> bytes:
             record = json.loads(lines[at]) if lines[at].startswith(b"{") else {}
             if isinstance(record, dict):
                 names = [name for name, value in record.items() if type(value) is int]
-                many = [{**record, **{name: number for name in names}} for number in range(rng.choice((50, 2000)))]
+                many = [{**record, **{name: number for name in names}} for number in range(rng.choice((50, 500)))]
                 lines[at:at] = [json.dumps(one).encode() for one in many]
         else:
             rng.shuffle(lines)

@@ -13,16 +13,17 @@ import itertools
 import operator
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_gpuorch.checked_files import NotRegularFileError, read_file
-from lightning_gpuorch.errors import CorruptPartError, UnsupportedPredictionError
-from lightning_gpuorch.predictions.storage.files import content_path, create_once, make_directory, storage_error
+from lightning_gpuorch.errors import CorruptPartError, MissingPredictionsError, UnsupportedPredictionError
+from lightning_gpuorch.predictions.storage.files import create_once, make_directory, storage_error
+from lightning_gpuorch.predictions.storage.journal import opened
 from lightning_gpuorch.predictions.storage.part_file import Envelope, encode_envelope
+from lightning_gpuorch.predictions.storage.part_frame import read_whole
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -145,20 +146,17 @@ class Order:
         """
         path = _path(directory, digest)
         try:
-            stored = Envelope(read_file(content_path(path)), str(path)).prediction(0)
-        except FileNotFoundError as error:
+            with opened(path) as (file, file_bytes, source):
+                envelope = Envelope(read_whole(file, file_bytes, source), source)
+        except MissingPredictionsError as error:
             raise CorruptPartError(
                 f"{path}, the order of the samples, is gone; without it the parts beside it have no meaning."
             ) from error
-        except NotRegularFileError as error:
-            raise CorruptPartError(f"{path}, the order of the samples, is no regular file.") from error
-        except OSError as error:
-            raise storage_error(error, directory) from error
-        try:
-            indices = stored["indices"]
-            order = cls(indices.astype(np.int64) if isinstance(indices, np.ndarray) else list(indices), stored["ends"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptPartError(f"{path} holds no order of samples: {error!r}.") from error
+        stored = envelope.prediction(0) if envelope.num_predictions else None
+        indices, ends = (stored.get("indices"), stored.get("ends")) if type(stored) is dict else (None, None)
+        if not (_is_integers(indices) or type(indices) is list) or not (ends is None or _is_ends(ends, len(indices))):
+            raise CorruptPartError(f"{path} holds no order of samples.")
+        order = cls(indices if type(indices) is list else indices.astype(np.int64), ends)
         if order.digest != digest:
             raise CorruptPartError(f"{path} holds another order than its name says: the file was renamed.")
         return order
@@ -174,6 +172,17 @@ def draw_worker_seed(loader: DataLoader[Any]) -> torch.Generator:
     seeds.set_state(torch.get_rng_state() if loader.generator is None else loader.generator.get_state())
     torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
     return seeds
+
+
+def _is_integers(value: Any) -> TypeGuard[np.ndarray[Any, Any]]:
+    return type(value) is np.ndarray and value.ndim == 1 and value.dtype.kind in "iu"
+
+
+def _is_ends(value: Any, num_indices: int) -> TypeGuard[Integers]:
+    """Whether these are ends of batches: ascending, within the indices."""
+    if not _is_integers(value) or value.dtype != np.int64:
+        return False
+    return not len(value) or bool(value[0] >= 0 and value[-1] <= num_indices and (value[:-1] <= value[1:]).all())
 
 
 def _path(directory: Path, digest: str) -> Path:

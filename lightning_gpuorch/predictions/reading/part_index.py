@@ -20,8 +20,8 @@ from lightning_gpuorch.errors import CorruptPartError, format_indices
 from lightning_gpuorch.predictions.storage.journal import BatchEntry, PartHeader, PartJournal
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 
-_MAX_SCATTERED_SAMPLES = 2**24
-"""Of a stored batch: each of its samples is kept in memory, though a range of them takes no bytes in the file."""
+_SCATTERED_SAMPLES, _SAMPLES_PER_BYTE = 2**21, 64
+"""So many may be claimed by ranges, whatever is stored, and so many for each byte that is: each is kept in memory."""
 
 ReadHeader = Callable[[int], PartHeader]
 
@@ -217,14 +217,14 @@ class ScatteredLocator:
         empty: list[np.ndarray[Any, np.dtype[Any]]] = [np.empty(0, np.int64)]
         indices, places, rows = list(empty), list(empty), list(empty)
         self._places: list[tuple[int, int]] = []
+        unclaimed = _SCATTERED_SAMPLES + _SAMPLES_PER_BYTE * sum(p.stat().st_size for p in journal.content_paths())
         for chunk in sorted(journal.done()):
             for position, entry in enumerate(journal.header(chunk).entries):
                 if entry.indices is None:
                     raise CorruptPartError(f"{journal.path(chunk)} does not name the dataset indices of its samples.")
-                if len(entry.indices) > _MAX_SCATTERED_SAMPLES:
-                    raise CorruptPartError(
-                        f"{journal.path(chunk)} claims a batch of more than {_MAX_SCATTERED_SAMPLES} samples."
-                    )
+                unclaimed -= len(entry.indices) if isinstance(entry.indices, range) else 0
+                if unclaimed < 0:
+                    raise CorruptPartError(f"{journal.path(chunk)} claims more samples than its bytes can hold.")
                 try:
                     indices.append(np.asarray(entry.indices, np.int64).reshape(len(entry.indices)))
                 except (ValueError, TypeError, OverflowError) as error:
@@ -241,7 +241,7 @@ class ScatteredLocator:
         num_samples = layout.num_units
         if num_samples is None:
             # Nobody told how many there should be: what there is, batch by batch.
-            self._starts = None
+            self._is_counted = False
             self.num_batches = -(-len(self._indices) // self._batch_size)
             self.missing = UnitRanges()
             return
@@ -251,16 +251,14 @@ class ScatteredLocator:
                 f"{num_samples}."
             )
         self.num_batches = layout.num_batches
-        borders = np.arange(self.num_batches + 1) * self._batch_size
-        self._starts = np.searchsorted(self._indices, borders)
+        self._is_counted = True
         self.missing = UnitRanges(_holes(self._indices, num_samples))
 
     def segments(self, batch: int, read_header: ReadHeader) -> list[Segment]:
         """See :class:`Locator`."""
-        if self._starts is None:
-            start, stop = batch * self._batch_size, (batch + 1) * self._batch_size
-        else:
-            start, stop = int(self._starts[batch]), int(self._starts[batch + 1])
+        start, stop = batch * self._batch_size, (batch + 1) * self._batch_size
+        if self._is_counted:
+            start, stop = np.searchsorted(self._indices, [start, stop]).tolist()
         found: list[Segment] = []
         for place, row in zip(self._place[start:stop].tolist(), self._row[start:stop].tolist(), strict=True):
             chunk, position = self._places[place]

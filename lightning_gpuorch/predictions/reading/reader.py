@@ -31,7 +31,6 @@ from lightning_gpuorch.predictions.samples import (
     merge_samples,
     slice_samples,
 )
-from lightning_gpuorch.predictions.storage.files import content_path
 from lightning_gpuorch.predictions.storage.journal import PartHeader, loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.manifest import Quarantined, load, read_quarantine
@@ -40,6 +39,9 @@ from lightning_gpuorch.predictions.storage.parts import Part, PartStore
 _BYTES_AT_ONCE = 16 * 2**20
 _PARTS_IN_MEMORY = 2
 _HEADERS_IN_MEMORY = 64
+_REASONS_SHOWN = 100
+_BATCHES_IN_MEMORY = 2**23
+"""Entries of a list that may be made without regard for how many bytes of predictions there are."""
 
 
 def read_predictions(directory: str | os.PathLike[str], *, allow_missing: bool = False) -> Any:
@@ -63,12 +65,16 @@ def read_predictions(directory: str | os.PathLike[str], *, allow_missing: bool =
     manifest = load(root)
     if manifest is None:
         raise ConfigurationError(f"{root} holds no predictions: there is no manifest.json in it.")
-    found = [
-        Predictions._open(root, loader, layout, locate(PartStore(loader_directory(root, loader)), layout))
-        for loader, layout in enumerate(manifest.loaders)
-    ]
+    stores = [PartStore(loader_directory(root, loader)) for loader in range(len(manifest.loaders))]
+    located = [locate(store, layout) for store, layout in zip(stores, manifest.loaders, strict=True)]
     if not allow_missing:
-        _refuse_gaps(root, found, read_quarantine(root))
+        _refuse_gaps(root, manifest.loaders, located, read_quarantine(root))
+    for store, locator in zip(stores, located, strict=True):
+        _refuse_empty_claims(store, locator.num_batches)
+    found = [
+        Predictions._open(root, loader, layout, locator)
+        for loader, (layout, locator) in enumerate(zip(manifest.loaders, located, strict=True))
+    ]
     return found[0] if len(found) == 1 else found
 
 
@@ -90,8 +96,8 @@ def results(directory: str | os.PathLike[str]) -> Any:
 def _are_small(loaders: Sequence[Predictions]) -> bool:
     num_bytes = 0
     for predictions in loaders:
-        for path in predictions._store.directory.glob("part-*"):
-            num_bytes += content_path(path).stat().st_size
+        for path in predictions._store.content_paths():
+            num_bytes += path.stat().st_size
             if num_bytes > _BYTES_AT_ONCE:
                 return False
     return True
@@ -315,16 +321,19 @@ class _SampleIndices(Sequence[int]):
         return f"<dataset indices of {self._predictions.description}>"
 
     def _of_batch(self, batch: int) -> Iterator[int]:
+        return itertools.chain.from_iterable(self._indices_of(batch))
+
+    def _indices_of(self, batch: int) -> Iterator[Sequence[int]]:
         for segment in self._predictions._segments(batch):
             if segment.indices is None:
                 raise ConfigurationError(
                     f"the samples of a stream have no dataset indices: {self._predictions.description}."
                 )
-            yield from segment.indices
+            yield segment.indices
 
     def _counted(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         if self._ends is None:
-            counts = (sum(1 for _ in self._of_batch(batch)) for batch in self._predictions._batches)
+            counts = (sum(map(len, self._indices_of(batch))) for batch in self._predictions._batches)
             self._ends = np.cumsum(np.fromiter(counts, np.int64, len(self._predictions._batches)))
         return self._ends
 
@@ -366,12 +375,23 @@ class _Recent(Generic[_Value]):
             self._values.popitem(last=False)
 
 
-def _refuse_gaps(root: Path, found: Sequence[Predictions], quarantined: Sequence[Quarantined]) -> None:
+def _refuse_empty_claims(store: PartStore, num_batches: int) -> None:
+    """Raise if there are more batches than bytes of predictions: a list of them would take more than these."""
+    if num_batches > _BATCHES_IN_MEMORY and num_batches > sum(path.stat().st_size for path in store.content_paths()):
+        raise CorruptPartError(
+            f"{store.directory} is to hold {num_batches} batches, and its parts have fewer bytes than that. If the job "
+            "has just begun, wait until more of it is done."
+        )
+
+
+def _refuse_gaps(
+    root: Path, layouts: Sequence[LoaderLayout], located: Sequence[Locator], quarantined: Sequence[Quarantined]
+) -> None:
     """Raise if anything is missing, naming it, and why where that is known."""
     lines, missing = [], []
-    for loader, predictions in enumerate(found):
-        layout, gaps = predictions._layout, predictions.missing
-        prefix = f"dataloader {loader}: " if len(found) > 1 else ""
+    for loader, (layout, locator) in enumerate(zip(layouts, located, strict=True)):
+        gaps = locator.missing
+        prefix = f"dataloader {loader}: " if len(located) > 1 else ""
         noun = "batches" if layout.unit == "batch" else "samples"
         if layout.num_units is None and layout.unit != "scattered":
             lines.append(f"{prefix}the end of the stream was not reached")
@@ -392,12 +412,24 @@ def _reasons(gaps: UnitRanges, quarantined: Sequence[Quarantined]) -> Iterator[s
     """Tell why units are missing. A note about units that a later run computed after all is passed over."""
     by_reason: dict[str, list[range]] = {}
     for entry in quarantined:
-        for units in gaps.ranges:
-            lost = range(max(units.start, entry.start), min(units.stop, entry.stop))
-            if lost:
-                by_reason.setdefault(entry.reason, []).append(lost)
-    for reason, ranges in by_reason.items():
-        yield f"given up: {UnitRanges(_joined(ranges))} ({reason})"
+        by_reason.setdefault(entry.reason, []).append(range(entry.start, entry.stop))
+    for reason, ranges in itertools.islice(by_reason.items(), _REASONS_SHOWN):
+        lost = UnitRanges(_in_both(gaps.ranges, UnitRanges(_joined(ranges)).ranges))
+        if lost:
+            yield f"given up: {lost} ({reason})"
+    if len(by_reason) > _REASONS_SHOWN:
+        yield f"and {len(by_reason) - _REASONS_SHOWN} more reasons"
+
+
+def _in_both(first: Sequence[range], second: Sequence[range]) -> Iterator[range]:
+    """What is in ranges of both; each ascend and are disjoint."""
+    at = other = 0
+    while at < len(first) and other < len(second):
+        one, two = first[at], second[other]
+        common = range(max(one.start, two.start), min(one.stop, two.stop))
+        if common:
+            yield common
+        at, other = (at + 1, other) if one.stop <= two.stop else (at, other + 1)
 
 
 def _joined(ranges: Iterable[range]) -> Iterator[range]:

@@ -19,7 +19,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -34,6 +34,8 @@ KEEP_SECONDS = 3.0
 """Time between two fragments: about what a death can cost."""
 BYTES_IN_MEMORY = 256 * 2**20
 """Fragments that are kept in memory between two windows: chunks that were lost together are in the same ones."""
+_MAX_SAMPLES = 2**20
+"""Of a batch: each is looked at, though a range of them takes no bytes in the file."""
 _TIMES_COST = 100
 """So many times what writing a fragment took passes until the next one: slow disks cost 1% at most."""
 
@@ -138,7 +140,7 @@ class FragmentReader:
 
     def __init__(self, directory: Path, loader: int):
         self._directory, self._pattern = directory, f"{_prefix(loader)}*"
-        self._numbers_in: dict[tuple[Path, int], frozenset[int]] = {}
+        self._numbers_in: dict[tuple[Path, int], Sequence[Sequence[int]]] = {}
         self._parts: dict[tuple[Path, int], Part] = {}
         self._looked = False
 
@@ -163,12 +165,12 @@ class FragmentReader:
         """
         used: dict[tuple[Path, int], Part] = {}
         for place, held in list(self._numbers_in.items()):
-            if held.isdisjoint(wanted):
+            if not any(_any_in(numbers, wanted) for numbers in held):
                 continue
             try:
                 part = self._parts.get(place) or PartStore(place[0]).read(place[1])
                 for position, entry in enumerate(part.header.entries):
-                    if not wanted.keys().isdisjoint(numbers_of(entry)):
+                    if _any_in(numbers_of(entry), wanted):
                         output = part.output(position)
                         yield StoredBatch(
                             entry.first_unit, entry.indices, entry.size, output, entry.units, entry.num_lost
@@ -187,7 +189,9 @@ class FragmentReader:
         for directory, number in sorted(found - self._numbers_in.keys()):
             try:
                 entries = PartJournal(directory).header(number).entries
-                self._numbers_in[directory, number] = frozenset(n for entry in entries for n in numbers_of(entry))
+                if any((entry.size or 0) > _MAX_SAMPLES for entry in entries):
+                    raise CorruptPartError(f"{directory} holds a batch of more than {_MAX_SAMPLES} samples.")  # noqa: TRY301
+                self._numbers_in[directory, number] = [numbers_of(entry) for entry in entries]
             except (CorruptPartError, MissingPredictionsError) as error:
                 self._pass_over(directory, number, error)
 
@@ -198,10 +202,16 @@ class FragmentReader:
         # It is gone where its writer lives and has finished, which is no news.
         level = logging.DEBUG if isinstance(error, MissingPredictionsError) else logging.WARNING
         log.log(level, "a fragment is passed over, and what it held computed again: %s", error)
-        self._numbers_in[directory, number] = frozenset()
+        self._numbers_in[directory, number] = ()
 
 
-def numbers_of(batch: StoredBatch | BatchEntry) -> Iterable[int]:
+def _any_in(numbers: Sequence[int], wanted: Mapping[int, int]) -> bool:
+    if isinstance(numbers, range):  # it may claim any length
+        return any(number in numbers for number in wanted)
+    return not wanted.keys().isdisjoint(numbers)
+
+
+def numbers_of(batch: StoredBatch | BatchEntry) -> Sequence[int]:
     """The number of each sample of a batch; see :meth:`~lightning_gpuorch.predictions.loading.window.Window.numbers`."""
     return batch.units if batch.units is not None else range(batch.first_unit, batch.first_unit + (batch.size or 0))
 

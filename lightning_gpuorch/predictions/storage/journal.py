@@ -112,6 +112,10 @@ class PartJournal:
             raise storage_error(error, self.directory) from error
         return {int(match[1]) for match in map(_PART_NAME.fullmatch, names) if match}
 
+    def content_paths(self) -> Iterator[Path]:
+        """The files in which the bytes of the parts are."""
+        return (path for path in map(content_path, map(self.path, self.done())) if path.is_file())
+
     def is_durable(self, chunk: int) -> bool:
         """Whether a chunk has been committed, by whomever."""
         return self.path(chunk).exists()
@@ -267,7 +271,7 @@ def _unpack_entry(entry: Any) -> BatchEntry:
 def _unpack_integers(packed: Any) -> Sequence[int] | None:
     if isinstance(packed, dict):
         start = integer(packed["start"], "start", low=-MAX_INTEGER)
-        return range(start, integer(packed["stop"], "stop", low=start))
+        return range(start, integer(packed["stop"], "stop", low=start, high=start + _MAX_SAMPLES))
     if packed is not None and not isinstance(packed, list):
         raise TypeError("it is no list of indices")
     return packed

@@ -126,6 +126,8 @@ class LoaderLayout:
             ConfigurationError: A value is out of range.
             TypeError: A field is unknown or missing.
         """
+        if not isinstance(data, dict):
+            raise TypeError(f"a layout is no object: {data!r:.40}")
         for name in ("num_units", "batch_size", "chunk_size"):
             if type(data.get(name)) not in (int, type(None)):
                 raise TypeError(f"{name} is no integer: {data[name]!r:.40}")
@@ -168,5 +170,7 @@ class StoredBatch:
         for name, given in (("indices", self.indices), ("units", self.units)):
             if given is not None and len(given) != self.size:
                 raise ValueError(f"a stored batch of {self.size} samples has {len(given)} {name}")
+        if isinstance(self.units, range):
+            return  # it ascends, however long it is
         if self.units is not None and any(a >= b for a, b in zip(self.units, self.units[1:], strict=False)):
             raise ValueError(f"units of a stored batch must ascend, got {list(self.units)[:20]}")

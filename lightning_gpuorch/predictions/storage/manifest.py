@@ -41,6 +41,8 @@ from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 
 FORMAT_VERSION = 1
 _MAX_LOADERS = 4096
+_MAX_BYTES = 8 * 2**20
+"""Of a file that is read as a whole, and takes some 20 times as much in memory at worst."""
 
 _MANIFEST_NAME = "manifest.json"
 _END_NAME = "end.json"
@@ -381,7 +383,7 @@ def _checksum(data: Mapping[str, Any]) -> int:
 
 def _read_sealed(path: Path) -> dict[str, Any] | None:
     try:
-        content = read_file(content_path(path))
+        content = read_file(content_path(path), _MAX_BYTES)
     except FileNotFoundError:
         return None
     except NotRegularFileError as error:

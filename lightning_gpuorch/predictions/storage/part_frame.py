@@ -23,6 +23,7 @@ OWN_FIELDS = frozenset({"structure_bytes", "columns_bytes", "body_crc32"})
 _FIRST_READ_BYTES = 4096
 """Enough for the header of most parts: one read instead of two."""
 _BLOCK_BYTES = 2**20
+_MAX_HEADER_BYTES = 2**28
 
 
 class NewerFormatError(CorruptPartError):
@@ -69,6 +70,26 @@ def read_fields(file: io.FileIO, file_bytes: int, source: str) -> dict[str, Any]
     return without_own_fields(_read_header(file, file_bytes, source)[0])
 
 
+def read_whole(file: io.FileIO, file_bytes: int, source: str) -> bytearray:
+    """Read all of a file, once its header has said that it has the right length.
+
+    Args:
+        file: The file, at its beginning.
+        file_bytes: Its length.
+        source: Its name, for error messages.
+
+    Raises:
+        CorruptPartError: The header's checksum, a length or the magic does not fit.
+    """
+    _, read, _ = _read_header(file, file_bytes, source)
+    raw = bytearray(file_bytes)
+    raw[: len(read)] = read
+    position, view = len(read), memoryview(raw)
+    while position < file_bytes and (count := file.readinto(view[position:])):
+        position += count
+    return raw if position == file_bytes else bytearray(view[:position])
+
+
 def damage(source: str, what: str) -> CorruptPartError:
     """Return the error to raise for a damaged file: which one, what is wrong with it, and the way out."""
     return CorruptPartError(
@@ -94,6 +115,8 @@ def check_prelude(prelude: memoryview, file_bytes: int, source: str) -> int:
     magic, _, _, header_bytes = COVERED.unpack(prelude[: COVERED.size])
     if magic != MAGIC:
         raise damage(source, f"it begins with {bytes(magic)!r} in place of {MAGIC!r}")
+    if header_bytes > _MAX_HEADER_BYTES:
+        raise damage(source, f"it claims a header of {header_bytes} bytes")
     if file_bytes < PRELUDE_BYTES + header_bytes:
         raise damage(source, f"it ends after {file_bytes} bytes, within its header")
     return int(header_bytes)

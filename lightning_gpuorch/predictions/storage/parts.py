@@ -12,11 +12,12 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lightning_gpuorch.errors import CorruptPartError
+from lightning_gpuorch.errors import CorruptPartError, PredictionStorageError
 from lightning_gpuorch.predictions.storage.files import create_once, make_directory, storage_error
 from lightning_gpuorch.predictions.storage.journal import PartHeader, PartJournal, opened
 from lightning_gpuorch.predictions.storage.layout import StoredBatch
 from lightning_gpuorch.predictions.storage.part_file import Envelope, encode_envelope
+from lightning_gpuorch.predictions.storage.part_frame import read_whole
 
 
 class Part:
@@ -104,12 +105,7 @@ class PartStore(PartJournal):
             MissingPredictionsError: There is no such part.
         """
         with opened(self.path(chunk)) as (file, file_bytes, source):
-            raw = bytearray(file_bytes)
-            view = memoryview(raw)
-            position = 0
-            while position < file_bytes and (count := file.readinto(view[position:])):
-                position += count
-        envelope = Envelope(raw if position == file_bytes else raw[:position], source)
+            envelope = Envelope(read_whole(file, file_bytes, source), source)
         return Part(envelope, self.unpack_header(envelope.fields, chunk, envelope.num_predictions))
 
     def verify(self, chunks: Iterable[int] | None = None) -> Iterator[tuple[int, CorruptPartError | None]]:
@@ -128,6 +124,8 @@ class PartStore(PartJournal):
                     part.output(position)
             except CorruptPartError as error:
                 yield chunk, error
+            except PredictionStorageError as error:  # one file that cannot be opened does not hide the others
+                yield chunk, CorruptPartError(f"{self.path(chunk)} cannot be read: {error}")
             else:
                 yield chunk, None
 

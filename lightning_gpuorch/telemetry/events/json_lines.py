@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_gpuorch.checked_files import parse_object, read_file
+from lightning_gpuorch import checked_files
 
 
 def encode_line(fields: Mapping[str, Any]) -> bytes:
@@ -84,11 +84,11 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         OSError: The file cannot be read at all.
     """
     records, unreadable = [], 0
-    for line in read_file(path).split(b"\n"):
-        if not line:
+    for line in checked_files.read_lines(path):
+        if line == b"\n":
             continue
         try:
-            records.append(parse_object(line))
+            records.append(checked_files.parse_object(line))
         except ValueError:
             unreadable += 1
     return records, unreadable

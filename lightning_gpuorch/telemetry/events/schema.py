@@ -156,7 +156,7 @@ _COUNTS = frozenset({"seq", "rank", "replica", "generation", "exit_code", "start
 _UNITS = frozenset({"seconds", "bytes", "celsius", "watts", "hertz", "ratio"})
 _LISTS = frozenset({"evidence", "ranks", "loaders"})
 _MAPPINGS = frozenset({"versions", "observer_failures"})
-_TEXTS = frozenset({"kind", "source", "verdict", "missing_samples"})
+_TEXTS = frozenset({"kind", "source", "verdict", "missing_samples", "directory"})
 
 
 def well_typed(event: Mapping[str, Any]) -> dict[str, Any]:

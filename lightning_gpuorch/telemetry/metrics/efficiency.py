@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_gpuorch.checked_files import NotRegularFileError, integer, is_number, parse_object, read_file
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.telemetry.atomic_file import replace_file
@@ -68,9 +69,11 @@ class Baseline:
             OSError: The file cannot be read.
         """
         try:
-            stored = json.loads(local_path(path, "path").read_text(encoding="utf-8"))
-            baseline = cls(stored["samples_per_second"], stored["fingerprint"], stored["num_samples"])
-        except (ValueError, KeyError, TypeError) as error:
+            stored = parse_object(read_file(local_path(path, "path")))
+            if not is_number(stored["samples_per_second"]) or not isinstance(stored["fingerprint"], dict):
+                raise ValueError("its figures are none")  # noqa: TRY301
+            baseline = cls(stored["samples_per_second"], stored["fingerprint"], integer(stored["num_samples"], "num_samples"))
+        except (ValueError, KeyError, NotRegularFileError) as error:
             raise ConfigurationError(
                 f"{path} holds no baseline: {error!r}; make one with gpuorch calibrate."
             ) from error

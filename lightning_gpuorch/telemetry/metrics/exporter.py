@@ -33,6 +33,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from lightning_gpuorch.paths import local_path
+from lightning_gpuorch.checked_files import parse_object, read_file
 from lightning_gpuorch.telemetry.atomic_file import replace_file
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
 from lightning_gpuorch.telemetry.metrics.exposition import CONTENT_TYPE, merge_directory, snapshot_name, write_text
@@ -234,10 +235,9 @@ os.register_at_fork(after_in_child=_leave_sockets_to_parent)
 def read_endpoint(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Where the metrics of a directory are served, or None if that is not recorded: ``host``, ``port``, ``pid``, ..."""
     try:
-        said = json.loads((Path(directory) / ENDPOINT_FILE).read_text(encoding="utf-8"))
+        return parse_object(read_file(Path(directory) / ENDPOINT_FILE))
     except (OSError, ValueError):
         return None
-    return said if isinstance(said, dict) else None
 
 
 class _Server(ThreadingHTTPServer):

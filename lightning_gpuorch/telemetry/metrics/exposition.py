@@ -19,10 +19,13 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 
+from lightning_gpuorch.checked_files import NotRegularFileError, read_file
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 RANK_UP = "distributed_inference_rank_up"
 
 _FILE_NAME = re.compile(r"rank(\d+)\.(\d+)\.prom")
+_HELP = re.compile(r"# HELP (\S+) ")
 _ENDED = "# gpuorch: ended"
 
 
@@ -66,9 +69,9 @@ def merge_directory(directory: Path, stale_after_seconds: float = 15.0) -> bytes
         newest = max(starts[rank])[1]
         for _, path in sorted(starts[rank]):
             try:
-                text = path.read_text(encoding="utf-8")
+                text = read_file(path).decode("utf-8", "replace")
                 fresh = time.time() - path.stat().st_mtime < stale_after_seconds
-            except FileNotFoundError:  # its rank has ended and tidied up between the listing and now
+            except (FileNotFoundError, NotRegularFileError):  # its rank has ended and tidied up; or no rank has made it
                 continue
             ended = text.rstrip().endswith(_ENDED)
             if path == newest and not ended:
@@ -101,18 +104,22 @@ class _Family:
 def _add(families: dict[str, _Family], text: str, *, with_gauges: bool) -> None:
     family: _Family | None = None
     for line in text.splitlines():
-        if line.startswith("# HELP "):
-            name = line.split(" ", 3)[2]
+        if match := _HELP.match(line):
+            name = match[1]
             family = families.setdefault(name, _Family(name))
             family.help = line
         elif line.startswith("# TYPE ") and family is not None:
             family.type = line.rsplit(" ", 1)[1]
         elif line and not line.startswith("#") and family is not None:
-            series, _, value = line.rpartition(" ")
+            series, _, text_of_value = line.rpartition(" ")
+            try:
+                value = float(text_of_value)
+            except ValueError:
+                continue  # no line that a rank has written
             if family.type != "gauge":
-                family.samples[series] = family.samples.get(series, 0.0) + float(value)
+                family.samples[series] = family.samples.get(series, 0.0) + value
             elif with_gauges:
-                family.samples[series] = float(value)
+                family.samples[series] = value
 
 
 def _number(value: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lightning_gpuorch.checked_files import open_file, parse_object, regular_files
+from lightning_gpuorch.checked_files import MAX_LINE_BYTES, parse_object, read_lines, regular_files
 from lightning_gpuorch.telemetry.events.schema import well_typed
 from lightning_gpuorch.telemetry.report.charts import axis_time, duration
 from lightning_gpuorch.telemetry.report.run_summary import INCIDENT_KINDS, Event, JobTotals
@@ -24,6 +25,8 @@ from lightning_gpuorch.telemetry.report.timeline import describe
 _RATE_WINDOW_SECONDS = 15.0
 _SILENT_SECONDS = 10.0
 _MAX_INCIDENTS = 8
+_MAX_ROWS = 512
+"""Ranks that are shown where there is room for any number."""
 _STRAGGLER_SHARE = 0.1
 """Nobody is called a straggler while the others wait for less than this share of their time."""
 _VERDICT_STYLE = {"healthy": "green", "degraded": "yellow", "drain": "dark_orange", "failed": "red", "unknown": "dim"}
@@ -49,20 +52,16 @@ class EventTail:
         events = []
         for path in regular_files(self._directory, "*.jsonl"):
             try:
-                with open(open_file(path), "rb") as file:
-                    file.seek(self._offsets.get(path, 0))
-                    data = file.read()
+                for line in read_lines(path, self._offsets.get(path, 0)):
+                    if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
+                        break  # it is being written
+                    self._offsets[path] = self._offsets.get(path, 0) + len(line)
+                    with contextlib.suppress(ValueError):
+                        event = well_typed(parse_object(line))
+                        if "ts" in event and "kind" in event:
+                            events.append(event)
             except FileNotFoundError:  # the run has just ended, and its records were taken away
                 continue
-            whole = data.rfind(b"\n") + 1
-            self._offsets[path] = self._offsets.get(path, 0) + whole
-            for line in data[:whole].splitlines():
-                try:
-                    event = well_typed(parse_object(line))
-                except ValueError:
-                    continue
-                if "ts" in event and "kind" in event:
-                    events.append(event)
         return sorted(events, key=lambda event: event["ts"])
 
 
@@ -147,7 +146,7 @@ class LiveView:
                     rank.retired |= rank.rank in (event.get("ranks") or ()) or rank.replica == event.get("replica")
             if event["kind"] == "end" and event.get("source") == "supervisor":
                 self.exit_code, self.is_over = event.get("exit_code"), True
-                self._complete = event.get("complete")
+                self._complete = event["complete"] if isinstance(event.get("complete"), bool) else None
             if isinstance(event.get("rank"), int) and event.get("source") != "supervisor":
                 self._add_to_rank(self._ranks.setdefault(event["rank"], _Rank(event["rank"])), event)
 
@@ -185,7 +184,7 @@ class LiveView:
             return Text("waiting for the first rank to report")
         incidents = self._recent_incidents()
         shown = ranks
-        room = len(ranks) if height is None else max(4, height - 7 - (len(incidents) + 1 if incidents else 0))
+        room = _MAX_ROWS if height is None else max(4, height - 7 - (len(incidents) + 1 if incidents else 0))
         if len(ranks) > room:
             by_need = sorted(ranks, key=lambda rank: (not rank.needs_attention(now), rank.rank))
             shown = sorted(by_need[: room - 1], key=lambda rank: rank.rank)

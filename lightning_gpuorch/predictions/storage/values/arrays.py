@@ -20,6 +20,7 @@ from lightning_gpuorch.predictions.storage.values.base import (
     Finder,
     Node,
     add_bytes,
+    decode_as,
     is_instance,
     loaded_class,
     refuse,
@@ -116,7 +117,7 @@ def _encode_sparse(encoder: Encoder, value: torch.Tensor, path: str, depth: int)
 def _decode_sparse(
     decoder: Decoder, layout: str, nodes: list[Node], shape: list[int], coalesced: bool = False
 ) -> torch.Tensor:
-    parts: Any = [decoder.decode(node) for node in nodes]
+    parts: Any = [decode_as(decoder, torch.Tensor, node) for node in nodes]
     size: Any = shape
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "in beta state": known to whoever returned it
@@ -124,7 +125,7 @@ def _decode_sparse(
             made = torch.sparse_coo_tensor(parts[0], parts[1], size, check_invariants=True, is_coalesced=coalesced)
         else:
             made = torch.sparse_compressed_tensor(
-                parts[0], parts[1], parts[2], size, layout=getattr(torch, layout), check_invariants=True
+                parts[0], parts[1], parts[2], size, layout=vars(torch)[layout], check_invariants=True
             )
     return made
 
@@ -150,13 +151,14 @@ def _decode_quantized(decoder: Decoder, node: Node, *scale: Node) -> torch.Tenso
     make = torch._make_per_tensor_quantized_tensor if len(parts) == 2 else torch._make_per_channel_quantized_tensor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "deprecated": known to whoever returned it
-        return make(decoder.decode(node), *parts)
+        return make(decode_as(decoder, torch.Tensor, node), *parts)
 
 
 def _decode_nested(decoder: Decoder, nodes: list[Node], dtype: str) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "in prototype stage"
-        return torch.nested.nested_tensor([decoder.decode(node) for node in nodes], dtype=getattr(torch, dtype))
+        parts = [decode_as(decoder, torch.Tensor, node) for node in nodes]
+        return torch.nested.nested_tensor(parts, dtype=vars(torch)[dtype])  # getattr could import a part of torch
 
 
 def _encode_jagged(encoder: Encoder, value: Any, path: str, depth: int) -> Node:
@@ -166,7 +168,10 @@ def _encode_jagged(encoder: Encoder, value: Any, path: str, depth: int) -> Node:
 
 
 def _decode_jagged(decoder: Decoder, *nodes: Node) -> torch.Tensor:
-    values, offsets, lengths, dim = map(decoder.decode, nodes)
+    *tensors, dim = nodes
+    values, offsets, lengths = (None if node is None else decode_as(decoder, torch.Tensor, node) for node in tensors)
+    if values is None or offsets is None or type(dim) is not int:
+        raise ValueError("a jagged tensor has no values or no offsets")
     ends = offsets[:-1] + lengths if lengths is not None else offsets[1:]
     if int(offsets[0]) < 0 or bool((ends < offsets[:-1]).any()) or int(ends.max()) > values.shape[dim - 1]:
         raise ValueError("offsets lie outside of the values")
@@ -246,7 +251,8 @@ def _encode_masked(encoder: Encoder, value: Any, path: str, depth: int) -> Node:
 
 
 def _decode_masked(decoder: Decoder, data: Node, mask: Node, fill: Node, hard: bool) -> Any:
-    data, mask, fill = decoder.decode(data), decoder.decode(mask), decoder.decode(fill)[()]
+    data, fill = decode_as(decoder, np.ndarray, data), decode_as(decoder, np.ndarray, fill)[()]
+    mask = None if mask is None else decode_as(decoder, np.ndarray, mask)
     made: Any = np.ma.MaskedArray(data, np.ma.nomask if mask is None else mask, fill_value=fill, hard_mask=hard)
     return made
 
@@ -270,6 +276,8 @@ _SPARSE_PARTS = {
     "coo": ("data", "coords"),
     "dia": ("data", "offsets"),
 }
+_MAX_LIL_ROWS = 2**20
+"""Of one that an earlier version has stored, without something for each row."""
 _SCIPY = tuple(f"scipy.sparse:{name}" for name in ("sparray", "spmatrix"))
 
 
@@ -277,7 +285,8 @@ def _encode_scipy(encoder: Encoder, value: Any, path: str, depth: int) -> Node:
     name = type(value).__name__
     if type(value) is not getattr(sys.modules["scipy.sparse"], name, None):
         raise refuse(value, path, "Return a matrix of scipy's own class.")
-    stored = value if value.format in _SPARSE_PARTS else value.tocoo()  # lil and dok grow, and are not made of arrays
+    # lil and dok grow, and are not made of arrays. A lil has lists for every row: so has the file something for each.
+    stored = value if value.format in _SPARSE_PARTS else value.tocsr() if value.format == "lil" else value.tocoo()
     parts = [getattr(stored, part) for part in _SPARSE_PARTS[stored.format]]
     nodes = [encoder.encode_part(part, path, depth + 1) for part in parts]
     return ["scipy", name, stored.format, nodes, list(value.shape)]
@@ -285,7 +294,9 @@ def _encode_scipy(encoder: Encoder, value: Any, path: str, depth: int) -> Node:
 
 def _decode_scipy(decoder: Decoder, name: str, form: str, nodes: list[Node], shape: list[int]) -> Any:
     names = _SPARSE_PARTS[form]
-    parts = [decoder.decode(node) for node in nodes]
+    if name[:3] not in (form, "lil", "dok") or (name[:3] == "lil" and form != "csr" and shape[0] > _MAX_LIL_ROWS):
+        raise ValueError(f"a {name} of shape {shape} is not stored as {form}")
+    parts = [_decode_scipy_part(decoder, node) for node in nodes]
     suffix = "matrix" if name.endswith("matrix") else "array"
     module = sys.modules.get("scipy.sparse")
     if module is None or name.removesuffix(f"_{suffix}") not in (*_SPARSE_PARTS, "lil", "dok"):
@@ -294,6 +305,14 @@ def _decode_scipy(decoder: Decoder, name: str, form: str, nodes: list[Node], sha
     if form in ("csr", "csc", "bsr"):
         made.check_format(full_check=True)
     return made if form == name[:3] else getattr(module, name)(made)
+
+
+def _decode_scipy_part(decoder: Decoder, node: Node) -> Any:
+    """An array; of coo the coordinates are a tuple of them."""
+    part = decoder.decode(node)
+    if not all(isinstance(array, np.ndarray) for array in (part if isinstance(part, tuple) else (part,))):
+        raise ValueError("a sparse matrix is made of something else than arrays")
+    return part
 
 
 def _encode_image(encoder: Encoder, value: Any, path: str, depth: int) -> Node:
@@ -311,7 +330,8 @@ def _decode_image(
 ) -> Any:
     width, height = size
     content = bytes(decoder.buffer(column))
-    if width < 0 or height < 0 or width * height > 8 * len(content):
+    per_byte = 8 if mode == "1" else 1
+    if width < 0 or height < 0 or width * height > per_byte * len(content) or max(width, height) > 2**31 - 1:
         raise ValueError(f"{len(content)} bytes for {width} x {height} pixels")
     details = {name[1:]: decoder.decode(node) for name, node in zip(names, info, strict=True)}
     if loaded_class("PIL.Image:Image") is None:
@@ -360,7 +380,7 @@ DECODERS: dict[str, Decode] = {
     "jagged": _decode_jagged,
     "ndarray": _decode_ndarray,
     "objects": _decode_objects,
-    "recarray": lambda decoder, node: decoder.decode(node).view(np.recarray),
+    "recarray": lambda decoder, node: decode_as(decoder, np.ndarray, node).view(np.recarray),
     "masked": _decode_masked,
     "npmasked": lambda _d: np.ma.masked,
     "numpy": _decode_numpy_scalar,

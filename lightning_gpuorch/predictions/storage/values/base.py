@@ -7,11 +7,12 @@ exact type, ``FINDERS`` for types that are recognised otherwise, and ``DECODERS`
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ Node: TypeAlias = Any
 """JSON: None, bool, str, a 64-bit int or a finite float stand for themselves, ``[tag, ...]`` for everything else."""
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+_MAX_EQUAL_HASHES = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +119,35 @@ def take(decoder: Decoder, column: int, num_bytes: int) -> memoryview:
     if len(buffer) != num_bytes:
         raise CorruptPartError(f"a column has {len(buffer)} bytes in place of {num_bytes}")
     return buffer
+
+
+DecodedT = TypeVar("DecodedT")
+
+
+def decode_as(decoder: Decoder, kind: type[DecodedT], node: Node) -> DecodedT:
+    """Decode a part that must be of a type: a range in its place, say, would be made into as many objects as it likes.
+
+    Raises:
+        CorruptPartError: It is of another.
+    """
+    value = decoder.decode(node)
+    if not isinstance(value, kind):
+        raise CorruptPartError(f"a {type(value).__name__} is where a {kind.__name__} should be")
+    return value
+
+
+def check_hashes(keys: Sequence[Any]) -> Sequence[Any]:
+    """Refuse keys of which many have the same hash: to find each takes as long as there are such keys.
+
+    Raises:
+        CorruptPartError: There are too many.
+    """
+    if len(keys) > _MAX_EQUAL_HASHES:
+        # Also where hashes share their low bits, the place in the table is found within a few steps, unless they are equal.
+        most = max(collections.Counter(map(hash, keys)).values())
+        if most > _MAX_EQUAL_HASHES:
+            raise CorruptPartError(f"{most} keys have the same hash")
+    return keys
 
 
 def refuse(value: Any, path: str, remedy: str) -> UnsupportedPredictionError:

@@ -23,7 +23,9 @@ from lightning_gpuorch.predictions.storage.values.base import (
     Finder,
     Node,
     add_bytes,
+    check_hashes,
     class_name,
+    decode_as,
     loaded_class,
     type_name,
 )
@@ -76,7 +78,8 @@ def _unpack(decoder: Decoder, kind: str, column: int, lengths_column: int | None
     if lengths_column is not None:
         joined: Any = bytes(buffer) if kind == "bytes" else str(buffer, "utf-8", "surrogatepass")
         lengths = np.frombuffer(decoder.buffer(lengths_column), "<i8")
-        if (lengths < 0).any() or int(lengths.sum()) != len(joined):
+        # Each alone as well: a sum of large ones can wrap around.
+        if (lengths < 0).any() or (lengths > len(joined)).any() or int(lengths.sum()) != len(joined):
             raise ValueError("lengths do not add up")
         ends = lengths.cumsum().tolist()
         return [joined[start:end] for start, end in zip([0, *ends], ends, strict=False)]
@@ -138,7 +141,7 @@ def _decode_namedtuple(decoder: Decoder, name: str, fields: list[str], nodes: li
     return tuple.__new__(cls, values)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _fresh_namedtuple(name: str, fields: tuple[str, ...]) -> type[tuple[Any, ...]]:
     plain: Any = collections.namedtuple(name, fields)  # type: ignore[misc]
     return type(name, (_FieldsByName, plain), {"__slots__": (), "__module__": plain.__module__})
@@ -224,7 +227,7 @@ def _encode_dict(encoder: Encoder, value: Mapping[Any, Any], path: str, depth: i
 
 
 def _decode_dict(decoder: Decoder, keys: list[Node], values: list[Node]) -> dict[Any, Any]:
-    items = dict(zip(_decode_all(decoder, keys), _decode_all(decoder, values), strict=True))
+    items = dict(zip(check_hashes(_decode_all(decoder, keys)), _decode_all(decoder, values), strict=True))
     if len(items) != len(keys):
         raise ValueError("two keys are equal; where keys are of an enum, import its class before reading")
     return items
@@ -314,8 +317,8 @@ FINDERS: list[Finder] = [
 DECODERS: dict[str, Decode] = {
     "list": functools.partial(_decode_sequence, list),
     "tuple": functools.partial(_decode_sequence, tuple),
-    "set": lambda decoder, items: set(decoder.decode(items)),
-    "frozenset": lambda decoder, items: frozenset(decoder.decode(items)),
+    "set": lambda decoder, items: set(check_hashes(decode_as(decoder, list, items))),
+    "frozenset": lambda decoder, items: frozenset(check_hashes(decode_as(decoder, list, items))),
     "deque": lambda decoder, nodes, maxlen: collections.deque(_decode_all(decoder, nodes), maxlen),
     "range": lambda decoder, *ends: range(*_decode_all(decoder, ends)),
     "slice": lambda decoder, *ends: slice(*_decode_all(decoder, ends)),

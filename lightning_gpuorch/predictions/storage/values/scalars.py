@@ -72,8 +72,22 @@ def _decode_array(decoder: Decoder, column: int, code: str) -> array.array[Any]:
     return values
 
 
-def _encode_fraction(encoder: Encoder, value: fractions.Fraction, _path: str, _depth: int) -> Node:
-    return ["fraction", hex(value.numerator), hex(value.denominator)]
+_MAX_FRACTION_DIGITS = 2**14
+"""Hexadecimal: to reduce a fraction takes time as the square of them."""
+
+
+def _encode_fraction(encoder: Encoder, value: fractions.Fraction, path: str, _depth: int) -> Node:
+    parts = [hex(value.numerator), hex(value.denominator)]
+    if max(map(len, parts)) > _MAX_FRACTION_DIGITS:
+        raise refuse(value, path, "Return float(...) of it.")
+    return ["fraction", *parts]
+
+
+def _decode_fraction(_decoder: Decoder, *parts: str) -> fractions.Fraction:
+    if max(map(len, parts)) > _MAX_FRACTION_DIGITS:
+        raise ValueError("a fraction has too many digits")
+    above, below = (int(part, 16) for part in parts)
+    return fractions.Fraction(above, below)
 
 
 # --- Paths: a class of this system, and of another system its pure relative -------------------------------------------
@@ -209,7 +223,7 @@ DECODERS: dict[str, Decode] = {
     "array": _decode_array,
     "ellipsis": lambda _d: ...,
     "decimal": lambda _d, text: decimal.Decimal(text),
-    "fraction": lambda _d, above, below: fractions.Fraction(int(above, 16), int(below, 16)),
+    "fraction": _decode_fraction,
     "uuid": lambda _d, digits: uuid.UUID(hex=digits),
     "path": _decode_path,
     "datetime": lambda decoder, *parts: _decode_time(datetime.datetime, decoder, *parts),

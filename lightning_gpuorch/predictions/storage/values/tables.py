@@ -10,6 +10,8 @@ import importlib.util
 import sys
 from typing import Any
 
+import numpy as np
+
 from lightning_gpuorch.errors import CorruptPartError, UnsupportedPredictionError
 from lightning_gpuorch.predictions.storage.values.arrow_stream import refuse_compression
 from lightning_gpuorch.predictions.storage.values.base import (
@@ -20,6 +22,7 @@ from lightning_gpuorch.predictions.storage.values.base import (
     Finder,
     Node,
     add_bytes,
+    decode_as,
     is_instance,
     refuse,
     type_name,
@@ -92,18 +95,23 @@ def _encode_values(encoder: Encoder, series: Any, path: str, depth: int) -> Node
 
 
 def _decode_plain(decoder: Decoder, node: Node) -> Any:
-    values = decoder.decode(node)
+    values = decode_as(decoder, np.ndarray, node)
     return sys.modules["pandas"].Series(values) if _has_pandas() else values.tolist()
 
 
 def _decode_objects(decoder: Decoder, node: Node) -> Any:
-    values = decoder.decode(node)
+    values = decode_as(decoder, list, node)
     return sys.modules["pandas"].Series(values, dtype=object) if _has_pandas() else values
 
 
 def _decode_arrow(decoder: Decoder, column: int) -> Any:
     table = _read_table(decoder, column)
     return table.to_pandas()[_VALUES] if _has_pandas() else table.column(_VALUES).to_numpy().tolist()
+
+
+def _decode_values(decoder: Decoder, node: Node) -> Any:
+    """What :func:`_encode_values` has made of a Series: nothing else, whose length may be but a claim."""
+    return decode_as(decoder, sys.modules["pandas"].Series if _has_pandas() else list, node)
 
 
 def _has_pandas() -> bool:
@@ -134,14 +142,14 @@ def _decode_range(decoder: Decoder, start: int, stop: int, step: int, names: Nod
 
 
 def _decode_levels(decoder: Decoder, nodes: list[Node], names: Node) -> Any:
-    levels = [decoder.decode(node) for node in nodes]
+    levels = [_decode_values(decoder, node) for node in nodes]
     if not _has_pandas():
         return list(zip(*levels, strict=True))
     return sys.modules["pandas"].MultiIndex.from_arrays(levels).set_names(decoder.decode(names))
 
 
 def _decode_index(decoder: Decoder, node: Node, names: Node, freq: str | None = None) -> Any:
-    values = decoder.decode(node)
+    values = _decode_values(decoder, node)
     if not _has_pandas():
         return values
     index = sys.modules["pandas"].Index(values, dtype=values.dtype).set_names(decoder.decode(names))
@@ -161,10 +169,11 @@ def _encode_frame(encoder: Encoder, value: Any, path: str, depth: int) -> Node:
 
 
 def _decode_frame(decoder: Decoder, nodes: list[Node], labels: Node, index: Node, attrs: Node) -> Any:
-    columns, names, index = [decoder.decode(node) for node in nodes], decoder.decode(labels), decoder.decode(index)
+    columns = [_decode_values(decoder, node) for node in nodes]
+    names, index = decoder.decode(labels), decoder.decode(index)
     _check_rows(index, *columns)
     if not _has_pandas():
-        return {"columns": dict(zip(names, columns, strict=True)), "index": list(index)}
+        return {"columns": dict(zip(names, columns, strict=True)), "index": list(index) if columns else index}
     frame = sys.modules["pandas"].DataFrame(dict(enumerate(columns)), index=range(len(index)))
     frame.columns, frame.index = names, index
     frame.attrs.update(decoder.decode(attrs))
@@ -186,7 +195,7 @@ def _encode_series(encoder: Encoder, value: Any, path: str, depth: int) -> Node:
 
 
 def _decode_series(decoder: Decoder, node: Node, index: Node, name: Node) -> Any:
-    values, index, name = decoder.decode(node), decoder.decode(index), decoder.decode(name)
+    values, index, name = _decode_values(decoder, node), decoder.decode(index), decoder.decode(name)
     _check_rows(index, values)
     if not _has_pandas():
         return {"values": values, "index": list(index), "name": name}
@@ -205,7 +214,7 @@ def _encode_pandas_value(encoder: Encoder, value: Any, path: str, depth: int) ->
 
 
 def _decode_pandas_value(decoder: Decoder, node: Node) -> Any:
-    values = decoder.decode(node)
+    values = _decode_values(decoder, node)
     return values.iloc[0] if _has_pandas() else values[0]
 
 
@@ -303,7 +312,7 @@ DECODERS: dict[str, Decode] = {
     "pandas.objects": _decode_objects,
     "pandas.arrow": _decode_arrow,
     "pandas.value": _decode_pandas_value,
-    "pandas.array": lambda decoder, node: decoder.decode(node).array if _has_pandas() else decoder.decode(node),
+    "pandas.array": lambda decoder, node: _decode_values(decoder, node).array if _has_pandas() else _decode_values(decoder, node),
     "pandas.missing": _decode_missing,
     "polars": _decode_polars,
     "pyarrow": _decode_pyarrow,
