@@ -76,69 +76,84 @@ class Fuzzer:
             warnings.simplefilter("ignore")
             hostile_files.write_files(self._clean, values())
         self._targets = hostile_files.targets(self._clean)
+        self._last: Any = None
+        self._is_disturbed = True
         tempfile.tempdir = str(self._used / "tmp")
 
-    def change(self, number: int) -> tuple[Any, str]:
-        """Make fresh files and change one of them; returns which, and how."""
+    def change(self, number: int) -> tuple[Any, Any, str]:
+        """Change one of the files, the others being as they were; returns which, who is to read it, and how it is changed."""
         rng = random.Random(f"{self._seed}/{number}")
         target = rng.choice(self._targets)
         self._refresh(target)
         path = self._used / target.path
         if rng.random() < 0.04:
-            return target, self._files.mutations.replace_by_no_file(rng, path)
-        raw = target.change(rng, path.read_bytes())
-        path.unlink()
-        path.write_bytes(raw)
-        return target, target.change.__name__
+            how = self._files.mutations.replace_by_no_file(rng, path)
+        else:
+            raw = target.change(rng, path.read_bytes())
+            path.unlink()
+            path.write_bytes(raw)
+            how = target.change.__name__
+        return target, rng.choice(target.readers), how
 
     def warm_up(self) -> None:
-        """Have everything read as it is, which must go well; what is imported by it is not counted later."""
+        """Have everything read as it is: what is imported by it is not counted later."""
         for target in {target.name: target for target in self._targets}.values():
             for reader in target.readers:
                 self._refresh(target)
-                with _silence(), contextlib.suppress(*self._files.ALLOWED):
-                    reader(self._used, target.path)
+                with contextlib.suppress(*self._files.ALLOWED):
+                    self.read(target, reader)
 
     def _refresh(self, target: Any) -> None:
-        """Fresh files, as far as readers of a target need them: links, since nothing writes into a file that is there."""
+        """Fresh files: links, since nothing writes into a file that is there."""
+        last, self._last = self._last, target
+        if last is not None and not self._is_disturbed:
+            self._restore(last.path)
+            return
         shutil.rmtree(self._used, ignore_errors=True)
-        (self._used / "tmp").mkdir(parents=True)
-        top = target.path.split("/")[0]
-        for name in (top, "job0") if top == "tmp" else (top,):
-            if (self._clean / name).is_dir():
-                shutil.copytree(self._clean / name, self._used / name, copy_function=os.link, dirs_exist_ok=True)
-            else:
-                os.link(self._clean / name, self._used / name)
+        shutil.copytree(self._clean, self._used, copy_function=os.link)
+        self._is_disturbed = False
 
-    def run(self, number: int, show: bool = False) -> Iterator[dict[str, Any]]:
-        """Read one change with all its readers; yields what each has cost, and what was wrong."""
-        target, how = self.change(number)
-        for position, reader in enumerate(target.readers):
-            if position:
-                self.change(number)  # a reader may have set things aside
-            name = getattr(reader, "__name__", "")
-            result: dict[str, Any] = {"target": target.name, "how": how, "reader": name}
-            gc.collect() if number % 50 == 0 else None
-            before = _peak(reset=True)
-            began, cpu = time.monotonic(), time.process_time()
-            try:
-                with _silence():
-                    reader(self._used, target.path)
-                result["outcome"] = "read"
-            except self._files.ALLOWED as error:
-                result["outcome"] = "refused"
-                result["memory_error"] = _is_memory_error(error)
-                if show:
-                    print(f"{name}: {type(error).__name__}: {str(error)[:500]}")
-            except Exception as error:  # noqa: BLE001 - which it is is what is to be found
-                result["outcome"] = "foreign"
-                result["error"] = f"{type(error).__name__} at {_place(error)}: {str(error)[:100]!r}"
-                result["memory_error"] = _is_memory_error(error)
-                if show:
-                    traceback.print_exc()
-            result["seconds"], result["cpu"] = time.monotonic() - began, time.process_time() - cpu
-            result["bytes"] = _peak() - before
-            yield result
+    def _restore(self, path: str) -> None:
+        changed = self._used / path
+        if changed.is_dir() and not changed.is_symlink():
+            shutil.rmtree(changed)
+        else:
+            changed.unlink(missing_ok=True)
+        os.link(self._clean / path, changed)
+        changed.with_name(f".{changed.name}").unlink(missing_ok=True)
+
+    def read(self, target: Any, reader: Any) -> None:
+        """Have a file read."""
+        # Whoever goes on with a job sets things aside in it.
+        self._is_disturbed |= getattr(reader, "__name__", "") in self._files.DISTURBING
+        with _silence():
+            reader(self._used, target.path)
+
+    def run(self, number: int, show: bool = False) -> dict[str, Any]:
+        """Make a change and have it read; returns what that has cost, and what was wrong."""
+        target, reader, how = self.change(number)
+        name = getattr(reader, "__name__", "")
+        result: dict[str, Any] = {"number": number, "target": target.name, "how": how, "reader": name}
+        gc.collect() if number % 50 == 0 else None
+        before = _peak(reset=True)
+        began, cpu = time.monotonic(), time.process_time()
+        try:
+            self.read(target, reader)
+            result["outcome"] = "read"
+        except self._files.ALLOWED as error:
+            result["outcome"] = "refused"
+            result["memory_error"] = _is_memory_error(error)
+            if show:
+                print(f"{name}: {type(error).__name__}: {str(error)[:500]}")
+        except Exception as error:  # noqa: BLE001 - which it is is what is to be found
+            result["outcome"] = "foreign"
+            result["error"] = f"{type(error).__name__} at {_place(error)}: {str(error)[:60]!r}"
+            result["memory_error"] = _is_memory_error(error)
+            if show:
+                traceback.print_exc()
+        result["seconds"], result["cpu"] = time.monotonic() - began, time.process_time() - cpu
+        result["bytes"] = _peak() - before
+        return result
 
 
 @contextlib.contextmanager
@@ -216,8 +231,7 @@ def run_as_child(seed: str, numbers: range) -> None:
         _limit_address_space()
         for number in numbers:
             print(json.dumps({"number": number}), file=out, flush=True)
-            for result in one.run(number):
-                print(json.dumps({"number": number, **result}), file=out, flush=True)
+            print(json.dumps(one.run(number)), file=out, flush=True)
 
 
 def _limit_address_space() -> None:
@@ -252,7 +266,7 @@ class Findings:
 
     def summary(self) -> str:
         """All of it, as text."""
-        lines = [f"{self.changes} changed files, {sum(self.outcomes.values())} readings: {dict(self.outcomes)}"]
+        lines = [f"{self.changes} changed files: {dict(self.outcomes)}"]
         lines += [f"  {name}: {dict(counts)}" for name, counts in sorted(self.by_target.items())]
         most = self.most
         lines.append(f"at most {most['cpu']:.2f} s of CPU time ({most['seconds']:.2f} s), {most['bytes'] / 2**20:.0f} MiB")
@@ -319,8 +333,7 @@ def main() -> int:
     if options.only:
         with fuzzer(options.seed) as one:
             for number in options.only:
-                for result in one.run(number, show=True):
-                    print(json.dumps({"number": number, **result}))
+                print(json.dumps(one.run(number, show=True)))
         return 0
     findings = fuzz(options.seed, numbers, progress=True)
     print(findings.summary())

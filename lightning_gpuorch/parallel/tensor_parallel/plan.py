@@ -19,6 +19,7 @@ import torch
 
 from lightning_gpuorch.errors import TensorParallelError
 from lightning_gpuorch.parallel.tensor_parallel.intervals import Intervals, RankIntervals, length
+from lightning_gpuorch.parallel.tensor_parallel.plan_check import check_plan
 
 FORMAT_VERSION = 1
 
@@ -281,8 +282,8 @@ class TensorParallelPlan:
                 f"{FORMAT_VERSION}. Plan the model again."
             )
         try:
-            return cls(
-                tensor_parallel_size=int(data["tensor_parallel_size"]),
+            plan = cls(
+                tensor_parallel_size=data["tensor_parallel_size"],
                 layers={
                     name: LayerPlan(LayerKind(row["kind"]), _tuples(row["intervals"]), row["reason"], row["source"])
                     for name, row in data["layers"].items()
@@ -304,8 +305,10 @@ class TensorParallelPlan:
                 ties=_tuples(data["ties"]),
                 notes=tuple(data["notes"]),
             )
+            check_plan(plan)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise TensorParallelError(f"This is not a tensor-parallel plan: {error!r}.") from error
+            raise TensorParallelError(f"This is not a tensor-parallel plan: {error!r:.500}.") from error
+        return plan
 
 
 def generic_name(name: str) -> str:
@@ -324,7 +327,7 @@ def format_bytes(num_bytes: float) -> str:
 
 def torch_dtype(name: str) -> torch.dtype:
     """Give the dtype of a name such as ``bfloat16``."""
-    dtype = getattr(torch, name, None)
+    dtype = vars(torch).get(name)
     if not isinstance(dtype, torch.dtype):
         raise TensorParallelError(f"Unknown dtype {name!r} in a tensor-parallel plan.")
     return dtype

@@ -86,6 +86,10 @@ _CONSTANTS = (
 )
 
 
+_LONGEST_RANGE = 2**20
+"""Of one that is taken for a list with an entry for each sample."""
+
+
 def node_of(value: Any) -> Node:
     """Classify a value."""
     if isinstance(value, torch.Tensor):
@@ -98,6 +102,8 @@ def node_of(value: Any) -> Node:
         return Node.MAPPING
     if dataclasses.is_dataclass(value):
         return Node.RECORD
+    if isinstance(value, range) and value[_LONGEST_RANGE:]:
+        return Node.CONSTANT  # it has any length, and no entries in memory
     if type(value) in (list, tuple, range) or isinstance(value, list):
         return Node.SEQUENCE
     if isinstance(value, tuple) and not isinstance(value, (PackedSequence, torch.Size)):

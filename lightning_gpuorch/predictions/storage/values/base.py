@@ -143,7 +143,6 @@ def check_hashes(keys: Sequence[Any]) -> Sequence[Any]:
         CorruptPartError: There are too many.
     """
     if len(keys) > _MAX_EQUAL_HASHES:
-        # Also where hashes share their low bits, the place in the table is found within a few steps, unless they are equal.
         most = max(collections.Counter(map(hash, keys)).values())
         if most > _MAX_EQUAL_HASHES:
             raise CorruptPartError(f"{most} keys have the same hash")
