@@ -59,7 +59,9 @@ def read_file(path: str | os.PathLike[str], max_bytes: int = _MAX_FILE_BYTES) ->
     with open(open_file(path), "rb") as file:
         content = file.read(max_bytes + 1) if os.fstat(file.fileno()).st_size <= max_bytes else None
     if content is None or len(content) > max_bytes:
-        raise OSError(errno.EFBIG, f"it is larger than the {max_bytes:,} bytes that such a file may have", os.fspath(path))
+        raise OSError(
+            errno.EFBIG, f"it is larger than the {max_bytes:,} bytes that such a file may have", os.fspath(path)
+        )
     return content
 
 

@@ -248,6 +248,8 @@ def format_indices(indices: Iterable[int], limit: int = 20) -> str:
     Returns:
         The text, complete up to ``limit`` ranges.
     """
+    if hasattr(indices, "ranges"):  # UnitRanges, which are not walked
+        return str(indices)
     ranges: list[list[int]] = []
     for index in indices:
         if ranges and index == ranges[-1][1] + 1:

@@ -269,7 +269,9 @@ class Findings:
         lines = [f"{self.changes} changed files: {dict(self.outcomes)}"]
         lines += [f"  {name}: {dict(counts)}" for name, counts in sorted(self.by_target.items())]
         most = self.most
-        lines.append(f"at most {most['cpu']:.2f} s of CPU time ({most['seconds']:.2f} s), {most['bytes'] / 2**20:.0f} MiB")
+        lines.append(
+            f"at most {most['cpu']:.2f} s of CPU time ({most['seconds']:.2f} s), {most['bytes'] / 2**20:.0f} MiB"
+        )
         for problem, numbers in sorted(self.problems.items(), key=lambda item: -len(item[1])):
             lines.append(f"{len(numbers)}x {problem} --only {' '.join(map(str, numbers[:3]))}")
         lines.append(f"{sum(map(len, self.problems.values()))} problems")

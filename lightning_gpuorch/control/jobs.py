@@ -17,6 +17,7 @@ from lightning_gpuorch.errors import InputMismatchError, MissingPredictionsError
 from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.manifest import Manifest
+from lightning_gpuorch.predictions.storage.unit_ranges import UnitRanges
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +91,14 @@ def verify_complete(number: int, job: Job) -> None:
             )
 
 
-def missing_units(layout: LoaderLayout, done: set[int]) -> list[int]:
+def missing_units(layout: LoaderLayout, done: set[int]) -> UnitRanges:
     """Units whose chunk is not durable, ascending."""
-    return [unit for chunk in range(layout.num_chunks) if chunk not in done for unit in layout.chunk_range(chunk)]
+    present = [layout.chunk_range(chunk) for chunk in sorted(done) if chunk < layout.num_chunks]
+    starts, stops = (
+        [0, *(units.stop for units in present)],
+        [*(units.start for units in present), layout.num_units or 0],
+    )
+    return UnitRanges(range(start, stop) for start, stop in zip(starts, stops, strict=True))
 
 
 def remove_ephemeral(jobs: Mapping[int, Job], succeeded: bool | None = None) -> None:

@@ -128,11 +128,13 @@ def _write_other_files(root: Path) -> None:
     owner = {"run_id": "run-2", "pid": 1, "began": 1.7e9, "command": "gpuorch run x.py"}
     (running / OWNER_FILE).write_text(json.dumps(owner))
     (running / "errors").mkdir()
-    ErrorRecord(type="ValueError", message="no", units=(3, 4), traceback="Traceback").write(running / "errors" / "r.json")
+    ErrorRecord(type="ValueError", message="no", units=(3, 4), traceback="Traceback").write(
+        running / "errors" / "r.json"
+    )
     metrics = running / "metrics"
     metrics.mkdir()
     (metrics / "rank0.0.prom").write_text(
-        "# HELP a_total A\n# TYPE a_total counter\na_total{rank=\"0\"} 3.0\n# HELP b B\n# TYPE b gauge\nb 1.5\n"
+        '# HELP a_total A\n# TYPE a_total counter\na_total{rank="0"} 3.0\n# HELP b B\n# TYPE b gauge\nb 1.5\n'
     )
     (metrics / ENDPOINT_FILE).write_text(json.dumps({"host": "127.0.0.1", "port": 9, "pid": 3}))
     (root / "plans").mkdir()
@@ -149,8 +151,12 @@ def manifest_of() -> Manifest:
     stream = LoaderLayout(unit="batch", num_units=None, batch_size=None, chunk_size=2, identity={"batch_size": 3})
     scattered = LoaderLayout(unit="scattered", num_units=8, batch_size=_BATCH, chunk_size=_BATCH, identity={})
     return Manifest(
-        loaders=[sampled, stream, scattered], model_fingerprint="abc", versions={"torch": "2"}, created=1.7e9, extra={"n": [1]}
-    )  # fmt: skip
+        loaders=[sampled, stream, scattered],
+        model_fingerprint="abc",
+        versions={"torch": "2"},
+        created=1.7e9,
+        extra={"n": [1]},
+    )
 
 
 def targets(root: Path) -> list[Target]:

@@ -25,8 +25,8 @@ NUMBERS: list[Any] = [
 ]  # fmt: skip
 OTHERS: list[Any] = [
     True, False, None, "", "x", "0", "-1", "\x00", "\ud800", "NaN", "../../etc/passwd", "a" * 5000, "builtins:object",
-    "os:stat_result", "int64", "float32", "load", "_dynamo", "compiler", "O", "<U0", "V0", "<f8", "M8[ns]", "not_kept", [], {},
-    [[]], [None], {"a": 1}, [0] * 2000, [0, 1], ["x", "y"],
+    "os:stat_result", "int64", "float32", "load", "_dynamo", "compiler", "O", "<U0", "V0", "<f8", "M8[ns]",
+    "not_kept", [], {}, [[]], [None], {"a": 1}, [0] * 2000, [0, 1], ["x", "y"],
 ]  # fmt: skip
 _BIG = hex(2**61 - 1)
 HOSTILE_NODES: list[Any] = [
@@ -37,33 +37,39 @@ HOSTILE_NODES: list[Any] = [
     ["zone", "x" * 5000], ["torch", "load"], ["torch", "nn"], ["nested", [["tensor", 0]], "compiler"],
     ["nested", [["tensor", 0]], "_dynamo"], ["nested", [["range", 0, 2**40, 1]], "float32"],
     ["sparse", "sparse_coo", [["tensor", 0], ["tensor", 1]], [2**40, 2**20]],
-    ["masked", ["range", 0, 2**33, 1], None, ["ndarray", 0], False], ["masked", ["ndarray", 0], ["range", 0, 2**33, 1], ["ndarray", 1], False],
-    ["recarray", ["range", 0, 5, 1]], ["ndarray", 0, "<U0", [2**40]], ["ndarray", 0, "V0", [2**31, 2**20]],
-    ["ndarray", 0, "<U0", [2**28]], ["objects", "O", [0, 2**62], []], ["numpy", "V2000000000", ""], ["numpy", "<U0", ""],
+    ["masked", ["range", 0, 2**33, 1], None, ["ndarray", 0], False],
+    ["masked", ["ndarray", 0], ["range", 0, 2**33, 1], ["ndarray", 1], False], ["recarray", ["range", 0, 5, 1]],
+    ["ndarray", 0, "<U0", [2**40]], ["ndarray", 0, "V0", [2**31, 2**20]], ["ndarray", 0, "<U0", [2**28]],
+    ["objects", "O", [0, 2**62], []], ["numpy", "V2000000000", ""], ["numpy", "<U0", ""],
     ["scipy", "lil_matrix", "coo", [["ndarray", 0], ["tuple", [["ndarray", 1], ["ndarray", 1]]]], [2**40, 2]],
     ["scipy", "csr_array", "coo", [["ndarray", 0], ["tuple", [["ndarray", 0], ["ndarray", 0]]]], [2**33, 2]],
     ["scipy", "lil_array", "dia", [["ndarray", 0], ["ndarray", 0]], [2**27, 2**27]],
     ["scipy", "dok_array", "dia", [["ndarray", 0], ["range", 0, 2**33, 1]], [2**27, 2**27]],
-    ["image", "L", [2**20, 2**20], 0, None, [], []], ["image", "1", [2**31, 1], 0, None, [], []], ["image", "RGBA", [0, 2**40], 0, None, [], []],
+    ["image", "L", [2**20, 2**20], 0, None, [], []], ["image", "1", [2**31, 1], 0, None, [], []],
+    ["image", "RGBA", [0, 2**40], 0, None, [], []],
     ["pandas.frame", [], ["pandas.range", 0, 2**40, 1, ["list", [None]]], ["pandas.range", 0, 2**40, 1, ["list", [None]]], ["dict", [], []]],
-    ["pandas.frame", [["pandas.range", 0, 2**33, 1, ["list", [None]]]], ["pandas.range", 0, 1, 1, ["list", [None]]],
-     ["pandas.range", 0, 2**33, 1, ["list", [None]]], ["dict", [], []]],
+    ["pandas.frame", [["pandas.range", 0, 2**33, 1, ["list", [None]]]], ["pandas.range", 0, 1, 1, ["list", [None]]], ["pandas.range", 0, 2**33, 1, ["list", [None]]], ["dict", [], []]],
     ["pandas.series", ["pandas.range", 0, 2**33, 1, ["list", [None]]], ["pandas.range", 0, 2**33, 1, ["list", [None]]], None],
     ["pandas.levels", [["pandas.range", 0, 2**33, 1, ["list", [None]]]], ["list", [None]]],
     ["pandas.index", ["pandas.range", 0, 2**33, 1, ["list", [None]]], ["list", [None]]],
     ["pandas.index", ["range", 0, 2**33, 1], ["list", [None]], "D"], ["pandas.plain", ["range", 0, 2**33, 1]],
     ["pandas.objects", ["range", 0, 2**33, 1]], ["pandas.value", ["list", []]], ["pandas.missing", "read_csv"],
-    ["dict", [["int", _BIG], ["int", hex(2 * (2**61 - 1))]], [1, 2]], ["dict", [["list", []]], [0]], ["dict", [["tensor", 0]], [1]],
-    ["mapping", "collections:Counter", ["x"], [1], ["__class__"], ["x"]], ["mapping", "collections:OrderedDict", [1], [1], ["a"], [["item", 9]]],
-    ["mapping", "os:_Environ", [1], [1], [], []], ["dataclass", "builtins:int", ["a"], [1]], ["namedtuple", "x:y", ["class", "def"], [1, 2]],
-    ["namedtuple", "x:Y", [f"f{i}" for i in range(2000)], list(range(2000))], ["structseq", "time:struct_time", list(range(9))],
-    ["structseq", "os:stat_result", list(range(10))], ["enum", "re:RegexFlag", None, ["int", "f" * 5000]], ["enum", "builtins:int", "x", 1],
-    ["namespace", [1], [2]], ["slice", 1], ["size", [2**62, 2**62]], ["size", "abc"], ["memoryview", 0, "B", [0, 2**62]], ["memoryview", 0, "d", [1]],
-    ["array", 0, "u"], ["array", 0, "Q"], ["quantized", ["tensor", 0], 0.0, 2**40], ["quantized", ["tensor", 0], ["tensor", 1], ["tensor", 1], 99],
-    ["jagged", ["tensor", 0], ["tensor", 1], None, 7], ["tensor", 0, "complex128", [2**62, 4]], ["tensor", 0, "float8_e8m0fnu", [0, 2**62]],
-    ["list", None, "str", 0, 1], ["list", None, "int", 0], ["list", None, "bool", 0], ["list", None, "float", 0, 0], ["npmasked"], ["ellipsis"],
-    ["datetime", "9999-12-31T23:59:59", ["offset", [0, 1, 0]], 0], ["timedelta", 10**12, 0, 0], ["offset", [9, 9, 9]], ["path", "PosixPath", "\x00"],
-    ["float", "ff"], ["complex", ""], ["str", "zz"], ["uuid", "f" * 31], ["device", "cuda:999999999999999999"], [], [[]], [None], [["list"]],
+    ["dict", [["int", _BIG], ["int", hex(2 * (2**61 - 1))]], [1, 2]], ["dict", [["list", []]], [0]],
+    ["dict", [["tensor", 0]], [1]], ["mapping", "collections:Counter", ["x"], [1], ["__class__"], ["x"]],
+    ["mapping", "collections:OrderedDict", [1], [1], ["a"], [["item", 9]]],
+    ["mapping", "os:_Environ", [1], [1], [], []], ["dataclass", "builtins:int", ["a"], [1]],
+    ["namedtuple", "x:y", ["class", "def"], [1, 2]],
+    ["namedtuple", "x:Y", [f"f{i}" for i in range(2000)], list(range(2000))],
+    ["structseq", "time:struct_time", list(range(9))], ["structseq", "os:stat_result", list(range(10))],
+    ["enum", "re:RegexFlag", None, ["int", "f" * 5000]], ["enum", "builtins:int", "x", 1], ["namespace", [1], [2]],
+    ["slice", 1], ["size", [2**62, 2**62]], ["size", "abc"], ["memoryview", 0, "B", [0, 2**62]],
+    ["memoryview", 0, "d", [1]], ["array", 0, "u"], ["array", 0, "Q"], ["quantized", ["tensor", 0], 0.0, 2**40],
+    ["quantized", ["tensor", 0], ["tensor", 1], ["tensor", 1], 99], ["jagged", ["tensor", 0], ["tensor", 1], None, 7],
+    ["tensor", 0, "complex128", [2**62, 4]], ["tensor", 0, "float8_e8m0fnu", [0, 2**62]], ["list", None, "str", 0, 1],
+    ["list", None, "int", 0], ["list", None, "bool", 0], ["list", None, "float", 0, 0], ["npmasked"], ["ellipsis"],
+    ["datetime", "9999-12-31T23:59:59", ["offset", [0, 1, 0]], 0], ["timedelta", 10**12, 0, 0], ["offset", [9, 9, 9]],
+    ["path", "PosixPath", "\x00"], ["float", "ff"], ["complex", ""], ["str", "zz"], ["uuid", "f" * 31],
+    ["device", "cuda:999999999999999999"], [], [[]], [None], [["list"]],
 ]  # fmt: skip
 
 
@@ -108,10 +114,14 @@ def _change_once(rng: random.Random, tree: Any, vocabulary: list[Any]) -> Any:
     elif kind == 12 and isinstance(holder, dict):
         holder[rng.choice(("", "x", "\ud800", "__class__", "a" * 300, key + "_"))] = holder.pop(key)
     elif kind == 13 and type(value) in (int, float):
-        holder[key] = rng.choice((value + 1, value - 1, -value, value * 2, float(value), str(value), value == 1, [value]))
+        holder[key] = rng.choice(
+            (value + 1, value - 1, -value, value * 2, float(value), str(value), value == 1, [value])
+        )
     elif kind == 14 and isinstance(value, str):
         at = rng.randrange(len(value) + 1)
-        holder[key] = rng.choice((value[:at], value + value, value[:at] + "\x00" + value[at:], value.upper(), value[::-1]))
+        holder[key] = rng.choice(
+            (value[:at], value + value, value[:at] + "\x00" + value[at:], value.upper(), value[::-1])
+        )
     elif kind == 15 and isinstance(value, list):
         rng.shuffle(value)
     else:
@@ -146,7 +156,11 @@ def change_text(rng: random.Random, text: bytes) -> bytes:
         start = text.find(b'"', min(at, text.rfind(b'"')))
         return text[:start] + rng.choice((b'"crc32":0,', b'"chunk":1,', b'"ts":1,', b'"dtype":"F64",')) + text[start:]
     if kind == 4:
-        return text[:at] + rng.choice((b"NaN", b"1e999", b"\xff\xfe", b"\x00", b"\\ud800", b'"\\ud800"', b"//", b"'")) + text[at + 1 :]
+        return (
+            text[:at]
+            + rng.choice((b"NaN", b"1e999", b"\xff\xfe", b"\x00", b"\\ud800", b'"\\ud800"', b"//", b"'"))
+            + text[at + 1 :]
+        )
     if kind == 5:
         return b"\xef\xbb\xbf" + text
     if kind == 6:
@@ -223,7 +237,7 @@ def change_lines(rng: random.Random, raw: bytes) -> bytes:
                 record = None
             if isinstance(record, dict):
                 names = [name for name, value in record.items() if type(value) is int]
-                many = [{**record, **{name: number for name in names}} for number in range(rng.choice((20, 20, 300)))]
+                many = [{**record, **dict.fromkeys(names, number)} for number in range(rng.choice((20, 20, 300)))]
                 lines[at:at] = [json.dumps(one).encode() for one in many]
         else:
             rng.shuffle(lines)
@@ -301,7 +315,9 @@ def _change_one_column(rng: random.Random, part: Part) -> None:
         return
     kind = rng.randrange(4)
     if kind == 0:
-        entry["dtype"] = rng.choice(("BOOL", "U8", "I8", "I16", "I64", "U64", "F16", "BF16", "F32", "F64", "C64", "F8_E4M3", "X"))
+        entry["dtype"] = rng.choice(
+            ("BOOL", "U8", "I8", "I16", "I64", "U64", "F16", "BF16", "F32", "F64", "C64", "F8_E4M3", "X")
+        )
     elif kind == 1:
         entry["shape"] = [rng.choice(NUMBERS[:20]) for _ in range(rng.choice((0, 1, 2, 3, 40, 65)))]
     elif kind == 2:
@@ -341,7 +357,10 @@ def _collide(rng: random.Random, part: Part) -> None:
     """Keys whose hashes are equal."""
     count, prime = rng.choice((50, 5000, 30_000)), 2**61 - 1
     form = rng.randrange(3)
-    keys = [["int", hex(number * prime)] if form < 2 else ["tuple", [["int", hex(number * prime)], 1]] for number in range(1, count)]
+    keys = [
+        ["int", hex(number * prime)] if form < 2 else ["tuple", [["int", hex(number * prime)], 1]]
+        for number in range(1, count)
+    ]
     node = ["set", ["list", keys]] if form == 1 else ["dict", keys, [0] * len(keys)]
     if isinstance(part.structure, list) and part.structure:
         part.structure[0] = node
@@ -393,8 +412,9 @@ def _change_frame(rng: random.Random, part: Part) -> None:
 
 
 _PART_CHANGES: list[Callable[[random.Random, Part], None]] = [
-    *[_change_structure] * 6, *[_put_hostile_node] * 4, *[_change_columns] * 2, *[_change_one_column] * 3, *[_change_data] * 4,
-    *[_change_fields] * 4, *[_claim_more] * 3, _collide, _overlap_text, _repeat, *[_change_frame] * 4,
+    *[_change_structure] * 6, *[_put_hostile_node] * 4, *[_change_columns] * 2, *[_change_one_column] * 3,
+    *[_change_data] * 4, *[_change_fields] * 4, *[_claim_more] * 3, _collide, _overlap_text, _repeat,
+    *[_change_frame] * 4,
 ]  # fmt: skip
 
 
@@ -438,5 +458,3 @@ def replace_by_no_file(rng: random.Random, path: Path) -> str:
     elif os.geteuid() == 0:
         os.mknod(path, 0o20644, os.makedev(1, 3 if kind == "device" else 5))
     return kind
-
-

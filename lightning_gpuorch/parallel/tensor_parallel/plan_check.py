@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_gpuorch.checked_files import integer
-
-if TYPE_CHECKING:
-    from lightning_gpuorch.parallel.tensor_parallel.plan import TensorParallelPlan
 
 _MAX_RANKS = 2**16
 
 
-def check_plan(plan: TensorParallelPlan) -> None:
-    """Check a plan that was read from data.
+def check_plan(plan: Any) -> None:
+    """Check a :class:`TensorParallelPlan` that was read from data.
 
     Raises:
         ValueError: Something in it has the wrong type, or is out of range.

@@ -154,9 +154,13 @@ class Order:
             ) from error
         stored = envelope.prediction(0) if envelope.num_predictions else None
         indices, ends = (stored.get("indices"), stored.get("ends")) if type(stored) is dict else (None, None)
-        if not (_is_integers(indices) or type(indices) is list) or not (ends is None or _is_ends(ends, len(indices))):
+        if _is_integers(indices):
+            indices = indices.astype(np.int64)
+        elif type(indices) is not list:
             raise CorruptPartError(f"{path} holds no order of samples.")
-        order = cls(indices if type(indices) is list else indices.astype(np.int64), ends)
+        if ends is not None and not _is_ends(ends, len(indices)):
+            raise CorruptPartError(f"{path} holds an order of samples with ends of batches that are none.")
+        order = cls(indices, ends)
         if order.digest != digest:
             raise CorruptPartError(f"{path} holds another order than its name says: the file was renamed.")
         return order

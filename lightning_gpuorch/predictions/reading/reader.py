@@ -22,7 +22,7 @@ from lightning_gpuorch.errors import (
 )
 from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.predictions.reading.lazy_list import LazyList
-from lightning_gpuorch.predictions.reading.part_index import Locator, Segment, UnitRanges, locate
+from lightning_gpuorch.predictions.reading.part_index import Locator, Segment, locate
 from lightning_gpuorch.predictions.samples import (
     NOT_KEPT,
     CannotMergeError,
@@ -35,6 +35,7 @@ from lightning_gpuorch.predictions.storage.journal import PartHeader, loader_dir
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.manifest import Quarantined, load, read_quarantine
 from lightning_gpuorch.predictions.storage.parts import Part, PartStore
+from lightning_gpuorch.predictions.storage.unit_ranges import UnitRanges
 
 _BYTES_AT_ONCE = 16 * 2**20
 _PARTS_IN_MEMORY = 2

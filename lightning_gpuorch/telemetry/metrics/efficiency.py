@@ -72,7 +72,9 @@ class Baseline:
             stored = parse_object(read_file(local_path(path, "path")))
             if not is_number(stored["samples_per_second"]) or not isinstance(stored["fingerprint"], dict):
                 raise ValueError("its figures are none")  # noqa: TRY301
-            baseline = cls(stored["samples_per_second"], stored["fingerprint"], integer(stored["num_samples"], "num_samples"))
+            baseline = cls(
+                stored["samples_per_second"], stored["fingerprint"], integer(stored["num_samples"], "num_samples")
+            )
         except (ValueError, KeyError, NotRegularFileError) as error:
             raise ConfigurationError(
                 f"{path} holds no baseline: {error!r}; make one with gpuorch calibrate."

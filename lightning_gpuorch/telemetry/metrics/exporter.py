@@ -32,8 +32,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.checked_files import parse_object, read_file
+from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.telemetry.atomic_file import replace_file
 from lightning_gpuorch.telemetry.failures import FailureTally, observer_failures
 from lightning_gpuorch.telemetry.metrics.exposition import CONTENT_TYPE, merge_directory, snapshot_name, write_text

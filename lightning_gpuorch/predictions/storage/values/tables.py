@@ -312,7 +312,9 @@ DECODERS: dict[str, Decode] = {
     "pandas.objects": _decode_objects,
     "pandas.arrow": _decode_arrow,
     "pandas.value": _decode_pandas_value,
-    "pandas.array": lambda decoder, node: _decode_values(decoder, node).array if _has_pandas() else _decode_values(decoder, node),
+    "pandas.array": lambda decoder, node: (
+        _decode_values(decoder, node).array if _has_pandas() else _decode_values(decoder, node)
+    ),
     "pandas.missing": _decode_missing,
     "polars": _decode_polars,
     "pyarrow": _decode_pyarrow,
