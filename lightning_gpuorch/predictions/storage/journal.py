@@ -175,7 +175,8 @@ class PartJournal:
     def _check(self, chunk: int) -> CorruptPartError | None:
         try:
             with opened(self.path(chunk)) as (file, file_bytes, source):
-                self.unpack_header(check_file(file, file_bytes, source), chunk)
+                fields, num_predictions = check_file(file, file_bytes, source)
+            self.unpack_header(fields, chunk, num_predictions)
         except NewerFormatError:
             raise
         except CorruptPartError as error:

@@ -29,12 +29,12 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from lightning_gpuorch.checked_files import integer, parse_json, parse_object
 from lightning_gpuorch.errors import CorruptPartError, PredictionStorageError
 from lightning_gpuorch.predictions.storage.decode import decode_tree
 from lightning_gpuorch.predictions.storage.encode import TreeEncoder
+from lightning_gpuorch.predictions.storage.part_contents import ColumnPlace, read_contents
 from lightning_gpuorch.predictions.storage.part_frame import (
     COVERED,
     FORMAT_VERSION,
@@ -46,11 +46,9 @@ from lightning_gpuorch.predictions.storage.part_frame import (
     damage,
     without_own_fields,
 )
-from lightning_gpuorch.predictions.storage.values.base import Column, Node
+from lightning_gpuorch.predictions.storage.values.base import Column
 
 _ALIGNMENT_BYTES = 64
-_MAX_DIMS = 64
-"""As many as numpy arrays and tensors may have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,23 +149,12 @@ class Envelope:
         body = view[PRELUDE_BYTES + header_bytes :]
         if zlib.crc32(body) != header["body_crc32"]:
             raise damage(source, "the checksum of its body does not fit")
-        structure, columns = body[: header["structure_bytes"]], body[header["structure_bytes"] :]
         self.fields, self.num_bytes = without_own_fields(header), len(view)
         self._source = source
-        # The checksums have said that this is what was written; whoever wrote it may have been another program.
-        try:
-            nodes = parse_json(bytes(structure))
-            if not isinstance(nodes, list):
-                raise ValueError("its structure is no list")  # noqa: TRY004, TRY301
-            self._nodes: list[Node] = nodes
-            self.num_predictions = len(nodes)
-            (entries_bytes,) = struct.unpack("<Q", columns[:8])
-            if entries_bytes > len(columns) - 8:
-                raise ValueError("the list of its columns goes beyond its end")  # noqa: TRY301
-            self._data = columns[8 + entries_bytes :]
-            self._columns = _check_columns(parse_object(bytes(columns[8 : 8 + entries_bytes])), len(self._data))
-        except (ValueError, struct.error) as error:
-            raise damage(source, f"its structure or the list of its columns is not of this format ({error})") from error
+        contents = read_contents(body, header, source)
+        self._nodes, self._columns = contents.nodes, contents.columns
+        self.num_predictions = len(contents.nodes)
+        self._data = body[header["structure_bytes"] + contents.data_start :]
 
     def prediction(self, position: int) -> Any:
         """Decode one prediction. It owns its memory; its tensors are writable.
@@ -193,35 +180,8 @@ class Envelope:
         place = self._column(column)
         return self._data[place.start : place.end]
 
-    def _column(self, column: int) -> _ColumnPlace:
+    def _column(self, column: int) -> ColumnPlace:
         place = self._columns.get(str(column)) if type(column) is int else None
         if place is None:
             raise CorruptPartError(f"there is no column {column!r:.40}")
         return place
-
-
-class _ColumnPlace(NamedTuple):
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-def _check_columns(entries: Mapping[str, Any], num_bytes: int) -> dict[str, _ColumnPlace]:
-    """Read the list of columns, which must fit in so many bytes. Raises ValueError where one is not of this format."""
-    places, total = {}, 0
-    for name, entry in entries.items():
-        if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
-            raise ValueError(f"column {name:.40} is not described")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or not isinstance(shape, list) or len(shape) > _MAX_DIMS:
-            raise ValueError(f"column {name:.40} has no dtype or no shape")
-        if not isinstance(offsets, list) or len(offsets) != 2:
-            raise ValueError(f"column {name:.40} has no place")
-        end = integer(offsets[1], "the end of a column", 0, num_bytes)
-        start = integer(offsets[0], "the start of a column", 0, end)
-        total += end - start
-        places[name] = _ColumnPlace(dtype, tuple(integer(size, "a size") for size in shape), start, end)
-    if total > num_bytes:
-        raise ValueError("its columns overlap")
-    return places

@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning_gpuorch.checked_files import integer, parse_object
 from lightning_gpuorch.errors import CorruptPartError
+from lightning_gpuorch.predictions.storage.part_contents import num_bytes_before_data, read_contents
 
 FORMAT_VERSION = 1
 
@@ -30,8 +31,8 @@ class NewerFormatError(CorruptPartError):
     """A newer version has written the file; it is not damaged."""
 
 
-def check_file(file: io.FileIO, file_bytes: int, source: str) -> dict[str, Any]:
-    """Check every byte of a file against its checksums, a block at a time.
+def check_file(file: io.FileIO, file_bytes: int, source: str) -> tuple[dict[str, Any], int]:
+    """Check every byte of a file against its checksums, a block at a time, and what can be told of its contents.
 
     Args:
         file: The file, at its beginning.
@@ -39,18 +40,31 @@ def check_file(file: io.FileIO, file_bytes: int, source: str) -> dict[str, Any]:
         source: Its name, for error messages.
 
     Returns:
-        The writer's fields.
+        The writer's fields, and the number of predictions.
 
     Raises:
-        CorruptPartError: A checksum, a length or the magic does not fit.
+        CorruptPartError: A checksum, a length or the magic does not fit, or the structure is none.
     """
     header, raw, body_start = _read_header(file, file_bytes, source)
-    checksum = zlib.crc32(memoryview(raw)[body_start:])
+    first = bytearray(memoryview(raw)[body_start:])  # of the body, as far as its list of columns
+    checksum = zlib.crc32(first)
     while block := file.read(_BLOCK_BYTES):
         checksum = zlib.crc32(block, checksum)
+        if _is_short(first, header):
+            first += block
     if checksum != header["body_crc32"]:
         raise damage(source, "the checksum of its body does not fit")
-    return without_own_fields(header)
+    return without_own_fields(header), len(read_contents(memoryview(first), header, source).nodes)
+
+
+def _is_short(body: bytearray, header: Mapping[str, Any]) -> bool:
+    try:
+        with memoryview(body) as view:
+            return len(body) < num_bytes_before_data(view, header)
+    except struct.error:
+        return True
+    except ValueError:
+        return False  # nothing there will be read
 
 
 def read_fields(file: io.FileIO, file_bytes: int, source: str) -> dict[str, Any]:

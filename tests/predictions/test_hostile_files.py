@@ -1,0 +1,208 @@
+"""Files that another program has made, checksums right: read or refused with the project's own error, in bounded time.
+
+``python -m tests.fuzz_files`` does the same for an hour, with every kind of file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_gpuorch.cli.predictions import verify
+from lightning_gpuorch.control.coordinator import Coordinator
+from lightning_gpuorch.control.messages.base import Sender
+from lightning_gpuorch.control.messages.leases import JobOpened, OpenJob
+from lightning_gpuorch.errors import CorruptPartError, GPUOrchError
+from lightning_gpuorch.predictions import LoaderLayout, Manifest, PartStore, StoredBatch, read_predictions
+from lightning_gpuorch.predictions.storage.journal import loader_directory
+from lightning_gpuorch.predictions.storage.manifest import load, open_or_create
+from lightning_gpuorch.predictions.storage.part_file import Envelope, encode_envelope
+from tests.fuzz_files import fuzz
+from tests.support import mutations
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]  # numpy and torch warn of much that nobody would write
+
+VALUES: list[Any] = [
+    torch.arange(6.0).reshape(2, 3), {"a": [1, 2, {"b": (3,)}], 2: {4, 5}}, ["word"] * 20, [True] * 17,
+    torch.eye(3).to_sparse(),
+]  # fmt: skip
+RAW = b"".join(encode_envelope({"chunk": 0, "metadata": {}, "batches": []}, VALUES).buffers)
+
+
+@pytest.mark.slow
+def test_a_thousand_changes_of_every_kind_of_file() -> None:
+    findings = fuzz("suite", range(1500))
+    assert findings.changes == 1500
+    assert not findings.problems, findings.summary()
+    assert min(findings.outcomes["read"], findings.outcomes["refused"]) > 300, findings.summary()
+
+
+@given(st.randoms(use_true_random=False))
+@settings(max_examples=200)
+def test_a_changed_part_gives_values_or_the_projects_error(rng: random.Random) -> None:
+    raw = mutations.change_part(rng, RAW)
+    with contextlib.suppress(GPUOrchError):
+        envelope = Envelope(raw, "part")
+        for position in range(envelope.num_predictions):
+            envelope.prediction(position)
+
+
+@given(st.randoms(use_true_random=False))
+@settings(max_examples=100)
+def test_a_changed_manifest_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, rng: random.Random) -> None:
+    directory = tmp_path_factory.mktemp("job")
+    open_or_create(directory, MANIFEST)
+    path = directory / "manifest.json"
+    path.write_bytes(mutations.change_sealed(rng, path.read_bytes()))
+    with contextlib.suppress(GPUOrchError):
+        load(directory)
+        read_predictions(directory, allow_missing=True)
+
+
+# --- A real directory, with bad parts of every kind ---------------------------------------------------------------------
+
+MANIFEST = Manifest(
+    loaders=[LoaderLayout(unit="sample", num_units=80, batch_size=4, chunk_size=4, identity={"dataset": "d"})],
+    created=1.7e9,
+)
+
+
+def forge(path: Path, **changes: Any) -> None:
+    """Change sections of a part, and sign it."""
+    part = mutations.Part(path.read_bytes())
+    for name, change in changes.items():
+        setattr(part, name, change(getattr(part, name)))
+    path.write_bytes(part.signed())
+
+
+def make_pipe(path: Path) -> None:
+    path.unlink()
+    mutations.os.mkfifo(path)
+
+
+def make_link(path: Path) -> None:
+    kept = path.with_name("kept")
+    path.rename(kept)
+    path.symlink_to(kept)
+
+
+def make_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+BAD: dict[str, Any] = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "flipped": lambda path: path.write_bytes(path.read_bytes()[:-3] + b"abc"),
+    "empty": lambda path: path.write_bytes(b""),
+    "huge without content": lambda path: mutations.os.truncate(path, 2**40),
+    "pipe": make_pipe,
+    "link": make_link,
+    "directory": make_directory,
+    "another chunk": lambda path: forge(path, fields=lambda fields: {**fields, "chunk": 77}),
+    "metadata": lambda path: forge(path, fields=lambda fields: {**fields, "metadata": []}),
+    "batches": lambda path: forge(path, fields=lambda fields: {**fields, "batches": 3}),
+    "claims": lambda path: forge(
+        path,
+        fields=lambda fields: {
+            **fields, "batches": [{"first_unit": 0, "size": 4, "indices": {"start": -(2**62), "stop": 2**62}}],
+        },
+    ),
+    "structure": lambda path: forge(path, structure=lambda _: {"no": "list"}),
+    "fewer predictions": lambda path: forge(path, structure=lambda _: []),
+    "columns": lambda path: forge(path, entries=lambda _: {"0": {"dtype": "F32", "shape": [4], "data_offsets": [0, 999]}}),
+}  # fmt: skip
+"""What can be told without the packages that predictions are made of: a job that goes on sets it aside."""
+UNDECODABLE: dict[str, Any] = {
+    "shape": lambda path: forge(path, entries=lambda _: {"0": {"dtype": "F32", "shape": [9], "data_offsets": [0, 16]}}),
+    "range in a set": lambda path: forge(path, structure=lambda _: [["set", ["range", 0, 2**50, 1]]]),
+    "unknown node": lambda path: forge(path, structure=lambda _: [["pickle", "x"]]),
+}
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    open_or_create(tmp_path, MANIFEST)
+    store = PartStore(loader_directory(tmp_path, 0))
+    for chunk in range(20):
+        start = 4 * chunk
+        store.commit(chunk, [StoredBatch(start, list(range(start, start + 4)), 4, torch.arange(4.0) + start)], {})
+    return tmp_path
+
+
+def spoil(job: Path, kinds: dict[str, Any]) -> dict[int, str]:
+    """Make every second part bad; returns which, and how."""
+    store, spoilt = PartStore(loader_directory(job, 0)), {}
+    for number, (kind, change) in enumerate(kinds.items()):
+        change(store.path(number))
+        spoilt[number] = kind
+    return spoilt
+
+
+def test_a_job_that_goes_on_sets_bad_parts_aside_and_keeps_the_others(job: Path) -> None:
+    spoilt = spoil(job, BAD)
+    coordinator = Coordinator(1)
+    opened = coordinator.handle(
+        OpenJob(sender=Sender(rank=0, replica=0, generation=0), job=0, directory=str(job), ephemeral=False,
+                manifest=MANIFEST.to_dict())
+    ).result(60)  # fmt: skip
+    assert isinstance(opened, JobOpened)
+    assert opened.resumed_chunks == 20 - len(spoilt)
+    store = PartStore(loader_directory(job, 0))
+    assert store.done() == set(range(20)) - spoilt.keys(), [spoilt[chunk] for chunk in store.done() & spoilt.keys()]
+    aside = {path.name for path in store.directory.glob("*.damaged")}
+    assert aside == {f"{store.path(chunk).name}.damaged" for chunk in spoilt}
+    for chunk in spoilt:  # what was computed in their place
+        start = 4 * chunk
+        store.commit(chunk, [StoredBatch(start, list(range(start, start + 4)), 4, torch.arange(4.0) + start)], {})
+    assert torch.cat(list(read_predictions(job))).tolist() == list(range(80))
+
+
+def test_verify_names_all_bad_parts(job: Path) -> None:
+    readable = {
+        kind: change for kind, change in BAD.items() if kind in ("flipped", "structure", "fewer predictions", "columns")
+    }
+    spoilt = spoil(job, {**readable, **UNDECODABLE})
+    done = CliRunner().invoke(verify, [str(job)])
+    assert done.exit_code == 1
+    for chunk, kind in spoilt.items():
+        assert f"part-{chunk:09d}.gpq" in done.output, kind
+    assert f"part-{len(spoilt):09d}" not in done.output
+
+
+@pytest.mark.parametrize("kind", [*BAD, *UNDECODABLE])
+def test_verify_names_a_bad_part_of_any_kind(job: Path, kind: str) -> None:
+    {**BAD, **UNDECODABLE}[kind](PartStore(loader_directory(job, 0)).path(7))
+    done = CliRunner().invoke(verify, [str(job)])
+    assert done.exit_code == 1
+    assert "part-000000007.gpq" in done.output
+    assert not isinstance(done.exception, Exception) or isinstance(done.exception, SystemExit)
+
+
+# --- Claims that are larger than the file -------------------------------------------------------------------------------
+
+
+def test_a_manifest_may_claim_more_batches_than_memory_holds(job: Path) -> None:
+    raw = json.loads((job / "manifest.json").read_text())
+    raw["loaders"][0].update(num_units=2**61, batch_size=1)
+    (job / "manifest.json").write_bytes(mutations.seal(raw))
+    with pytest.raises(CorruptPartError, match="fewer bytes"):
+        read_predictions(job, allow_missing=True)
+    with pytest.raises(GPUOrchError, match="missing"):
+        read_predictions(job)
+
+
+def test_keys_with_equal_hashes_are_refused() -> None:
+    prime = 2**61 - 1
+    raw = b"".join(encode_envelope({}, [{number * prime: 0 for number in range(1, 1000)}]).buffers)
+    with pytest.raises(CorruptPartError, match="999 keys have the same hash"):
+        Envelope(raw, "part").prediction(0)
