@@ -44,6 +44,12 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
+def continue_with_parents_end() -> None:
+    """In place of :func:`die_with_parent`: be woken, in case this process is stopped, to end by itself."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT, 0, 0, 0)
+
+
 def announce() -> None:
     """Show the supervisor signs of life, and be ready to show it the stacks."""
     dump = os.environ.get(DUMP_FILE)

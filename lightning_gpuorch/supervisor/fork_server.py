@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_gpuorch.control import bootstrap
+from lightning_gpuorch.supervisor.leftovers import become_subreaper, kill_descendants
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ CONTINUE_SECONDS = 5.0
 SILENT_SECONDS = 15.0
 """After so long it is replaced."""
 _FRESH_SECONDS = 0.2
+_TIDY_SECONDS = 3.0
+"""How long the fork server may take to end what workers have left behind."""
 
 
 class ForkServerSpawner:
@@ -115,11 +118,16 @@ class ForkServerSpawner:
         return -signal.SIGKILL if self._socket is None else None
 
     def close(self) -> None:
-        """End the fork server."""
+        """End the fork server, and with it whatever workers have left behind."""
+        self._end(_TIDY_SECONDS if self._has_answered else 0.0)
+
+    def _end(self, patience_seconds: float) -> None:
         if self._socket is not None:
-            self._socket.close()
+            self._socket.close()  # it ends by that
             self._socket = None
         if self._server is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._server.wait(patience_seconds)
             self._server.kill()
             self._server.wait(10)
             self._server = None
@@ -151,7 +159,7 @@ class ForkServerSpawner:
         self._send({"ping": True})
 
     def _replace(self) -> None:
-        self.close()
+        self._end(0.0)
         self._start()
 
     def _start(self) -> None:
@@ -273,9 +281,14 @@ def _leave(code: Any) -> None:
 
 
 def serve(connection: socket.socket, preload: Sequence[str] = PRELOADED) -> None:
-    """The fork server's life: import, then fork on request and report who ended, until the supervisor is gone."""
+    """The fork server's life: import, then fork on request and report who ended, until the supervisor is gone.
+
+    What workers have started becomes its child when they are gone, sessions of their own or not, and ends with it.
+    """
     for name in preload:
         importlib.import_module(name)
+    become_subreaper()
+    bootstrap.continue_with_parents_end()
     import gc
 
     gc.collect()
@@ -291,17 +304,18 @@ def serve(connection: socket.socket, preload: Sequence[str] = PRELOADED) -> None
     selector.register(connection, selectors.EVENT_READ)
     selector.register(woken, selectors.EVENT_READ)
     buffer = b""
-    server_pid = os.getpid()
+    server_pid, workers = os.getpid(), set[int]()
     _tell(connection, {"ready": True})
     while True:
         ready = {key.fileobj for key, _ in selector.select()}
         if woken in ready:
             os.read(woken, 4096)
-        _report_ended(connection)
+        _report_ended(connection, workers)
         if connection not in ready:
             continue
         data = connection.recv(2**16)
         if not data:
+            kill_descendants(_TIDY_SECONDS)
             return
         buffer += data
         *lines, buffer = buffer.split(b"\n")
@@ -320,14 +334,16 @@ def serve(connection: socket.socket, preload: Sequence[str] = PRELOADED) -> None
                 os.close(woken)
                 os.close(wake)
                 _become_worker(request["command"], request["environment"], server_pid)
+            workers.add(pid)
             _tell(connection, {"pid": pid})
 
 
 def _tell(connection: socket.socket, message: dict[str, Any]) -> None:
-    connection.sendall(json.dumps(message).encode() + b"\n")
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the supervisor is gone, which is seen when it is read
+        connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _report_ended(connection: socket.socket) -> None:
+def _report_ended(connection: socket.socket, workers: set[int]) -> None:
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -335,7 +351,9 @@ def _report_ended(connection: socket.socket) -> None:
             return
         if pid == 0:
             return
-        _tell(connection, {"pid": pid, "exit_code": os.waitstatus_to_exitcode(status)})
+        if pid in workers:  # and no orphan that a worker has left
+            workers.discard(pid)
+            _tell(connection, {"pid": pid, "exit_code": os.waitstatus_to_exitcode(status)})
 
 
 if __name__ == "__main__":

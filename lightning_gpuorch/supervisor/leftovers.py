@@ -1,18 +1,24 @@
 """Processes that a worker leaves behind: those in sessions of their own are killed, orphans of it are reaped.
 
 Killing a worker's session ends what it has started, except what has begun a session of its own (a daemon, a shell, a server
-of the user's script). Those are told by the environment that they inherit. Where the supervisor is the first process of a
+of the user's script). Those are told by the environment that they inherit, when their worker ends; a mere fork of a worker
+that was itself forked, or one with another environment, is not. These become children of the fork server when the worker is
+gone, and end with it: with the job, also where the supervisor is killed. Where the supervisor is the first process of a
 container, orphans become its children, and nothing else reaps them.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 _PROC = Path("/proc")
+_PR_SET_CHILD_SUBREAPER = 36
 _MAX_ROUNDS = 10
 """A process that forks faster than it is found is given up."""
 
@@ -32,6 +38,26 @@ def kill_marked(name: str, value: str) -> int:
         if not marked:
             break
     return found
+
+
+def become_subreaper() -> None:
+    """Have orphans below this process become its children; nothing where the system knows no such thing."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def kill_descendants(timeout_seconds: float) -> None:
+    """Kill and reap all children of this process, and theirs, which become its own; see :func:`become_subreaper`."""
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline:
+        for pid in _children():
+            _kill(pid)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:  # there are none
+            return
+        time.sleep(0.005)
 
 
 def reap_orphans(sessions: Collection[int]) -> int:
