@@ -19,6 +19,7 @@
     │   ├── ControlPlaneTimeoutError (TimeoutError)
     │   ├── ProtocolError                    a message between two processes is malformed
     │   └── CollectiveMismatchError          ranks called different collectives
+    ├── WorkerStartError (OSError)           a worker process cannot be started
     ├── InputMismatchError                   ranks that must read the same have read different input
     ├── UnreadableRecordsError               the records of a run are not those of a run
     ├── DataPlaneError                       ranks of a TP group could not complete a step together
@@ -183,6 +184,10 @@ class ProtocolError(ControlPlaneError):
 
 class CollectiveMismatchError(ControlPlaneError):
     """Ranks called different collectives at the same point."""
+
+
+class WorkerStartError(GPUOrchError, OSError):
+    """A worker process cannot be started: the system has no room for it, or what it needs cannot be imported."""
 
 
 class InputMismatchError(GPUOrchError):

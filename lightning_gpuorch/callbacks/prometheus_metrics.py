@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_gpuorch.callbacks._rank import RankInfo, batch_length
+from lightning_gpuorch.devices.host_memory import host_memory_bytes, resident_bytes
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.telemetry.current import current_metrics, use_metrics
@@ -219,8 +219,8 @@ class PrometheusMetrics(Callback):
             metrics.memory_usage.set(torch.cuda.memory_reserved(info.device))
             metrics.memory_limit.set(torch.cuda.get_device_properties(info.device).total_memory)
         else:
-            metrics.memory_usage.set(psutil.Process().memory_info().rss)
-            metrics.memory_limit.set(psutil.virtual_memory().total)
+            metrics.memory_usage.set(resident_bytes())
+            metrics.memory_limit.set(host_memory_bytes())
 
 
 def _remove(directory: Path, info: RankInfo) -> None:

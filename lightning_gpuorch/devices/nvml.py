@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import psutil
 import pynvml
 
+from lightning_gpuorch.devices.host_memory import host_memory_bytes
 from lightning_gpuorch.devices.reading import DeviceReading
 from lightning_gpuorch.errors import GPUOrchError
 
@@ -73,7 +74,7 @@ class HostReader:
         return DeviceReading(
             device="cpu",
             memory_used_bytes=self._process.memory_info().rss,
-            memory_total_bytes=psutil.virtual_memory().total,
+            memory_total_bytes=host_memory_bytes(),
             utilization_ratio=psutil.cpu_percent() / 100,
         )
 

@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_gpuorch.control import bootstrap
+from lightning_gpuorch.errors import WorkerStartError
 from lightning_gpuorch.supervisor.leftovers import become_subreaper, kill_descendants
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ CONTINUE_SECONDS = 5.0
 SILENT_SECONDS = 15.0
 """After so long it is replaced."""
 _FRESH_SECONDS = 0.2
+_ROOM = "Are there limits on processes or memory (ulimit -u, -v; pids.max of a container)?"
 _TIDY_SECONDS = 3.0
 """How long the fork server may take to end what workers have left behind."""
 
@@ -68,10 +70,12 @@ class ForkServerSpawner:
         """See :meth:`~lightning_gpuorch.supervisor.workers.Spawner.prepare`: the imports begin now.
 
         Raises:
-            OSError: The fork server has died before its first word.
+            WorkerStartError: The fork server has died before its first word.
         """
         if self._server is not None and self._server.poll() is not None and not self._has_answered:
-            raise OSError("the process that forks workers has died; see its message above")
+            raise WorkerStartError(
+                "the process that forks workers has died before any was started; see its message above"
+            )
         if self._server is None or self._server.poll() is not None:
             self._start()
 
@@ -79,7 +83,7 @@ class ForkServerSpawner:
         """See :meth:`~lightning_gpuorch.supervisor.workers.Spawner.can_spawn`.
 
         Raises:
-            OSError: The fork server has died while it started, or not started in time.
+            WorkerStartError: The fork server has died while it started, or not started in time.
         """
         self.prepare()
         self._watch()
@@ -92,7 +96,7 @@ class ForkServerSpawner:
         """See :meth:`~lightning_gpuorch.supervisor.workers.Spawner.spawn`.
 
         Raises:
-            OSError: The fork server cannot be started.
+            WorkerStartError: The fork server cannot be started.
         """
         self.prepare()
         assert self._server is not None
@@ -105,8 +109,11 @@ class ForkServerSpawner:
                 continue
             if had_answered:  # it was there a moment ago: the worker shares its fate, and is restarted as any other
                 return _LostWorker(server_pid)
-            raise OSError("the process that forks workers has died or does not answer; see its message above")
-        pid = int(self._answers.pop(0)["pid"])
+            raise WorkerStartError("the process that forks workers has died or does not answer; see its message above")
+        answer = self._answers.pop(0)
+        if "failed" in answer:
+            raise WorkerStartError(f"a worker process cannot be started: {answer['failed']}. {_ROOM}")
+        pid = int(answer["pid"])
         self._running.add(pid)
         return _ForkedWorker(self, pid)
 
@@ -140,7 +147,7 @@ class ForkServerSpawner:
         silent_seconds = time.monotonic() - self._heard_at
         if not self._has_answered:
             if silent_seconds > START_SECONDS:
-                raise OSError(f"the process that forks workers has not started in {START_SECONDS:.0f} s")
+                raise WorkerStartError(f"the process that forks workers has not started in {START_SECONDS:.0f} s")
             return
         if silent_seconds > PING_SECONDS and time.monotonic() - self._pinged_at > PING_SECONDS:
             self._ping()
@@ -213,7 +220,7 @@ class ForkServerSpawner:
             if "exit_code" in message:
                 self._exit_codes[message["pid"]] = message["exit_code"]
                 self._running.discard(message["pid"])
-            elif "pid" in message:
+            elif "pid" in message or "failed" in message:
                 self._answers.append(message)
 
 
@@ -324,7 +331,11 @@ def serve(connection: socket.socket, preload: Sequence[str] = PRELOADED) -> None
             if "ping" in request:
                 _tell(connection, {"pong": True})
                 continue
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError as error:
+                _tell(connection, {"failed": error.strerror})
+                continue
             if pid == 0:
                 signal.set_wakeup_fd(-1)
                 for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
@@ -339,7 +350,9 @@ def serve(connection: socket.socket, preload: Sequence[str] = PRELOADED) -> None
 
 
 def _tell(connection: socket.socket, message: dict[str, Any]) -> None:
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the supervisor is gone, which is seen when it is read
+    with contextlib.suppress(
+        BrokenPipeError, ConnectionResetError
+    ):  # the supervisor is gone, which is seen when it is read
         connection.sendall(json.dumps(message).encode() + b"\n")
 
 

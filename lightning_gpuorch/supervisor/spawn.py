@@ -19,7 +19,7 @@ from lightning_gpuorch.control.bootstrap import (
     report_failure,
     winding_up,
 )
-from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.errors import ConfigurationError, WorkerStartError
 from lightning_gpuorch.supervisor.fork_server import ForkServerSpawner
 from lightning_gpuorch.supervisor.workers import Process, Spawner
 
@@ -73,12 +73,15 @@ class ScriptSpawner:
 
     def spawn(self, environment: Mapping[str, str]) -> Process:
         """See :meth:`Spawner.spawn`."""
-        return subprocess.Popen(
-            self._command,
-            env={**os.environ, **environment, PARENT: str(os.getpid())},
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-        )
+        try:
+            return subprocess.Popen(
+                self._command,
+                env={**os.environ, **environment, PARENT: str(os.getpid())},
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+            )
+        except OSError as error:
+            raise WorkerStartError(f"a worker process cannot be started: {error}.") from error
 
     def close(self) -> None:
         """Nothing to release."""

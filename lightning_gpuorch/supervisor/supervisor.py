@@ -26,7 +26,9 @@ from lightning_gpuorch.errors import (
     EXIT_DATA_MISSING,
     EXIT_FAILURE,
     EXIT_RESUMABLE,
+    ConfigurationError,
     ControlPlaneError,
+    WorkerStartError,
     format_indices,
 )
 from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_directory
@@ -83,7 +85,12 @@ class Supervisor:
         self.place = place = place or NodePlace()
         self.config, self.num_workers = config, num_workers
         self.run_id = new_run_id()
-        self.run_directory = create_run_directory(self.run_id)
+        try:
+            self.run_directory = create_run_directory(self.run_id)
+        except OSError as error:
+            raise ConfigurationError(
+                f"there is no directory for the records of this run: {error}. Set TMPDIR to one that can be written."
+            ) from error
         source = "supervisor" if place.node_rank == 0 else f"supervisor-{place.node_rank}"
         self._events = EventLog(self.run_directory / "events", source)
         self.keep_results = False
@@ -138,6 +145,8 @@ class Supervisor:
         except StoppedError as stopped:
             log.info("%s while the other nodes are waited for: nothing has begun", stopped)
             code = EXIT_RESUMABLE
+        except WorkerStartError as error:
+            log.error("%s The job ends.", error)
         except ControlPlaneError as error:
             log.error("%s; this node stops, what it has computed is durable", error)
         finally:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -91,3 +93,46 @@ def test_one_that_dies_while_it_imports_is_not_started_again_for_ever(
     _server(spawner).kill()
     with pytest.raises(OSError, match="has died"):
         _until(spawner.can_spawn)
+
+
+LEAVES = """
+import os, subprocess, sys, time
+kept = [subprocess.Popen(["env", "-i", "sleep", "600"], start_new_session=True).pid]  # without what it could be told by
+reading, writing = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.write(writing, str(os.getpid()).encode())
+        time.sleep(600)
+    os._exit(0)
+kept.append(int(os.read(reading, 99)))
+temporary = sys.argv[1] + ".part"
+with open(temporary, "w") as file:
+    file.write(" ".join(map(str, kept)))
+os.rename(temporary, sys.argv[1])
+time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs prctl")
+@pytest.mark.parametrize("ends", ["worker first", "supervisor killed"])
+def test_what_workers_start_in_sessions_of_their_own_ends_with_the_job(tmp_path: Path, ends: str) -> None:
+    script, told = tmp_path / "leaves.py", tmp_path / "told"
+    script.write_text(LEAVES)
+    spawner = ForkServerSpawner(("script", str(script), str(told), "0" if ends == "worker first" else "600"))
+    try:
+        _until(spawner.can_spawn)
+        worker = spawner.spawn({"RANK": "0"})
+        _until(told.exists)
+        left = [psutil.Process(int(pid)) for pid in told.read_text().split()]
+        if ends == "worker first":
+            _until(lambda: worker.poll() is not None)
+            assert all(process.is_running() for process in left), "they are not in its session"
+            spawner.close()
+        else:
+            assert spawner._socket is not None
+            spawner._socket.close()  # as the system does it for a process that is killed
+        _, alive = psutil.wait_procs(left, 20)
+        assert not alive
+    finally:
+        spawner.close()

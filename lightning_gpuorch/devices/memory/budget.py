@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+from lightning_gpuorch.devices.host_memory import host_memory_bytes, resident_bytes
 from lightning_gpuorch.errors import ConfigurationError, ModelDoesNotFitError
 
 ACTIVATION_HEADROOM = 0.1
@@ -21,7 +21,7 @@ def total_memory_bytes(device: torch.device) -> int:
     """Memory of a device; of the CPU, what the machine and this process's control groups allow."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return min(psutil.virtual_memory().total, *_cgroup_limits(Path("/")))
+    return min(host_memory_bytes(), *_cgroup_limits(Path("/")))
 
 
 def memory_budget_bytes(device: torch.device, memory_fraction: float) -> int:
@@ -160,7 +160,7 @@ def memory_summary(device: torch.device) -> str:
             f"{format_bytes(max(0, total - free - reserved))} outside the allocator, {format_bytes(free)} free of "
             f"{format_bytes(total)}"
         )
-    used = psutil.Process().memory_info().rss
+    used = resident_bytes()
     return f"{device}: this process uses {format_bytes(used)} of {format_bytes(total_memory_bytes(device))}"
 
 
