@@ -42,7 +42,7 @@ CONTINUE_SECONDS = 5.0
 SILENT_SECONDS = 15.0
 """After so long it is replaced."""
 _FRESH_SECONDS = 0.2
-_ROOM = "Are there limits on processes or memory (ulimit -u, -v; pids.max of a container)?"
+_ROOM = "Are there limits on processes, files or memory (ulimit -u, -n, -v; pids.max of a container)?"
 _TIDY_SECONDS = 3.0
 """How long the fork server may take to end what workers have left behind."""
 
@@ -175,17 +175,12 @@ class ForkServerSpawner:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended by itself
                 os.killpg(pid, signal.SIGKILL)
         self._running.clear()
-        ours, theirs = socket.socketpair()
-        os.set_inheritable(theirs.fileno(), True)
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-        self._server = subprocess.Popen(
-            [sys.executable, "-u", *flags, "-m", "lightning_gpuorch.supervisor.fork_server", str(theirs.fileno())],
-            env={**os.environ, bootstrap.PARENT: str(os.getpid())},
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        theirs.close()
+        try:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self._server = _popen(theirs)
+        except OSError as error:
+            raise WorkerStartError(f"the process that forks workers cannot be started: {error}. {_ROOM}") from error
         self._socket, self._buffer, self._answers = ours, b"", []
         self._has_answered, self._heard_at = False, time.monotonic()
 
@@ -222,6 +217,17 @@ class ForkServerSpawner:
                 self._running.discard(message["pid"])
             elif "pid" in message or "failed" in message:
                 self._answers.append(message)
+
+
+def _popen(connection: socket.socket) -> subprocess.Popen[bytes]:
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    return subprocess.Popen(
+        [sys.executable, "-u", *flags, "-m", "lightning_gpuorch.supervisor.fork_server", str(connection.fileno())],
+        env={**os.environ, bootstrap.PARENT: str(os.getpid())},
+        pass_fds=(connection.fileno(),),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 class _ForkedWorker:

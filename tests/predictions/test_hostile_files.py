@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from click.testing import CliRunner
@@ -206,3 +208,29 @@ def test_keys_with_equal_hashes_are_refused() -> None:
     raw = b"".join(encode_envelope({}, [{number * prime: 0 for number in range(1, 1000)}]).buffers)
     with pytest.raises(CorruptPartError, match="999 keys have the same hash"):
         Envelope(raw, "part").prediction(0)
+
+
+def test_tables_whose_values_take_no_bytes_are_refused_and_others_come_back() -> None:
+    nulls = pa.FixedSizeListArray.from_arrays(pa.nulls(2**24), 2**24)
+    again = pa.ListViewArray.from_arrays(
+        pa.array([0] * 5000, pa.int32()), pa.array([5000] * 5000, pa.int32()), pa.array(range(5000), pa.int16())
+    )
+    view = struct.pack("<i4sii", 100_000, b"xxxx", 0, 0)
+    buffers = [None, pa.py_buffer(view * 2000), pa.py_buffer(b"x" * 100_000)]
+    text = pa.Array.from_buffers(pa.string_view(), 2000, buffers)
+    for hostile in (nulls, again, text):
+        raw = b"".join(encode_envelope({}, [pa.table({"a": hostile})]).buffers)
+        assert len(raw) < 2**18
+        with pytest.raises(CorruptPartError, match=r"bytes for \d+ values"):
+            Envelope(raw, "part").prediction(0)
+    plain = pa.table(
+        {
+            "list": [[1, 2], None], "fixed": pa.array([[1, 2], [3, 4]], pa.list_(pa.int8(), 2)),
+            "struct": [{"a": "x"}, {"a": None}],
+            "dictionary": pa.array(["u", "v"]).dictionary_encode(), "view": pa.array(["p", "q" * 40], pa.string_view()),
+            "runs": pa.RunEndEncodedArray.from_arrays(pa.array([1, 2], pa.int32()), pa.array([5, 6])),
+            "map": pa.array([[("k", 1)], []], pa.map_(pa.string(), pa.int8())), "null": [None, None],
+        }
+    )  # fmt: skip
+    back = Envelope(b"".join(encode_envelope({}, [plain]).buffers), "part").prediction(0)
+    assert back.equals(plain)

@@ -1,4 +1,4 @@
-"""The frame of an Arrow IPC stream, as far as it must be known before Arrow reads it.
+"""What is to be known of an Arrow IPC stream before Arrow reads it, and of its arrays before they are made into objects.
 
 A compressed buffer claims its own length, and Arrow makes room for it before it decompresses. This package writes none, so
 a stream with one is of another origin and refused. Only Flatbuffers' tables are walked here, down to the field that names the
@@ -8,6 +8,9 @@ compression: https://arrow.apache.org/docs/format/Columnar.html
 from __future__ import annotations
 
 import struct
+from typing import Any
+
+import numpy as np
 
 _CONTINUATION = 0xFFFFFFFF
 _HEADER, _BODY_LENGTH = 2, 3
@@ -73,3 +76,33 @@ def _field(message: bytes, table: int, slot: int) -> int:
     if table + offset >= len(message):
         raise ValueError("an Arrow message is damaged: a field lies outside of it")
     return table + offset if offset else 0
+
+
+def count_values(array: Any) -> int:
+    """Values of an array at all levels, and bytes of text that is stored once and seen many times.
+
+    Lists of nulls take no bytes, and views may show the same values again and again.
+
+    Args:
+        array: Of pyarrow, validated.
+    """
+    import pyarrow as pa
+
+    kind, count = array.type, len(array)
+    if isinstance(kind, pa.BaseExtensionType):
+        return count_values(array.storage)
+    if pa.types.is_struct(kind) or pa.types.is_union(kind):
+        return count + sum(count_values(array.field(number)) for number in range(kind.num_fields))
+    if pa.types.is_dictionary(kind):
+        return count + count_values(array.dictionary)
+    if pa.types.is_run_end_encoded(kind):
+        return count + count_values(array.values)
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        shown = int(array.sizes.to_numpy(zero_copy_only=False).sum())
+        return count + shown + count_values(array.values)
+    if pa.types.is_nested(kind):
+        return count + count_values(array.values)
+    if kind in (pa.string_view(), pa.binary_view()) and count:
+        lengths = np.frombuffer(array.buffers()[1], "<i4")[4 * array.offset : 4 * (array.offset + count) : 4]
+        return count + int(lengths.astype(np.int64).sum())
+    return count

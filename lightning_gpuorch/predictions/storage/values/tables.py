@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lightning_gpuorch.errors import CorruptPartError, UnsupportedPredictionError
-from lightning_gpuorch.predictions.storage.values.arrow_stream import refuse_compression
+from lightning_gpuorch.predictions.storage.values.arrow_stream import count_values, refuse_compression
 from lightning_gpuorch.predictions.storage.values.base import (
     Decode,
     Decoder,
@@ -29,7 +29,7 @@ from lightning_gpuorch.predictions.storage.values.base import (
 )
 
 _VALUES = "values"
-_MAX_ROWS_PER_BYTE = 64
+_MAX_VALUES_PER_BYTE = 64
 
 
 def _arrow(value: Any, path: str) -> Any:
@@ -63,9 +63,12 @@ def _read_table(decoder: Decoder, column: int) -> Any:
     refuse_compression(content)
     table = pa.ipc.open_stream(pa.py_buffer(content)).read_all()
     # Columns of nulls take no bytes, however many rows they claim.
-    if table.num_rows > _MAX_ROWS_PER_BYTE * len(content):
+    if table.num_rows > _MAX_VALUES_PER_BYTE * len(content):
         raise ValueError(f"{len(content)} bytes for {table.num_rows} rows")
     table.validate(full=True)
+    num_values = sum(count_values(chunk) for column in table.columns for chunk in column.chunks)
+    if num_values > _MAX_VALUES_PER_BYTE * len(content):
+        raise ValueError(f"{len(content)} bytes for {num_values} values")
     return table
 
 
