@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +156,37 @@ def test_a_run_lives_while_its_lock_is_held_whatever_its_process_is_called(
     owner.write_text(json.dumps({**told, "pid": 2**22 + 1, "began": told["began"] - 30 * 86400}))
     sweep(0)
     assert [(run.run_id, run.alive) for run in find_runs()] == [("run-a", True)]
+
+
+IN_A_CONTAINER = """
+import sys
+from lightning_gpuorch.telemetry.run_directory import create_run_directory, find_runs, sweep
+create_run_directory("run-b")
+sweep(0)
+print(sorted((run.run_id, run.alive) for run in find_runs()), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_containers_that_share_the_temporary_directory_take_each_other_s_runs_for_alive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*enter, "true"], capture_output=True, timeout=60).returncode:
+        pytest.skip("namespaces are not permitted here")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    create_run_directory("run-a")
+    both = [("run-a", True), ("run-b", True)]
+    with subprocess.Popen(
+        [*enter, sys.executable, "-c", IN_A_CONTAINER], env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as container:  # fmt: skip
+        assert container.stdout is not None
+        assert container.stdout.readline().strip() == str(both)
+        sweep(0)
+        assert sorted((run.run_id, run.alive) for run in find_runs()) == both
+        container.communicate(timeout=60)
+    assert sorted((run.run_id, run.alive) for run in find_runs()) == [("run-a", True), ("run-b", False)]
 
 
 def test_a_directory_that_somebody_else_may_write_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
