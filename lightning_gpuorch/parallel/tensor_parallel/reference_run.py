@@ -35,9 +35,6 @@ from lightning_gpuorch.parallel.tensor_parallel.values import (
 
 logger = logging.getLogger(__name__)
 
-MAX_KEPT_ROWS = 4
-"""Rows kept of what a layer receives whose kind was recorded whole before: in a deep model that is nearly everything."""
-
 
 class ExampleError(TensorParallelError):
     """The model cannot be run with the example input."""
@@ -136,7 +133,7 @@ class ReferenceRun(StubInstaller):
         def copied(value: torch.Tensor, whole: bool) -> Received:
             # Query, key and value projections get one tensor: one copy is enough.
             if not last or (whole and last[0].rows is not None) or not last[0].holds(value):
-                last[:] = [Received.copy(value, None if whole else _some_rows(value, choice))]
+                last[:] = [Received.copy(value, None if whole else choice)]
             return last[0]
 
         def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -271,14 +268,6 @@ class ReferenceRun(StubInstaller):
         ]
         self._refuse_readings()
         return results[0] if self.num_steps == 1 else results
-
-
-def _some_rows(value: torch.Tensor, choice: random.Random) -> torch.Tensor | None:
-    """Choose which rows of a tensor are kept; None for all."""
-    if value.dim() < 2 or value.layout is not torch.strided or value.is_quantized:
-        return None
-    num_rows = value.shape[:-1].numel()
-    return torch.tensor(sorted(choice.sample(range(num_rows), MAX_KEPT_ROWS))) if num_rows > MAX_KEPT_ROWS else None
 
 
 def _refuse_as_layer_would(module: nn.Module, value: torch.Tensor) -> None:
