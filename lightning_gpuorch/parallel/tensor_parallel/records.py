@@ -23,6 +23,8 @@ from lightning_gpuorch.parallel.tensor_parallel.random_draws import Draw
 
 MAX_WHOLE_ELEMENTS = 1 << 14
 """Smaller tensors are kept whole."""
+ROOM_ELEMENTS = 1 << 22
+"""Of a piece of memory for copies."""
 NUM_ROWS, NUM_CHANNELS = 4, 64
 """What is kept of larger ones where that is enough."""
 
@@ -39,6 +41,23 @@ class Deviation(TensorParallelError):  # noqa: N818 - an event of the search, no
     def __init__(self, layer: str, message: str) -> None:
         super().__init__(f"{layer}: {message}" if layer else message)
         self.layer = layer
+
+
+class Room:
+    """Memory for small copies, in large pieces: between the tensors of a running model they would leave gaps."""
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0)
+
+    def take(self, value: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor into it."""
+        count = value.numel()
+        if value.dtype is not torch.float32 or count > ROOM_ELEMENTS:
+            return value.detach().clone()
+        if count > self._free.numel():
+            self._free = torch.empty(ROOM_ELEMENTS)
+        place, self._free = self._free[:count].view(value.shape), self._free[count:]
+        return place.copy_(value.detach())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +79,16 @@ class Received:
     of_channels: torch.Tensor | None = None
 
     @classmethod
-    def copy(cls, value: torch.Tensor, choice: random.Random | None = None) -> Received:
+    def copy(cls, value: torch.Tensor, room: Room, choice: random.Random | None = None) -> Received:
         """Copy a tensor; with ``choice``, parts of it that are chosen at random if it is large."""
         plain = value.layout is torch.strided and not value.is_quantized and value.dim() > 1
         if choice is None or not plain or value.numel() <= MAX_WHOLE_ELEMENTS:
             return cls(value.shape, value.detach().clone())
         rows = _some(value.shape[:-1].numel(), NUM_ROWS, choice)
         channels = _some(value.shape[-1], NUM_CHANNELS, choice)
-        return cls(value.shape, picked(value, rows), rows, channels, value.index_select(-1, channels))
+        return cls(
+            value.shape, room.take(picked(value, rows)), rows, channels, room.take(value.index_select(-1, channels))
+        )
 
     def holds(self, value: torch.Tensor) -> bool:
         """Tell whether a tensor has these values, as far as they are kept."""

@@ -22,7 +22,7 @@ from lightning_gpuorch.parallel.tensor_parallel.installation import StubInstalle
 from lightning_gpuorch.parallel.tensor_parallel.isolation import CommunicatesError
 from lightning_gpuorch.parallel.tensor_parallel.layers import features, is_conv1d
 from lightning_gpuorch.parallel.tensor_parallel.random_draws import RandomDraws
-from lightning_gpuorch.parallel.tensor_parallel.records import LayerCall, Received, Reference
+from lightning_gpuorch.parallel.tensor_parallel.records import LayerCall, Received, Reference, Room
 from lightning_gpuorch.parallel.tensor_parallel.state import seed_everything
 from lightning_gpuorch.parallel.tensor_parallel.values import (
     detached,
@@ -127,13 +127,13 @@ class ReferenceRun(StubInstaller):
         counts: Counter[nn.Module] = Counter()
         draws = RandomDraws()
         kinds: set[tuple[Any, ...]] = set()
-        choice = random.Random(self.seed)
+        choice, room = random.Random(self.seed), Room()
         last: list[Received] = []
 
         def copied(value: torch.Tensor, whole: bool) -> Received:
             # Query, key and value projections get one tensor: one copy is enough.
             if not last or (whole and last[0].rows is not None) or not last[0].holds(value):
-                last[:] = [Received.copy(value, None if whole else choice)]
+                last[:] = [Received.copy(value, room, None if whole else choice)]
             return last[0]
 
         def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
