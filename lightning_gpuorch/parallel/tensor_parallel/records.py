@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_gpuorch.errors import TensorParallelError
+from lightning_gpuorch.parallel.tensor_parallel.intervals import Intervals, pieces
 from lightning_gpuorch.parallel.tensor_parallel.plan import (
     AttributePatch,
     LayerKind,
@@ -18,6 +20,13 @@ from lightning_gpuorch.parallel.tensor_parallel.plan import (
     ShapeRule,
 )
 from lightning_gpuorch.parallel.tensor_parallel.random_draws import Draw
+
+MAX_WHOLE_ELEMENTS = 1 << 14
+"""Smaller tensors are kept whole."""
+ROOM_ELEMENTS = 1 << 22
+"""Of a piece of memory for copies."""
+NUM_ROWS, NUM_CHANNELS = 4, 64
+"""What is kept of larger ones where that is enough."""
 
 REPLICATED = LayerPlan(LayerKind.REPLICATED)
 
@@ -34,29 +43,82 @@ class Deviation(TensorParallelError):  # noqa: N818 - an event of the search, no
         self.layer = layer
 
 
+class Room:
+    """Memory for small copies, in large pieces: between the tensors of a running model they would leave gaps."""
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0)
+
+    def take(self, value: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor into it."""
+        count = value.numel()
+        if value.dtype is not torch.float32 or count > ROOM_ELEMENTS:
+            return value.detach().clone()
+        if count > self._free.numel():
+            self._free = torch.empty(ROOM_ELEMENTS)
+        place, self._free = self._free[:count].view(value.shape), self._free[count:]
+        return place.copy_(value.detach())
+
+
 @dataclasses.dataclass(frozen=True)
 class Received:
-    """A tensor that a layer received: the whole of it, or some of its rows.
+    """A tensor that a layer received: the whole of it, or some of its rows and some channels of all rows.
 
     Attributes:
         shape: Shape of the whole tensor.
         values: The tensor, copied.
         rows: Which rows of its last dimension were kept; None for all.
+        channels: Which channels of all rows were kept besides, if not all rows were.
+        of_channels: Those.
     """
 
     shape: torch.Size
     values: torch.Tensor
     rows: torch.Tensor | None = None
+    channels: torch.Tensor | None = None
+    of_channels: torch.Tensor | None = None
 
     @classmethod
-    def copy(cls, value: torch.Tensor, rows: torch.Tensor | None = None) -> Received:
-        """Copy a tensor, or some rows of it."""
-        return cls(value.shape, picked(value, rows).detach().clone(), rows)
+    def copy(cls, value: torch.Tensor, room: Room, choice: random.Random | None = None) -> Received:
+        """Copy a tensor; with ``choice``, parts of it that are chosen at random if it is large."""
+        plain = value.layout is torch.strided and not value.is_quantized and value.dim() > 1
+        if choice is None or not plain or value.numel() <= MAX_WHOLE_ELEMENTS:
+            return cls(value.shape, value.detach().clone())
+        rows = _some(value.shape[:-1].numel(), NUM_ROWS, choice)
+        channels = _some(value.shape[-1], NUM_CHANNELS, choice)
+        return cls(
+            value.shape, room.take(picked(value, rows)), rows, channels, room.take(value.index_select(-1, channels))
+        )
 
     def holds(self, value: torch.Tensor) -> bool:
         """Tell whether a tensor has these values, as far as they are kept."""
-        alike = (self.shape, self.values.dtype) == (value.shape, value.dtype)
-        return alike and torch.equal(self.values, picked(value, self.rows))
+        if (self.shape, self.values.dtype) != (value.shape, value.dtype):
+            return False
+        if not torch.equal(self.values, picked(value, self.rows)):
+            return False
+        return (
+            self.channels is None
+            or self.of_channels is None
+            or torch.equal(self.of_channels, value.index_select(-1, self.channels))
+        )
+
+    def channels_within(self, own: Intervals | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where kept channels are among those that a rank has, and their values; empty if all rows were kept."""
+        if self.channels is None or self.of_channels is None:
+            return torch.zeros(0, dtype=torch.long), self.values[..., :0]
+        if own is None:
+            return self.channels, self.of_channels
+        inside = [(self.channels >= start) & (self.channels < stop) for start, stop in own]
+        places = [
+            self.channels[mask] - start + position
+            for mask, (start, _, position) in zip(inside, pieces(own), strict=True)
+        ]
+        kept = [self.of_channels[..., mask] for mask in inside]
+        return torch.cat(places), torch.cat(kept, -1)
+
+
+def _some(size: int, count: int, choice: random.Random) -> torch.Tensor:
+    return torch.tensor(sorted(choice.sample(range(size), min(count, size))))
 
 
 def picked(value: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

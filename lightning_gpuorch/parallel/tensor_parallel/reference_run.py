@@ -22,7 +22,7 @@ from lightning_gpuorch.parallel.tensor_parallel.installation import StubInstalle
 from lightning_gpuorch.parallel.tensor_parallel.isolation import CommunicatesError
 from lightning_gpuorch.parallel.tensor_parallel.layers import features, is_conv1d
 from lightning_gpuorch.parallel.tensor_parallel.random_draws import RandomDraws
-from lightning_gpuorch.parallel.tensor_parallel.records import LayerCall, Received, Reference
+from lightning_gpuorch.parallel.tensor_parallel.records import LayerCall, Received, Reference, Room
 from lightning_gpuorch.parallel.tensor_parallel.state import seed_everything
 from lightning_gpuorch.parallel.tensor_parallel.values import (
     detached,
@@ -34,9 +34,6 @@ from lightning_gpuorch.parallel.tensor_parallel.values import (
 )
 
 logger = logging.getLogger(__name__)
-
-MAX_KEPT_ROWS = 4
-"""Rows kept of what a layer receives whose kind was recorded whole before: in a deep model that is nearly everything."""
 
 
 class ExampleError(TensorParallelError):
@@ -130,13 +127,13 @@ class ReferenceRun(StubInstaller):
         counts: Counter[nn.Module] = Counter()
         draws = RandomDraws()
         kinds: set[tuple[Any, ...]] = set()
-        choice = random.Random(self.seed)
+        choice, room = random.Random(self.seed), Room()
         last: list[Received] = []
 
         def copied(value: torch.Tensor, whole: bool) -> Received:
             # Query, key and value projections get one tensor: one copy is enough.
             if not last or (whole and last[0].rows is not None) or not last[0].holds(value):
-                last[:] = [Received.copy(value, None if whole else _some_rows(value, choice))]
+                last[:] = [Received.copy(value, room, None if whole else choice)]
             return last[0]
 
         def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -271,14 +268,6 @@ class ReferenceRun(StubInstaller):
         ]
         self._refuse_readings()
         return results[0] if self.num_steps == 1 else results
-
-
-def _some_rows(value: torch.Tensor, choice: random.Random) -> torch.Tensor | None:
-    """Choose which rows of a tensor are kept; None for all."""
-    if value.dim() < 2 or value.layout is not torch.strided or value.is_quantized:
-        return None
-    num_rows = value.shape[:-1].numel()
-    return torch.tensor(sorted(choice.sample(range(num_rows), MAX_KEPT_ROWS))) if num_rows > MAX_KEPT_ROWS else None
 
 
 def _refuse_as_layer_would(module: nn.Module, value: torch.Tensor) -> None:

@@ -77,6 +77,37 @@ class TwoLayers(nn.Module):
         return self.down(self.between(self, self.up(x)))
 
 
+# -- a block that is not like the others -------------------------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """Blocks of one kind; one of them normalizes, over all channels, the first position of each sequence only."""
+
+    width, num_blocks, odd = 512, 6, 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(self.width, 2 * self.width) for _ in range(self.num_blocks))
+        self.down = nn.ModuleList(nn.Linear(2 * self.width, self.width) for _ in range(self.num_blocks))
+
+    def predict_step(self, x: torch.Tensor) -> torch.Tensor:
+        for index, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+            h = up(x).sigmoid()
+            if index == self.odd:
+                h = torch.cat([F.normalize(h[:, :1], dim=-1), h[:, 1:]], 1)
+            x = x + down(h)
+        return x
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_one_block_of_many_that_treats_one_position_in_another_way(num_ranks: int) -> None:
+    model = randomized(Wide())
+    inputs = [torch.randn(2, 16, model.width, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    plan = planned(model, inputs[0], num_ranks)
+    assert kinds(plan) <= GATHERED
+    assert_right(model, plan, *inputs)
+
+
 # -- sizes that fit by chance ------------------------------------------------------------------------------------------
 
 
