@@ -117,7 +117,16 @@ def _change_once(rng: random.Random, tree: Any, vocabulary: list[Any]) -> Any:
         holder[rng.choice(("", "x", "\ud800", "__class__", "a" * 300, key + "_"))] = holder.pop(key)
     elif kind == 13 and type(value) in (int, float):
         holder[key] = rng.choice(
-            (value + 1, value - 1, -value, value * 2, float(value), str(value), value == 1, [value])
+            (
+                value + 1,
+                value - 1,
+                -value,
+                value * 2,
+                float(value) if abs(value) < 1e300 else 1e300,
+                str(value),
+                value == 1,
+                [value],
+            )
         )
     elif kind == 14 and isinstance(value, str):
         at = rng.randrange(len(value) + 1)
