@@ -185,7 +185,8 @@ class ForkServerSpawner:
         self._has_answered, self._heard_at = False, time.monotonic()
 
     def _send(self, message: dict[str, Any]) -> None:
-        assert self._socket is not None
+        if self._socket is None:
+            return  # it is dying, and not yet dead
         self._socket.settimeout(SILENT_SECONDS)
         try:
             self._socket.sendall(json.dumps(message).encode() + b"\n")

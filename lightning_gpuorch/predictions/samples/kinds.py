@@ -98,6 +98,8 @@ def node_of(value: Any) -> Node:
         return Node.ARRAY
     if isinstance(value, _CONSTANTS):
         return Node.CONSTANT
+    if type(value).__module__.startswith("scipy.sparse"):
+        return Node.OPAQUE  # one kind of them is a dict, whose entries are not its keys' values
     if isinstance(value, Mapping):
         return Node.MAPPING
     if dataclasses.is_dataclass(value):
