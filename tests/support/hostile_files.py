@@ -333,7 +333,7 @@ def _command(command: click.Command, *arguments: object) -> None:
         return
 
 
-DISTURBING = {"resume", "read_with_gaps", "verify_command", "cached_plan"}
+DISTURBING = {"resume", "read_with_gaps", "verify_command", "cached_plan", "runs"}
 """Readers that change other files than the one that was changed."""
 ALLOWED = (GPUOrchError,)
 """What a reader may raise."""

@@ -95,3 +95,11 @@ def test_a_calibration_is_asked_for_by_the_environment(tmp_path: Path) -> None:
     asked = Calibration.from_environment({"_GPUORCH_CALIBRATION": f"2.5 {tmp_path}/a file"})
     assert asked is not None
     assert asked.path == tmp_path / "a file"
+
+
+def test_a_file_that_is_too_large_is_no_baseline(tmp_path: Path) -> None:
+    path = tmp_path / "baseline.json"
+    with open(path, "wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(ConfigurationError, match="holds no baseline"):
+        Baseline.load(path, {})

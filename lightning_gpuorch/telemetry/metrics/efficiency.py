@@ -8,6 +8,7 @@ refused.
 from __future__ import annotations
 
 import collections
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -76,7 +77,9 @@ class Baseline:
             baseline = cls(
                 stored["samples_per_second"], stored["fingerprint"], integer(stored["num_samples"], "num_samples")
             )
-        except (ValueError, KeyError, NotRegularFileError) as error:
+        except (ValueError, KeyError, OSError) as error:
+            if isinstance(error, OSError) and not isinstance(error, NotRegularFileError) and error.errno != errno.EFBIG:
+                raise
             raise ConfigurationError(
                 f"{path} holds no baseline: {error!r}; make one with gpuorch calibrate."
             ) from error
