@@ -28,6 +28,7 @@ from lightning_gpuorch.telemetry import (
     read_events,
     use_events,
 )
+from lightning_gpuorch.telemetry.metrics import exposition
 from lightning_gpuorch.telemetry.metrics.efficiency import Baseline
 from tests.support.gpus import _clean_process, eventually  # noqa: F401
 from tests.support.nvml import FakeNVML
@@ -176,11 +177,13 @@ def test_scaling_efficiency_is_shown_with_a_baseline_by_rank_0_and_follows_the_w
     assert "distributed_scaling_efficiency_percent " not in text
 
 
-@pytest.mark.parametrize("function", ["write_bytes", "mkdir", "iterdir", "read_text"])
+@pytest.mark.parametrize(
+    ("owner", "function"), [(Path, "write_bytes"), (Path, "mkdir"), (Path, "iterdir"), (exposition, "read_file")]
+)
 def test_a_run_whose_disk_fails_all_the_time_has_all_its_predictions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, function: str
 ) -> None:
-    real = getattr(Path, function)
+    real = getattr(owner, function)
     failed: list[str] = []
 
     def fail(path: Path, *args: Any, **kwargs: Any) -> Any:
@@ -190,7 +193,7 @@ def test_a_run_whose_disk_fails_all_the_time_has_all_its_predictions(
         return real(path, *args, **kwargs)
 
     before = observer_failures.count("metrics")
-    monkeypatch.setattr(Path, function, fail)
+    monkeypatch.setattr(owner, function, fail)
     metrics, health = exporting(tmp_path, textfile=tmp_path / "text" / "job.prom"), GPUHealthMonitor(0.02)
     outputs = predict([metrics, health], lambda: eventually(lambda: len(failed) > 3))
     assert torch.cat(outputs).flatten().tolist() == [2.0 * i for i in range(20)]
