@@ -341,7 +341,7 @@ def test_what_was_done_before_an_error_is_picked_up_though_its_copy_was_under_wa
         return {"y": batch, "number": batch[0, 0] / 8}
 
     with pytest.raises(OnPurposeError):
-        trainer(ours(tmp_path, chunk_size=1), Begin()).predict(Module(step), LOADERS["map"]())
+        trainer(ours(tmp_path, chunk_size=1, on_error="raise"), Begin()).predict(Module(step), LOADERS["map"]())
     assert sorted(PartStore(tmp_path / "dataloader_0").done()) == [0, 1, 2]
 
 

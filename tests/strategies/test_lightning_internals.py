@@ -168,6 +168,11 @@ RELIED_ON: list[tuple[str, Callable[[], Any], Callable[[Any], bool]]] = [
         lambda: importlib.import_module("torch.utils.data.dataloader")._MultiProcessingDataLoaderIter,
         callable,
     ),
+    (
+        "_functorch",
+        lambda: torch._C,
+        lambda functorch: not functorch.is_functorch_wrapped_tensor(torch.ones(1)),
+    ),
     ("_pytree", module("torch.utils"), lambda pytree: pytree.tree_leaves([1, {"a": 2}]) == [1, 2]),
     (
         "_python_dispatch",
@@ -217,6 +222,7 @@ NOT_REQUIRED = {
     "_gpuorch_stub": "ours, on a foreign object",
     "_gpuorch_swap": "ours, on a foreign object",
     "_layer": "ours, on a tensor",
+    "_readings": "ours, on a tensor",
     "_created": "how the names of some of Prometheus' samples end",
     "_cuda_cudaCachingAllocator_set_allocator_settings": "asked for where the newer name is missing",
 }

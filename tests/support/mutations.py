@@ -225,7 +225,7 @@ def change_lines(rng: random.Random, raw: bytes) -> bytes:
         if kind < 4:
             try:
                 lines[at] = json.dumps(change_json(rng, json.loads(lines[at]))).encode()
-            except ValueError:
+            except (ValueError, RecursionError):
                 lines[at] = change_bytes(rng, lines[at])
         elif kind == 4:
             lines[at] = change_text(rng, lines[at])
@@ -235,7 +235,7 @@ def change_lines(rng: random.Random, raw: bytes) -> bytes:
             # Many of a kind that differ in their numbers: what is quadratic shows.
             try:
                 record = json.loads(lines[at])
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if isinstance(record, dict):
                 names = [name for name, value in record.items() if type(value) is int]
