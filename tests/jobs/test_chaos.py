@@ -53,7 +53,7 @@ def test_the_supervisor_too_may_die_and_a_script_that_is_careless_is_caught(tmp_
     killed = chaos.run(FaultPlan.parse("kill-supervisor@20%/rank0; kill-supervisor@commit 50%/rank1"))
     assert killed.problems == ()
     assert killed.launches == 1 + len(killed.happened) > 1
-    caught = chaos.run(FaultPlan.parse("exception@20%/rank1; term-supervisor@60%/rank0"))
+    caught = chaos.run(FaultPlan.parse("kill@20%/rank1; term-supervisor@60%/rank0"))
     assert caught.exit_code == 0
     assert any("differs" in problem for problem in caught.problems)
     assert FaultPlan.parse(str(caught.plan)) == caught.plan

@@ -152,8 +152,9 @@ def test_whichever_call_of_an_observer_fails_the_predictions_are_complete_and_th
                 continue
             survived[system.failed] = survived.get(system.failed, 0) + 1
             counted = sum(observer_failures.counts().values()) - before
-            # A sensor that cannot be read is a finding of the verdict; a folder may have been made by another thread.
-            shown = system.failed.startswith(("_nvml", "mkdir in log"))
+            # A sensor that cannot be read is a finding of the verdict; a folder may have been made by another thread; memory
+            # is known without /proc.
+            shown = system.failed.startswith(("_nvml", "mkdir in log", "open in exporter.py:_call_back"))
             assert counted >= 1 or shown, f"call {number}, {system.failed}, failed and nobody counted it"
     finally:
         gpus.detach()
