@@ -14,11 +14,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from lightning_gpuorch.control.messages.collectives import Gather, Gathered, GetMissingRanks, MissingRanks
 from lightning_gpuorch.control.messages.nodes import DropRanks, EndRank
 from lightning_gpuorch.control.pending import answered, failed, pending, resolve
 from lightning_gpuorch.control.transport import Channel
 from lightning_gpuorch.errors import CollectiveMismatchError, ControlPlaneTimeoutError
+
+_MAX_DEPTH = 32
+"""Of objects that travel as data."""
 
 
 @dataclass
@@ -172,21 +177,46 @@ class ControlCollectives:
         Raises:
             CollectiveMismatchError: ``src_rank`` is not part of the job.
         """
-        payload = pickle.dumps(obj) if self._rank == src_rank else b""
+        payload = _encode(obj) if self._rank == src_rank else b""
         gathered = self.gather(f"broadcast(src={src_rank})", payload)
         if src_rank not in gathered:
             raise CollectiveMismatchError(
                 f"broadcast from rank {src_rank}: the job has ranks {sorted(gathered)}; it was retired or never existed."
             )
-        return obj if self._rank == src_rank else pickle.loads(gathered[src_rank])
+        return obj if self._rank == src_rank else _decode(gathered[src_rank])
 
     def all_gather_object(self, obj: Any) -> list[Any]:
         """Collect one object per rank, in rank order."""
-        return [pickle.loads(part) for part in self.gather("all_gather", pickle.dumps(obj)).values()]
+        return [_decode(part) for part in self.gather("all_gather", _encode(obj)).values()]
 
     def gather_by_rank(self, obj: Any) -> dict[int, Any]:
         """Collect one object per rank, keyed by global rank."""
-        return {rank: pickle.loads(part) for rank, part in self.gather("all_gather", pickle.dumps(obj)).items()}
+        return {rank: _decode(part) for rank, part in self.gather("all_gather", _encode(obj)).items()}
+
+
+def _encode(obj: Any) -> bytes:
+    """An object of the script, as data where it is data; other objects are pickled, between ranks that know the token."""
+    return b"d" + msgspec.msgpack.encode(obj) if _is_data(obj) else b"p" + pickle.dumps(obj)
+
+
+def _decode(payload: bytes) -> Any:
+    return msgspec.msgpack.decode(payload[1:]) if payload[:1] == b"d" else pickle.loads(payload[1:])
+
+
+def _is_data(obj: Any, depth: int = 0) -> bool:
+    """Whether MessagePack gives an equal object of the same types back."""
+    kind = type(obj)
+    if kind is int:
+        return bool(-(2**63) <= obj < 2**64)
+    if kind is str:
+        return not any("\ud800" <= character <= "\udfff" for character in obj)
+    if depth > _MAX_DEPTH:
+        return False
+    if kind is list:
+        return all(_is_data(item, depth + 1) for item in obj)
+    if kind is dict:
+        return all(type(key) is str and _is_data(key) and _is_data(value, depth + 1) for key, value in obj.items())
+    return kind in (bool, float, bytes, type(None))
 
 
 def one_per_replica(values: dict[int, Any], tensor_parallel_size: int) -> Sequence[Any]:

@@ -1,6 +1,9 @@
 """The wire and the collectives, with real sockets and threads."""
 
+import collections
 import contextlib
+import enum
+import math
 import re
 import socket
 import struct
@@ -153,6 +156,35 @@ def test_collectives_agree_on_all_ranks():
         return collectives.broadcast_object({"from": rank}, src_rank=2), collectives.all_gather_object(rank * 10)
 
     assert _ranks(4, work) == [({"from": 2}, [0, 10, 20, 30])] * 4
+
+
+def test_what_is_data_travels_as_data_and_everything_comes_back_as_it_was():
+    endless: list = []
+    endless.append(endless)
+    data = [None, True, 7, -(2**63), 2**64 - 1, 0.1, math.inf, "é\0", b"\xff", [], {"a": [1, {"b": None}]}]
+    others = [(1, 2), {1: 2}, 2**64, "\ud800", {"a": (1,)}, collections.OrderedDict(a=1), Color.RED, endless]
+    channel = _Recording(Coordinator(1))
+    collectives = ControlCollectives(channel, 0, 1.0)
+    for number, value in enumerate(data + others):
+        (found,) = collectives.all_gather_object(value)
+        assert type(found) is type(value)
+        assert found == value if value is not endless else found[0] is found
+        assert channel.payloads[-1][:1] == (b"d" if number < len(data) else b"p"), value
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+class _Recording(LocalChannel):
+    def __init__(self, coordinator):
+        super().__init__(coordinator)
+        self.payloads = []
+
+    def call(self, request, **options):
+        if isinstance(request, Gather):
+            self.payloads.append(request.payload)
+        return super().call(request, **options)
 
 
 def test_a_restarted_rank_replays_what_was_decided():
