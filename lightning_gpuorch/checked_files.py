@@ -26,6 +26,10 @@ _MAX_DEPTH = 256
 """Of JSON; what is written here is less deep, and can be walked by functions that call themselves."""
 
 
+class TooLargeFileError(OSError):
+    """A file is larger than one of its kind may be."""
+
+
 class NotRegularFileError(OSError):
     """A link, directory, pipe, socket or device is where a file should be."""
 
@@ -54,12 +58,13 @@ def read_file(path: str | os.PathLike[str], max_bytes: int = _MAX_FILE_BYTES) ->
 
     Raises:
         NotRegularFileError: It is something else.
-        OSError: It cannot be read, or is larger than it may be.
+        TooLargeFileError: It is larger than it may be.
+        OSError: It cannot be read.
     """
     with open(open_file(path), "rb") as file:
         content = file.read(max_bytes + 1) if os.fstat(file.fileno()).st_size <= max_bytes else None
     if content is None or len(content) > max_bytes:
-        raise OSError(
+        raise TooLargeFileError(
             errno.EFBIG, f"it is larger than the {max_bytes:,} bytes that such a file may have", os.fspath(path)
         )
     return content

@@ -32,9 +32,11 @@ def verify(directory: Location) -> None:
     """Read every part and check it; name what is missing or damaged. Exit code 0 means complete and undamaged."""
     bad = False
     try:
-        for number, found in enumerate(_loaders(directory)):
+        loaders = _loaders(directory)
+        kept = not loaders or loaders[0].keeps_outputs
+        note = "" if kept else "; outputs were not kept, only that they were computed"
+        for number, found in enumerate(loaders):
             samples, missing = found.verify(), found.missing
-            note = "" if found.keeps_outputs else "; outputs were not kept, only that they were computed"
             click.echo(f"dataloader {number}: {len(found)} batches, {samples} samples read and intact{note}")
             if missing:
                 bad = True

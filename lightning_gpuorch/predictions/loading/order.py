@@ -164,7 +164,11 @@ class Order:
         if ends is not None and not _is_ends(ends, len(indices)):
             raise CorruptPartError(f"{path} holds an order of samples with ends of batches that are none.")
         order = cls(indices, ends)
-        if order.digest != digest:
+        try:
+            found = order.digest
+        except ValueError as error:  # integers that are too long to be written out
+            raise CorruptPartError(f"{path} holds no order of samples: {error}.") from error
+        if found != digest:
             raise CorruptPartError(f"{path} holds another order than its name says: the file was renamed.")
         return order
 

@@ -165,7 +165,12 @@ def well_typed(event: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         event: A record of whatever wrote the file.
     """
-    return {name: value for name, value in event.items() if _is_well_typed(name, value)}
+    return {name: _printable(value) for name, value in event.items() if _is_well_typed(name, value)}
+
+
+def _printable(value: Any) -> Any:
+    """Text as it can be written, whatever escapes of halves of characters are in it."""
+    return value.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(value, str) else value
 
 
 def _is_well_typed(name: str, value: Any) -> bool:

@@ -8,7 +8,6 @@ refused.
 from __future__ import annotations
 
 import collections
-import errno
 import json
 import os
 from collections.abc import Mapping
@@ -16,7 +15,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_gpuorch.checked_files import NotRegularFileError, integer, is_number, parse_object, read_file
+from lightning_gpuorch.checked_files import (
+    NotRegularFileError,
+    TooLargeFileError,
+    integer,
+    is_number,
+    parse_object,
+    read_file,
+)
 from lightning_gpuorch.errors import ConfigurationError
 from lightning_gpuorch.paths import local_path
 from lightning_gpuorch.telemetry.atomic_file import replace_file
@@ -77,9 +83,7 @@ class Baseline:
             baseline = cls(
                 stored["samples_per_second"], stored["fingerprint"], integer(stored["num_samples"], "num_samples")
             )
-        except (ValueError, KeyError, OSError) as error:
-            if isinstance(error, OSError) and not isinstance(error, NotRegularFileError) and error.errno != errno.EFBIG:
-                raise
+        except (ValueError, KeyError, NotRegularFileError, TooLargeFileError) as error:
             raise ConfigurationError(
                 f"{path} holds no baseline: {error!r}; make one with gpuorch calibrate."
             ) from error

@@ -19,7 +19,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 
-from lightning_gpuorch.checked_files import NotRegularFileError, read_file
+from lightning_gpuorch.checked_files import NotRegularFileError, TooLargeFileError, read_file
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 RANK_UP = "distributed_inference_rank_up"
@@ -71,7 +71,11 @@ def merge_directory(directory: Path, stale_after_seconds: float = 15.0) -> bytes
             try:
                 text = read_file(path).decode("utf-8", "replace")
                 fresh = time.time() - path.stat().st_mtime < stale_after_seconds
-            except (FileNotFoundError, NotRegularFileError):  # its rank has ended and tidied up; or no rank has made it
+            except (
+                FileNotFoundError,
+                NotRegularFileError,
+                TooLargeFileError,
+            ):  # its rank has ended; or no rank has made it
                 continue
             ended = text.rstrip().endswith(_ENDED)
             if path == newest and not ended:

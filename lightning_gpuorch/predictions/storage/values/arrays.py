@@ -92,12 +92,18 @@ def _decode_tensor(
     decoder: Decoder, column: int, opaque: str | None = None, shape: Sequence[int] | None = None
 ) -> torch.Tensor:
     dtype = _TORCH_DTYPES[decoder.dtype(column)] if opaque is None else _OPAQUE_DTYPES[opaque]
-    size = tuple(decoder.shape(column) if shape is None else shape)
+    size = decoder.shape(column) if shape is None else _checked_shape(shape)
     buffer = take(decoder, column, math.prod(size) * dtype.itemsize)
     tensor = torch.empty(size, dtype=dtype)
     if tensor.numel():
         tensor.reshape(-1).view(torch.uint8).numpy()[:] = np.frombuffer(buffer, np.uint8)
     return tensor
+
+
+def _checked_shape(shape: Any) -> tuple[int, ...]:
+    if type(shape) is not list or not all(type(length) is int and length >= 0 for length in shape):
+        raise ValueError("a shape is no list of lengths")
+    return tuple(shape)
 
 
 def _encode_sparse(encoder: Encoder, value: torch.Tensor, path: str, depth: int) -> Node:
@@ -226,7 +232,7 @@ def _decode_ndarray(
     decoder: Decoder, column: int, descr: Any = None, shape: Sequence[int] | None = None
 ) -> np.ndarray[Any, Any]:
     element = _NUMPY_DTYPES[decoder.dtype(column)] if descr is None else _decode_dtype(descr)
-    size = tuple(decoder.shape(column) if shape is None else shape)
+    size = decoder.shape(column) if shape is None else _checked_shape(shape)
     buffer = take(decoder, column, math.prod(size) * element.itemsize)
     # An element may have no bytes (dtype "<U0"): there is nothing to read then.
     if 0 in size or element.itemsize == 0:
@@ -236,7 +242,7 @@ def _decode_ndarray(
 
 
 def _decode_objects(decoder: Decoder, kind: str, shape: list[int], nodes: list[Node]) -> np.ndarray[Any, Any]:
-    if math.prod(shape) != len(nodes):
+    if math.prod(_checked_shape(shape)) != len(nodes):
         raise ValueError(f"{len(nodes)} entries for shape {shape}")
     array = np.empty(len(nodes), {"O": np.dtype(object), "T": np.dtypes.StringDType()}[kind])
     for position, node in enumerate(nodes):
@@ -301,6 +307,9 @@ def _decode_scipy(decoder: Decoder, name: str, form: str, nodes: list[Node], sha
     module = sys.modules.get("scipy.sparse")
     if module is None or name.removesuffix(f"_{suffix}") not in (*_SPARSE_PARTS, "lil", "dok"):
         return {"format": form, "shape": tuple(shape), **dict(zip(names, parts, strict=True))}
+    places = [array for part in parts[1:] for array in (part if isinstance(part, tuple) else (part,))]
+    if any(array.dtype.kind not in "iu" for array in places):
+        raise ValueError("the places of a sparse matrix are no integers")
     made = getattr(module, f"{form}_{suffix}")(tuple(parts), shape=tuple(shape))
     if form in ("csr", "csc", "bsr"):
         made.check_format(full_check=True)
