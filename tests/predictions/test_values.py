@@ -399,6 +399,16 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
     max_leaves=8,
 )
+
+
+def test_row_pointers_that_go_back_are_refused() -> None:
+    matrix = scipy.sparse.csr_matrix(np.eye(4))
+    matrix.indptr[:] = [0, 2**30, 0, 2**30, 0]  # scipy's own check passes: the last one is 0
+    raw = b"".join(map(bytes, encode_envelope({}, [matrix]).buffers))
+    with pytest.raises(CorruptPartError, match="row pointers of a sparse matrix do not ascend"):
+        Envelope(raw, "test").prediction(0)
+
+
 tags = st.sampled_from(sorted({node[0] for node in HOSTILE if node and isinstance(node[0], str)}))
 
 

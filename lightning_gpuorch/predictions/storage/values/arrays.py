@@ -310,8 +310,12 @@ def _decode_scipy(decoder: Decoder, name: str, form: str, nodes: list[Node], sha
     places = [array for part in parts[1:] for array in (part if isinstance(part, tuple) else (part,))]
     if any(array.dtype.kind not in "iu" for array in places):
         raise ValueError("the places of a sparse matrix are no integers")
+    is_compressed = form in ("csr", "csc", "bsr")
+    # scipy does not look at them where the last one is 0, and then writes beyond its arrays.
+    if is_compressed and (parts[2][1:] < parts[2][:-1]).any():
+        raise ValueError("the row pointers of a sparse matrix do not ascend")
     made = getattr(module, f"{form}_{suffix}")(tuple(parts), shape=tuple(shape))
-    if form in ("csr", "csc", "bsr"):
+    if is_compressed:
         made.check_format(full_check=True)
     return made if form == name[:3] else getattr(module, name)(made)
 
