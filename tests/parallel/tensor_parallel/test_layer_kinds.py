@@ -14,6 +14,8 @@ from lightning_gpuorch.errors import TensorParallelError
 from lightning_gpuorch.parallel.tensor_parallel import plan_tensor_parallel
 from lightning_gpuorch.parallel.tensor_parallel.values import leaf_difference, output_leaves
 
+pytestmark = pytest.mark.slow  # two ranks for each of a hundred kinds
+
 SIZES = (2, 3, 4)
 
 
