@@ -73,7 +73,7 @@ class CoordinatorClient:
 
     @property
     def silent_seconds(self) -> float:
-        """How long the coordinator has not been heard of."""
+        """Time since the last answer of the coordinator."""
         return time.monotonic() - self._heard
 
     def join(self, num_ranks: int, num_nodes: int, run_id: str, timeout_seconds: float) -> NodeJoined:

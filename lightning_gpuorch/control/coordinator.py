@@ -166,7 +166,7 @@ class Coordinator:
         self.collectives.set_members(range(world_size))
 
     def expire_leases(self, replica: int) -> int:
-        """Take back the leases of a replica that is not heard of; see :meth:`JobService.expire_leases`."""
+        """Take back the leases of a replica without a heartbeat; see :meth:`JobService.expire_leases`."""
         return self._job_service.expire_leases(replica)
 
     def open_ranks(self, ranks: Iterable[int]) -> dict[int, bool]:

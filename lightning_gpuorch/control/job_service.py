@@ -116,7 +116,7 @@ class JobService:
     # What the supervisors decide
 
     def expire_leases(self, replica: int) -> int:
-        """Take back the leases of a replica that is not heard of; it may come back and go on.
+        """Take back the leases of a replica without a heartbeat; it may come back and go on.
 
         Returns:
             Number of chunks that went back.

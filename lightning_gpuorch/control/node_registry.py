@@ -1,11 +1,11 @@
-"""The coordinator's side of the supervisors: which nodes take part, who is still heard of, what is to be done everywhere.
+"""The coordinator's side of the supervisors: which nodes take part, whose heartbeats arrive, what is to be done everywhere.
 
 Every node has a supervisor, which alone decides about its own workers. It asks the coordinator for what concerns the whole
-job, and reports what ended. A node that is not heard of for a lease term loses its leases, in case its work will never
+job, and reports what ended. A node without a heartbeat for a lease term loses its leases, in case its work will never
 come; it may come back. After ``node_timeout_seconds`` it is given up, and its ranks are no longer waited for.
 
 A place belongs to the supervisor that has asked for it first, told by a random name. Another one with the same node rank is
-refused while the first is heard of, and has the place once that is silent for a lease term: a node that was started again.
+refused while heartbeats of the first arrive, and takes the node rank after a lease term without one: a restarted node.
 
 A supervisor on the coordinator's own node uses the same requests, without a socket.
 """
@@ -288,7 +288,7 @@ class NodeRegistry:
             return answer
 
     def _await_seat(self, node: _Node) -> Future[NodeJoined]:
-        if node.joining is not None and not node.joining.done():  # nobody waits for it any more
+        if node.joining is not None and not node.joining.done():  # its request has been superseded
             node.joining.set_exception(ControlPlaneTimeoutError("the request was made again"))
         node.joining = pending()
         return node.joining
@@ -314,7 +314,7 @@ class NodeRegistry:
         )
 
     def _hear(self, number: int, node: _Node) -> None:
-        """The supervisor that has a place is heard of: whoever asks for the same place does not get it."""
+        """A heartbeat of the supervisor that holds a node rank: other requests for this node rank are refused."""
         node.heard = self._clock()
         if node.successor is not None:
             log.error("a second supervisor with --node-rank %d is refused: the first one is alive", number)
@@ -374,7 +374,7 @@ class NodeRegistry:
             self._hear(number, node)
             if node.expired and not node.lost:
                 node.expired = False
-                log.info("node %d is heard of again", number)
+                log.info("heartbeats from node %d arrive again", number)
             return self._state_for(node)
 
     def _state_for(self, node: _Node) -> JobState:

@@ -90,7 +90,7 @@ def _sweep() -> None:
             stack.callback(os.close, place)
             _check_owner(os.fstat(place), str(directory))
             if time.time() - os.fstat(place).st_mtime < _NEW_SECONDS:
-                continue  # whoever makes it may not have come to lock it
+                continue  # its process may not have locked it yet
             descriptor = os.open(_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=place)
             stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,7 +5,7 @@ It lives outside of the ranks, so it answers while their own communication is br
 1. A rank that leaves a step says so (``AbortEpoch``); the first to do so counts.
 2. Every rank has a request waiting (``WatchEpoch``) that is answered then.
 3. A rank that fails but goes on to take part in the step's collectives says that instead (``DrainStep``), and is answered
-   when all others have heard of it: their next ``WatchEpoch`` tells. So nobody takes the step's outcome for a good one.
+   when all others have been told, by their next ``WatchEpoch``. So no rank takes the step's outcome for a good one.
 4. All ranks hand in what they know and get what all know (``Exchange``): votes first, then whether each could connect
    again. With it they learn whether the epoch was aborted until then, the same on every rank; an abort that comes after
    the exchange it names is void. The exchange fails as soon as it is known that a rank of the group is gone.

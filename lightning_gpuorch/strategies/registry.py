@@ -1,7 +1,7 @@
 """Puts "gpuorch" and its variants into Lightning's registries, without importing Lightning.
 
 Lightning is heavy and may never be used by a process that imports this package. So the names are entered as soon as a
-registry's module has been imported, by whoever imports it; and the strategies are made by factories that import late.
+registry's module has been imported, by any module; and the strategies are made by factories that import late.
 """
 
 from __future__ import annotations

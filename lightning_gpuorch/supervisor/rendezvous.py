@@ -125,7 +125,7 @@ class Rendezvous:
         return min(_ASK_SECONDS, self._config.lease_term_sec / 3)
 
     def _ask_for_place(self) -> NodeJoined:
-        """Ask again and again: a supervisor that is not heard of loses its place to another one."""
+        """Ask again and again: a supervisor without heartbeats loses its node rank to another one."""
         limit, several = self._config.start_timeout_sec, self.place.num_nodes
         deadline = time.monotonic() + limit
         while True:

@@ -1,7 +1,7 @@
 """The one place where a failure becomes a decision.
 
 The rules are a table: kind of failure to what is done, and to what is done once the restart budget is spent. Nothing
-here touches a process; whoever asked carries the decision out.
+here touches a process; the caller carries the decision out.
 """
 
 from __future__ import annotations

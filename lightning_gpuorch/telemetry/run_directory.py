@@ -1,7 +1,7 @@
 """Where the records of a run are while it runs, and which runs there are on this node.
 
 Every run has a directory ``<temporary directory>/gpuorch-<uid>/<run id>/``: events, logs, metrics, profiles. The file
-``run.json`` in it names the process that answers for the run, so that whoever wants to look at a running job finds it
+``run.json`` in it names the process that answers for the run, so that commands that look at a running job find it
 without being told where it is. That process holds a lock on the file while it lives. Its number would not tell: a container
 that shares the temporary directory has numbers of its own. When the run ends, its records go beside the predictions, if those
 are kept, and the directory is removed; a run that was killed leaves it, and it is swept away a week later.

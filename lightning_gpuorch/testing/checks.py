@@ -111,7 +111,7 @@ def leftovers(output: Location, temporary: Path, seen: Iterable[str], killed: It
         output: Its output directory.
         temporary: The temporary directory it was given.
         seen: Runs that had a folder there at some time.
-        killed: Runs whose supervisor was killed: their records stay for whoever wants to know what has happened.
+        killed: Runs whose supervisor was killed: their records stay for the diagnosis.
     """
     # What a killed writer leaves in an object store cannot be told from what a living one needs; later runs sweep it.
     half = [str(path) for path in output.rglob(f"{TEMPORARY_PREFIX}*")] if isinstance(output, Path) else []

@@ -73,7 +73,7 @@ class _Decision:
         tensor_parallel_size: Ranks that share the model.
         plan: How it is cut, as JSON; None if it stays whole or ``parallelize_fn`` cuts it.
         lines: The arithmetic, for the log.
-        details: The plan in words, for whoever looks closer.
+        details: The plan in words, for a closer look.
         warning: What the user should know.
     """
 

@@ -58,7 +58,7 @@ class WatchEpoch(GroupRequest[EpochAborted | StepDrained | GroupEnded], frozen=T
 
 
 class DrainStep(GroupRequest[EpochAborted | Done], frozen=True):
-    """The rank takes part in a step that does not count; answered when all others have heard of it."""
+    """The rank takes part in a step that does not count; answered when all others have been told."""
 
     group_size: int
     position: int

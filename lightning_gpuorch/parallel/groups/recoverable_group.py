@@ -208,7 +208,7 @@ class RecoverableProcessGroup(ProcessGroup):
         with self._lock:
             if self._inner is None or self.aborted is not None or epoch not in (None, self.epoch):
                 return False
-            self.aborted = reason  # first: whoever then gets an error or garbage finds the reason
+            self.aborted = reason  # first: a caller that then gets an error or garbage finds the reason
             if self._size > 1:
                 self._inner.abort()
             return True
@@ -397,7 +397,7 @@ def _collective(method: str, op: str) -> Callable[..., Any]:
             self.num_failed += 1
             if _is_of_the_connection(error):
                 raise self._failed(op, epoch, error) from None
-            raise  # a wrong argument, or memory ran out: whoever called has to know
+            raise  # a wrong argument, or memory ran out: the caller has to know
         for hook in issue_hooks:
             hook(self, method, args, kwargs)
         if work is None:

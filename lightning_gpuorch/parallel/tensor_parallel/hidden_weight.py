@@ -1,4 +1,4 @@
-"""A stand-in for a layer's weight has a shape and a dtype, no values, and reports whoever wants them."""
+"""A stand-in for a layer's weight has a shape and a dtype, no values, and reports each access to them."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class ReferenceRun(StubInstaller):
         self.reference = Reference()
         self.keeps_state = self.is_variation = False
         self._grad_mode: Any = torch.inference_mode
-        # Whoever calls predict_step gets everything it returns; whoever calls a model hands its cache back to it.
+        # The caller of predict_step gets everything it returns; the caller of a model passes its cache back to it.
         self._caches_are_seen = call.method == "predict_step"
 
     # -- reference run ------------------------------------------------------------------------------------------------

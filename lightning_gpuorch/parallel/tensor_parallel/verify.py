@@ -1,4 +1,4 @@
-"""A plan is right if it passes here: checked without weights, processes or a GPU, whoever made the plan.
+"""A plan is right if it passes here: checked without weights, processes or a GPU, whatever its origin.
 
 1. The plan is read against the model: names, shapes, kinds, index sets that tile what they must tile, tied parameters
    that agree.

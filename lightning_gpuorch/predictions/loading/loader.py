@@ -58,7 +58,7 @@ class LeasedLoader:
         self.failure: UnreadableStreamError | None = None
         """What ended the loader before its end."""
         self.batch_sampler: Any = None
-        """Set by whoever has to satisfy a framework that looks for indices here."""
+        """Set for frameworks that look for indices here."""
         self._queue, self._sink, self._delivered, self._on_ended = queue, sink, delivered, on_ended
         self._requested: collections.deque[Requested] = collections.deque()
         self._no_work: NoWork | None = None

@@ -130,7 +130,7 @@ class _ForeignValue(metaclass=_Foreign):
 
 
 LEAVES = (np.ndarray, set, collections.deque, bytes, bytearray, memoryview, array.array, range, _ForeignValue)
-"""What is copied as a whole: some can be changed by whoever holds them, others are sequences that no list makes."""
+"""What is copied as a whole: some can be changed by their holders, others are sequences that no list makes."""
 
 
 def own_copy(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """The durable chunks of a dataloader, and whether what was written of them is whole.
 
 A part is one committed file per chunk. The set of committed parts *is* the journal of a job: leases and messages only
-avoid work being done twice. The journal is listed, checked and swept without decoding a prediction, so whoever only
+avoid work being done twice. The journal is listed, checked and swept without decoding a prediction, so a process that only
 keeps it, the supervisor, imports neither torch nor numpy.
 """
 
@@ -40,7 +40,7 @@ def loader_directory(directory: Location, loader: int) -> Location:
 def remove_fragments(directory: Location) -> None:
     """Remove the fragments of a job that is complete; see :mod:`lightning_gpuorch.predictions.storage.fragments`."""
     store = store_of(directory)
-    with contextlib.suppress(OSError):  # they harm nobody; a later run removes them
+    with contextlib.suppress(OSError):  # a later run removes them
         for name in store.folders(directory, FRAGMENTS_PREFIX):
             store.remove_directory(directory / name)
 
@@ -110,7 +110,7 @@ class PartJournal:
     def sizes_bytes(self) -> Iterator[int]:
         """Lengths of the parts, of each that can be told: a request per part."""
         for chunk in self.done():
-            with contextlib.suppress(OSError):  # whoever reads it is told why
+            with contextlib.suppress(OSError):  # reading the part tells why
                 yield self.store.size_bytes(self.path(chunk))
 
     def is_durable(self, chunk: int) -> bool:

@@ -9,7 +9,7 @@ loader:
 ``batch``
     Number of the loader's batch. For custom batch samplers, streams and any other iterable.
 ``scattered``
-    Dataset index, computed by whoever had it: for loaders that somebody else has shared out (a callback under another
+    Dataset index, computed by any rank: for loaders that another strategy has sharded (a callback under another
     strategy). Parts have arbitrary numbers, and each stored batch names its dataset indices.
 """
 

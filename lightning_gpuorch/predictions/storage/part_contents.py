@@ -1,6 +1,6 @@
 """What lies behind the header of a part file, as far as it can be told without the packages that predictions are made of.
 
-Its checksum says that this is what was written; whoever wrote it may have been another program.
+Its checksum says that this is what was written; the writer may have been another program.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class GroupAction(Enum):
     RETRY = "retry"
     """Compute the attempt again."""
     SMALLER = "smaller"
-    """Memory ran out: raise that on every rank at this attempt, whoever cuts batches cuts this one."""
+    """Memory ran out: raise that on every rank at this attempt; what cuts batches cuts this one."""
     FAIL = "fail"
     """The step raised an error: raise it, or that a peer did, on every rank."""
     RESTART = "restart"

@@ -69,7 +69,7 @@ _SHORTEST_DRAIN_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Recovery:
-    """One fault and its outcome, for whoever counts them.
+    """One fault and its outcome, for statistics.
 
     Attributes:
         decision: What was decided.

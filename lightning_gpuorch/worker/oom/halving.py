@@ -98,7 +98,7 @@ class BatchHalver:
         limits: Remembers sizes.
         outputs_to_host: Move the outputs of parts to the host from the start, not only after they were in the way.
             Needed where ranks have to cut alike and their outputs may differ.
-        remember: Cut later batches at what did not fit before. Not where whoever makes the batches learns from errors.
+        remember: Cut later batches at what did not fit before. Not where the batcher learns from errors.
     """
 
     def __init__(

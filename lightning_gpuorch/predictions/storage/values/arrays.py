@@ -126,7 +126,7 @@ def _decode_sparse(
     parts: Any = [decode_as(decoder, torch.Tensor, node) for node in nodes]
     size: Any = shape
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "in beta state": known to whoever returned it
+        warnings.simplefilter("ignore")  # "in beta state": known to the author of the step
         if layout == "sparse_coo":
             made = torch.sparse_coo_tensor(parts[0], parts[1], size, check_invariants=True, is_coalesced=coalesced)
         else:
@@ -156,7 +156,7 @@ def _decode_quantized(decoder: Decoder, node: Node, *scale: Node) -> torch.Tenso
     parts = [decoder.decode(part) for part in scale]
     make = torch._make_per_tensor_quantized_tensor if len(parts) == 2 else torch._make_per_channel_quantized_tensor
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "deprecated": known to whoever returned it
+        warnings.simplefilter("ignore")  # "deprecated": known to the author of the step
         return make(decode_as(decoder, torch.Tensor, node), *parts)
 
 
