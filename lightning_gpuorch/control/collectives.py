@@ -7,6 +7,7 @@ retired is no longer waited for. Payloads are small objects: they go through the
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -196,7 +197,10 @@ class ControlCollectives:
 
 def _encode(obj: Any) -> bytes:
     """An object of the script, as data where it is data; other objects are pickled, between ranks that know the token."""
-    return b"d" + msgspec.msgpack.encode(obj) if _is_data(obj) else b"p" + pickle.dumps(obj)
+    if _is_data(obj):
+        with contextlib.suppress(UnicodeEncodeError):  # half of a character pair
+            return b"d" + msgspec.msgpack.encode(obj)
+    return b"p" + pickle.dumps(obj)
 
 
 def _decode(payload: bytes) -> Any:
@@ -208,15 +212,13 @@ def _is_data(obj: Any, depth: int = 0) -> bool:
     kind = type(obj)
     if kind is int:
         return bool(-(2**63) <= obj < 2**64)
-    if kind is str:
-        return not any("\ud800" <= character <= "\udfff" for character in obj)
     if depth > _MAX_DEPTH:
         return False
     if kind is list:
         return all(_is_data(item, depth + 1) for item in obj)
     if kind is dict:
-        return all(type(key) is str and _is_data(key) and _is_data(value, depth + 1) for key, value in obj.items())
-    return kind in (bool, float, bytes, type(None))
+        return all(type(key) is str and _is_data(value, depth + 1) for key, value in obj.items())
+    return kind in (bool, float, str, bytes, type(None))
 
 
 def one_per_replica(values: dict[int, Any], tensor_parallel_size: int) -> Sequence[Any]:

@@ -384,3 +384,13 @@ def test_a_trainer_takes_options_and_keeps_what_nobody_asked_for_until_its_end(
     assert not store_of(root).holds_anything(root / "gpuorch"), "it is removed, as a directory of the machine is"
     with pytest.raises(ConfigurationError, match="storage_options is a dict; expected an object of names and texts"):
         GPUOrchStrategy(storage_options={"secret_access_key": b"not text"})
+
+
+def test_lengths_of_parts_come_with_one_listing(proxy: FaultyProxy, behind: ObjectPath) -> None:
+    store = PartStore(behind / "dataloader_0")
+    for chunk in range(5):
+        assert store.commit(chunk, batches(chunk), {})
+    asked: list[str] = []
+    proxy.rule = lambda method, path: asked.append(method)
+    assert list(store.sizes_bytes()) == [store.store.size_bytes(store.path(chunk)) for chunk in range(5)]
+    assert asked == ["GET", *["HEAD"] * 5]

@@ -106,11 +106,9 @@ def results(directory: Location) -> Any:
 def _are_small(loaders: Sequence[Predictions]) -> bool:
     num_bytes = 0
     for predictions in loaders:
-        if len(predictions._store.done()) > _PARTS_AT_ONCE:
-            return False
-        for size_bytes in predictions._store.sizes_bytes():
+        for number, size_bytes in enumerate(predictions._store.sizes_bytes()):
             num_bytes += size_bytes
-            if num_bytes > _BYTES_AT_ONCE:
+            if number >= _PARTS_AT_ONCE or num_bytes > _BYTES_AT_ONCE:
                 return False
     return True
 

@@ -23,6 +23,11 @@ class FileSystem(Store[Path]):
     def names(self, directory: Path) -> Iterator[str]:
         return iter(os.listdir(directory))
 
+    def sizes_bytes(self, directory: Path) -> Iterator[tuple[str, int]]:
+        for name in self.names(directory):
+            with contextlib.suppress(OSError):  # opening the file tells why
+                yield name, self.size_bytes(directory / name)
+
     def folders(self, directory: Path, prefix: str) -> list[str]:
         return sorted(path.name for path in directory.glob(f"{prefix}*") if path.is_dir())
 

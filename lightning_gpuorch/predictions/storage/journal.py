@@ -108,10 +108,19 @@ class PartJournal:
         return {int(match[1]) for match in map(_PART_NAME.fullmatch, names) if match}
 
     def sizes_bytes(self) -> Iterator[int]:
-        """Lengths of the parts, of each that can be told: a request per part."""
-        for chunk in self.done():
-            with contextlib.suppress(OSError):  # reading the part tells why
-                yield self.store.size_bytes(self.path(chunk))
+        """Lengths of the parts, of each that can be told; from a listing.
+
+        Raises:
+            PredictionStorageError: The directory exists and cannot be listed.
+        """
+        try:
+            for name, size_bytes in self.store.sizes_bytes(self.directory):
+                if _PART_NAME.fullmatch(name):
+                    yield size_bytes
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise storage_error(error, self.directory) from error
 
     def is_durable(self, chunk: int) -> bool:
         """Whether a chunk has been committed, by whomever.

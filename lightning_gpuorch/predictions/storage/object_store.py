@@ -122,9 +122,12 @@ class ObjectStore(Store[ObjectPath]):
         """Whether conditional copies are what they should be; None if that is not known."""
 
     def names(self, directory: ObjectPath) -> Iterator[str]:
+        return (name for name, _ in self.sizes_bytes(directory))
+
+    def sizes_bytes(self, directory: ObjectPath) -> Iterator[tuple[str, int]]:
         skipped = len(directory.key) + 1 if directory.key else 0
-        keys = self._call(lambda: [found["path"][skipped:] for found in self._listed(directory)])
-        return (name for name in keys if "/" not in name)
+        listed = self._call(lambda: [(found["path"][skipped:], found["size"]) for found in self._listed(directory)])
+        return (entry for entry in listed if "/" not in entry[0])
 
     def folders(self, directory: ObjectPath, prefix: str) -> list[str]:
         answer = self._call(lambda: obstore.list_with_delimiter(self._client, directory.key or None))

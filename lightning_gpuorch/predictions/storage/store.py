@@ -50,6 +50,10 @@ class Store(ABC, Generic[PathT]):
         """Names of the files in a directory, in any order; one request per 1,000, and no content."""
 
     @abstractmethod
+    def sizes_bytes(self, directory: PathT) -> Iterator[tuple[str, int]]:
+        """Names and lengths of the files in a directory, as :meth:`names`; no file whose length cannot be told."""
+
+    @abstractmethod
     def folders(self, directory: PathT, prefix: str) -> list[str]:
         """Names of the directories in a directory that begin with a prefix, ascending; none if there is no directory."""
 
