@@ -25,9 +25,10 @@ from lightning_gpuorch.predictions.loading.world_of_one import job_is_hidden
 from lightning_gpuorch.strategies.exit_codes import exit_with_codes
 from lightning_gpuorch.strategies.lightning_internals import set_rank_zero
 from lightning_gpuorch.strategies.packages import LightningPackage
+from lightning_gpuorch.worker.joining import ExternalRanks
 from lightning_gpuorch.worker.model_setup import ModelSetup, ParallelizeFn
 from lightning_gpuorch.worker.runtime import Runtime
-from lightning_gpuorch.worker.session import ExternalRanks, forget
+from lightning_gpuorch.worker.session import forget
 
 log = logging.getLogger(__name__)
 

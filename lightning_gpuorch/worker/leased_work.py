@@ -30,7 +30,7 @@ from lightning_gpuorch.predictions.loading.work import NoWork
 from lightning_gpuorch.worker.group_samples import Sample, samples_of
 
 if TYPE_CHECKING:
-    from lightning_gpuorch.worker.session import World
+    from lightning_gpuorch.worker.world import World
 
 FOREVER_SECONDS = 10 * 365 * 86400.0
 _MAX_UNREPORTED = 1000

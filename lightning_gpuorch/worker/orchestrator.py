@@ -20,9 +20,10 @@ from lightning_gpuorch.options import OrchestratorOptions, refuse_unknown
 from lightning_gpuorch.parallel.tensor_parallel import build_model
 from lightning_gpuorch.predictions.loading.shared_loader import SharedLoader
 from lightning_gpuorch.predictions.samples.tensors import to_device
+from lightning_gpuorch.worker.joining import ExternalRanks
 from lightning_gpuorch.worker.model_setup import ModelSetup, ParallelizeFn, first_batch, refuse_meta
 from lightning_gpuorch.worker.runtime import Runtime
-from lightning_gpuorch.worker.session import ExternalRanks, leave
+from lightning_gpuorch.worker.session import leave
 
 log = logging.getLogger(__name__)
 

@@ -34,9 +34,11 @@ from lightning_gpuorch.telemetry.rank import RankTelemetry
 from lightning_gpuorch.worker.group_recovery.agreement import GroupAction
 from lightning_gpuorch.worker.group_recovery.recovery import GroupRecovery, Recovery
 from lightning_gpuorch.worker.group_samples import SamplesDifferError
+from lightning_gpuorch.worker.joining import ExternalRanks
 from lightning_gpuorch.worker.predict import PredictionJob
-from lightning_gpuorch.worker.session import ExternalRanks, World, join, pause_recording, resume_recording
+from lightning_gpuorch.worker.session import join
 from lightning_gpuorch.worker.step_context import StepNote, StepWrapper
+from lightning_gpuorch.worker.world import World, pause_recording, resume_recording
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -14,7 +14,7 @@ from lightning_gpuorch.paths import Location
 from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.telemetry.metrics.efficiency import Calibration
 from lightning_gpuorch.telemetry.rank import RankTelemetry
-from lightning_gpuorch.worker.session import World
+from lightning_gpuorch.worker.world import World
 
 StepWrapper = Callable[[Callable[[Any], Any], Any, Ticket], Any]
 """``wrapper(call, batch, ticket) -> output``: stands around a step and calls ``call`` once, or often on parts."""
