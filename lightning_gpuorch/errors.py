@@ -18,7 +18,7 @@
     ├── ControlPlaneError                    the coordinator cannot be reached, or ranks disagree
     │   ├── ControlPlaneTimeoutError (TimeoutError)
     │   ├── ProtocolError                    a message between two processes is malformed
-    │   ├── SeatTakenError                   another supervisor has the node rank of this one
+    │   ├── NodeRankTakenError               another supervisor has the node rank of this one
     │   ├── OtherJobError                    the coordinator was started again since this process joined it
     │   └── CollectiveMismatchError          ranks called different collectives
     ├── InputMismatchError                   ranks that must read the same have read different input
@@ -184,7 +184,7 @@ class ProtocolError(ControlPlaneError):
     """A message between two processes is malformed, or of a type that is not known."""
 
 
-class SeatTakenError(ControlPlaneError):
+class NodeRankTakenError(ControlPlaneError):
     """Another supervisor has the node rank that this one asks for, or has had."""
 
     exit_code = EXIT_CONFIGURATION

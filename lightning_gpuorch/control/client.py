@@ -27,7 +27,7 @@ from lightning_gpuorch.control.messages.nodes import (
 )
 from lightning_gpuorch.control.messages.ranks import DrainJob
 from lightning_gpuorch.control.transport import Channel
-from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, OtherJobError, SeatTakenError
+from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, NodeRankTakenError, OtherJobError
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ class StateWatch:
         while not self._stop.wait(self.interval_seconds):
             try:
                 self._state = self.client.state()
-            except (SeatTakenError, OtherJobError) as error:
+            except (NodeRankTakenError, OtherJobError) as error:
                 self._end = error
                 return
             except ControlPlaneError as error:

@@ -34,7 +34,7 @@ from lightning_gpuorch.control.messages.nodes import (
 )
 from lightning_gpuorch.control.messages.ranks import ReportDevice
 from lightning_gpuorch.control.pending import answered, failed, pending, resolve
-from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, ControlPlaneTimeoutError, SeatTakenError
+from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, ControlPlaneTimeoutError, NodeRankTakenError
 from lightning_gpuorch.paths import Location
 
 log = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ class NodeRegistry:
         self._coordinator, self.num_nodes, self._clock = coordinator, num_nodes, clock
         self._lease_term_seconds, self._node_timeout_seconds = lease_term_seconds, node_timeout_seconds
         self._nodes: dict[int, _Node] = {}
-        self._seated = False
+        self._all_admitted = False
         self._leaving: list[Future[JobEnded]] = []
         self._verdicts: dict[int, DeviceVerdict] = {}
         self._conclusion: int | None = None
@@ -213,7 +213,7 @@ class NodeRegistry:
         given_up = []
         with self._lock:
             now = self._clock()
-            for number, node in self._nodes.items() if self._seated else ():
+            for number, node in self._nodes.items() if self._all_admitted else ():
                 if number == 0 or node.codes is not None or node.lost:
                     continue
                 silent = now - node.heard
@@ -251,7 +251,7 @@ class NodeRegistry:
         Raises:
             ConfigurationError: Some node's ranks cannot be cut into whole replicas.
         """
-        for number, node in self._nodes.items() if self._seated else ():
+        for number, node in self._nodes.items() if self._all_admitted else ():
             if len(node.ranks) % tensor_parallel_size or node.ranks[0] % tensor_parallel_size:
                 raise ConfigurationError(
                     f"node {number} has {len(node.ranks)} ranks, which cannot be cut into replicas of "
@@ -282,25 +282,25 @@ class NodeRegistry:
             self._hear(number, node)
             if number == 0:
                 self._run_id = request.run_id
-            answer = self._await_seat(node)
+            answer = self._await_admission(node)
             if len(self._nodes) == self.num_nodes:
-                self._seat_all()
+                self._admit_all()
             return answer
 
-    def _await_seat(self, node: _Node) -> Future[NodeJoined]:
+    def _await_admission(self, node: _Node) -> Future[NodeJoined]:
         if node.joining is not None and not node.joining.done():  # its request has been superseded
             node.joining.set_exception(ControlPlaneTimeoutError("the request was made again"))
         node.joining = pending()
         return node.joining
 
-    def _seat_all(self) -> None:
-        if not self._seated:
+    def _admit_all(self) -> None:
+        if not self._all_admitted:
             first = 0
             for number in range(self.num_nodes):
                 node = self._nodes[number]
                 node.ranks, node.heard = list(range(first, first + node.num_ranks)), self._clock()
                 first += node.num_ranks
-            self._seated = True
+            self._all_admitted = True
             self._coordinator.set_world_size(first)
         for node in self._nodes.values():
             if node.joining is not None and not node.joining.done():
@@ -335,7 +335,11 @@ class NodeRegistry:
         if silent:
             node.supervisor, node.heard, node.expired, node.successor = request.supervisor, now, False, None
             log.warning("node %d was started again, and has its place back", number)
-            return answered(self._place_of(node, self._begin_again(node))) if self._seated else self._await_seat(node)
+            return (
+                answered(self._place_of(node, self._begin_again(node)))
+                if self._all_admitted
+                else self._await_admission(node)
+            )
         answer: Future[NodeJoined] = pending()
         if asked_before is None:
             log.info(
@@ -367,7 +371,7 @@ class NodeRegistry:
         number = request.node
         with self._lock:
             node = self._nodes.get(number)
-            if node is None or not self._seated:
+            if node is None or not self._all_admitted:
                 raise ControlPlaneError(f"node {number} has not joined this job.")
             if node.supervisor != request.supervisor:
                 raise _taken(number)
@@ -432,8 +436,8 @@ class NodeRegistry:
             self._verdicts[sender.rank] = verdict
 
 
-def _taken(number: int) -> SeatTakenError:
-    return SeatTakenError(
+def _taken(number: int) -> NodeRankTakenError:
+    return NodeRankTakenError(
         f"another supervisor has the place of node {number} in this job: give each node a --node-rank of its own, and start "
         "none twice."
     )

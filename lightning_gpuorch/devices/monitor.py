@@ -1,7 +1,7 @@
 """The state of this process's device, read in the background: no step ever waits for the driver.
 
 Three daemon threads: one takes readings, one waits for XID errors, and one, which never calls the driver, turns both
-into verdicts and tells those who want to know. Whoever asks gets what is known at that moment; when the driver hangs,
+into verdicts and tells those who want to know. A caller gets what is known at that moment; when the driver hangs,
 that grows old, and the verdict becomes UNKNOWN.
 """
 

@@ -26,8 +26,8 @@ else:
 LOGGER = "lightning_gpuorch"
 
 CONTEXT: dict[str, Any] = {}
-"""What this process is doing, added to each JSON line: ``step``, ``chunk``, ``trace_id``. Whoever knows keeps it
-current; an assignment costs less than 0.1 us, so the loop may do it each step."""
+"""What this process is doing, added to each JSON line: ``step``, ``chunk``, ``trace_id``. Each is set where it is known;
+an assignment costs less than 0.1 us, so the loop may do it each step."""
 
 _STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 

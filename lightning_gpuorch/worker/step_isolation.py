@@ -85,6 +85,12 @@ class StepIsolation:
             isolated = _Isolated(self, step, plain_step, batch, ticket, lost).outcome()
             if isolated is None:
                 raise failed
+            if not isolated[1]:
+                log.warning(
+                    "the step of batch %d raised %s; computed again, it did not",
+                    ticket.number,
+                    summarize_exception(failed),
+                )
             self._last_good = self._good_ones(ticket, lost | isolated[1].keys()) or self._last_good
             return isolated
         finally:

@@ -11,7 +11,7 @@ from lightning_gpuorch.control.coordinator import Coordinator
 from lightning_gpuorch.control.messages.base import Request, Sender
 from lightning_gpuorch.control.messages.nodes import EndGeneration, GetJobState, JoinNode, LeaveNode
 from lightning_gpuorch.control.messages.ranks import BeginStage, RegisterRank
-from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, ControlPlaneTimeoutError, SeatTakenError
+from lightning_gpuorch.errors import ConfigurationError, ControlPlaneError, ControlPlaneTimeoutError, NodeRankTakenError
 
 
 class Job:
@@ -59,11 +59,11 @@ def test_a_second_supervisor_is_refused_as_soon_as_the_first_is_heard_of(
     assert not twin.done()
     job.now = 5
     job.state(1, "one").result(0)
-    with pytest.raises(SeatTakenError, match="the place of node 1") as error:
+    with pytest.raises(NodeRankTakenError, match="the place of node 1") as error:
         twin.result(0)
     assert error.value.exit_code == 78
     assert "a second supervisor with --node-rank 1 is refused" in caplog.text
-    with pytest.raises(SeatTakenError):
+    with pytest.raises(NodeRankTakenError):
         job.state(1, "twin").result(0)
 
 
@@ -71,11 +71,11 @@ def test_a_second_supervisor_is_refused_while_the_first_one_waits_for_others() -
     job = Job()
     waiting = job.join(1, "one")
     twin, third = job.join(1, "twin"), job.join(1, "third")
-    with pytest.raises(SeatTakenError):
+    with pytest.raises(NodeRankTakenError):
         third.result(0)
     job.now = 5
     again = job.join(1, "one")
-    with pytest.raises(SeatTakenError):
+    with pytest.raises(NodeRankTakenError):
         twin.result(0)
     with pytest.raises(ControlPlaneTimeoutError):  # whom nobody waits for
         waiting.result(0)
@@ -94,7 +94,7 @@ def test_a_node_that_was_started_again_has_its_place_when_the_first_supervisor_i
     seat = job.join(1, "again").result(0)
     assert (seat.first_rank, seat.generation, seat.is_late) == (2, 5, False)
     assert not job.state(1, "again").result(0).lost
-    with pytest.raises(SeatTakenError):  # of whom it was, should it be there after all
+    with pytest.raises(NodeRankTakenError):  # of whom it was, should it be there after all
         job.state(1, "one").result(0)
 
 
@@ -137,14 +137,14 @@ def test_a_second_supervisor_is_refused_while_the_first_one_waits_for_the_end(jo
     job.ask(LeaveNode(node=1, supervisor="one", codes={2: 0, 3: 0}))
     twin = job.join(1, "twin")
     waiting = job.ask(LeaveNode(node=1, supervisor="one", codes={2: 0, 3: 0}))
-    with pytest.raises(SeatTakenError):
+    with pytest.raises(NodeRankTakenError):
         twin.result(0)
     job.coordinator.nodes.conclude(0)
     assert waiting.result(0).exit_code == 0
 
 
 def test_nobody_takes_the_place_of_the_coordinators_own_node(job: Job) -> None:
-    with pytest.raises(SeatTakenError):
+    with pytest.raises(NodeRankTakenError):
         job.join(0, "other").result(0)
 
 

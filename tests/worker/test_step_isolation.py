@@ -153,7 +153,7 @@ def test_few_steps_find_one_sample_of_many() -> None:
     )  # all, two halves five times, again, the others
 
 
-def test_an_error_that_comes_once_costs_nothing() -> None:
+def test_an_error_that_comes_once_costs_nothing_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
     errors = iter([ValueError("once")])
 
     def step(batch: Any) -> Any:
@@ -164,6 +164,8 @@ def test_an_error_that_comes_once_costs_nothing() -> None:
     done = run(DataLoader(Rows(), batch_size=BATCH), step)
     assert not done.reasons
     assert list(done.outputs.values()) == others(set())
+    (told,) = [record.getMessage() for record in caplog.records if "computed again" in record.getMessage()]
+    assert "ValueError: once" in told
 
 
 class MisconfigurationException(Exception):  # noqa: N818 - as Lightning's is named

@@ -211,8 +211,8 @@ class NCCLCommunicator:
     def wait(self, work: dist.Work, given_up: Callable[[], str | None], deadline: float) -> None:
         """Let the current stream wait; the host goes on, as NCCL's users expect.
 
-        A wait with a limit would block the host and let the backend end the process at the limit. Whoever needs the
-        result on the host waits there, and looks at the flag afterwards: an aborted collective leaves garbage behind.
+        A wait with a limit would block the host and let the backend end the process at the limit. Code that needs
+        the result on the host waits there, and checks the flag afterwards: an aborted collective leaves garbage behind.
         """
         work.wait()
         reason = given_up()

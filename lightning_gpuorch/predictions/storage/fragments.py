@@ -2,8 +2,8 @@
 
 With dynamic batching the chunks of a window become whole, and durable, all together at its end. Until then a replica
 writes every few seconds what it has computed since the last time into a *fragment*: a file like a part, with batches as
-they were computed, of samples from many chunks. Whoever gets one of these chunks later, another replica or a later run,
-takes over what fragments hold of it.
+they were computed, of samples from many chunks. Another replica, or a later run, that gets
+one of these chunks takes over what fragments hold of it.
 
 Fragments are not the journal, parts are. So nothing waits for the disk, a damaged fragment is passed over, and each is
 removed when the chunks it took samples from are durable. The directory of a rank's fragments lies beside those of the
