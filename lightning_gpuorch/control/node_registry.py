@@ -335,11 +335,9 @@ class NodeRegistry:
         if silent:
             node.supervisor, node.heard, node.expired, node.successor = request.supervisor, now, False, None
             log.warning("node %d was started again, and has its place back", number)
-            return (
-                answered(self._place_of(node, self._begin_again(node)))
-                if self._all_admitted
-                else self._await_admission(node)
-            )
+            if not self._all_admitted:
+                return self._await_admission(node)
+            return answered(self._place_of(node, self._begin_again(node)))
         answer: Future[NodeJoined] = pending()
         if asked_before is None:
             log.info(

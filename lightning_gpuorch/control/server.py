@@ -156,8 +156,8 @@ class ControlServer:
             log.debug("the connection from %s has ended: %s", address, error)
             return
         if uid is not None:
-            connection.close()
             self._refusals.add(address, f"it is of another user, uid {uid}")
+            connection.close()
             return
         admitted = await self._admit(connection, address)
         if admitted is None:

@@ -1,4 +1,4 @@
-"""This node's part in the job as a whole: host the coordinator or reach it, take a seat, and learn how everything ended."""
+"""This node's part in the job as a whole: host the coordinator or reach it, join, and learn how everything ended."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ASK_SECONDS = 5.0
 
 
 class Rendezvous:
-    """A node's seat in a job.
+    """A node's place in a job.
 
     Args:
         config: Settings.
@@ -101,7 +101,7 @@ class Rendezvous:
         return LocalChannel(self.coordinator)
 
     def join(self) -> None:
-        """Take a seat, and wait until all nodes have theirs.
+        """Join, and wait until all nodes have.
 
         Raises:
             ControlPlaneError: The coordinator cannot be reached, not every node came in time, or another supervisor has this

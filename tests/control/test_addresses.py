@@ -76,8 +76,8 @@ print(connection.recv(1))
 def test_another_user_is_refused_though_the_directory_is_open(caplog: pytest.LogCaptureFixture) -> None:
     directory = Path("/tmp") / f"gpuorch-test-{os.getpid()}"
     directory.mkdir(mode=0o777)
+    server = ControlServer(Echo(), f"{addresses.UNIX}{directory / 'control'}", token="secret")
     try:
-        server = ControlServer(Echo(), f"{addresses.UNIX}{directory / 'control'}", token="secret")
         directory.chmod(0o777)
         (directory / "control").chmod(0o777)
         done = subprocess.run(
@@ -85,8 +85,8 @@ def test_another_user_is_refused_though_the_directory_is_open(caplog: pytest.Log
         )
         assert done.stdout == "b''\n", done.stderr
         assert "it is of another user, uid 12345" in caplog.text
-        server.close()
     finally:
+        server.close()
         (directory / "control").unlink(missing_ok=True)
         directory.rmdir()
 

@@ -91,8 +91,8 @@ def test_a_node_that_was_started_again_has_its_place_when_the_first_supervisor_i
     job.now = 10
     assert not job.join(1, "again").done()
     job.now = 31
-    seat = job.join(1, "again").result(0)
-    assert (seat.first_rank, seat.generation, seat.is_late) == (2, 5, False)
+    place = job.join(1, "again").result(0)
+    assert (place.first_rank, place.generation, place.is_late) == (2, 5, False)
     assert not job.state(1, "again").result(0).lost
     with pytest.raises(NodeRankTakenError):  # of whom it was, should it be there after all
         job.state(1, "one").result(0)
@@ -111,8 +111,8 @@ def test_a_node_that_was_given_up_waits_for_the_end_and_has_the_exit_code_of_the
     job.now = 301
     assert job.coordinator.nodes.check_terms() == [1]
     assert job.coordinator.nodes.absent() == [1]
-    seat = job.join(1, "again").result(0)
-    assert seat.is_late
+    place = job.join(1, "again").result(0)
+    assert place.is_late
     assert job.coordinator.nodes.absent() == []
     ended = job.ask(LeaveNode(node=1, supervisor="again", codes={}))
     assert not ended.done()
