@@ -39,17 +39,20 @@ class SamplesRead:
     """What this rank has read of the batch in hand.
 
     Attributes:
-        samples: The samples.
+        span: The samples; None if there are none.
         reasons: Why units that have been given up could not be read, by unit.
     """
 
-    samples: tuple[Sample, ...]
+    span: Span | None
     reasons: Mapping[int, str]
 
     @property
     def digest(self) -> int:
-        """A number that is the same on ranks that have the same samples."""
-        return zlib.crc32(repr(self.samples).encode("utf-8", "surrogatepass"))
+        """A number that is the same on ranks that have the same samples; taken in each step."""
+        if self.span is None:
+            return 0
+        known = self.span.sample_units, list(self.span.indices or ())
+        return zlib.crc32(repr(known).encode("utf-8", "surrogatepass"))
 
     def differs(self, group: Any, first_rank: int) -> SamplesDifferError:
         """Exchange what was read; every rank of the group does so.
@@ -62,7 +65,8 @@ class SamplesRead:
             InputMismatchError: A rank has other samples although it could read those of the others.
         """
         told: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(told, (self.samples, dict(self.reasons)), group=group)
+        samples = () if self.span is None else samples_of(self.span)
+        dist.all_gather_object(told, (samples, dict(self.reasons)), group=group)
         reasons: dict[Sample, str] = {}
         for sample in sorted({sample for samples, _ in told for sample in samples}):
             for place, (samples, why) in enumerate(told):
@@ -79,7 +83,7 @@ class SamplesRead:
 
 def samples_of(span: Span) -> tuple[Sample, ...]:
     """What the samples of a span are known by; nothing of a stream."""
-    return tuple((span.unit(position), repr(index)) for position, index in enumerate(span.indices or ()))
+    return tuple(zip(span.sample_units, map(repr, span.indices or ()), strict=True))
 
 
 def without(ticket: Ticket, lost: frozenset[int]) -> Ticket:
@@ -91,12 +95,13 @@ def without(ticket: Ticket, lost: frozenset[int]) -> Ticket:
     """
     span, kept = ticket.span, [position for position in range(ticket.size or 0) if position not in lost]
     assert span.indices is not None
+    units = span.sample_units
     return dataclasses.replace(
         ticket,
         span=dataclasses.replace(
             span,
             indices=[span.indices[position] for position in kept],
-            units=[span.unit(position) for position in kept],
+            units=[units[position] for position in kept],
         ),
         positions=[ticket.positions[position] for position in kept] if ticket.window is not None else (),
         shape=None if ticket.shape is None else (len(kept), ticket.shape[1]),

@@ -99,7 +99,7 @@ class ReplicaStep:
 
     def skip(self, ticket: Ticket) -> None:
         """Nothing of a batch could be read here: the other ranks of the group learn it where they would compute it."""
-        self.in_hand = SamplesRead((), self._pipeline.reasons(ticket.loader))
+        self.in_hand = SamplesRead(None, self._pipeline.reasons(ticket.loader))
         with contextlib.suppress(SamplesDifferError):  # the others give up what they could read
             self._context.compute_together(lambda nothing: None, None)
         self.in_hand = None
@@ -171,7 +171,7 @@ class ReplicaStep:
         """What this rank has of a batch; None if it could not be read again."""
         if ticket.indices is None or ticket.collate is None:
             return None
-        return SamplesRead(samples_of(ticket.span), self._pipeline.reasons(ticket.loader))
+        return SamplesRead(ticket.span, self._pipeline.reasons(ticket.loader))
 
 
 def _wrap(wrapper: StepWrapper, call: Call, ticket: Ticket, batch: Any) -> Any:

@@ -55,6 +55,18 @@ class Span:
             return self.units[position]
         return self.first_unit + (position if self.num_units > 1 else 0)
 
+    @property
+    def sample_units(self) -> list[int]:
+        """The unit of each sample; none of a stream, whose samples have no indices."""
+        if self.indices is None:
+            return []
+        num_samples = len(self.indices)
+        if self.units is not None:
+            return list(self.units)
+        if self.num_units > 1:
+            return list(range(self.first_unit, self.first_unit + num_samples))
+        return [self.first_unit] * num_samples
+
 
 class _IndexedSource:
     """A map-style ``DataLoader``; see :class:`MapSource` and :class:`BatchSource`.
