@@ -102,6 +102,11 @@ class CollectiveService:
             self._left[rank] = why
             self._decide_all()
 
+    def rejoin(self, rank: int) -> None:
+        """Record that a rank runs its script again, since another one of its replica has died."""
+        with self._lock:
+            self._left.pop(rank, None)
+
     def _decide_all(self) -> None:
         for number, operation in self._operations.items():
             self._decide(number, operation)

@@ -209,6 +209,7 @@ class Coordinator:
         with self._lock:
             check = self.nodes.check_replicas_within_nodes
             self._replicas.register(request.sender, request.tensor_parallel_size, check)
+        self.collectives.rejoin(request.sender.rank)
 
     def _begin_stage(self, request: BeginStage) -> None:
         self.gang = self.gang or request.gang

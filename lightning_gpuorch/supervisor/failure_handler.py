@@ -178,12 +178,12 @@ class FailureHandler:
         elif self._job_drain.under_way:
             show(logging.WARNING, decision.reason)
             node.replicas.end(group, EXIT_RESUMABLE)
-        elif any(node.replicas.exit_codes.get(peer) == 0 for peer in node.group_of(rank, with_ended=True)):
-            # Its peers have left in good order, so they cannot form a group with it again, nor did they need it.
+        elif (state.gang or node.replicas.size is None) and any(
+            node.replicas.exit_codes.get(peer) == 0 for peer in node.group_of(rank, with_ended=True)
+        ):
+            # All ranks share its fate, and some have come to their end: training or an unknown script is not run twice.
             node.replicas.end(group, 0 if complete else EXIT_FAILURE)
-            show(
-                logging.WARNING, f"{decision.reason}; the others of its replica are done, so it is ended, not restarted"
-            )
+            show(logging.WARNING, f"{decision.reason}; other ranks have ended their script, so it is not restarted")
         else:
             self._carry_out(decision, rank, group, evidence, show)
 

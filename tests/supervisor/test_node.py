@@ -57,9 +57,15 @@ def spawner() -> Iterator[_Spawner]:
 
 
 @pytest.fixture
-def node(tmp_path: Path, spawner: _Spawner) -> Iterator[Node]:
+def tensor_parallel_size() -> int | None:
+    """Unknown, unless a test says so."""
+    return None
+
+
+@pytest.fixture
+def node(tmp_path: Path, spawner: _Spawner, tensor_parallel_size: int | None) -> Iterator[Node]:
     config, place = OrchestratorConfig(), NodePlace()
-    rendezvous = Rendezvous(config, place, 3, "test-of-a-node", tmp_path, None, _record)
+    rendezvous = Rendezvous(config, place, 3, "test-of-a-node", tmp_path, tensor_parallel_size, _record)
     rendezvous.join()
     node = Node(config, rendezvous, spawner, 3, None, tmp_path, {}, _record)
     yield node
@@ -81,6 +87,26 @@ def test_a_gang_that_restarts_while_its_devices_are_checked_starts_once(node: No
     _start(node)
     assert spawner.started == [(0, 1), (1, 1), (2, 1)]
     assert len(node.workers) == 3
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [3])
+@pytest.mark.parametrize("codes", [{0: 0}, {0: 0, 2: 0}, {0: 65}])
+def test_a_rank_that_dies_after_others_of_its_replica_have_ended_restarts_all_of_it(
+    node: Node, spawner: _Spawner, codes: dict[int, int]
+):
+    handler = FailureHandler(node, JobDrain(node))
+    node.begin_all()
+    _start(node)
+    for rank, code in codes.items():
+        node.replicas.end([rank], code)
+        node.workers.kill([rank])
+    spawner.processes[1].kill()
+    spawner.processes[1].wait(timeout=10)
+    for worker, code in node.workers.ended():
+        handler.on_exit(worker, code)
+    _start(node)
+    assert spawner.started[3:] == [(0, 1), (1, 1), (2, 1)]
+    assert not node.replicas.exit_codes
 
 
 def test_all_ranks_that_end_with_a_dead_one_have_an_exit_code(node: Node, spawner: _Spawner):
