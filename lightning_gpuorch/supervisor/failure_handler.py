@@ -13,6 +13,7 @@ from lightning_gpuorch.errors import EXIT_FAILURE, EXIT_RESUMABLE, MissingPredic
 from lightning_gpuorch.supervisor.device_drain import DeviceDrain
 from lightning_gpuorch.supervisor.job_drain import JobDrain
 from lightning_gpuorch.supervisor.node import Node
+from lightning_gpuorch.supervisor.node_drain import NodeDrain
 from lightning_gpuorch.supervisor.replica import ReplicaState
 from lightning_gpuorch.supervisor.restart_policy import (
     EXCEPTIONS,
@@ -37,10 +38,11 @@ class FailureHandler:
     Args:
         node: The node.
         job_drain: Drains the job.
+        node_drain: Takes the node out of a job that goes on.
     """
 
-    def __init__(self, node: Node, job_drain: JobDrain):
-        self._node, self._job_drain = node, job_drain
+    def __init__(self, node: Node, job_drain: JobDrain, node_drain: NodeDrain):
+        self._node, self._job_drain, self._node_drain = node, job_drain, node_drain
         self._recovery = FailureRecoveryManager(node.config.max_restart_attempts, node.config.enable_auto_restart)
         self._device_drain = DeviceDrain(node, self._recovery)
         self._raised_at: dict[str, int] = {}
@@ -114,7 +116,7 @@ class FailureHandler:
         assert record is not None
         replica = node.replicas.of(rank)
         if kind is FailureKind.STOP_REQUESTED and replica.state is ReplicaState.DRAINING:
-            self._device_drain.on_left(replica)
+            (self._node_drain if self._node_drain.under_way else self._device_drain).on_left(replica)
             return
         node.replicas.end([rank], code)
         node.client.rank_left(rank, f"ended with exit code {code}")
@@ -175,6 +177,9 @@ class FailureHandler:
             code = (record.exited_with if record is not None else None) or EXIT_FAILURE
             node.replicas.end(group, code)
             node.client.abort(code)
+        elif self._node_drain.under_way:
+            show(logging.WARNING, decision.reason)
+            self._node_drain.on_left(replica)
         elif self._job_drain.under_way:
             show(logging.WARNING, decision.reason)
             node.replicas.end(group, EXIT_RESUMABLE)

@@ -15,6 +15,7 @@ from lightning_gpuorch.control.environment import GENERATION
 from lightning_gpuorch.supervisor.failure_handler import FailureHandler
 from lightning_gpuorch.supervisor.job_drain import JobDrain
 from lightning_gpuorch.supervisor.node import Node
+from lightning_gpuorch.supervisor.node_drain import NodeDrain
 from lightning_gpuorch.supervisor.rendezvous import Rendezvous
 from lightning_gpuorch.supervisor.replica import ReplicaState
 
@@ -81,6 +82,11 @@ def _start(node: Node) -> None:
         assert not node.start(pending)
 
 
+def _handler(node):
+    node_drain = NodeDrain(node)
+    return FailureHandler(node, JobDrain(node, node_drain), node_drain)
+
+
 def test_a_gang_that_restarts_while_its_devices_are_checked_starts_once(node: Node, spawner: _Spawner):
     node.begin_all()
     node.restart_gang(1)
@@ -94,7 +100,7 @@ def test_a_gang_that_restarts_while_its_devices_are_checked_starts_once(node: No
 def test_a_rank_that_dies_after_others_of_its_replica_have_ended_restarts_all_of_it(
     node: Node, spawner: _Spawner, codes: dict[int, int]
 ):
-    handler = FailureHandler(node, JobDrain(node))
+    handler = _handler(node)
     node.begin_all()
     _start(node)
     for rank, code in codes.items():
@@ -110,7 +116,7 @@ def test_a_rank_that_dies_after_others_of_its_replica_have_ended_restarts_all_of
 
 
 def test_all_ranks_that_end_with_a_dead_one_have_an_exit_code(node: Node, spawner: _Spawner):
-    handler = FailureHandler(node, JobDrain(node))
+    handler = _handler(node)
     node.begin_all()
     _start(node)
     node.replicas.end([0], 0)
@@ -126,7 +132,7 @@ def test_all_ranks_that_end_with_a_dead_one_have_an_exit_code(node: Node, spawne
 
 
 def test_a_dead_rank_takes_all_that_share_its_fate_to_the_next_generation(node: Node, spawner: _Spawner):
-    handler = FailureHandler(node, JobDrain(node))
+    handler = _handler(node)
     node.begin_all()
     _start(node)
     spawner.processes[1].kill()
