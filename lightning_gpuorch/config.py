@@ -66,6 +66,9 @@ class OrchestratorConfig:
     """A node that is silent for so long loses the chunks it holds to others; it may come back."""
     node_timeout_sec: float = 300.0
     """A node that is silent for so long is given up, and gives up itself."""
+    late_node_output_dir: str = ""
+    """The job's output directory. A node other than 0 that has found no coordinator for ``start_timeout_sec`` looks there
+    whether the job has ended: it ends with 0 if all predictions are there."""
     token: str = ""
     """Secret that the nodes of a job share; one node alone makes its own."""
     allow_insecure: bool = False

@@ -36,6 +36,7 @@ from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_di
 from lightning_gpuorch.predictions.storage.working_copy import working_copy
 from lightning_gpuorch.supervisor.failure_handler import FailureHandler
 from lightning_gpuorch.supervisor.job_drain import JobDrain, StoppedError
+from lightning_gpuorch.supervisor.job_end import SOURCE_OF_NODE_0
 from lightning_gpuorch.supervisor.node import Node
 from lightning_gpuorch.supervisor.node_drain import NodeDrain
 from lightning_gpuorch.supervisor.outcome import Outcome, decide_outcome
@@ -94,7 +95,7 @@ class Supervisor:
             raise ConfigurationError(
                 f"there is no directory for the records of this run: {error}. Set TMPDIR to one that can be written."
             ) from error
-        source = "supervisor" if place.node_rank == 0 else f"supervisor-{place.node_rank}"
+        source = SOURCE_OF_NODE_0 if place.node_rank == 0 else f"supervisor-{place.node_rank}"
         self._events = EventLog(self.run_directory / "events", source)
         self.keep_results = False
         """Leave results nobody asked to keep for :meth:`clean_up_at_exit`: the caller is this process."""
@@ -159,8 +160,7 @@ class Supervisor:
         except WorkerStartError as error:
             log.error("%s The job ends.", error)
         except ControlPlaneError as error:
-            log.error("%s; this node stops, what it has computed is durable", error)
-            code = error.exit_code
+            code = self._rendezvous.code_without_coordinator(error)
         finally:
             node.workers.kill(list(node.workers))
             node.pending_starts.cancel()
