@@ -80,7 +80,7 @@ class JobControl(Protocol):
         ...
 
     @property
-    def chunks_by_replica(self) -> dict[int, int]:
+    def progress_by_replica(self) -> dict[int, int]:
         """Chunks made durable."""
         ...
 
@@ -392,7 +392,7 @@ class NodeRegistry:
             lost=node.lost,
             has_jobs=bool(coordinator.jobs),
             records=None if kept is None else str(kept),
-            chunks_by_replica=dict(coordinator.chunks_by_replica),
+            progress_by_replica=dict(coordinator.progress_by_replica),
             open_ranks=coordinator.open_ranks(node.ranks),
             verdicts={rank: self._verdicts[rank] for rank in node.ranks if rank in self._verdicts},
         )
