@@ -21,7 +21,7 @@ _SHARE_OF_CHUNKS = 1 / 16
 """Of all chunks so far, those of a stretch: the files of stretches stay few, and what they rest on new."""
 _CHUNKS_TO_THE_END = 8
 """What is left when a chunk is decided is so many times its size for each replica, so that all end together."""
-_REPORTS_PER_REPLICA = 16
+_REPORTS = 128
 """Chunks whose bytes and seconds are looked at."""
 
 
@@ -38,14 +38,12 @@ class ChunkGrowth:
 
     Args:
         limits: Of a part.
-        num_replicas: Replicas that share the chunks.
+        num_replicas: Replicas that share the chunks; it may change.
     """
 
     def __init__(self, limits: PartLimits, num_replicas: int):
-        self._limits, self._num_replicas = limits, num_replicas
-        self._reports: collections.deque[tuple[float, float]] = collections.deque(
-            maxlen=_REPORTS_PER_REPLICA * num_replicas
-        )
+        self._limits, self.num_replicas = limits, num_replicas
+        self._reports: collections.deque[tuple[float, float]] = collections.deque(maxlen=_REPORTS)
 
     def observe(self, num_units: int, num_bytes: int, seconds: float) -> None:
         """Take in what a chunk took."""
@@ -77,10 +75,10 @@ class ChunkGrowth:
         size = self._wanted_units(layout.newest_chunk_size)
         left = None if layout.num_units is None else layout.num_units - layout.num_decided_units
         if left is not None:
-            even = left // (_CHUNKS_TO_THE_END * self._num_replicas)
+            even = left // (_CHUNKS_TO_THE_END * self.num_replicas)
             size = min(size, max(even, layout.chunk_size))
         size = max(batch, size // batch * batch)
-        count = max(_CHUNKS_PER_REPLICA * self._num_replicas, int(decided * _SHARE_OF_CHUNKS))
+        count = max(_CHUNKS_PER_REPLICA * self.num_replicas, int(decided * _SHARE_OF_CHUNKS))
         if left is not None:
             all_of_it = -(-left // size)
             is_last = size <= layout.chunk_size and all_of_it <= 2 * count

@@ -256,7 +256,12 @@ class JobService:
         with self._lock:
             limits = PartLimits(request.part_bytes, request.part_seconds)
             planners = [
-                StretchPlanner(store.directory, ChunkGrowth(limits, self._replicas.num_replicas)) for store in stores
+                StretchPlanner(
+                    store.directory,
+                    ChunkGrowth(limits, self._replicas.num_replicas),
+                    lambda: self._replicas.num_replicas,
+                )
+                for store in stores
             ]
             queues = [
                 LeaseQueue(

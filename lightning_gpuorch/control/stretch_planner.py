@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 
 from lightning_gpuorch.control.chunk_growth import ChunkGrowth
 from lightning_gpuorch.control.leases import LeaseQueue
@@ -26,6 +27,7 @@ class StretchPlanner:
     Args:
         directory: Of the dataloader.
         growth: Tells how large they are to be.
+        num_replicas: Tells how many replicas there are now.
 
     Attributes:
         queue: The leases of the dataloader, to be set before the first is given.
@@ -33,8 +35,8 @@ class StretchPlanner:
 
     queue: LeaseQueue
 
-    def __init__(self, directory: Location, growth: ChunkGrowth):
-        self._directory, self._growth = directory, growth
+    def __init__(self, directory: Location, growth: ChunkGrowth, num_replicas: Callable[[], int]):
+        self._directory, self._growth, self._num_replicas = directory, growth, num_replicas
         self._deciding = False
         self._lock = threading.Lock()
 
@@ -54,6 +56,7 @@ class StretchPlanner:
     def _decide(self) -> None:
         layout, delay_seconds = self.queue.layout, _FIRST_RETRY_SECONDS
         with self._lock:
+            self._growth.num_replicas = self._num_replicas()
             wanted = self._growth.next_stretch(layout)
         while True:
             try:

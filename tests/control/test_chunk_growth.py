@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def wait_until(reached: object, seconds: float = 30.0) -> None:
 def test_a_store_that_refuses_is_asked_again_and_replicas_wait(tmp_path: Path) -> None:
     directory = tmp_path / "dataloader_0"
     directory.touch()  # no directory can be made here
-    planner = StretchPlanner(directory, ChunkGrowth(PartLimits(64 * MIB, 30.0), 1))
+    planner = StretchPlanner(directory, ChunkGrowth(PartLimits(64 * MIB, 30.0), 1), lambda: 1)
     layout = LoaderLayout(unit="sample", num_units=1000, batch_size=1, chunk_size=1, first_chunks=2)
     queue = planner.queue = LeaseQueue(layout, on_leased=planner.on_leased)
     leases = [queue.next((0, 0), number, block=False).result(0) for number in range(2)]
@@ -113,13 +114,11 @@ def test_a_store_that_refuses_is_asked_again_and_replicas_wait(tmp_path: Path) -
 def test_an_end_of_a_queue_ends_the_wait_for_a_store(tmp_path: Path) -> None:
     directory = tmp_path / "dataloader_0"
     directory.touch()
-    planner = StretchPlanner(directory, ChunkGrowth(PartLimits(64 * MIB, 30.0), 1))
+    planner = StretchPlanner(directory, ChunkGrowth(PartLimits(64 * MIB, 30.0), 1), lambda: 1)
     layout = LoaderLayout(unit="sample", num_units=1000, batch_size=1, chunk_size=1, first_chunks=1)
     queue = planner.queue = LeaseQueue(layout, on_leased=planner.on_leased)
     queue.next((0, 0), 0, block=False).result(0)
     queue.next((0, 0), 1, block=False).result(0)
-    import threading
-
     assert any(thread.name == "gpuorch-stretch" for thread in threading.enumerate())
     queue.drain()
     wait_until(lambda: not any(thread.name == "gpuorch-stretch" for thread in threading.enumerate()))
