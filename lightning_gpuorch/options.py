@@ -54,6 +54,9 @@ class OrchestratorOptions(TypedDict, total=False):
     data_parallel_size: int | Literal["auto"]
     storage_options: Mapping[str, str] | None
     chunk_size: int | Literal["auto"]
+    part_bytes: int
+    part_sec: float
+    resume_check: Literal["headers", "sampled", "all"]
     keep_outputs: bool | Literal["auto"]
     max_pending_bytes: int
     model_fingerprint: str

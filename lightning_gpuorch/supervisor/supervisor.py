@@ -199,7 +199,7 @@ class Supervisor:
         elif state.gang_generation > node.gang_generation:
             node.restart_gang(state.gang_generation)
         self._job_drain.follow(state)
-        self._failures.follow_progress(state.chunks_by_replica)
+        self._failures.follow_progress(state.progress_by_replica)
 
     # The end
 

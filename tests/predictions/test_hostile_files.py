@@ -157,7 +157,7 @@ def test_a_job_that_goes_on_sets_bad_parts_aside_and_keeps_the_others(job: Path)
     coordinator = Coordinator(1)
     request = OpenJob(
         sender=Sender(rank=0, replica=0, generation=0), job=0, directory=str(job), storage_options={}, ephemeral=False,
-        manifest=MANIFEST.to_dict(),
+        manifest=MANIFEST.to_dict(), part_bytes=2**26, part_seconds=30.0, resume_check="all",
     )  # fmt: skip
     opened = coordinator.handle(request).result(60)
     assert isinstance(opened, JobOpened)
