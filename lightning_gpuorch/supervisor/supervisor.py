@@ -40,6 +40,7 @@ from lightning_gpuorch.supervisor.job_end import SOURCE_OF_NODE_0
 from lightning_gpuorch.supervisor.node import Node
 from lightning_gpuorch.supervisor.node_drain import NodeDrain
 from lightning_gpuorch.supervisor.outcome import Outcome, decide_outcome
+from lightning_gpuorch.supervisor.preemption import PreemptionWatch, notice_source
 from lightning_gpuorch.supervisor.rendezvous import Rendezvous
 from lightning_gpuorch.supervisor.retirement import retire
 from lightning_gpuorch.supervisor.workers import Spawner
@@ -87,6 +88,7 @@ class Supervisor:
         place: NodePlace | None = None,
     ):
         self.place = place = place or NodePlace()
+        self._notices = notice_source(config.preemption_notice) if config.preemption_notice else None
         self.config, self.num_workers = config, num_workers
         self.run_id = new_run_id()
         try:
@@ -134,6 +136,7 @@ class Supervisor:
         """
         node, code = self._node, EXIT_FAILURE
         self._job_drain.install_signal_handlers()
+        watch = PreemptionWatch(self._notices, self._job_drain.notice) if self._notices is not None else None
         try:
             with self._job_drain.stopping_at_once():
                 self._rendezvous.join()
@@ -162,6 +165,8 @@ class Supervisor:
         except ControlPlaneError as error:
             code = self._rendezvous.code_without_coordinator(error)
         finally:
+            if watch is not None:
+                watch.close()
             node.workers.kill(list(node.workers))
             node.pending_starts.cancel()
             done = (
@@ -220,11 +225,11 @@ class Supervisor:
         end = decide_outcome(
             coordinator,
             codes | {EXIT_FAILURE} if coordinator.nodes.lost_ranks() else codes,
-            self._job_drain.asked_by_signal or bool(coordinator.nodes.drained()),
+            self._job_drain.asked_here or bool(coordinator.nodes.drained()),
         )
         self._tell_outcome(end)
         coordinator.nodes.conclude(end.exit_code)
-        if not self._job_drain.asked_by_signal:
+        if not self._job_drain.asked_here:
             with self._job_drain.stopping_at_once(), contextlib.suppress(StoppedError):
                 self._rendezvous.await_latecomers()
         return end.exit_code
