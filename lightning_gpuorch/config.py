@@ -112,6 +112,9 @@ class OrchestratorConfig:
     an environment variable, a JSON object."""
     chunk_size: int | Literal["auto"] = "auto"
     """Batches per chunk, the unit that is leased, computed and made durable."""
+    sharding: Literal["auto", "off"] = "auto"
+    """How streams are shared out: ``auto`` gives each replica shards of its own to read, where the stream's shards are known;
+    ``off`` lets each replica read the whole of it, and compute the chunks that it leases."""
     keep_outputs: bool | Literal["auto"] = "auto"
     """Store what ``predict_step`` returns. Otherwise a marker takes its place: that a batch is done is durable, its output is
     left to callbacks, and may be of any type. ``auto`` keeps outputs, unless the Trainer was called with

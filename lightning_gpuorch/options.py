@@ -53,6 +53,7 @@ class OrchestratorOptions(TypedDict, total=False):
     data_parallel_size: int | Literal["auto"]
     storage_options: Mapping[str, str] | None
     chunk_size: int | Literal["auto"]
+    sharding: Literal["auto", "off"]
     keep_outputs: bool | Literal["auto"]
     max_pending_bytes: int
     model_fingerprint: str

@@ -35,6 +35,7 @@ from lightning_gpuorch.control.messages.leases import (
 from lightning_gpuorch.control.messages.nodes import Deaths, DrainReplica, GetDeaths
 from lightning_gpuorch.control.pending import answered, pending, resolve
 from lightning_gpuorch.control.replicas import Replicas
+from lightning_gpuorch.control.shard_leases import ShardLeaseQueue
 from lightning_gpuorch.errors import (
     ControlPlaneError,
     CorruptPartError,
@@ -45,6 +46,7 @@ from lightning_gpuorch.errors import (
 )
 from lightning_gpuorch.paths import Location, location
 from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_directory, remove_fragments
+from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.manifest import (
     Life,
     Manifest,
@@ -248,16 +250,7 @@ class JobService:
             if again:
                 log.warning("chunks %s lack samples that an earlier run gave up; they are tried again", again)
         with self._lock:
-            queues = [
-                LeaseQueue(
-                    layout.num_chunks if layout.num_units is not None else None,
-                    layout.chunk_size,
-                    store.done(),
-                    self._max_chunk_failures,
-                    functools.partial(_is_durable, store),
-                )
-                for layout, store in zip(manifest.loaders, stores, strict=True)
-            ]
+            queues = [self._queue_of(layout, store) for layout, store in zip(manifest.loaders, stores, strict=True)]
             for queue in queues:
                 if self.draining:
                     queue.drain()
@@ -274,6 +267,12 @@ class JobService:
             tensor_parallel_size=self._replicas.tensor_parallel_size or 1,
         )
         return job
+
+    def _queue_of(self, layout: LoaderLayout, store: PartJournal) -> LeaseQueue:
+        rest = (store.done(), self._max_chunk_failures, functools.partial(_is_durable, store))
+        if layout.num_shards is not None:
+            return ShardLeaseQueue(layout.num_shards, layout.chunk_size, layout.ends, *rest)
+        return LeaseQueue(layout.num_chunks if layout.num_units is not None else None, layout.chunk_size, *rest)
 
     def _job(self, number: int) -> Job:
         job = self.jobs.get(number)
@@ -295,7 +294,9 @@ class JobService:
         if request.sender.replica in self._replicas.retired:  # its node was given up, and is back
             return answered(Fenced())
         _, queue = self._job_and_queue(request)
-        return queue.next(request.sender.owner, request.sequence, request.block, request.seconds_per_sample)
+        return queue.next(
+            request.sender.owner, request.sequence, request.block, request.seconds_per_sample, request.after
+        )
 
     def record_chunk(self, request: ChunkDone) -> ChunkRecorded:
         """A chunk is durable."""
@@ -345,9 +346,12 @@ class JobService:
                 record_mismatch(job.directory, str(error))
 
     def end_stream(self, request: EndOfStream) -> None:
-        """A rank has seen where a stream ends."""
+        """A rank has seen where a stream ends, or a shard of it."""
         job, queue = self._job_and_queue(request)
         loader, units = request.loader, request.units
+        if isinstance(queue, ShardLeaseQueue):
+            _end_shard(job, queue, request)
+            return
         with self._lock:
             layout = job.manifest.loaders[loader]
             if layout.num_units is None:
@@ -418,6 +422,28 @@ def _refuse_other_input(job: Job, wanted: Manifest, sender: Sender) -> None:
             + "\nEvery rank must be given the whole of the data in the same order: remove a sampler or a dataset that "
             "splits it by rank (gpuorch shares out the work itself), and seed what draws at random, with a generator of its "
             "own or seed_everything."
+        )
+
+
+def _end_shard(job: Job, queue: ShardLeaseQueue, request: EndOfStream) -> None:
+    """Record where a shard ends; durably, unless it could not be read: a later run tries that again.
+
+    Raises:
+        ControlPlaneError: It has ended elsewhere before.
+    """
+    shard = request.shard
+    if shard is None or not 0 <= shard < queue.num_shards:
+        raise ControlPlaneError(
+            f"dataloader {request.loader} has {queue.num_shards} shards; rank {request.sender.rank} names {shard}."
+        )
+    known = queue.ends.get(shard)
+    if known is None and request.is_readable:
+        PartJournal(loader_directory(job.directory, request.loader)).record_shard_end(shard, request.units)
+    known = queue.end_shard(shard, request.units, request.is_readable)
+    if known != request.units:
+        raise ControlPlaneError(
+            f"shard {shard} of dataloader {request.loader} ended after {request.units} batches on rank "
+            f"{request.sender.rank} and after {known} elsewhere; a shard must give the same samples each time it is read."
         )
 
 

@@ -28,6 +28,7 @@ from lightning_gpuorch.errors import TooManyErroredSamplesError
 from lightning_gpuorch.paths import location, options_of
 from lightning_gpuorch.predictions.loading.describe import Source, default_chunk_batches, describe
 from lightning_gpuorch.predictions.loading.loader import LeasedLoader
+from lightning_gpuorch.predictions.loading.shards.recognition import by_shard
 from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.predictions.loading.windowed_loader import WindowedLoader
 from lightning_gpuorch.predictions.loading.work import NoWork
@@ -70,7 +71,8 @@ class PredictionJob:
         world = runtime.world
         self._runtime, self._world = runtime, world
         self.number = world.next_job()
-        sources = [describe(loader, limit) for loader, limit in zip(loaders, limits, strict=True)]
+        described = [describe(loader, limit) for loader, limit in zip(loaders, limits, strict=True)]
+        sources = [self._by_shard(source) for source in described]
         self.raises_errors = runtime.config.on_error == "raise"
         """Whether an error of a sample ends the job."""
         dynamic = self._dynamic = DynamicSteps(runtime) if runtime.config.enable_dynamic_batching else None
@@ -133,6 +135,13 @@ class PredictionJob:
             self._announce(manifest.loaders)
         if world.supervised:
             freeze_objects()  # letting go of memory after an error must not take seconds
+
+    def _by_shard(self, source: Source) -> Source:
+        """The same work, cut by shard if it is a stream of which that is known."""
+        topology = self._world.topology
+        if self._runtime.config.sharding == "off":
+            return source
+        return by_shard(source, topology.num_replicas, tells=topology.rank == 0 and not self._world.generation)
 
     def _make_loader(
         self, index: int, source: Source, layout: LoaderLayout, batcher: DynamicBatcher | None

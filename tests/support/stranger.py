@@ -115,7 +115,9 @@ class Stranger:
         with ThreadPoolExecutor(max_workers=16) as pool:
             self.attempts.update(kind for kind, _ in attempts)
             outcomes = pool.map(_outcome, (attempt for _, attempt in attempts))
-            self.through += [f"{kind}: {got}" for (kind, _), got in zip(attempts, outcomes, strict=True) if got is not None]
+            self.through += [
+                f"{kind}: {got}" for (kind, _), got in zip(attempts, outcomes, strict=True) if got is not None
+            ]
 
     def _read_store(self, place: str) -> str | None:
         """A launcher's store is open to anyone; what matters is what lies in it."""
