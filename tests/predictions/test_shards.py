@@ -181,6 +181,22 @@ def test_each_sample_is_read_once_and_put_in_order(tmp_path: Path, workers: int,
     assert set(replica.queue.saw_chunks) == set(replica.stored)
 
 
+@pytest.mark.parametrize("workers", [0, 3])
+def test_the_same_batches_can_be_read_from_beginning_to_end(tmp_path: Path, workers: int) -> None:
+    """As they are where callbacks are driven over all outputs afterwards."""
+    rows = Rows(LENGTHS, tmp_path / "notes")
+    loader = DataLoader(rows, batch_size=BATCH, num_workers=workers)
+    replica = Replica(loader)
+    replica.run()
+    (tmp_path / "notes").unlink()
+    source = by_shard(describe(loader), 1)
+    assert isinstance(source, ShardStreamSource)
+    batches = [batch.tolist() for batch in source.iterate()]
+    assert batches == [b.output.tolist() for chunk in sorted(replica.stored) for b in replica.stored[chunk]]
+    assert sorted(map(float, rows.noted("read"))) == rows.rows
+    assert source.first_batch().tolist() == batches[0]
+
+
 @pytest.mark.parametrize("windows", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("most", [1, 3, 6])
@@ -563,6 +579,44 @@ class TestHuggingFace:
 
     def test_a_function_that_changes_it_in_each_worker(self, stream: Any) -> None:
         assert taken(stream, num_workers=1, worker_init_fn=lambda worker: None) == "as a whole"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves files to be closed by chance
+class TestLitData:
+    @pytest.fixture
+    def directory(self, tmp_path: Path) -> Path:
+        pytest.importorskip("litdata")
+        from litdata.streaming.writer import BinaryWriter
+
+        writer = BinaryWriter(str(tmp_path / "in"), chunk_size=4)
+        for index in range(10):
+            writer[index] = {"x": index}
+        writer.done()
+        writer.merge(1)
+        return tmp_path
+
+    @pytest.mark.parametrize("scheme", ["", "local:"])
+    def test_its_chunks_in_order(self, directory: Path, scheme: str) -> None:
+        """The second way they are fetched first, as from another machine."""
+        import litdata
+
+        stream = litdata.StreamingDataset(f"{scheme}{directory}/in", cache_dir=str(directory / "cache"))
+        shards = taken(stream)
+        assert [[row["x"] for row in shard] for shard in shards] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+        source = by_shard(describe(DataLoader(stream)), 1)
+        assert isinstance(source, ShardStreamSource)
+        assert [(e.name, e.length) for e in source.shard_list.entries] == [
+            ("chunk-0-0.bin", 4), ("chunk-0-1.bin", 4), ("chunk-0-2.bin", 2),
+        ]  # fmt: skip
+
+    def test_what_depends_on_several_chunks(self, directory: Path) -> None:
+        import litdata
+
+        assert taken(litdata.StreamingDataset(str(directory / "in"), shuffle=True)) == "as a whole"
+        assert taken(litdata.StreamingDataset(str(directory / "in"), drop_last=True)) == "as a whole"
+        stream = litdata.StreamingDataset(str(directory / "in"))
+        both = litdata.CombinedStreamingDataset([stream, stream], weights=(0.5, 0.5), iterate_over_all=False)
+        assert taken(both) == "as a whole"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves files to be closed by chance

@@ -105,17 +105,13 @@ def hugging_face(directory):
 
 
 def make_nothing(directory):
-    """It is made beforehand, or by itself."""
+    """It is made beforehand, or in memory."""
 
 
 def lit_data(directory):
     import litdata
 
     return litdata.StreamingDataset(str(directory / "litdata"), transform=Noted(directory))
-
-
-def litdata_row(row):
-    return {"x": row}
 
 
 def make_parquet(directory):
