@@ -20,10 +20,14 @@ MAX_INTEGER = 2**62
 """Counts and positions beyond are refused: sums of a few still fit 64 bits."""
 MAX_LINE_BYTES = 2**20
 """Of a file of records: what is longer is no line that was written here."""
-_MAX_FILE_BYTES = 64 * 2**20
-"""Of what is read at once. A file without content can have any length."""
+MAX_FILE_BYTES = 8 * 2**20
+"""Of what is read at once, unless a kind of file may have more. A file without content can have any length."""
 _MAX_DEPTH = 256
 """Of JSON; what is written here is less deep, and can be walked by functions that call themselves."""
+_MEMORY_BYTES, _MEMORY_PER_BYTE = 32 * 2**20, 24
+"""JSON may become so many bytes of objects, or so many times its own; what is written here becomes 10 times its own."""
+_OBJECT_BYTES, _ARRAY_BYTES, _ITEM_BYTES = 240, 96, 40
+"""What a dict, a list and anything in them take in memory."""
 
 
 class TooLargeFileError(OSError):
@@ -53,7 +57,7 @@ def open_file(path: str | os.PathLike[str]) -> int:
     return descriptor
 
 
-def read_file(path: str | os.PathLike[str], max_bytes: int = _MAX_FILE_BYTES) -> bytes:
+def read_file(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) -> bytes:
     """Read a whole regular file.
 
     Raises:
@@ -99,8 +103,9 @@ def parse_json(raw: bytes | str) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: It is none, or nested too deeply.
+        ValueError: It is none, is nested too deeply, or would take much more memory than bytes.
     """
+    _check_memory(raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw)
     try:
         data = json.loads(raw)
     except RecursionError:
@@ -111,6 +116,26 @@ def parse_json(raw: bytes | str) -> Any:
         if not level:
             return data
     raise ValueError("it is nested too deeply")
+
+
+def _check_memory(raw: bytes) -> None:
+    """Raise ValueError if JSON has so many small values that they would take much more memory than its bytes."""
+    limit_bytes = max(_MEMORY_BYTES, _MEMORY_PER_BYTE * len(raw))
+    if _memory_bytes(raw) <= limit_bytes:
+        return
+    # Text may hold any number of brackets: count those outside of it.
+    shorn = raw.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NO_STRUCTURE).replace(b'""', b"")
+    num_bytes = _memory_bytes(b"".join(shorn.split(b'"')[::2]))
+    if num_bytes > limit_bytes:
+        raise ValueError(f"its {len(raw):,} bytes would take some {num_bytes:,} in memory")
+
+
+_NO_STRUCTURE = bytes(set(range(256)) - set(b'"[{,'))
+
+
+def _memory_bytes(raw: bytes) -> int:
+    arrays, objects = raw.count(b"["), raw.count(b"{")
+    return _ARRAY_BYTES * arrays + _OBJECT_BYTES * objects + _ITEM_BYTES * (raw.count(b",") + arrays + objects)
 
 
 def _items(value: Any) -> Iterable[Any]:

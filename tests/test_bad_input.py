@@ -217,16 +217,6 @@ def test_a_dataset_is_put_into_batches_of_the_configured_size(tmp_path):
     assert torch.cat(list(orchestrator.predictions))[:, 0].tolist() == [2.0 * i for i in range(20)]
 
 
-def test_training_under_fabric_is_refused():
-    from lightning.fabric import Fabric
-
-    fabric = Fabric(strategy="gpuorch", devices=1, accelerator="cpu")
-    fabric.launch()
-    model = torch.nn.Linear(2, 2)
-    with pytest.raises(ConfigurationError, match="train with Fabric\\(strategy='ddp'\\)"):
-        fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
-
-
 def test_a_plain_fabric_loop_with_dynamic_batching_is_told_that_it_has_none(caplog):
     from lightning.fabric import Fabric
 

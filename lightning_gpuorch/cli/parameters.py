@@ -1,4 +1,4 @@
-"""The types of paths on the command line: of this machine, with ``~`` and ``file:`` URLs understood, or in a store."""
+"""The types of values on the command line: paths of this machine or in a store, and numbers of nodes."""
 
 from __future__ import annotations
 
@@ -43,3 +43,22 @@ class OutputDirectory(LocalPath):
         except ConfigurationError as error:
             self.fail(str(error), param, ctx)
         return super().convert(path, param, ctx)
+
+
+class NodeCount(click.ParamType):  # type: ignore[type-arg]
+    """``4``, or ``1:8`` for at least one and at most eight; gives both numbers."""
+
+    name = "nodes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Give the fewest and the most nodes."""
+        if isinstance(value, tuple):
+            return value
+        fewest, separator, most = str(value).partition(":")
+        try:
+            numbers = int(fewest), int(most if separator else fewest)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number of nodes, such as 4, nor the fewest and the most, such as 1:8")
+        if not 1 <= numbers[0] <= numbers[1]:
+            self.fail(f"{value!r}: the fewest nodes come first, at least 1, then the most")
+        return numbers

@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
+from lightning_gpuorch.cli.parameters import NodeCount
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.devices.discovery import choose_devices, device_pool
-from lightning_gpuorch.errors import GPUOrchError
+from lightning_gpuorch.errors import ConfigurationError, GPUOrchError
 
 _PRECISIONS = (
     "transformer-engine", "transformer-engine-float16", "16-true", "16-mixed", "bf16-true", "bf16-mixed", "32-true",
@@ -25,7 +26,14 @@ _PRECISIONS = (
 )
 @click.option("--strategy", default="gpuorch", show_default=True, help="Other strategies are handed to `fabric run`.")
 @click.option("--devices", default="1", show_default=True, help="How many devices, which (0,2), or 'auto'.")
-@click.option("--num-nodes", "--num_nodes", type=int, default=1, show_default=True, help="Machines that take part.")
+@click.option(
+    "--num-nodes",
+    "--num_nodes",
+    type=NodeCount(),
+    default="1",
+    show_default=True,
+    help="Machines that take part; 1:8 begins with one, and others join and leave as they come and go.",
+)
 @click.option("--node-rank", "--node_rank", type=int, default=0, show_default=True, help="Which machine this is.")
 @click.option(
     "--main-address", "--main_address", default="127.0.0.1", show_default=True, help="Host of the coordinator."
@@ -57,7 +65,8 @@ def _run(script: str, script_args: list[str], **options: Any) -> int:
     from lightning_gpuorch.telemetry.logs import configure_logging
 
     config = OrchestratorConfig.resolve()
-    place = NodePlace(options["num_nodes"], options["node_rank"], options["main_address"], options["main_port"])
+    min_nodes, num_nodes = options["num_nodes"]
+    place = NodePlace(num_nodes, options["node_rank"], options["main_address"], options["main_port"], min_nodes)
     configure_logging(config.log_level, rank=None, replica=0)
     accelerator, count, indices = choose_devices(options["accelerator"], options["devices"])
     environment = {
@@ -79,6 +88,10 @@ def _fabric_run(script: str, script_args: list[str], options: dict[str, Any]) ->
     from argparse import Namespace
 
     from lightning.fabric.cli import main
+
+    min_nodes, options["num_nodes"] = options["num_nodes"]
+    if min_nodes != options["num_nodes"]:
+        raise ConfigurationError(f"--num-nodes {min_nodes}:{options['num_nodes']} needs strategy gpuorch.")
 
     main(args=Namespace(script=script, **options), script_args=script_args)
     return 0

@@ -37,18 +37,24 @@ class NodePlace:
     """Which of the job's machines this is.
 
     Attributes:
-        num_nodes: Machines that take part.
+        num_nodes: Machines that may take part.
         node_rank: Which one this is; node 0 hosts the coordinator.
         main_address: Host of node 0.
         main_port: Port of the coordinator; 0 takes a free one, where there is one node only.
+        min_nodes: Machines with which the job begins; 0 stands for all.
     """
 
     num_nodes: int = 1
     node_rank: int = 0
     main_address: str = "127.0.0.1"
     main_port: int = 0
+    min_nodes: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.min_nodes <= self.num_nodes:
+            raise ConfigurationError(
+                f"--num-nodes {self.min_nodes}:{self.num_nodes}: give the fewest nodes first, at least 1, then the most."
+            )
         if self.num_nodes < 1 or not 0 <= self.node_rank < self.num_nodes:
             raise ConfigurationError(
                 f"node_rank={self.node_rank} is outside a job of {self.num_nodes} nodes; ranks count from 0."
@@ -76,17 +82,18 @@ class CoordinatorClient:
         """Time since the last answer of the coordinator."""
         return time.monotonic() - self._heard
 
-    def join(self, num_ranks: int, num_nodes: int, run_id: str, timeout_seconds: float) -> NodeJoined:
-        """Take part, and wait until every node does.
+    def join(self, num_ranks: int, place: NodePlace, run_id: str, timeout_seconds: float) -> NodeJoined:
+        """Take part, and wait until enough nodes do.
 
         Raises:
-            ControlPlaneTimeoutError: Not every node came in time; ask again to be taken for alive.
+            ControlPlaneTimeoutError: Not enough nodes came in time; ask again to be taken for alive.
             ControlPlaneError: The coordinator cannot be reached, or another supervisor has the place.
             ConfigurationError: The coordinator expects something else of this node, or is of another version.
         """
         request = JoinNode(
-            node=self._node_rank, supervisor=self._supervisor, ranks=num_ranks, num_nodes=num_nodes, run_id=run_id
-        )
+            node=self._node_rank, supervisor=self._supervisor, ranks=num_ranks, run_id=run_id,
+            min_nodes=place.min_nodes or place.num_nodes, max_nodes=place.num_nodes,
+        )  # fmt: skip
         return self._ask(request, timeout_seconds)
 
     def state(self) -> JobState:
@@ -139,9 +146,9 @@ class CoordinatorClient:
         """Have all ranks of the job restart together; returns their next generation."""
         return self._ask(RestartGang(generation=generation)).generation
 
-    def leave(self, codes: dict[int, int], timeout_seconds: float) -> int:
-        """Report how this node's ranks ended; returns the job's exit code, once it is known."""
-        request = LeaveNode(node=self._node_rank, supervisor=self._supervisor, codes=codes)
+    def leave(self, codes: dict[int, int], timeout_seconds: float, drained: bool = False) -> int:
+        """Report how this node's ranks ended; returns the job's exit code, once it is known, or at once that of a drain."""
+        request = LeaveNode(node=self._node_rank, supervisor=self._supervisor, codes=codes, drained=drained)
         return self._ask(request, timeout_seconds).exit_code
 
     def _ask(self, request: Request[AnswerT], timeout_seconds: float | None = None) -> AnswerT:

@@ -1,8 +1,10 @@
-"""Collectives that span all replicas: numbered, decided once, and replayed to a rank that comes back.
+"""Collectives that span all replicas: numbered, decided once, and replayed to a rank that comes back or comes late.
 
 Each rank numbers its collectives. The coordinator keeps every decided result, so a restarted rank that runs the user's script
 from the top gets the results its predecessor got and catches up without the others noticing. A replica that is
-retired is no longer waited for. Payloads are small objects: they go through the coordinator and stay there.
+retired is no longer waited for. A rank that joins late is a member as soon as it has registered: decided results are replayed
+to it, though it is in none of them, and what is undecided waits for it, too. Payloads are small objects: they go through the
+coordinator and stay there.
 """
 
 from __future__ import annotations
@@ -80,9 +82,14 @@ class CollectiveService:
             return waiter
 
     def set_members(self, ranks: Iterable[int]) -> None:
-        """Record which ranks take part, once all nodes have joined."""
+        """Record which ranks take part, once the nodes with which the job begins have joined."""
         with self._lock:
             self._members = set(ranks)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether a rank has ended in good order, so that no other one can begin."""
+        return bool(self._left)
 
     def missing(self, number: int) -> list[int]:
         """Members that have not yet arrived at operation ``number``."""
@@ -101,6 +108,12 @@ class CollectiveService:
         with self._lock:
             self._left[rank] = why
             self._decide_all()
+
+    def join(self, rank: int) -> None:
+        """A rank begins its script: what is decided is replayed to it, what is not waits for it, too."""
+        with self._lock:
+            self._left.pop(rank, None)
+            self._members.add(rank)
 
     def _decide_all(self) -> None:
         for number, operation in self._operations.items():

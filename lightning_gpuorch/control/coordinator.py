@@ -160,10 +160,20 @@ class Coordinator:
         """A generation of a replica that is newer than all that were started."""
         return max(self._replicas.generations.get(replica, -1), self._last_ended.get(replica, -1)) + 1
 
-    def set_world_size(self, world_size: int) -> None:
-        """All nodes have joined: so many ranks take part."""
+    @property
+    def is_closed(self) -> bool:
+        """Whether no rank can join any more: ranks train or evaluate together, or some have ended their script."""
+        return self.gang or self.needs_every_replica or self.collectives.has_ended
+
+    def set_world(self, world_size: int, ranks: Iterable[int]) -> None:
+        """The job begins: its size, and the ranks that are there."""
         self._replicas.world_size = world_size
-        self.collectives.set_members(range(world_size))
+        self.collectives.set_members(ranks)
+
+    def readmit(self, replica: int) -> None:
+        """Serve a replica again that was given up."""
+        with self._lock:
+            self._replicas.retired.discard(replica)
 
     def expire_leases(self, replica: int) -> int:
         """Take back the leases of a replica without a heartbeat; see :meth:`JobService.expire_leases`."""
@@ -209,8 +219,12 @@ class Coordinator:
         with self._lock:
             check = self.nodes.check_replicas_within_nodes
             self._replicas.register(request.sender, request.tensor_parallel_size, check)
+            if request.sender.replica not in self._replicas.retired:
+                self.collectives.join(request.sender.rank)
 
     def _begin_stage(self, request: BeginStage) -> None:
+        if request.gang or request.every_replica:
+            self.nodes.require_all_nodes("training" if request.gang else "evaluation")
         self.gang = self.gang or request.gang
         with self._lock:
             change = self._evaluating.add if request.every_replica else self._evaluating.discard

@@ -32,7 +32,7 @@ from lightning_gpuorch.errors import (
 
 log = logging.getLogger(__name__)
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised with every change of :mod:`lightning_gpuorch.control.messages`."""
 
 MAGIC = b"gpuorch\n"

@@ -35,16 +35,27 @@ else:
 log = logging.getLogger(__name__)
 
 
-class _OfOneDevice:
-    """Mixed into a strategy with one device, which begins where it is used: ``fabric.launch()`` may be left out."""
-
-
 @functools.cache
 def _of_one_device(kind: type[FabricStrategy]) -> type[FabricStrategy]:
     """A strategy that Fabric takes for one of a single device: it asks for no launch, and synchronises no gradients."""
-    single = type(kind.__name__, (_OfOneDevice, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    members = {"__module__": kind.__module__, "__doc__": kind.__doc__, "has_one_device": True}
+    single = type(kind.__name__, (kind,), members)
     kind.package.of_fabric("strategies").SingleDeviceStrategy.register(single)
     return single
+
+
+def on_one_device(backward: Callable[..., None]) -> Callable[..., None]:
+    """Lightning's ``backward``, refused on several devices.
+
+    It stays recognisable as Lightning's: Fabric forbids ``loss.backward()`` under a strategy that has overridden it.
+    """
+
+    @functools.wraps(backward)
+    def checked(self: FabricStrategy, *args: Any, **kwargs: Any) -> None:
+        self.refuse_to_train()
+        backward(self, *args, **kwargs)
+
+    return checked
 
 
 class FabricStrategy(StrategyShell, _Base):  # type: ignore[misc]
@@ -67,6 +78,9 @@ class FabricStrategy(StrategyShell, _Base):  # type: ignore[misc]
     Raises:
         ConfigurationError: An unknown option or a bad value.
     """
+
+    has_one_device = False
+    """Whether the job is known to be this process: then models are trained as well."""
 
     def __init__(
         self,
@@ -98,7 +112,7 @@ class FabricStrategy(StrategyShell, _Base):  # type: ignore[misc]
         launcher = Launcher(self, self._start_method)
         self._launcher = launcher  # type: ignore[assignment]
         if launcher.runs_alone:
-            self.__class__ = _of_one_device(type(self))
+            self._become_one_device()
 
     def _set_world_ranks(self) -> None:
         if self._worker is None:
@@ -111,24 +125,36 @@ class FabricStrategy(StrategyShell, _Base):  # type: ignore[misc]
         lightning_internals.reset_seed(self.package)
         self._set_world_ranks()
         self._start_runtime()
+        if self.runtime.world.topology.world_size == 1:
+            self._become_one_device()
+
+    def _become_one_device(self) -> None:
+        if not self.has_one_device:
+            self.__class__ = _of_one_device(type(self))
 
     def begin_without_launch(self) -> None:
         """On one device, do what ``fabric.launch()`` does, unless it was called."""
-        if isinstance(self, _OfOneDevice) and self.runtime._world is None:
+        if self.has_one_device and self.runtime._world is None:
+            assert self.launcher is not None
             self.launcher.launch(self._setup_distributed)
 
     # Model and data
 
     def setup_module(self, module: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]
-        """Prepare a module for inference: sharded if need be, on the device, in eval mode, never wrapped.
+        """Prepare a module: sharded if need be, on the device, never wrapped.
+
+        On several devices it is put in eval mode. On one device it may be trained, and its mode is left as it is.
 
         Parameters on meta stay there, cut to this rank's part, until ``fabric.load_raw`` or
         :meth:`~lightning_gpuorch.MultiGPUOrchestrator.load_distributed_model` gives them values.
         """
         self.begin_without_launch()
-        if not has_meta(module):
-            module.eval()  # here layers that merge adapters do so while their weights are whole
-        module = self.model_setup.prepare(module).eval()
+        if self.has_one_device:
+            module = self.model_setup.prepare(module)
+        else:
+            if not has_meta(module):
+                module.eval()  # here layers that merge adapters do so while their weights are whole
+            module = self.model_setup.prepare(module).eval()
         if not has_meta(module):
             super().module_to_device(module)
         self._sync_metrics_over_job(module)
@@ -179,16 +205,32 @@ class FabricStrategy(StrategyShell, _Base):  # type: ignore[misc]
             )
         return dataloader if self.world_size == 1 else self.runtime.share(dataloader)
 
+    # Training
+
+    def setup_module_and_optimizers(
+        self, module: torch.nn.Module, optimizers: list[Any], *args: Any, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        """Prepare what is trained on one device; refused on several, before the module is touched."""
+        self.refuse_to_train()
+        return super().setup_module_and_optimizers(module, optimizers, *args, **kwargs)
+
     def setup_optimizer(self, optimizer: Any) -> Any:
-        """Refuse to train.
+        """Take an optimizer as it is, on one device; refused on several."""
+        self.refuse_to_train()
+        return optimizer
+
+    def refuse_to_train(self) -> None:
+        """Refuse on several devices.
 
         Raises:
-            ConfigurationError: Always.
+            ConfigurationError: There are several.
         """
-        raise ConfigurationError(
-            "strategy='gpuorch' runs inference under Fabric and does not synchronise gradients; train with "
-            "Fabric(strategy='ddp')."
-        )
+        if not self.has_one_device:
+            raise ConfigurationError(
+                f"strategy='gpuorch' trains under Fabric on one device only, and this job has {self.world_size}: their "
+                "gradients would not be synchronised. Train with Fabric(strategy='ddp') or Trainer(strategy='gpuorch').fit. "
+                "Gradients within one rank, as for saliency, are what loss.backward() or torch.autograd.grad gives."
+            )
 
     # Collectives
 

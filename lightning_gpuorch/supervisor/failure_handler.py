@@ -13,6 +13,7 @@ from lightning_gpuorch.errors import EXIT_FAILURE, EXIT_RESUMABLE, MissingPredic
 from lightning_gpuorch.supervisor.device_drain import DeviceDrain
 from lightning_gpuorch.supervisor.job_drain import JobDrain
 from lightning_gpuorch.supervisor.node import Node
+from lightning_gpuorch.supervisor.node_drain import NodeDrain
 from lightning_gpuorch.supervisor.replica import ReplicaState
 from lightning_gpuorch.supervisor.restart_policy import (
     EXCEPTIONS,
@@ -37,10 +38,11 @@ class FailureHandler:
     Args:
         node: The node.
         job_drain: Drains the job.
+        node_drain: Takes the node out of a job that goes on.
     """
 
-    def __init__(self, node: Node, job_drain: JobDrain):
-        self._node, self._job_drain = node, job_drain
+    def __init__(self, node: Node, job_drain: JobDrain, node_drain: NodeDrain):
+        self._node, self._job_drain, self._node_drain = node, job_drain, node_drain
         self._recovery = FailureRecoveryManager(node.config.max_restart_attempts, node.config.enable_auto_restart)
         self._device_drain = DeviceDrain(node, self._recovery)
         self._raised_at: dict[str, int] = {}
@@ -114,7 +116,7 @@ class FailureHandler:
         assert record is not None
         replica = node.replicas.of(rank)
         if kind is FailureKind.STOP_REQUESTED and replica.state is ReplicaState.DRAINING:
-            self._device_drain.on_left(replica)
+            (self._node_drain if self._node_drain.under_way else self._device_drain).on_left(replica)
             return
         node.replicas.end([rank], code)
         node.client.rank_left(rank, f"ended with exit code {code}")
@@ -175,15 +177,18 @@ class FailureHandler:
             code = (record.exited_with if record is not None else None) or EXIT_FAILURE
             node.replicas.end(group, code)
             node.client.abort(code)
+        elif self._node_drain.under_way:
+            show(logging.WARNING, decision.reason)
+            self._node_drain.on_left(replica)
         elif self._job_drain.under_way:
             show(logging.WARNING, decision.reason)
             node.replicas.end(group, EXIT_RESUMABLE)
-        elif any(node.replicas.exit_codes.get(peer) == 0 for peer in node.group_of(rank, with_ended=True)):
-            # Its peers have left in good order, so they cannot form a group with it again, nor did they need it.
+        elif (state.gang or node.replicas.size is None) and any(
+            node.replicas.exit_codes.get(peer) == 0 for peer in node.group_of(rank, with_ended=True)
+        ):
+            # All ranks share its fate, and some have come to their end: training or an unknown script is not run twice.
             node.replicas.end(group, 0 if complete else EXIT_FAILURE)
-            show(
-                logging.WARNING, f"{decision.reason}; the others of its replica are done, so it is ended, not restarted"
-            )
+            show(logging.WARNING, f"{decision.reason}; other ranks have ended their script, so it is not restarted")
         else:
             self._carry_out(decision, rank, group, evidence, show)
 

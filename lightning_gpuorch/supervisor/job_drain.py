@@ -1,4 +1,8 @@
-"""Stops the whole job in good order: on a signal, when another node asks, or when predictions cannot be written."""
+"""Stops the whole job in good order: on a signal, when another node asks, or when predictions cannot be written.
+
+SIGTERM to a node other than the coordinator's concerns that node alone: it is how machines are told that they will be taken
+away. SIGINT, which a person sends, and SIGTERM to node 0 stop the job.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from typing import Any
 from lightning_gpuorch.control.messages.nodes import JobState
 from lightning_gpuorch.errors import EXIT_RESUMABLE
 from lightning_gpuorch.supervisor.node import Node
+from lightning_gpuorch.supervisor.node_drain import NodeDrain
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +32,11 @@ class JobDrain:
 
     Args:
         node: The node.
+        node_drain: Takes the node out of a job that goes on.
     """
 
-    def __init__(self, node: Node):
-        self._node = node
+    def __init__(self, node: Node, node_drain: NodeDrain):
+        self._node, self._node_drain = node, node_drain
         self._signals: list[int] = []
         self._deadline: float | None = None
         self._previous: dict[int, Any] = {}
@@ -77,12 +83,19 @@ class JobDrain:
 
     def check_signals(self) -> None:
         """Follow signals: the first one drains, the second one ends at once, as does the deadline."""
-        if self._signals and self._deadline is None:
+        leaves = self._node_drain.under_way
+        if self._signals and self._deadline is None and not leaves:
             name = signal.Signals(self._signals[0]).name
-            log.info("%s: finishing the chunks in hand", name)
-            self.begin(name)
-        if len(self._signals) > 1 or (self._deadline or float("inf")) < time.monotonic():
+            if self._signals[0] == signal.SIGTERM and self._node_drain.is_possible:
+                self._node_drain.begin(name)
+            else:
+                log.info("%s: finishing the chunks in hand", name)
+                self.begin(name)
+        if leaves and len(self._signals) > 1:
+            self._node_drain.end_now()
+        elif len(self._signals) > 1 or (self._deadline or float("inf")) < time.monotonic():
             self._node.end_all(EXIT_RESUMABLE)
+        self._node_drain.check_deadline()
 
     def follow(self, state: JobState) -> None:
         """Do what another process has asked the job for."""
@@ -93,7 +106,7 @@ class JobDrain:
 
     def pass_on(self) -> None:
         """Tell the others of a signal, when this node's own part is done."""
-        if self._signals and not self._node.state().draining:
+        if self._signals and not self._node.state().draining and not self._node_drain.is_possible:
             self._node.client.drain()
 
     def _set_deadline(self) -> None:

@@ -96,9 +96,9 @@ class Node:
         self.begin(list(ranks))
 
     def next_generation(self, group: Sequence[int], generation: int) -> None:
-        """Start ranks again, whose workers are gone."""
+        """Start the replicas of ranks again, whose workers are gone."""
         self.replicas.restart(group, generation)
-        self.begin(group)
+        self.begin([rank for replica in self.replicas.replicas_of(group) for rank in replica.ranks])
 
     def restart_gang(self, generation: int) -> None:
         """All ranks of the job start again, wherever one has failed: they share one torch.distributed world."""

@@ -89,7 +89,8 @@ class Rendezvous:
         several, certificates = place.num_nodes > 1, Certificates.of(config)
         self.coordinator = Coordinator(
             self._num_workers, config.max_chunk_failures, on_event, num_nodes=place.num_nodes,
-            lease_term_seconds=config.lease_term_sec, node_timeout_seconds=config.node_timeout_sec,
+            min_nodes=place.min_nodes or place.num_nodes, lease_term_seconds=config.lease_term_sec,
+            node_timeout_seconds=config.node_timeout_sec,
         )  # fmt: skip
         self.coordinator.tensor_parallel_size = tensor_parallel_size
         if several:
@@ -101,16 +102,17 @@ class Rendezvous:
         return LocalChannel(self.coordinator)
 
     def join(self) -> None:
-        """Join, and wait until all nodes have.
+        """Join, and wait until the job begins.
 
         Raises:
-            ControlPlaneError: The coordinator cannot be reached, not every node came in time, or another supervisor has this
-                node's place.
+            ControlPlaneError: The coordinator cannot be reached, not enough nodes came in time, or another supervisor has
+                this node's place.
             ConfigurationError: The nodes do not agree about the job, or run different versions.
         """
         place = self.place
         if place.num_nodes > 1:
-            log.info("node %d of %d: waiting for all nodes", place.node_rank, place.num_nodes)
+            wanted = f"at least {place.min_nodes}" if 0 < place.min_nodes < place.num_nodes else "all"
+            log.info("node %d of %d: waiting for %s nodes", place.node_rank, place.num_nodes, wanted)
         joined = self._ask_for_place()
         self.first_rank, self.world_size, self.run_id = joined.first_rank, joined.world_size, joined.run_id
         self.first_generation, self.is_late = joined.generation, joined.is_late
@@ -126,17 +128,18 @@ class Rendezvous:
 
     def _ask_for_place(self) -> NodeJoined:
         """Ask again and again: a supervisor without heartbeats loses its node rank to another one."""
-        limit, several = self._config.start_timeout_sec, self.place.num_nodes
+        limit = self._config.start_timeout_sec
         deadline = time.monotonic() + limit
         while True:
             seconds = min(self._ask_seconds, max(0.01, deadline - time.monotonic()))
             try:
-                return self.client.join(self._num_workers, several, self.run_id, seconds)
+                return self.client.join(self._num_workers, self.place, self.run_id, seconds)
             except ControlPlaneTimeoutError:
                 if time.monotonic() < deadline:
                     continue
-                missing = f": {self.coordinator.nodes.missing}" if self.coordinator is not None else ""
-                raise ControlPlaneError(f"not all nodes have joined within {limit:g} s{missing}") from None
+                missing = f", nodes {self.coordinator.nodes.missing} have not" if self.coordinator is not None else ""
+                fewest = self.place.min_nodes or self.place.num_nodes
+                raise ControlPlaneError(f"fewer than {fewest} nodes have joined within {limit:g} s{missing}") from None
 
     def state(self, fresh: bool = False) -> JobState:
         """The state of the job: the last one known, or one asked for now."""
@@ -167,19 +170,20 @@ class Rendezvous:
             time.sleep(_POLL_SECONDS)
             meanwhile()
 
-    def leave(self, codes: dict[int, int], meanwhile: Callable[[], None]) -> int:
+    def leave(self, codes: dict[int, int], meanwhile: Callable[[], None], drained: bool = False) -> int:
         """Elsewhere: report how this node's ranks ended.
 
         Args:
             codes: Exit code by rank.
             meanwhile: Called again and again while others still work.
+            drained: This node alone leaves, and does not wait for the end of the job.
 
         Returns:
-            The job's exit code.
+            The job's exit code; that of a drain if this node alone leaves.
         """
         while True:
             try:
-                return self.client.leave(codes, timeout_seconds=self._ask_seconds)
+                return self.client.leave(codes, timeout_seconds=self._ask_seconds, drained=drained)
             except ControlPlaneTimeoutError:
                 meanwhile()
 

@@ -48,7 +48,7 @@ class Replica:
         ranks: Its global ranks.
         generation: How often it was started again.
         state: Where it stands.
-        exit_codes: Of the ranks that have ended for good.
+        exit_codes: Of the ranks that have ended in this generation.
         shrunk: Ranks it goes on with and ranks it had, if it lost devices for which there was no spare.
         drain_reason: Why it drains.
         drain_deadline: Until when it may, by the monotonic clock.
@@ -65,7 +65,7 @@ class Replica:
 
     @property
     def live_ranks(self) -> list[int]:
-        """Ranks that have not ended for good."""
+        """Ranks that have not ended in this generation."""
         return [rank for rank in self.ranks if rank not in self.exit_codes]
 
     @property
@@ -87,9 +87,10 @@ class Replica:
         self.drain_reason, self.drain_deadline = reason, deadline
 
     def restart(self, generation: int) -> None:
-        """Its workers are gone and shall come back as this generation."""
+        """Its workers are gone and shall come back as this generation, all of them: ranks form a group only together."""
         self._enter(ReplicaState.RESTARTING)
         self.generation = generation
+        self.exit_codes.clear()
         self.drain_reason, self.drain_deadline = "", float("inf")
 
     def shrink(self, num_ranks: int) -> list[int]:
@@ -106,7 +107,7 @@ class Replica:
         self.exit_codes.update(dict.fromkeys(self.live_ranks, code))
 
     def end_rank(self, rank: int, code: int) -> None:
-        """A rank has ended for good; the last one ends the replica."""
+        """A rank has ended; the last one ends the replica."""
         if self.is_over or rank not in self.live_ranks:
             raise IllegalTransitionError(f"rank {rank} of replica {self.index} ends twice: {self.exit_codes}.")
         self.exit_codes[rank] = code

@@ -37,6 +37,7 @@ from lightning_gpuorch.predictions.storage.working_copy import working_copy
 from lightning_gpuorch.supervisor.failure_handler import FailureHandler
 from lightning_gpuorch.supervisor.job_drain import JobDrain, StoppedError
 from lightning_gpuorch.supervisor.node import Node
+from lightning_gpuorch.supervisor.node_drain import NodeDrain
 from lightning_gpuorch.supervisor.outcome import Outcome, decide_outcome
 from lightning_gpuorch.supervisor.rendezvous import Rendezvous
 from lightning_gpuorch.supervisor.retirement import retire
@@ -104,8 +105,9 @@ class Supervisor:
             config, self._rendezvous, spawner, num_workers, devices, self.run_directory, dict(environment or {}),
             self._record,
         )  # fmt: skip
-        self._job_drain = JobDrain(self._node)
-        self._failures = FailureHandler(self._node, self._job_drain)
+        self._node_drain = NodeDrain(self._node)
+        self._job_drain = JobDrain(self._node, self._node_drain)
+        self._failures = FailureHandler(self._node, self._job_drain, self._node_drain)
         self._missing: dict[str, Any] = {}
 
     @property
@@ -210,13 +212,15 @@ class Supervisor:
                 place = location(records, "records", self.config.storage_options)
                 with working_copy(place / "runs" / self.run_id) as copy:
                     keep_records(self.run_directory, copy)
-            return self._rendezvous.leave(self._node.replicas.exit_codes, meanwhile=self._job_drain.pass_on)
+            ended = self._node.replicas.exit_codes
+            drained = self._node_drain.under_way and EXIT_RESUMABLE in ended.values()
+            return self._rendezvous.leave(ended, meanwhile=self._job_drain.pass_on, drained=drained)
         self._rendezvous.wait_for_others(meanwhile=self._follow_requests)
         codes = {*self._node.replicas.exit_codes.values(), *coordinator.nodes.codes().values()}
         end = decide_outcome(
             coordinator,
             codes | {EXIT_FAILURE} if coordinator.nodes.lost_ranks() else codes,
-            self._job_drain.asked_by_signal,
+            self._job_drain.asked_by_signal or bool(coordinator.nodes.drained()),
         )
         self._tell_outcome(end)
         coordinator.nodes.conclude(end.exit_code)

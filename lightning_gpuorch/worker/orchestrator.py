@@ -195,7 +195,7 @@ class MultiGPUOrchestrator:
             self.model_setup.load(model, checkpoint)  # whole: only parallelize_fn knows how it will be cut
             checkpoint = None
         if self.fabric is not None:
-            self._model = self.fabric.setup_module(model)
+            self._model = self.fabric.setup_module(model).eval()
         else:
             model.eval()
             self._model = self.model_setup.prepare(model).eval()
@@ -268,6 +268,8 @@ class MultiGPUOrchestrator:
         if not self.model_setup.is_ready(inner):
             prepared = self.model_setup.prepare(inner.eval(), lambda: [first_batch(loader)], step or "")
             model = inner = prepared.eval().to(self.runtime.device)
+        if inner.training:  # as after training; modules that are left in train mode on purpose stay so
+            model.eval()
         self._model = model
         fingerprint = self.model_setup.fingerprint(inner)
         job = self.runtime.open_job([loader], Path.cwd(), [limit_batches], fingerprint)

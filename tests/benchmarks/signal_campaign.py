@@ -136,12 +136,8 @@ class Job:
             time.sleep(0.01)
         return False
 
-    def end(self, deadline: float, calm: Path | None = None) -> int | None:
-        """Wait for the end, and launch again what was stopped or killed.
-
-        A rank that is killed after its replica's others have ended is not started again: the job has all predictions, and its
-        exit code says that a script did not come to its end. The same command then ends with 0.
-        """
+    def end(self, deadline: float) -> int | None:
+        """Wait for the end, and launch again what was stopped or killed."""
         assert self.process is not None
         while True:
             while self.process.poll() is None and time.monotonic() < deadline:
@@ -155,8 +151,7 @@ class Job:
             if code == -signal.SIGKILL:
                 self.killed |= checks.run_names(self.directory / "tmp")
             self.codes.append(code)
-            after_the_work = code > 0 and calm is not None and not checks.compare_outputs(calm, self.output)
-            if code not in (EXIT_RESUMABLE, -signal.SIGKILL, -signal.SIGTERM) and not after_the_work:
+            if code not in (EXIT_RESUMABLE, -signal.SIGKILL, -signal.SIGTERM):
                 return code
             if len(self.codes) > 8:
                 self.problems.append("it does not come to an end")
@@ -240,7 +235,7 @@ def run_one(seed: int, setup: str, calm: Path, directory: Path) -> dict[str, Any
             job.launch()  # at once: what it was may still be dying
         if job.wait_for(fault.share, total, rng) and harm(fault, job.victims(fault.victim, rng), rng):
             happened.append(asdict(fault))
-    code = job.end(begun + RUN_LIMIT_SECONDS, calm)
+    code = job.end(begun + RUN_LIMIT_SECONDS)
     if code == 0:
         job.problems += checks.compare_outputs(calm, job.output)
     elif code is not None:

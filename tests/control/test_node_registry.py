@@ -28,7 +28,9 @@ class Job:
 
     def join(self, node: int, supervisor: str, ranks: int = 2) -> Future[Any]:
         return self.ask(
-            JoinNode(node=node, supervisor=supervisor, ranks=ranks, num_nodes=2, run_id=f"run-{supervisor}")
+            JoinNode(
+                node=node, supervisor=supervisor, ranks=ranks, min_nodes=2, max_nodes=2, run_id=f"run-{supervisor}"
+            )
         )
 
     def state(self, node: int, supervisor: str) -> Future[Any]:

@@ -237,6 +237,20 @@ def test_a_rank_that_has_left_is_named():
         ControlCollectives(LocalChannel(coordinator), 0, 5.0).barrier()
 
 
+def test_a_rank_that_has_left_and_runs_again_is_waited_for():
+    coordinator = Coordinator(2)
+    coordinator.collectives.leave(1, "has ended")
+    channel = LocalChannel(coordinator)
+    again = RegisterRank(sender=Sender(rank=1, replica=0, generation=1), tensor_parallel_size=2)
+    channel.call(again, timeout_seconds=1)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ControlCollectives(channel, 0, 5.0).all_gather_object, "first")
+        while coordinator.collectives.missing(0) != [1]:
+            time.sleep(0.001)
+        assert ControlCollectives(channel, 1, 5.0).all_gather_object("again") == ["first", "again"]
+        assert waiting.result(5) == ["first", "again"]
+
+
 def test_ranks_must_agree_on_the_tensor_parallel_size():
     channel = LocalChannel(Coordinator(4))
 

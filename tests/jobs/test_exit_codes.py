@@ -27,6 +27,7 @@ TABLE = [
     ("terminate", "middle", 2, 2, 0, "all predictions are in"),
     ("kill", "start", 2, 2, 0, "killed by SIGKILL"),
     ("kill", "end", 2, 1, 0, "killed by SIGKILL"),
+    ("kill", "others ended", 2, 2, 0, "restarting replica 0"),
 ]
 
 
@@ -56,6 +57,8 @@ def test_the_exit_code_tells_what_has_happened(runner, tmp_path, cause, moment, 
     if code == 0:
         values = [float(value) for batch in read_predictions(tmp_path / "out") for value in batch[:, 0]]
         assert values == [2.0 * index for index in range(160)]
+    if moment == "others ended":
+        assert (tmp_path / "through-1").exists(), "the script has come to its end on the killed rank, too"
     if cause == "terminate":
         assert "restarting" not in log, "one rank alone is not the job"
     if code == 65:

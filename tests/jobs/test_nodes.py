@@ -21,9 +21,11 @@ SLOW = "slow_predict.py"
 SHORT_TERMS = {"GPUORCH_LEASE_TERM_SEC": "3", "GPUORCH_NODE_TIMEOUT_SEC": "30", "GPUORCH_TOKEN": "ours"}
 
 
-def _start(runner, node, port, *arguments, devices=1, around=(), address="127.0.0.1", environment=None, script=SLOW):
+def _start(
+    runner, node, port, *arguments, devices=1, around=(), address="127.0.0.1", environment=None, script=SLOW, nodes="2"
+):
     launcher = (
-        *around, sys.executable, "-m", "lightning_gpuorch", "run", "--accelerator", "cpu", "--num-nodes", "2",
+        *around, sys.executable, "-m", "lightning_gpuorch", "run", "--accelerator", "cpu", "--num-nodes", nodes,
         "--node-rank", str(node), "--main-address", address, "--main-port", str(port), "--devices", str(devices),
     )  # fmt: skip
     return runner.start(
@@ -193,15 +195,54 @@ def test_after_a_restart_of_the_coordinator_the_other_nodes_end_at_once_and_may_
     assert _right(tmp_path / "out", 800)
 
 
-def test_sigterm_on_any_node_drains_the_job(runner, tmp_path):
+@pytest.mark.parametrize(("node", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT)])
+def test_sigterm_on_node_0_and_sigint_on_any_drain_the_job(runner, tmp_path, node, number):
     port = free_port()
-    coordinator, other = _start(runner, 0, port, "--samples", 600), _start(runner, 1, port, "--samples", 600)
-    _wait_until(lambda: len({note[0] for note in _notes(tmp_path)}) == 2, (coordinator, other), "work on both nodes")
-    other.send_signal(signal.SIGTERM)
-    assert (runner.wait(coordinator, 60), runner.wait(other, 60)) == (75, 75)
+    nodes = [_start(runner, rank, port, "--samples", 600) for rank in (0, 1)]
+    _wait_until(lambda: len({note[0] for note in _notes(tmp_path)}) == 2, nodes, "work on both nodes")
+    nodes[node].send_signal(number)
+    assert [runner.wait(process, 60) for process in nodes] == [75, 75]
     assert runner.run(SLOW, "--devices", 2, "--output", "out", "--samples", 600).result["right"]
-    repeated = collections.Counter(note[3] for note in _notes(tmp_path))
-    assert not [batch for batch, count in repeated.items() if count > 1], "a batch was computed again"
+    assert not _repeated(tmp_path)
+
+
+def _repeated(tmp_path):
+    return [batch for batch, count in collections.Counter(note[3] for note in _notes(tmp_path)).items() if count > 1]
+
+
+def test_nodes_join_and_leave_and_come_back_while_the_job_goes_on(runner, tmp_path):
+    port, work = free_port(), ("--samples", 12_000, "--hurry", "hurry")
+
+    def start(node):
+        return _start(runner, node, port, *work, nodes="1:3")
+
+    def at_work(rank, since=0):
+        return any(note[0] == str(rank) for note in _notes(tmp_path)[since:])
+
+    first = start(0)
+    _wait_until(lambda: at_work(0), (first,), "work on node 0, which does not wait for others")
+    last = start(2)
+    _wait_until(lambda: at_work(2), (first, last), "work on node 2")
+    last.send_signal(signal.SIGTERM)
+    assert runner.wait(last, 60) == 75, runner.log_of(last)
+    assert "this node leaves the job" in runner.log_of(last)
+    assert not _repeated(tmp_path), "what it held was finished or handed on"
+    since = len(_notes(tmp_path))
+    again, other = start(2), start(1)
+    _wait_until(lambda: at_work(2, since) and at_work(1, since), (first, again, other), "work on nodes 1 and 2")
+    os.killpg(other.pid, signal.SIGKILL)
+    _wait_until(lambda: "node 1 is silent" in runner.log_of(first), (first, again), "lease term of node 1")
+    (tmp_path / "hurry").touch()
+    assert [runner.wait(node) for node in (first, again)] == [0, 0], runner.log_of(again)
+    assert _right(tmp_path / "out", 12_000)
+    for line in ("node 2 joins: 2 of 3", "node 2 has left; the others go on", "node 2 joins again"):
+        assert line in runner.log_of(first)
+
+
+def test_training_in_an_elastic_job_is_refused_while_nodes_are_missing(runner, tmp_path):
+    node = _start(runner, 0, free_port(), "--result", tmp_path / "result.json", script="fit.py", nodes="1:2")
+    assert runner.wait(node) == 78, runner.log_of(node)
+    assert "1 of 2 nodes are there: start it with --num-nodes 2" in runner.log_of(node)
 
 
 def test_training_restarts_on_all_nodes_together(runner, tmp_path):

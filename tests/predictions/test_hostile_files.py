@@ -9,6 +9,7 @@ import contextlib
 import json
 import random
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,60 @@ def test_a_manifest_may_claim_more_batches_than_memory_holds(job: Path) -> None:
         read_predictions(job, allow_missing=True)
     with pytest.raises(GPUOrchError, match="missing"):
         read_predictions(job)
+
+
+def envelope_of(structure: bytes) -> Envelope:
+    part = mutations.Part(RAW)
+    part.structure_text = lambda _: structure
+    return Envelope(part.signed(), "part")
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        b"[[" + b"[[[],[]],[]]," * 700_000 + b"0]]", b'[["x",' + b"[" * 200 + b"[1,[2]]," * 1_000_000 + b"0" + b"]" * 202,
+        b"[[" + b'{"":{"":{}}},' * 700_000 + b"0]]",
+    ],
+)  # fmt: skip
+def test_json_that_would_take_much_more_memory_than_bytes_is_refused_before_it_is_parsed(structure: bytes) -> None:
+    tracemalloc.start()
+    try:
+        envelope = envelope_of(structure)
+        with pytest.raises(CorruptPartError, match="in memory"):
+            envelope.prediction(0)
+        assert tracemalloc.get_traced_memory()[1] < 12 * len(structure)
+    finally:
+        tracemalloc.stop()
+
+
+def test_text_may_hold_any_number_of_brackets() -> None:
+    code = '[{"a": [1, 2]}, "\\\\"]' * 300_000
+    assert envelope_of(json.dumps([code]).encode()).prediction(0) == code
+
+
+def test_file_names_that_are_no_utf_8_come_back() -> None:
+    names = {Path("/data/caf\udce9"): 1, Path("/data/\ud7ff"): 2}
+    assert Envelope(b"".join(encode_envelope({}, [names, "x"]).buffers), "part").prediction(0) == names
+    assert envelope_of(b'["\\uDCE9", ["list", []]]').prediction(0) == "\udce9"
+
+
+def test_ranges_of_scattered_samples_take_no_memory_by_their_length(tmp_path: Path) -> None:
+    layout = LoaderLayout(unit="scattered", num_units=2**40, batch_size=2**30, chunk_size=1)
+    open_or_create(tmp_path, Manifest(loaders=[layout], created=1.7e9))
+    store = PartStore(loader_directory(tmp_path, 0))
+    for rank in range(8):
+        start = rank * 2**27  # each overlaps the next by half
+        store.commit(rank, [StoredBatch(0, [0], 1, rank)], {})
+        entry = {"first_unit": start, "size": 2**28, "indices": {"start": start, "stop": start + 2**28}}
+        forge(store.path(rank), fields=lambda fields, entry=entry: {**fields, "batches": [entry]})
+    tracemalloc.start()
+    try:
+        found = read_predictions(tmp_path, allow_missing=True)
+        assert [(len(units), units[0]) for units in found.missing.ranges] == [(2**40 - 9 * 2**27, 9 * 2**27)]
+        assert found.indices[9 * 2**27 - 1] == 9 * 2**27 - 1
+        assert tracemalloc.get_traced_memory()[1] < 2**25
+    finally:
+        tracemalloc.stop()
 
 
 def test_keys_with_equal_hashes_are_refused() -> None:

@@ -15,6 +15,7 @@ from lightning_gpuorch.control.environment import GENERATION
 from lightning_gpuorch.supervisor.failure_handler import FailureHandler
 from lightning_gpuorch.supervisor.job_drain import JobDrain
 from lightning_gpuorch.supervisor.node import Node
+from lightning_gpuorch.supervisor.node_drain import NodeDrain
 from lightning_gpuorch.supervisor.rendezvous import Rendezvous
 from lightning_gpuorch.supervisor.replica import ReplicaState
 
@@ -57,9 +58,15 @@ def spawner() -> Iterator[_Spawner]:
 
 
 @pytest.fixture
-def node(tmp_path: Path, spawner: _Spawner) -> Iterator[Node]:
+def tensor_parallel_size() -> int | None:
+    """Unknown, unless a test says so."""
+    return None
+
+
+@pytest.fixture
+def node(tmp_path: Path, spawner: _Spawner, tensor_parallel_size: int | None) -> Iterator[Node]:
     config, place = OrchestratorConfig(), NodePlace()
-    rendezvous = Rendezvous(config, place, 3, "test-of-a-node", tmp_path, None, _record)
+    rendezvous = Rendezvous(config, place, 3, "test-of-a-node", tmp_path, tensor_parallel_size, _record)
     rendezvous.join()
     node = Node(config, rendezvous, spawner, 3, None, tmp_path, {}, _record)
     yield node
@@ -75,6 +82,11 @@ def _start(node: Node) -> None:
         assert not node.start(pending)
 
 
+def _handler(node):
+    node_drain = NodeDrain(node)
+    return FailureHandler(node, JobDrain(node, node_drain), node_drain)
+
+
 def test_a_gang_that_restarts_while_its_devices_are_checked_starts_once(node: Node, spawner: _Spawner):
     node.begin_all()
     node.restart_gang(1)
@@ -83,8 +95,28 @@ def test_a_gang_that_restarts_while_its_devices_are_checked_starts_once(node: No
     assert len(node.workers) == 3
 
 
+@pytest.mark.parametrize("tensor_parallel_size", [3])
+@pytest.mark.parametrize("codes", [{0: 0}, {0: 0, 2: 0}, {0: 65}])
+def test_a_rank_that_dies_after_others_of_its_replica_have_ended_restarts_all_of_it(
+    node: Node, spawner: _Spawner, codes: dict[int, int]
+):
+    handler = _handler(node)
+    node.begin_all()
+    _start(node)
+    for rank, code in codes.items():
+        node.replicas.end([rank], code)
+        node.workers.kill([rank])
+    spawner.processes[1].kill()
+    spawner.processes[1].wait(timeout=10)
+    for worker, code in node.workers.ended():
+        handler.on_exit(worker, code)
+    _start(node)
+    assert spawner.started[3:] == [(0, 1), (1, 1), (2, 1)]
+    assert not node.replicas.exit_codes
+
+
 def test_all_ranks_that_end_with_a_dead_one_have_an_exit_code(node: Node, spawner: _Spawner):
-    handler = FailureHandler(node, JobDrain(node))
+    handler = _handler(node)
     node.begin_all()
     _start(node)
     node.replicas.end([0], 0)
@@ -100,7 +132,7 @@ def test_all_ranks_that_end_with_a_dead_one_have_an_exit_code(node: Node, spawne
 
 
 def test_a_dead_rank_takes_all_that_share_its_fate_to_the_next_generation(node: Node, spawner: _Spawner):
-    handler = FailureHandler(node, JobDrain(node))
+    handler = _handler(node)
     node.begin_all()
     _start(node)
     spawner.processes[1].kill()

@@ -70,6 +70,13 @@ def test_a_replica_that_shrinks_keeps_its_first_ranks_in_the_next_generation():
     assert (replica.ranks, replica.generation, replica.shrunk, replica.state) == ([4, 5], 3, (2, 4), RESTARTING)
 
 
+def test_a_replica_restarts_whole_also_with_ranks_that_have_ended():
+    replica = _replica(RUNNING)
+    replica.end_rank(0, 0)
+    replica.restart(1)
+    assert (replica.live_ranks, replica.exit_codes) == ([0, 1], {})
+
+
 def test_ranks_share_their_fate_until_the_tensor_parallel_size_is_known():
     replicas = NodeReplicas(range(4, 8))
     assert replicas.group_of(5, gang=False) == [4, 5, 6, 7]
@@ -186,7 +193,8 @@ class Histories(RuleBasedStateMachine):
         for replica in self.replicas:
             for rank in replica.exit_codes:
                 assert rank not in self.running
-                self.over.add(rank)
+            if replica.is_over:
+                self.over |= set(replica.ranks)
             assert replica.is_over == (replica.state in (RETIRED, DONE)) == (not replica.live_ranks)
         assert self.over <= set(self.replicas.exit_codes)
 

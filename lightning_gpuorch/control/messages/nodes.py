@@ -26,7 +26,7 @@ class NodeJoined(Answer, frozen=True):
 
 
 class JoinNode(Request[NodeJoined], frozen=True):
-    """A supervisor takes part with so many ranks; answered when all nodes have joined. It is asked again while it waits.
+    """A supervisor takes part with so many ranks; answered when enough nodes have joined. It is asked again while it waits.
 
     ``supervisor`` is a random name that no other supervisor has: who asks again is told from who asks for the same place.
     """
@@ -34,7 +34,8 @@ class JoinNode(Request[NodeJoined], frozen=True):
     node: int
     supervisor: str
     ranks: int
-    num_nodes: int
+    min_nodes: int
+    max_nodes: int
     run_id: str
 
 
@@ -160,8 +161,9 @@ class JobEnded(Answer, frozen=True):
 
 
 class LeaveNode(Request[JobEnded], frozen=True):
-    """All ranks of a node have ended; answered when it is known how the job ends."""
+    """All ranks of a node have ended; answered when it is known how the job ends, or at once if the node alone leaves."""
 
     node: int
     supervisor: str
     codes: dict[int, int]
+    drained: bool = False

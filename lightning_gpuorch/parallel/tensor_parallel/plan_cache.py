@@ -34,6 +34,9 @@ from lightning_gpuorch.parallel.tensor_parallel.verify import verify_plan
 
 logger = logging.getLogger(__name__)
 
+_MAX_BYTES = 64 * 2**20
+"""Of a plan: every expert of a large model has its intervals on every rank."""
+
 
 class PlanCache:
     """Plans in a directory, one JSON file each.
@@ -100,7 +103,7 @@ class PlanCache:
 
     def _read(self, path: Path) -> TensorParallelPlan | None:
         try:
-            return TensorParallelPlan.from_dict(parse_object(read_file(path)))
+            return TensorParallelPlan.from_dict(parse_object(read_file(path, _MAX_BYTES)))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TensorParallelError) as error:

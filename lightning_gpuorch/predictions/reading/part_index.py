@@ -3,7 +3,7 @@
 The answer is a list of *segments*: rows of stored batches that, put together, are the loader's batch. Parts are asked,
 not the journal of the run: the headers of all parts are read once (about 0.1 ms each), so that a sample that was left
 out of a part is known to be missing before the first prediction is used. What is kept is one number per gap and per
-part; for scattered parts 16 bytes per sample.
+part; for scattered parts 32 bytes per run of consecutive dataset indices.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from lightning_gpuorch.checked_files import MAX_INTEGER
 from lightning_gpuorch.errors import CorruptPartError
+from lightning_gpuorch.predictions.reading.index_runs import Integers, runs_of
 from lightning_gpuorch.predictions.storage.journal import BatchEntry, PartHeader, PartJournal
 from lightning_gpuorch.predictions.storage.layout import CHUNKS_PER_SHARD, LoaderLayout
 from lightning_gpuorch.predictions.storage.unit_ranges import UnitRanges
-
-_SCATTERED_SAMPLES, _SAMPLES_PER_BYTE = 2**21, 64
-"""So many may be claimed by ranges, whatever is stored, and so many for each byte that is: each is kept in memory."""
 
 ReadHeader = Callable[[int], PartHeader]
 
@@ -163,59 +162,40 @@ class ScatteredLocator:
     def __init__(self, journal: PartJournal, layout: LoaderLayout):
         assert layout.batch_size is not None
         self._batch_size = layout.batch_size
-        empty: list[np.ndarray[Any, np.dtype[Any]]] = [np.empty(0, np.int64)]
-        indices, places, rows = list(empty), list(empty), list(empty)
         self._places: list[tuple[int, int]] = []
-        unclaimed = _SCATTERED_SAMPLES + _SAMPLES_PER_BYTE * sum(journal.sizes_bytes())
+        indices = []
         for chunk in sorted(journal.done()):
             for position, entry in enumerate(journal.header(chunk).entries):
-                if entry.indices is None:
-                    raise CorruptPartError(f"{journal.path(chunk)} does not name the dataset indices of its samples.")
-                unclaimed -= len(entry.indices) if isinstance(entry.indices, range) else 0
-                if unclaimed < 0:
-                    raise CorruptPartError(f"{journal.path(chunk)} claims more samples than its bytes can hold.")
-                try:
-                    indices.append(np.asarray(entry.indices, np.int64).reshape(len(entry.indices)))
-                except (ValueError, TypeError, OverflowError) as error:
-                    raise CorruptPartError(
-                        f"{journal.path(chunk)} names dataset indices that are no integers."
-                    ) from error
-                places.append(np.full(len(indices[-1]), len(self._places), np.int32))
-                rows.append(np.arange(len(indices[-1]), dtype=np.int32))
+                indices.append(_checked_indices(entry, journal, chunk))
                 self._places.append((chunk, position))
         # The first of equal indices is the one of the lowest part: samplers that pad repeat a sample.
-        self._indices, first = np.unique(np.concatenate(indices), return_index=True)
-        self._place = np.concatenate(places)[first].astype(np.int32)
-        self._row = np.concatenate(rows)[first].astype(np.int32)
+        self._runs = runs = runs_of(indices)
         num_samples = layout.num_units
+        self._is_counted = num_samples is not None
         if num_samples is None:
             # Nobody told how many there should be: what there is, batch by batch.
-            self._is_counted = False
-            self.num_batches = -(-len(self._indices) // self._batch_size)
+            self.num_batches = -(-int((runs.stops - runs.starts).sum()) // self._batch_size)
             self.missing = self.gaps = UnitRanges()
             return
-        if len(self._indices) and (self._indices[0] < 0 or self._indices[-1] >= num_samples):
+        if len(runs) and (runs.starts[0] < 0 or runs.stops[-1] > num_samples):
             raise CorruptPartError(
-                f"{journal.directory} holds samples {self._indices[0]}-{self._indices[-1]}, and the dataset has "
-                f"{num_samples}."
+                f"{journal.directory} holds samples {runs.starts[0]}-{runs.stops[-1] - 1}, and the dataset has {num_samples}."
             )
         self.num_batches = layout.num_batches
-        self._is_counted = True
-        self.missing = self.gaps = UnitRanges(_holes(self._indices, num_samples))
+        self.missing = self.gaps = UnitRanges(runs.holes(num_samples))
 
     def segments(self, batch: int, read_header: ReadHeader) -> list[Segment]:
         """See :class:`Locator`."""
         start, stop = batch * self._batch_size, (batch + 1) * self._batch_size
-        if self._is_counted:
-            start, stop = np.searchsorted(self._indices, [start, stop]).tolist()
+        find = self._runs.between if self._is_counted else self._runs.at_positions
         found: list[Segment] = []
-        for place, row in zip(self._place[start:stop].tolist(), self._row[start:stop].tolist(), strict=True):
+        for place, first, end in find(start, stop):
             chunk, position = self._places[place]
             last = found[-1] if found else None
-            if last is not None and (last.chunk, last.position, last.stop) == (chunk, position, row):
-                found[-1] = Segment(chunk, position, last.start, row + 1, last.entry)
+            if last is not None and (last.chunk, last.position, last.stop) == (chunk, position, first):
+                found[-1] = Segment(chunk, position, last.start, end, last.entry)
             else:
-                found.append(Segment(chunk, position, row, row + 1, read_header(chunk).entries[position]))
+                found.append(Segment(chunk, position, first, end, read_header(chunk).entries[position]))
         return found
 
 
@@ -260,6 +240,20 @@ def _gaps(journal: PartJournal, layout: LoaderLayout, wanted: range, chunks: Seq
     yield range(reached, wanted.stop)
 
 
+def _checked_indices(entry: BatchEntry, journal: PartJournal, chunk: int) -> range | Integers:
+    if entry.indices is None:
+        raise CorruptPartError(f"{journal.path(chunk)} does not name the dataset indices of its samples.")
+    if isinstance(entry.indices, range):
+        return entry.indices
+    try:
+        indices: Integers = np.asarray(entry.indices, np.int64).reshape(len(entry.indices))
+        if len(indices) and not -MAX_INTEGER <= indices.min() <= indices.max() <= MAX_INTEGER:
+            raise OverflowError(f"an index exceeds {MAX_INTEGER}")  # noqa: TRY301
+        return indices
+    except (ValueError, TypeError, OverflowError) as error:
+        raise CorruptPartError(f"{journal.path(chunk)} names dataset indices that are no integers.") from error
+
+
 def _covered(entry: BatchEntry, layout: LoaderLayout) -> range:
     """Units from the first to the last of a stored batch."""
     if layout.unit == "batch":
@@ -282,10 +276,3 @@ def _runs(entry: BatchEntry, layout: LoaderLayout) -> Iterator[range]:
     else:
         for unit in entry.units:
             yield range(unit, unit + 1)
-
-
-def _holes(present: np.ndarray[Any, np.dtype[Any]], count: int) -> Iterator[range]:
-    """What is missing in ``range(count)`` from ascending numbers."""
-    edges = np.concatenate(([-1], present, [count]))
-    for gap in np.flatnonzero(np.diff(edges) > 1):
-        yield range(int(edges[gap]) + 1, int(edges[gap + 1]))

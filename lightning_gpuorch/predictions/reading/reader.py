@@ -322,8 +322,11 @@ class _SampleIndices(Sequence[int]):
         ends = self._counted()
         batch = int(np.searchsorted(ends, position, side="right"))
         offset = position - (int(ends[batch - 1]) if batch else 0)
-        in_batch = self._of_batch(self._predictions._batches[batch])
-        return next(itertools.islice(in_batch, offset, None))
+        for indices in self._indices_of(self._predictions._batches[batch]):
+            if offset < len(indices):
+                return indices[offset]
+            offset -= len(indices)
+        raise IndexError(index)
 
     def __iter__(self) -> Iterator[int]:
         return itertools.chain.from_iterable(map(self._of_batch, self._predictions._batches))

@@ -331,7 +331,7 @@ def read_quarantine(directory: str | os.PathLike[str] | ObjectPath) -> list[Quar
     """
     path = location(directory, "directory") / _QUARANTINE_NAME
     try:
-        lines = store_of(path).read(path).decode("utf-8", "replace").splitlines()
+        lines = store_of(path).read(path).splitlines()
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -5,17 +5,28 @@ Its checksum says that this is what was written; the writer may have been anothe
 
 from __future__ import annotations
 
+import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lightning_gpuorch.checked_files import integer, parse_json, parse_object
+import msgspec
+
+from lightning_gpuorch.checked_files import integer, parse_json
 from lightning_gpuorch.errors import CorruptPartError
 
 _MAX_DIMS = 64
 """As many as numpy arrays and tensors may have."""
 _LENGTH = struct.Struct("<Q")
+
+
+class _Column(msgspec.Struct):
+    """A column as the list of columns tells of it."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
 
 
 class ColumnPlace(NamedTuple):
@@ -27,17 +38,21 @@ class ColumnPlace(NamedTuple):
     end: int
 
 
+_NODES = msgspec.json.Decoder(list[msgspec.Raw])
+_COLUMNS = msgspec.json.Decoder(dict[str, _Column])
+
+
 @dataclass(frozen=True)
 class PartContents:
     """The structure of a part and the list of its columns.
 
     Attributes:
-        nodes: One per prediction.
+        nodes: One per prediction, as JSON: they are parsed one at a time, when they are asked for.
         columns: By name.
         data_start: Where the columns' bytes begin, behind the structure.
     """
 
-    nodes: list[Any]
+    nodes: Sequence[msgspec.Raw | bytes]
     columns: Mapping[str, ColumnPlace]
     data_start: int
 
@@ -54,16 +69,14 @@ def read_contents(body: memoryview, header: Mapping[str, Any], source: str) -> P
         CorruptPartError: They are not of this format, or do not fit in the bytes that are there.
     """
     try:
-        nodes = parse_json(bytes(body[: header["structure_bytes"]]))
-        if not isinstance(nodes, list):
-            raise ValueError("its structure is no list")  # noqa: TRY004, TRY301
+        nodes = _split(body[: header["structure_bytes"]])
         end = num_bytes_before_data(body, header)
         start = header["structure_bytes"] + _LENGTH.size
         if end > len(body):
             raise ValueError("the list of its columns goes beyond its end")  # noqa: TRY301
         num_data_bytes = header["structure_bytes"] + header["columns_bytes"] - end
-        columns = _check_columns(parse_object(bytes(body[start:end])), num_data_bytes)
-    except (ValueError, struct.error) as error:
+        columns = _check_columns(_COLUMNS.decode(body[start:end]), num_data_bytes)
+    except (ValueError, RecursionError, msgspec.DecodeError, struct.error) as error:
         raise CorruptPartError(
             f"{source} is damaged: its structure or the list of its columns is not of this format ({error}). Restore it from "
             "a copy; or delete it and run the same command again, which computes only what it held."
@@ -84,21 +97,32 @@ def num_bytes_before_data(body: memoryview, header: Mapping[str, Any]) -> int:
     return int(header["structure_bytes"] + _LENGTH.size + list_bytes)
 
 
-def _check_columns(entries: Mapping[str, Any], num_bytes: int) -> dict[str, ColumnPlace]:
-    """Read the list of columns, which must fit in so many bytes. Raises ValueError where one is not of this format."""
+def _split(structure: memoryview) -> Sequence[msgspec.Raw | bytes]:
+    """The nodes of a structure, unparsed."""
+    try:
+        return _NODES.decode(structure)
+    except msgspec.DecodeError:
+        raw = bytes(structure)
+        if b"\\ud" not in raw.lower():
+            raise
+    # Half of a character pair, as in a file's name that is no UTF-8, is JSON for Python alone.
+    nodes = parse_json(raw)
+    if not isinstance(nodes, list):
+        raise ValueError("its structure is no list")  # noqa: TRY004 - of the file
+    return [json.dumps(node).encode() for node in nodes]
+
+
+def _check_columns(columns: Mapping[str, _Column], num_bytes: int) -> dict[str, ColumnPlace]:
+    """Take the list of columns, which must fit in so many bytes. Raises ValueError where one does not."""
     places, total = {}, 0
-    for name, entry in entries.items():
-        if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
-            raise ValueError(f"column {name:.40} is not described")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or not isinstance(shape, list) or len(shape) > _MAX_DIMS:
-            raise ValueError(f"column {name:.40} has no dtype or no shape")
-        if not isinstance(offsets, list) or len(offsets) != 2:
-            raise ValueError(f"column {name:.40} has no place")
-        end = integer(offsets[1], "the end of a column", 0, num_bytes)
-        start = integer(offsets[0], "the start of a column", 0, end)
+    for name, column in columns.items():
+        if len(column.shape) > _MAX_DIMS:
+            raise ValueError(f"column {name:.40} has {len(column.shape)} dimensions")
+        end = integer(column.data_offsets[1], "the end of a column", 0, num_bytes)
+        start = integer(column.data_offsets[0], "the start of a column", 0, end)
         total += end - start
-        places[name] = ColumnPlace(dtype, tuple(integer(size, "a size") for size in shape), start, end)
+        shape = tuple(integer(size, "a size") for size in column.shape)
+        places[name] = ColumnPlace(column.dtype, shape, start, end)
     if total > num_bytes:
         raise ValueError("its columns overlap")
     return places

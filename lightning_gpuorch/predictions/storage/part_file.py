@@ -31,6 +31,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_gpuorch.checked_files import parse_json
 from lightning_gpuorch.errors import CorruptPartError, PredictionStorageError
 from lightning_gpuorch.predictions.storage.decode import decode_tree
 from lightning_gpuorch.predictions.storage.encode import TreeEncoder
@@ -163,8 +164,8 @@ class Envelope:
             CorruptPartError: It uses a construct that this version does not know, or does not fit its columns.
         """
         try:
-            return decode_tree(self._nodes[position], self)
-        except CorruptPartError as error:
+            return decode_tree(parse_json(bytes(self._nodes[position])), self)
+        except (CorruptPartError, ValueError) as error:
             raise damage(self._source, str(error)) from error
 
     def dtype(self, column: int) -> str:

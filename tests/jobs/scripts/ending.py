@@ -1,4 +1,4 @@
-"""A predict run that something happens to: at its start, in the middle of its work, or when the work is done."""
+"""A predict run that something happens to: at its start, in the middle, when the work is done, or when others have left."""
 
 import os
 import signal
@@ -67,7 +67,24 @@ def main():
     )  # fmt: skip
     trainer = quiet_trainer(strategy, options.devices)
     loader = DataLoader(Rows(160), batch_size=4)
-    trainer.predict(Ending(options), loader)
+    model = Ending(options)
+    trainer.predict(model, loader)
+    if options.moment == "others ended":
+        Path(f"pid-{trainer.global_rank}").write_text(str(os.getpid()))
+        if trainer.global_rank == options.devices - 1:
+            wait_for_the_end_of([trainer.global_rank - 1])
+        model.at("others ended")
+        Path(f"through-{trainer.global_rank}").touch()
+
+
+def wait_for_the_end_of(ranks):
+    """Wait until the processes of ranks are gone, in the first life of this one."""
+    deadline = time.monotonic() + 60
+    for rank in ranks if os.environ.get("_GPUORCH_GENERATION") == "0" else ():
+        path = Path(f"pid-{rank}")
+        while not (path.exists() and path.read_text()) or Path(f"/proc/{path.read_text()}").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 if __name__ == "__main__":
