@@ -59,6 +59,19 @@ def test_a_shard_whose_replica_dies_is_entered_by_another(
     assert again < len(EXPECTED) // 2, "only shards that were not read to their end"
 
 
+def test_the_ranks_of_a_group_read_the_same_shards_and_give_up_the_same(runner: Runner, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "shard-4.damaged").touch()
+    run(
+        runner, "--tp", 2, "--workers", 1, "--dynamic", "--directory", source, "--output", tmp_path / "out",
+        code=EXIT_DATA_MISSING,
+    )  # fmt: skip
+    predictions = read_predictions(tmp_path / "out", allow_missing=True)
+    there = [int(row[0]) // 2 for batch in predictions if batch is not None for row in batch]
+    assert there == [row for row in EXPECTED if row // 1000 != 4 or row < 4056]
+
+
 @pytest.mark.parametrize(
     ("kind", "package"),
     [("web_dataset", "webdataset"), ("hugging_face", "datasets"), ("lit_data", "litdata"), ("arrow", "pyarrow")],
