@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from hypothesis import given
@@ -36,6 +37,8 @@ from lightning_gpuorch.predictions.loading.work import NoWork
 from lightning_gpuorch.predictions.storage.journal import loader_directory
 from lightning_gpuorch.predictions.storage.layout import CHUNKS_PER_SHARD
 from lightning_gpuorch.predictions.storage.manifest import load, open_or_create, record_quarantine
+from lightning_gpuorch.pytorch import GPUOrchStrategy
+from lightning_gpuorch.worker import session
 from lightning_gpuorch.worker.batching.dynamic import DynamicBatcher
 from tests.predictions.test_window import Sink
 from tests.support.examples import examples
@@ -435,11 +438,59 @@ def test_shards_that_have_changed_are_refused_by_name(tmp_path: Path) -> None:
         begin({"a": b"1", "b": b"22", "c": b"3", "d": b"4"})
 
 
-def test_a_job_that_began_without_shards_is_told_how_to_go_on(tmp_path: Path) -> None:
-    loader = DataLoader(Rows([3]), batch_size=2)
-    open_or_create(tmp_path, Manifest(loaders=[describe(loader).layout(CHUNK)]))
+def test_a_job_is_gone_on_with_as_it_began_or_is_refused(tmp_path: Path) -> None:
+    loader = DataLoader(Rows([3, 2]), batch_size=2)
+    whole, sharded = describe(loader), by_shard(describe(loader), 1)
+    open_or_create(tmp_path, Manifest(loaders=[whole.layout(CHUNK)]))
     with pytest.raises(JobMismatchError, match="the stream is read as a whole there, by shard here .sharding='off'"):
-        open_or_create(tmp_path, Manifest(loaders=[by_shard(describe(loader), 1).layout(CHUNK)]))
+        open_or_create(tmp_path, Manifest(loaders=[sharded.layout(CHUNK)]))
+    assert by_shard(whole, 1, began_by_shard=False) is whole
+    assert isinstance(by_shard(whole, 9, began_by_shard=True), ShardStreamSource)
+
+
+def test_too_few_shards_are_shared_out_as_before(caplog: pytest.LogCaptureFixture) -> None:
+    source = describe(DataLoader(Rows([3, 2])))
+    assert by_shard(source, 3, tells=True) is source
+    assert "it has 2 shards only, and other replicas would have nothing to do" in caplog.text
+    assert isinstance(by_shard(source, 2), ShardStreamSource)
+    assert isinstance(by_shard(describe(DataLoader(Rows([]))), 2), ShardStreamSource), "there is nothing to do anyway"
+
+
+def trainer(directory: Path, **options: Any) -> pl.Trainer:
+    session.leave()
+    strategy: Any = GPUOrchStrategy(output_dir=directory, **options)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(strategy=strategy, devices=1, accelerator="cpu", **quiet)  # type: ignore[arg-type]
+
+
+class Model(pl.LightningModule):
+    def predict_step(self, batch: torch.Tensor, batch_idx: int, dataloader_idx: int = 0) -> torch.Tensor:
+        return batch * 2
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*")
+def test_a_run_goes_on_as_the_one_before_whatever_is_known_of_the_stream_now(tmp_path: Path) -> None:
+    """Also beside a loader that is none; a directory from before there were shards, and one that has them."""
+    rows = Rows([9, 0, 6], tmp_path / "notes")
+    loaders = [DataLoader(rows, batch_size=BATCH), DataLoader(torch.arange(5.0)[:, None], batch_size=2)]  # type: ignore[arg-type]
+    counts = {}
+    for first in ("off", "auto"):
+        directory = tmp_path / first
+        before = trainer(directory, sharding=first).predict(Model(), loaders)
+        next(directory.glob("dataloader_0/part-*")).unlink()
+        again = trainer(directory, sharding="auto").predict(Model(), loaders)
+        for results in (before, again):
+            assert torch.cat(list(results[0]))[:, 0].tolist() == [2 * row for row in rows.rows]  # type: ignore[index]
+            assert torch.cat(list(results[1]))[:, 0].tolist() == [0.0, 2.0, 4.0, 6.0, 8.0]  # type: ignore[index]
+        counts[first] = len(before[0])  # type: ignore[index]
+    assert counts == {"off": 4, "auto": 5}
+    with pytest.raises(JobMismatchError, match="by shard there, as a whole here"):
+        trainer(tmp_path / "auto", sharding="off").predict(Model(), loaders)
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,13 @@ _HOMES = ("torch.", "torchdata.", "litdata.")
 """Where the classes of loaders are defined that read a dataset and do nothing else with it."""
 
 
-def by_shard(source: Source, num_replicas: int, tells: bool = False) -> Source:
-    """Let a stream be read by shard, if its shards are known.
+def by_shard(source: Source, num_replicas: int, began_by_shard: bool | None = None, tells: bool = False) -> Source:
+    """Let a stream be read by shard, if its shards are known, and there is one for each replica.
 
     Args:
         source: A loader, described.
         num_replicas: Replicas that share it.
+        began_by_shard: How a job that is gone on with reads it; None for one that begins.
         tells: Whether to say what a stream costs that is read as a whole.
 
     Raises:
@@ -44,7 +45,11 @@ def by_shard(source: Source, num_replicas: int, tells: bool = False) -> Source:
         return source
     loader = source.loader
     dataset = loader.dataset if isinstance(loader, DataLoader) else loader
-    shards = _refusal(loader, source.limit) or _shards_of(loader, dataset)
+    shards: ShardedSource | str = _refusal(loader, source.limit) or _shards_of(loader, dataset)
+    if not isinstance(shards, str) and began_by_shard is None and 0 < shards.num_shards < num_replicas:
+        shards = f"it has {shards.num_shards} shards only, and other replicas would have nothing to do"
+    elif not isinstance(shards, str) and began_by_shard is False:
+        shards = "the job in this directory has begun so"
     if not isinstance(shards, str):
         assert isinstance(loader, DataLoader)
         return ShardStreamSource(loader, shards, num_replicas)
