@@ -66,6 +66,12 @@ class OrchestratorConfig:
     """A node that is silent for so long loses the chunks it holds to others; it may come back."""
     node_timeout_sec: float = 300.0
     """A node that is silent for so long is given up, and gives up itself."""
+    preemption_notice: str = ""
+    """Where it is told that this machine will be taken away, which takes its node out of the job as SIGTERM does: the path
+    of a file that appears then, or ``aws``, ``gcp`` or ``azure`` for the cloud's metadata service."""
+    late_node_output_dir: str = ""
+    """The job's output directory. A node other than 0 that has found no coordinator for ``start_timeout_sec`` looks there
+    whether the job has ended: it ends with 0 if all predictions are there."""
     token: str = ""
     """Secret that the nodes of a job share; one node alone makes its own."""
     allow_insecure: bool = False
@@ -111,7 +117,19 @@ class OrchestratorConfig:
     so on. What is not given comes from the store's usual environment (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ...). As
     an environment variable, a JSON object."""
     chunk_size: int | Literal["auto"] = "auto"
-    """Batches per chunk, the unit that is leased, computed and made durable."""
+    """Batches per chunk, the unit that is leased, computed and made durable as one part file. ``auto`` begins with 32 at
+    most, and lets them grow in long jobs, until a part has ``part_bytes`` or takes ``part_sec``."""
+    part_bytes: int = 64 * 2**20
+    """Bytes that a part file is to have at most, about, where ``chunk_size`` is ``auto``. With dynamic batching the inputs
+    of a chunk count as well."""
+    part_sec: float = 30.0
+    """Time that a part file is to take at most, about, where ``chunk_size`` is ``auto``. A death costs less: what is
+    computed of a part that is not whole is kept every few seconds."""
+    resume_check: Literal["headers", "sampled", "all"] = "sampled"
+    """What is read of existing parts before a job goes on. ``headers``: the header and length of each, which finds what is
+    cut short. ``sampled``: 64 parts, other ones each time, in addition as a whole, against their checksums; if one part in
+    20 is damaged, this finds one with 96%. ``all``: every byte. Damage that is not found then is found when predictions are
+    read, or by ``gpuorch predictions verify``, which reads everything."""
     sharding: Literal["auto", "off"] = "auto"
     """How streams are shared out: ``auto`` gives each replica shards of its own to read, where the stream's shards are known;
     ``off`` lets each replica read the whole of it, and compute the chunks that it leases."""
@@ -239,6 +257,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tensor_parallel_size": _at_least_one,
     "data_parallel_size": _at_least_one,
     "chunk_size": _at_least_one,
+    "part_bytes": _at_least_one,
+    "part_sec": _positive,
     "max_pending_bytes": _at_least_one,
     "trace_every_steps": _at_least_one,
     "metrics_port": (lambda v: 0 <= v <= 65535, "between 0 and 65535"),

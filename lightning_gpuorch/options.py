@@ -34,6 +34,8 @@ class OrchestratorOptions(TypedDict, total=False):
     allow_tensor_parallel_shrink: bool
     lease_term_sec: float
     node_timeout_sec: float
+    preemption_notice: str
+    late_node_output_dir: str
     token: str
     allow_insecure: bool
     tls_certificate: str
@@ -53,6 +55,9 @@ class OrchestratorOptions(TypedDict, total=False):
     data_parallel_size: int | Literal["auto"]
     storage_options: Mapping[str, str] | None
     chunk_size: int | Literal["auto"]
+    part_bytes: int
+    part_sec: float
+    resume_check: Literal["headers", "sampled", "all"]
     sharding: Literal["auto", "off"]
     keep_outputs: bool | Literal["auto"]
     max_pending_bytes: int

@@ -127,9 +127,9 @@ class Coordinator:
         return self._job_service.jobs
 
     @property
-    def chunks_by_replica(self) -> dict[int, int]:
+    def progress_by_replica(self) -> dict[int, int]:
         """Chunks made durable."""
-        return self._job_service.chunks_by_replica
+        return self._job_service.progress_by_replica
 
     @property
     def needs_every_replica(self) -> bool:

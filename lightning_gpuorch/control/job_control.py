@@ -24,7 +24,7 @@ class JobControl(Protocol):
         ...
 
     @property
-    def chunks_by_replica(self) -> dict[int, int]:
+    def progress_by_replica(self) -> dict[int, int]:
         """Chunks made durable."""
         ...
 

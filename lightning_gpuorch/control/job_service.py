@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import threading
@@ -10,8 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
+from lightning_gpuorch.control.chunk_growth import ChunkGrowth, PartLimits
 from lightning_gpuorch.control.input_ledger import InputLedger
-from lightning_gpuorch.control.jobs import Job, verify_complete
+from lightning_gpuorch.control.jobs import Job, done_units, verify_complete
 from lightning_gpuorch.control.leases import LeaseQueue, Owner
 from lightning_gpuorch.control.messages.base import LoaderKey, RaisedException, Sender, UnitRange
 from lightning_gpuorch.control.messages.leases import (
@@ -36,6 +38,7 @@ from lightning_gpuorch.control.messages.nodes import Deaths, DrainReplica, GetDe
 from lightning_gpuorch.control.pending import answered, pending, resolve
 from lightning_gpuorch.control.replicas import Replicas
 from lightning_gpuorch.control.shard_leases import ShardLeaseQueue
+from lightning_gpuorch.control.stretch_planner import StretchPlanner
 from lightning_gpuorch.errors import (
     ControlPlaneError,
     CorruptPartError,
@@ -45,7 +48,12 @@ from lightning_gpuorch.errors import (
     PredictionStorageError,
 )
 from lightning_gpuorch.paths import Location, location
-from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_directory, remove_fragments
+from lightning_gpuorch.predictions.storage.journal import (
+    PartJournal,
+    holds_fragments,
+    loader_directory,
+    remove_fragments,
+)
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.manifest import (
     Life,
@@ -56,6 +64,7 @@ from lightning_gpuorch.predictions.storage.manifest import (
     record_quarantine,
     set_num_units,
 )
+from lightning_gpuorch.predictions.storage.resume import prepare
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +81,8 @@ class JobService:
     def __init__(self, replicas: Replicas, max_chunk_failures: int, on_event: Callable[..., None]):
         self._replicas, self._max_chunk_failures, self._on_event = replicas, max_chunk_failures, on_event
         self.jobs: dict[int, Job] = {}
-        self.chunks_by_replica: dict[int, int] = {}
+        self.progress_by_replica: dict[int, int] = {}
+        """How often each has made a chunk durable, or kept something of one."""
         self.draining = False
         self._let_go: set[Owner] = set()
         self._opening = threading.Lock()
@@ -221,9 +231,7 @@ class JobService:
         with self._opening:  # not self._lock, which all other requests need meanwhile
             job = self.jobs.get(number)
             if job is None:
-                job = self._create_job(
-                    number, location(request.directory, "directory", request.storage_options), wanted, request.ephemeral
-                )
+                job = self._create_job(request, wanted)
             else:
                 try:
                     _refuse_other_input(job, wanted, request.sender)
@@ -232,47 +240,60 @@ class JobService:
                     raise
         with self._lock:
             job.opened_by.add(request.sender.rank)
+            layouts = [queue.layout for queue in job.queues]
             return JobOpened(
                 directory=str(job.directory),
-                manifest=job.manifest.to_dict(),
+                manifest=dataclasses.replace(job.manifest, loaders=layouts).to_dict(),
                 resumed_chunks=job.resumed_chunks,
                 finished=job.finished,
             )
 
-    def _create_job(self, number: int, directory: Location, wanted: Manifest, ephemeral: bool) -> Job:
+    def _create_job(self, request: OpenJob, wanted: Manifest) -> Job:
+        number, directory = request.job, location(request.directory, "directory", request.storage_options)
         manifest = open_or_create(directory, wanted)
         stores = [PartJournal(loader_directory(directory, index)) for index in range(len(manifest.loaders))]
         for layout, store in zip(manifest.loaders, stores, strict=True):
-            store.sweep_temporaries()
-            for damage in store.set_damaged_aside():
-                log.warning("%s It is set aside as *.damaged, and its chunk is computed again.", damage)
-            again = store.discard_incomplete(layout)
-            if again:
-                log.warning("chunks %s lack samples that an earlier run gave up; they are tried again", again)
+            prepare(store, layout, request.resume_check)
+        begun = holds_fragments(directory)
         with self._lock:
-            queues = [self._queue_of(layout, store) for layout, store in zip(manifest.loaders, stores, strict=True)]
-            for queue in queues:
+            limits = PartLimits(request.part_bytes, request.part_seconds)
+            planners = [
+                StretchPlanner(
+                    store.directory,
+                    ChunkGrowth(limits, self._replicas.num_replicas),
+                    lambda: self._replicas.num_replicas,
+                )
+                for store in stores
+            ]
+            queues = [
+                self._queue_of(layout, store, begun, planner)
+                for layout, store, planner in zip(manifest.loaders, stores, planners, strict=True)
+            ]
+            for queue, planner in zip(queues, planners, strict=True):
+                planner.queue = queue
                 if self.draining:
                     queue.drain()
                 for owner in self._let_go:
                     queue.let_go(owner)
             inputs = [InputLedger(loader, _digest_of_part(store)) for loader, store in enumerate(stores)]
-            job = self.jobs[number] = Job(directory, manifest, queues, ephemeral, inputs)
+            job = self.jobs[number] = Job(directory, manifest, queues, request.ephemeral, inputs, planners)
         self._on_event(
             "job",
             job=number,
             directory=str(directory),
             resumed_chunks=job.resumed_chunks,
+            resumed_units=sum(map(done_units, queues)),
             loaders=[layout.to_dict() for layout in manifest.loaders],
             tensor_parallel_size=self._replicas.tensor_parallel_size or 1,
         )
         return job
 
-    def _queue_of(self, layout: LoaderLayout, store: PartJournal) -> LeaseQueue:
-        rest = (store.done(), self._max_chunk_failures, functools.partial(_is_durable, store))
-        if layout.num_shards is not None:
-            return ShardLeaseQueue(layout.num_shards, layout.chunk_size, layout.ends, *rest)
-        return LeaseQueue(layout.num_chunks if layout.num_units is not None else None, layout.chunk_size, *rest)
+    def _queue_of(
+        self, layout: LoaderLayout, store: PartJournal, may_be_begun: bool, planner: StretchPlanner
+    ) -> LeaseQueue:
+        make = LeaseQueue if layout.num_shards is None else ShardLeaseQueue
+        is_durable = functools.partial(_is_durable, store)
+        return make(layout, store.done(), self._max_chunk_failures, is_durable, may_be_begun, planner.on_leased)
 
     def _job(self, number: int) -> Job:
         job = self.jobs.get(number)
@@ -301,14 +322,15 @@ class JobService:
     def record_chunk(self, request: ChunkDone) -> ChunkRecorded:
         """A chunk is durable."""
         job, queue = self._job_and_queue(request)
+        job.planners[request.loader].observe(request.chunk, request.num_bytes, request.seconds)
         queue.report_done(request.chunk)
         kept, replica = (request.loader, request.sender.owner), request.sender.replica
         with self._lock:
             job.samples_kept[kept] = max(0, job.samples_kept[kept] - request.samples)
-            if request.won and (request.loader, request.chunk) not in job.counted:
-                job.counted.add((request.loader, request.chunk))
+            if request.won and request.chunk not in job.counted[request.loader]:
+                job.counted[request.loader].add(request.chunk)
                 job.samples_done += request.samples
-                self.chunks_by_replica[replica] = self.chunks_by_replica.get(replica, 0) + 1
+                self.progress_by_replica[replica] = self.progress_by_replica.get(replica, 0) + 1
             for start, stop, reason in request.quarantined:
                 if any((start, stop) == (known.start, known.stop) for known in queue.quarantined):
                     continue
@@ -324,6 +346,7 @@ class JobService:
         owner = request.sender.owner
         with self._lock:
             job.samples_kept[request.loader, owner] += request.samples
+            self.progress_by_replica[owner[0]] = self.progress_by_replica.get(owner[0], 0) + 1
         return Kept(leave=queue.must_leave(owner))
 
     def record_input(self, request: InputRead) -> None:
@@ -353,10 +376,10 @@ class JobService:
             _end_shard(job, queue, request)
             return
         with self._lock:
-            layout = job.manifest.loaders[loader]
+            layout = queue.layout
             if layout.num_units is None:
                 job.manifest = set_num_units(job.directory, loader, units)
-                queue.set_num_chunks(job.manifest.loaders[loader].num_chunks)
+                queue.end_stream(layout.with_num_units(units))
             elif layout.num_units != units:
                 raise ControlPlaneError(
                     f"the stream of dataloader {loader} ended after {units} batches on rank {request.sender.rank} and "
@@ -390,7 +413,7 @@ class JobService:
         job = self._job(number)
         return JobProgress(
             chunks_done=sum(queue.num_done for queue in job.queues),
-            done_by_loader=[queue.num_done for queue in job.queues],
+            units_by_loader=[done_units(queue) for queue in job.queues],
             chunks_computed=job.chunks_computed,
             chunks=sum(queue.num_chunks or 0 for queue in job.queues),
             samples_done=job.samples_done,

@@ -5,21 +5,21 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning_gpuorch.control.input_ledger import InputLedger
 from lightning_gpuorch.control.leases import LeaseQueue, Owner
-from lightning_gpuorch.control.shard_leases import ShardLeaseQueue
+from lightning_gpuorch.control.stretch_planner import StretchPlanner
 from lightning_gpuorch.errors import InputMismatchError, MissingPredictionsError
 from lightning_gpuorch.paths import Location
 from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.manifest import Manifest
 from lightning_gpuorch.predictions.storage.stores import store_of
-from lightning_gpuorch.predictions.storage.unit_ranges import UnitRanges
+from lightning_gpuorch.predictions.storage.unit_ranges import IntegerSet, UnitRanges
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +33,14 @@ class Job:
     queues: list[LeaseQueue]
     ephemeral: bool
     inputs: list[InputLedger]
+    planners: list[StretchPlanner]
     mismatch: InputMismatchError | None = None
     """Replicas have read different input: no prediction of this job can be trusted."""
     opened_by: set[int] = field(default_factory=set)
     closed_by: set[int] = field(default_factory=set)
     samples_done: int = 0
-    counted: set[tuple[int, int]] = field(default_factory=set)
-    """Loader and chunk whose samples are in it: a report may be repeated."""
+    counted: defaultdict[int, IntegerSet] = field(default_factory=lambda: defaultdict(IntegerSet))
+    """Chunks whose samples are in it, by loader: a report may be repeated."""
     samples_kept: Counter[tuple[int, Owner]] = field(default_factory=Counter)
     """Computed in chunks that are not whole yet, by loader and owner."""
     started: float = field(default_factory=time.monotonic)
@@ -52,14 +53,14 @@ class Job:
     @property
     def chunks_computed(self) -> int:
         """Chunks that are durable, and as many as what is computed of others would make."""
-        layouts = self.manifest.loaders
-        begun = sum(count / layouts[loader].samples_per_chunk for (loader, _), count in self.samples_kept.items())
+        per_chunk = [queue.layout.newest_chunk_size * queue.layout.samples_per_unit for queue in self.queues]
+        begun = sum(count / per_chunk[loader] for (loader, _), count in self.samples_kept.items())
         return sum(queue.num_done for queue in self.queues) + int(begun)
 
     @property
     def resumed_chunks(self) -> int:
         """Chunks that were durable before this run."""
-        return sum(len(queue.resumed) for queue in self.queues)
+        return sum(queue.num_resumed for queue in self.queues)
 
 
 def verify_complete(number: int, job: Job) -> None:
@@ -71,10 +72,9 @@ def verify_complete(number: int, job: Job) -> None:
     """
     if job.mismatch is not None:
         raise job.mismatch
-    for loader, (layout, queue) in enumerate(zip(job.manifest.loaders, job.queues, strict=True)):
+    for loader, queue in enumerate(job.queues):
+        layout = queue.layout
         where = f"job {number}, dataloader {loader}" if len(job.queues) > 1 or number else "the job"
-        if isinstance(queue, ShardLeaseQueue):
-            layout = layout.with_ends(queue.ends)
         if queue.quarantined:
             units = sorted({u for entry in queue.quarantined for u in range(entry.start, entry.stop)})
             reasons = "; ".join(sorted({entry.reason for entry in queue.quarantined}))
@@ -96,7 +96,7 @@ def verify_complete(number: int, job: Job) -> None:
             )
 
 
-def missing_units(layout: LoaderLayout, done: set[int]) -> UnitRanges:
+def missing_units(layout: LoaderLayout, done: Collection[int]) -> UnitRanges:
     """Units whose chunk is not durable, ascending."""
     if layout.num_shards is not None:
         wanted = [layout.shard_range(shard) for shard in range(layout.num_shards)]
@@ -116,6 +116,14 @@ def _without(wanted: Iterable[range], present: Iterator[range]) -> Iterator[rang
             reached = max(reached, found.stop)
             found = next(present, None)
         yield range(reached, max(reached, units.stop))
+
+
+def done_units(queue: LeaseQueue) -> int:
+    """Units of the chunks that are durable."""
+    layout = queue.layout
+    return sum(
+        layout.chunk_range(chunks[-1]).stop - layout.chunk_range(chunks[0]).start for chunks in queue.done.ranges()
+    )
 
 
 def remove_ephemeral(jobs: Mapping[int, Job], succeeded: bool | None = None) -> None:

@@ -12,14 +12,17 @@ from __future__ import annotations
 import heapq
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from lightning_gpuorch.control.messages.base import RaisedException
 from lightning_gpuorch.control.messages.leases import Drain, Fenced, Lease, LeaseAnswer, Pace, Pause, Stop
 from lightning_gpuorch.control.pending import answered, pending, resolve
+from lightning_gpuorch.errors import ControlPlaneError
+from lightning_gpuorch.predictions.storage.layout import LoaderLayout, Stretch
+from lightning_gpuorch.predictions.storage.unit_ranges import IntegerSet
 
 Owner = tuple[int, int]
 """Replica and its generation (how often it was started)."""
@@ -28,6 +31,26 @@ _EQUAL_EXCEPTIONS = 2
 """So often a unit has to raise the same exception, the last time while it was computed alone."""
 _DEATHS_ALONE = 2
 """One death may be chance even where a unit was computed alone."""
+_KEPT_ANSWERS = 4096
+"""Of an owner: the ranks of a group ask for them at nearly the same time."""
+
+
+class _Answers:
+    """The answers that an owner got, by sequence number; old ones, which all its ranks have, are dropped."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._kept: deque[LeaseAnswer] = deque(maxlen=_KEPT_ANSWERS)
+
+    def append(self, answer: LeaseAnswer) -> None:
+        self._kept.append(answer)
+        self.count += 1
+
+    def __getitem__(self, sequence: int) -> LeaseAnswer:
+        place = sequence - (self.count - len(self._kept))
+        if place < 0:
+            raise ControlPlaneError(f"lease number {sequence} is asked for when number {self.count} is the next one.")
+        return self._kept[place]
 
 
 @dataclass
@@ -67,42 +90,49 @@ class LeaseQueue:
     """The leases of one dataloader of one job. Thread-safe.
 
     Args:
-        num_chunks: Chunks of the loader; None for a stream whose end is not known yet.
-        chunk_size: Units per chunk.
+        layout: The loader's chunks; of a stream whose end is not known yet, without it.
         done: Chunks that are already durable.
         max_chunk_failures: Deaths in which a unit was involved until it is given up, at least two of them while it was
             computed alone. One death before that, it begins to be computed alone.
         is_durable: Looks whether a chunk's part file exists. Asked before a chunk that came back is leased again: its
             holder may have died, or been cut off, between the file and the report.
+        may_be_begun: Whether an earlier run has left fragments of chunks.
+        on_leased: Told how many chunks have been leased for the first time, under the queue's lock.
     """
 
     def __init__(
         self,
-        num_chunks: int | None,
-        chunk_size: int,
+        layout: LoaderLayout,
         done: Iterable[int] = (),
         max_chunk_failures: int = 3,
         is_durable: Callable[[int], bool] = lambda chunk: False,
+        may_be_begun: bool = False,
+        on_leased: Callable[[int], None] = lambda num_leased: None,
     ):
-        self.num_chunks = num_chunks
-        self.chunk_size = chunk_size
+        self.layout = layout
         self.done = self._within(done)
-        self.resumed = frozenset(self.done)
+        self.num_resumed = len(self.done)
         self.faults: dict[int, ChunkFault] = {}
         self.quarantined: list[GivenUpUnits] = []
         self._max_chunk_failures, self._is_durable = max_chunk_failures, is_durable
+        self._may_be_begun, self._on_leased = may_be_begun, on_leased
         self._fresh = 0
         self._returned: list[int] = []
         self._suspected: list[int] = []
         self._leases: dict[int, Owner] = {}
-        self._answers: dict[Owner, list[LeaseAnswer]] = {}
+        self._answers: dict[Owner, _Answers] = {}
         self._waiting: dict[Owner, list[tuple[int, Future[LeaseAnswer]]]] = {}
         self._fenced: set[Owner] = set()
         self._leaving: set[Owner] = set()
         self._seconds_per_sample: dict[int, float] = {}
         self._began = time.monotonic()
-        self._draining = False
+        self._draining = threading.Event()
         self._lock = threading.RLock()
+
+    @property
+    def num_chunks(self) -> int | None:
+        """Chunks in all, as far as their sizes are decided; None for a stream whose end is not known yet."""
+        return None if self.layout.num_units is None else self.layout.num_chunks
 
     @property
     def finished(self) -> bool:
@@ -139,8 +169,8 @@ class LeaseQueue:
         with self._lock:
             if owner in self._fenced:
                 return answered(Fenced())
-            answers = self._answers.setdefault(owner, [])
-            if sequence < len(answers):
+            answers = self._answers.setdefault(owner, _Answers())
+            if sequence < answers.count:
                 return answered(answers[sequence])
             if seconds_per_sample > 0:
                 self._seconds_per_sample[owner[0]] = seconds_per_sample
@@ -156,14 +186,21 @@ class LeaseQueue:
     def report_done(self, chunk: int) -> None:
         """Record that a chunk is durable; accepted from anyone, because the file is the truth."""
         with self._lock:
-            self.done |= self._within((chunk,))
+            if self._exists(chunk):
+                self.done.add(chunk)
             self._leases.pop(chunk, None)
             self._serve_waiting()
 
-    def set_num_chunks(self, num_chunks: int) -> None:
-        """Record where a stream ends; leases beyond the end are dropped."""
+    def extend(self, stretches: Sequence[Stretch]) -> None:
+        """Take what is decided of later chunks."""
         with self._lock:
-            self.num_chunks = num_chunks
+            self.layout = self.layout.with_stretches(stretches)
+            self._serve_waiting()
+
+    def end_stream(self, layout: LoaderLayout) -> None:
+        """Take where a stream ends; leases beyond the end are dropped."""
+        with self._lock:
+            self.layout, num_chunks = layout, layout.num_chunks
             self.done = self._within(self.done)
             for chunk in [c for c in self._leases if c >= num_chunks]:
                 del self._leases[chunk]
@@ -227,7 +264,7 @@ class LeaseQueue:
     def must_leave(self, owner: Owner) -> bool:
         """Whether an owner would get no work if it asked: the job stops, or it was drained, or replaced."""
         with self._lock:
-            return self._draining or owner in self._leaving or owner in self._fenced
+            return self._draining.is_set() or owner in self._leaving or owner in self._fenced
 
     def quarantine(self, start: int, stop: int, reason: str) -> None:
         """Record units that will have no prediction."""
@@ -237,12 +274,20 @@ class LeaseQueue:
     def drain(self) -> None:
         """Hand out no more work; replicas that ask are told to leave."""
         with self._lock:
-            self._draining = True
+            self._draining.set()
             self._serve_waiting()
 
-    def _within(self, chunks: Iterable[int]) -> set[int]:
+    def wait_for_drain(self, timeout_seconds: float) -> bool:
+        """Wait until no more work is to be handed out; returns whether it is so."""
+        return self._draining.wait(timeout_seconds)
+
+    def _within(self, chunks: Iterable[int]) -> IntegerSet:
         """Those that there are: a part behind the end of a stream, if there is one, does not stand for another."""
-        return {chunk for chunk in chunks if self.num_chunks is None or chunk < self.num_chunks}
+        return IntegerSet(filter(self._exists, sorted(chunks)))
+
+    def _exists(self, chunk: int) -> bool:
+        decided, num_chunks = self.layout.num_decided_chunks, self.num_chunks
+        return (decided is None or chunk < decided) and (num_chunks is None or chunk < num_chunks)
 
     def _blame(self, chunk: int, position: tuple[int, int], exception: RaisedException | None) -> None:
         fault = self.faults.setdefault(chunk, ChunkFault())
@@ -275,9 +320,12 @@ class LeaseQueue:
     def _decide(self, owner: Owner, block: bool, after: int | None = None) -> LeaseAnswer | None:
         if self.finished:
             return Stop()
-        if self._draining or owner in self._leaving:
+        if self._draining.is_set() or owner in self._leaving:
             return Drain()
+        fresh = self._fresh
         taken = self._take(owner, after)
+        if self._fresh > fresh or taken is None:
+            self._on_leased(self._fresh)
         if taken is None:
             if self.finished:  # what came back was durable after all
                 return Stop()
@@ -289,7 +337,9 @@ class LeaseQueue:
         return Lease(
             chunk=chunk,
             left=None if self.num_chunks is None else max(0, self.num_chunks - len(self.done) - len(self._leases)),
+            stretches=self.layout.stretches,
             again=again,
+            begun=self._may_be_begun or again,
             isolate=None if suspected is None else suspected.isolate,
             skip=() if suspected is None else tuple(suspected.skip),
             pace=self._pace(owner[0]),
@@ -326,7 +376,7 @@ class LeaseQueue:
             if self._is_durable(chunk):
                 self.done.add(chunk)
             yield chunk
-        while self.num_chunks is None or self._fresh < self.num_chunks:
+        while self._exists(self._fresh):
             self._fresh += 1
             yield self._fresh - 1
         while self._suspected:
@@ -337,20 +387,20 @@ class LeaseQueue:
             pass
 
     def _serve(self, owner: Owner) -> bool:
-        answers = self._answers.setdefault(owner, [])
+        answers = self._answers.setdefault(owner, _Answers())
         waiting = self._waiting.get(owner, [])
         if not waiting:
             self._waiting.pop(owner, None)
             return False
         sequence = waiting[0][0]
-        if sequence == len(answers):
+        if sequence == answers.count:
             answer = self._decide(owner, block=True)
             if answer is None:
                 return False
             answers.append(answer)
         still = []
         for number, future in waiting:
-            if number < len(answers):
+            if number < answers.count:
                 resolve([future], answers[number])
             else:
                 still.append((number, future))

@@ -233,7 +233,7 @@ class NodeRegistry:
             lost=place.lost,
             has_jobs=bool(coordinator.jobs),
             records=None if kept is None else str(kept),
-            chunks_by_replica=dict(coordinator.chunks_by_replica),
+            progress_by_replica=dict(coordinator.progress_by_replica),
             open_ranks=coordinator.open_ranks(place.ranks),
             verdicts={rank: self._verdicts[rank] for rank in place.ranks if rank in self._verdicts},
         )

@@ -25,6 +25,11 @@ class Replicas:
     generations: dict[int, int] = field(default_factory=dict)
     retired: set[int] = field(default_factory=set)
 
+    @property
+    def num_replicas(self) -> int:
+        """Replicas of the run."""
+        return max(1, self.world_size // (self.tensor_parallel_size or 1))
+
     def ranks_of(self, replica: int) -> range:
         """Global ranks of a replica."""
         size = self.tensor_parallel_size or 1

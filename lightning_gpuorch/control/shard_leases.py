@@ -6,38 +6,41 @@ a drain is told at the next one. A shard whose holder is gone is entered again a
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 
 from lightning_gpuorch.control.leases import LeaseQueue, Owner
 from lightning_gpuorch.control.messages.base import RaisedException
-from lightning_gpuorch.predictions.storage.layout import CHUNKS_PER_SHARD
+from lightning_gpuorch.predictions.storage.layout import CHUNKS_PER_SHARD, LoaderLayout
 
 
 class ShardLeaseQueue(LeaseQueue):
     """The leases of one stream of shards. Thread-safe.
 
     Args:
-        num_shards: Shards of the stream.
-        chunk_size: Batches per chunk.
-        ends: Batches of each shard that an earlier run has read to its end.
+        layout: The loader's shards and chunks, and the ends of the shards that an earlier run has read to their ends.
         done: See :class:`~lightning_gpuorch.control.leases.LeaseQueue`, as for the others.
         max_chunk_failures: As there.
         is_durable: As there.
+        may_be_begun: As there.
+        on_leased: As there.
     """
 
     def __init__(
         self,
-        num_shards: int,
-        chunk_size: int,
-        ends: Mapping[int, int] | None = None,
+        layout: LoaderLayout,
         done: Iterable[int] = (),
         max_chunk_failures: int = 3,
         is_durable: Callable[[int], bool] = lambda chunk: False,
+        may_be_begun: bool = False,
+        on_leased: Callable[[int], None] = lambda num_leased: None,
     ):
-        self.num_shards, self.ends = num_shards, dict(ends or {})
+        assert layout.num_shards is not None
+        self.num_shards, self.ends = layout.num_shards, dict(layout.ends)
         """Batches of each shard whose end is known."""
+        self._num_chunks: int | None = None
         self._unreadable: set[int] = set()
         """Shards of which that is not the end, but how far they can be read."""
         self._complete: set[int] = set()
@@ -47,11 +50,17 @@ class ShardLeaseQueue(LeaseQueue):
         self._came_back: set[int] = set()
         self._held: dict[int, Owner] = {}
         """Who is in which shard."""
-        super().__init__(None, chunk_size, done, max_chunk_failures, is_durable)
+        layout = dataclasses.replace(layout, ends=self.ends)  # not copied for each end that is found
+        super().__init__(layout, done, max_chunk_failures, is_durable, may_be_begun, on_leased)
         self._num_done.update(chunk // CHUNKS_PER_SHARD for chunk in self.done)
         for shard in self.ends:
             self._find_complete(shard)
         self._count_chunks()
+
+    @property
+    def num_chunks(self) -> int | None:
+        """Chunks in all; None while the end of a shard is not known."""
+        return self._num_chunks
 
     @property
     def finished(self) -> bool:
@@ -109,25 +118,23 @@ class ShardLeaseQueue(LeaseQueue):
             self._leave_shards(owner)
             return super().release(owner)
 
-    def _within(self, chunks: Iterable[int]) -> set[int]:
-        return {
-            chunk
-            for chunk in chunks
-            if chunk // CHUNKS_PER_SHARD < self.num_shards and chunk < self._stop(chunk // CHUNKS_PER_SHARD)
-        }
+    def _exists(self, chunk: int) -> bool:
+        shard = chunk // CHUNKS_PER_SHARD
+        return shard < self.num_shards and chunk < self._stop(shard)
 
     def _stop(self, shard: int) -> int:
         """One past the last chunk of a shard; of one whose end is not known, that it may have."""
         units = self.ends.get(shard)
-        num_chunks = CHUNKS_PER_SHARD if units is None else -(-units // self.chunk_size)
+        num_chunks = CHUNKS_PER_SHARD if units is None else -(-units // self.layout.chunk_size)
         return shard * CHUNKS_PER_SHARD + num_chunks
 
     def _count_chunks(self) -> None:
-        counts = [self._stop(shard) - shard * CHUNKS_PER_SHARD for shard in self.ends]
-        self.num_chunks = sum(counts) if len(counts) >= self.num_shards else None
+        is_known = len(self.ends) >= self.num_shards
+        self.layout = dataclasses.replace(self.layout, num_units=sum(self.ends.values()) if is_known else None)
+        self._num_chunks = self.layout.num_chunks if is_known else None
 
     def _note_done(self, chunk: int) -> None:
-        if chunk not in self.done and self._within((chunk,)):
+        if chunk not in self.done and self._exists(chunk):
             self.done.add(chunk)
             self._num_done[chunk // CHUNKS_PER_SHARD] += 1
             self._find_complete(chunk // CHUNKS_PER_SHARD)

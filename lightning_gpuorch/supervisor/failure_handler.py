@@ -46,14 +46,14 @@ class FailureHandler:
         self._recovery = FailureRecoveryManager(node.config.max_restart_attempts, node.config.enable_auto_restart)
         self._device_drain = DeviceDrain(node, self._recovery)
         self._raised_at: dict[str, int] = {}
-        """Durable chunks of the job when an exception was seen last, by its signature."""
+        """Progress of the job when an exception was seen last, by its signature."""
         self._progress: dict[int, int] = {}
 
-    def follow_progress(self, chunks_by_replica: Mapping[int, int]) -> None:
+    def follow_progress(self, progress_by_replica: Mapping[int, int]) -> None:
         """Refill the restart budgets of replicas that have made something durable."""
-        for replica, chunks in chunks_by_replica.items():
-            if chunks != self._progress.get(replica):
-                self._progress[replica] = chunks
+        for replica, progress in progress_by_replica.items():
+            if progress != self._progress.get(replica):
+                self._progress[replica] = progress
                 self._recovery.record_progress(replica)
 
     def check_devices(self) -> None:
@@ -89,7 +89,7 @@ class FailureHandler:
             node.client.rank_left(rank, "has ended")
             return
         record = worker.error_record()
-        progress = sum(state.chunks_by_replica.values())
+        progress = sum(state.progress_by_replica.values())
         repeated = record is not None and self._raised_at.get(record.signature) == progress
         if record is not None:
             self._raised_at[record.signature] = progress

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_gpuorch.control.error_record import note_failure
@@ -16,7 +16,7 @@ from lightning_gpuorch.errors import TooManyErroredSamplesError
 from lightning_gpuorch.paths import Location
 from lightning_gpuorch.predictions.loading.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.loading.tickets import Ticket
-from lightning_gpuorch.predictions.storage.fragments import FragmentReader, FragmentWriter
+from lightning_gpuorch.predictions.storage.fragments import FragmentReader, FragmentWriter, Numbering
 from lightning_gpuorch.predictions.storage.journal import loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout, StoredBatch
 from lightning_gpuorch.predictions.storage.parts import PartStore
@@ -36,9 +36,13 @@ class CommitPipeline:
         job: The predict call.
         context: The rank.
         directory: Of the predict call's results.
-        layouts: Of its dataloaders.
         dynamic: With dynamic batching, what is told that the rank has to leave.
         digest_of: Digest of what was read of a dataloader's chunk, if it is known; asked for once.
+        host_cost: Bytes that samples of a dataloader take before they are stored, and seconds to compute them, where the
+            time that a chunk was open does not tell.
+
+    Attributes:
+        asked_to_leave: Whether this rank was asked to leave before the work is done.
     """
 
     def __init__(
@@ -46,12 +50,13 @@ class CommitPipeline:
         job: JobContext,
         context: StepContext,
         directory: Location,
-        layouts: Sequence[LoaderLayout],
         dynamic: DynamicSteps | None,
         digest_of: Callable[[int, int], str | None],
+        host_cost: Callable[[int, int], tuple[int, float]],
     ):
-        self._job, self._context, self._directory, self._layouts = job, context, directory, layouts
-        self._dynamic, self._digest_of = dynamic, digest_of
+        self._job, self._context, self._directory = job, context, directory
+        self._dynamic, self._digest_of, self._host_cost = dynamic, digest_of, host_cost
+        self.asked_to_leave = False
         self._chunks_began: dict[tuple[int, int], float] = {}
         self._given_up: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
         """Units without a prediction in chunks that are not durable, and why."""
@@ -59,7 +64,7 @@ class CommitPipeline:
         """Samples given up in chunks that are durable, by all ranks."""
         writes = context.world.topology.is_leader
         self._fragments = [
-            self._fragments_of(index, layout) if writes else None for index, layout in enumerate(layouts)
+            self._fragments_of(index, layout) if writes else None for index, layout in enumerate(job.layouts)
         ]
         self._writer = self._make_writer() if writes else None
         self.collectors: list[ChunkCollector | NoCollector] = [
@@ -92,9 +97,9 @@ class CommitPipeline:
         Raises:
             TooManyErroredSamplesError: There are more of them than the configuration allows.
         """
-        layout = self._layouts[loader]
+        layout = self._job.layouts[loader]
         for unit, reason in reasons.items():
-            self._given_up.setdefault((loader, unit // layout.chunk_size), []).append((unit, unit + 1, reason))
+            self._given_up.setdefault((loader, layout.chunk_of(unit)), []).append((unit, unit + 1, reason))
             log.warning("%s %s is given up: %s", layout.noun, layout.named([range(unit, unit + 1)]), reason)
         most = self._context.config.max_errored_samples
         num_errored = self._num_errored + sum(map(len, list(self._given_up.values())))
@@ -130,7 +135,7 @@ class CommitPipeline:
                 collector.keep()
 
     def _make_writer(self) -> PartWriter:
-        stores = [PartStore(loader_directory(self._directory, index)) for index in range(len(self._layouts))]
+        stores = [PartStore(loader_directory(self._directory, index)) for index in range(len(self._job.layouts))]
         heartbeat = current_heartbeat()
         return PartWriter(
             stores,
@@ -140,14 +145,15 @@ class CommitPipeline:
             on_full=self._make_room,
         )
 
-    def _fragments_of(self, loader: int, layout: LoaderLayout) -> tuple[FragmentWriter, FragmentReader] | None:
-        """What keeps windows that are not whole yet."""
-        if self._dynamic is None:
-            return None
+    def _fragments_of(self, loader: int, layout: LoaderLayout) -> tuple[FragmentWriter, FragmentReader]:
+        """What keeps chunks that are not whole yet."""
+        numbering: Numbering = "batches" if layout.unit == "batch" else "samples"
+        if self._dynamic is not None:
+            numbering = "window samples"
         on_kept = functools.partial(self._on_kept, loader)
         around_write = functools.partial(phase, Phase.COMMIT, then=Phase.RUN)
-        writer = FragmentWriter(self._directory, loader, layout.samples_per_chunk, on_kept, around_write)
-        return writer, FragmentReader(self._directory, loader)
+        writer = FragmentWriter(self._directory, loader, numbering, on_kept, around_write)
+        return writer, FragmentReader(self._directory, loader, numbering)
 
     def _make_room(self) -> None:
         for fragments in self._fragments:
@@ -157,9 +163,10 @@ class CommitPipeline:
     def _on_kept(self, loader: int, samples: int) -> None:
         if self._writer is None:
             return  # it leaves already
-        assert self._dynamic is not None
         request = SamplesKept(sender=self._job.sender, job=self._job.number, loader=loader, samples=samples)
-        self._dynamic.asked_to_leave |= self._job.ask(request).leave
+        self.asked_to_leave |= self._job.ask(request).leave
+        if self._dynamic is not None:
+            self._dynamic.asked_to_leave = self.asked_to_leave
 
     def _commit(self, loader: int, chunk: int, batches: list[StoredBatch]) -> None:
         assert self._writer is not None
@@ -172,8 +179,11 @@ class CommitPipeline:
         with phase(Phase.COMMIT, then=Phase.RUN):  # it waits where the disk is slower than the model
             self._writer.put(loader, chunk, batches, metadata)
 
-    def _on_committed(self, loader: int, chunk: int, won: bool, samples: int) -> None:
+    def _on_committed(self, loader: int, chunk: int, won: bool, samples: int, num_bytes: int) -> None:
         began = self._chunks_began.pop((loader, chunk), None)
+        host_bytes, seconds = self._host_cost(loader, samples)
+        if not seconds and began is not None:
+            seconds = time.monotonic() - began
         took = {} if began is None else {"seconds": round(time.monotonic() - began, 6)}
         emit("chunk", job=self._job.number, loader=loader, chunk=chunk, samples=samples, won=won, **took)
         fragments = self._fragments[loader]
@@ -182,6 +192,6 @@ class CommitPipeline:
         quarantined = tuple(self._given_up.pop((loader, chunk), []))
         request = ChunkDone(
             sender=self._job.sender, job=self._job.number, loader=loader, chunk=chunk, won=won, samples=samples,
-            quarantined=quarantined,
+            quarantined=quarantined, num_bytes=max(num_bytes, host_bytes), seconds=seconds,
         )  # fmt: skip
         self._num_errored = max(self._num_errored, self._job.ask(request).num_errored)

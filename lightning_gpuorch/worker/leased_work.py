@@ -27,6 +27,7 @@ from lightning_gpuorch.predictions.loading.source import Span
 from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.predictions.loading.window import Window
 from lightning_gpuorch.predictions.loading.work import NoWork
+from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.worker.group_samples import Sample, samples_of
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class JobContext(Protocol):
     number: int
     steps: int
     raises_errors: bool
+    layouts: list[LoaderLayout]
 
     @property
     def sender(self) -> Sender:
@@ -114,6 +116,9 @@ class ReplicaQueue:
         if not isinstance(answer, Lease):
             return _NO_WORK[type(answer)]
         self._leased.add(answer.chunk)
+        layout = self._job.layouts[self._loader]
+        if len(answer.stretches) > len(layout.stretches):
+            self._job.layouts[self._loader] = layout.with_stretches(answer.stretches)
         return answer
 
     def end_of_stream(self, units: int) -> None:
@@ -160,7 +165,7 @@ class ReplicaSink:
         self, job: JobContext, world: World, loader: int, collector: ChunkCollector | NoCollector, windows: bool = False
     ):
         self._job, self._world, self._loader, self._collector = job, world, loader, collector
-        self._num_windows = 0
+        self._num_windows = self._num_chunks = 0
         self._windows = windows and world.topology.tensor_parallel_size > 1
         self._unread: list[tuple[int, str, str]] = []
         """Samples that this rank could not read and the others of its group do not know of, and why."""
@@ -209,6 +214,20 @@ class ReplicaSink:
         """Samples of a window cannot be collated, and have no prediction."""
         self._job.give_up(self._loader, reasons)
         self._collector.give_up_in_window(window, len(positions))
+
+    def take_over_chunk(self, chunk: int, units: range, look_again: bool) -> frozenset[int]:
+        """Take what is known already of a chunk that is about to begin."""
+        topology, job, sender = self._world.topology, self._job, self._world.sender
+        if topology.tensor_parallel_size == 1:
+            return self._collector.take_over_chunk(chunk, units, look_again)
+        key = "/".join(map(str, ("taken-over-chunk", job.number, self._loader, *sender.owner, self._num_chunks)))
+        self._num_chunks += 1
+        if topology.is_leader:
+            taken = self._collector.take_over_chunk(chunk, units, look_again)
+            job.ask(Publish(key=key, value=sorted(taken)))
+            return taken
+        with phase(Phase.WAIT, then=Phase.RUN):  # the supervisor judges whether another rank is stuck
+            return frozenset(job.ask(Lookup(key=key), timeout_seconds=FOREVER_SECONDS).value)
 
     def take_over(self, window: Window) -> set[int]:
         """Take what is known of a window's samples already."""

@@ -6,6 +6,7 @@ durable in the background.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import os
@@ -26,9 +27,16 @@ from lightning_gpuorch.control.messages.ranks import DrainJob
 from lightning_gpuorch.devices.memory.transfer import HostCopy
 from lightning_gpuorch.errors import TooManyErroredSamplesError
 from lightning_gpuorch.paths import Location, location, options_of
-from lightning_gpuorch.predictions.loading.describe import Source, default_chunk_batches, describe
+from lightning_gpuorch.predictions.loading.describe import (
+    MAX_CHUNK_BATCHES,
+    Source,
+    default_chunk_batches,
+    default_first_chunks,
+    describe,
+)
 from lightning_gpuorch.predictions.loading.loader import LeasedLoader
 from lightning_gpuorch.predictions.loading.shards.recognition import by_shard
+from lightning_gpuorch.predictions.loading.shards.source import ShardStreamSource
 from lightning_gpuorch.predictions.loading.stream import StreamSource
 from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.predictions.loading.windowed_loader import WindowedLoader
@@ -79,15 +87,8 @@ class PredictionJob:
         """Whether an error of a sample ends the job."""
         dynamic = self._dynamic = DynamicSteps(runtime) if runtime.config.enable_dynamic_batching else None
         batchers = [None if dynamic is None else dynamic.batcher(source) for source in sources]
-        chunk, replicas = runtime.config.chunk_size, world.topology.num_replicas
-        windows = dynamic is not None
         wanted = Manifest(
-            loaders=[
-                source.layout(
-                    default_chunk_batches(source.num_batches, replicas, windows=windows) if chunk == "auto" else chunk
-                )
-                for source in sources
-            ],
+            loaders=[self._wanted_layout(source) for source in sources],
             keep_outputs=keep_outputs,
             model_fingerprint=model_fingerprint,
             versions={"lightning_gpuorch": __version__, "torch": torch.__version__},
@@ -101,6 +102,9 @@ class PredictionJob:
             storage_options=options_of(directory),
             ephemeral=ephemeral,
             manifest=wanted.to_dict(),
+            part_bytes=runtime.config.part_bytes,
+            part_seconds=runtime.config.part_sec,
+            resume_check=runtime.config.resume_check,
         )
         with phase(Phase.WAIT, then=Phase.STARTING):  # what is there already is checked first, however much it is
             opened = self.ask(request, timeout_seconds=FOREVER_SECONDS)
@@ -109,19 +113,20 @@ class PredictionJob:
         self.finished_before = opened.finished
         self.resumed_chunks = opened.resumed_chunks
         manifest = Manifest.from_dict(opened.manifest)
-        self._layouts = manifest.loaders
+        self.layouts = list(manifest.loaders)
+        """Of the dataloaders, with what is decided of later chunks."""
         for index, (source, layout) in enumerate(zip(sources, manifest.loaders, strict=True)):
             source.thaw(loader_directory(self.directory, index), layout)
         self._keeps_outputs = manifest.keep_outputs
         keeps = self._host_copy if world.topology.is_leader else None
         self._queues = [ReplicaQueue(self, index) for index in range(len(sources))]
-        self._pipeline = CommitPipeline(self, runtime, self.directory, manifest.loaders, dynamic, self._digest_of)
+        self._pipeline = CommitPipeline(self, runtime, self.directory, dynamic, self._digest_of, self._host_cost)
         isolates = not self.raises_errors
         self._step = ReplicaStep(
             runtime, sources, manifest.loaders, self._pipeline, dynamic, self._begin_blame, isolates
         )
         self.batches_in_flight = BatchesInFlight(keeps, self._pipeline.keep)
-        self._looked_at, self._chunks_done = 0.0, [0] * len(sources)
+        self._looked_at, self._units_done = 0.0, [0] * len(sources)
         self._asked_ns = time.perf_counter_ns()
         self._free_ns: int | None = None
         """The last step was over, and no wait for work followed."""
@@ -162,7 +167,7 @@ class PredictionJob:
             not self.raises_errors,
         )  # fmt: skip
         if self._dynamic is None or batcher is None:
-            return LeasedLoader(*leased)
+            return LeasedLoader(*leased, should_leave=self._should_leave)
         dynamic = self._dynamic
         return WindowedLoader(
             *leased,
@@ -172,6 +177,25 @@ class PredictionJob:
             overlaps=self._runtime.transfers is not None,
             single_rank=topology.tensor_parallel_size == 1,
         )
+
+    def _wanted_layout(self, source: Source) -> LoaderLayout:
+        chunk, replicas = self._runtime.config.chunk_size, self._world.topology.num_replicas
+        if chunk != "auto":
+            return source.layout(chunk)
+        if isinstance(
+            source, ShardStreamSource
+        ):  # shards are shared out, not chunks: their size need not even out the end
+            return source.layout(MAX_CHUNK_BATCHES)
+        windows = self._dynamic is not None
+        layout = source.layout(default_chunk_batches(source.num_batches, replicas, windows=windows))
+        return dataclasses.replace(layout, first_chunks=default_first_chunks(source.num_batches, replicas))
+
+    def _host_cost(self, loader: int, num_samples: int) -> tuple[int, float]:
+        return self.loaders[loader].host_cost(num_samples)
+
+    def _should_leave(self) -> bool:
+        """Whether to leave in the middle of a chunk, of which what is computed is kept; a group leaves between chunks."""
+        return self._pipeline.asked_to_leave and self._world.topology.tensor_parallel_size == 1
 
     def _announce(self, layouts: Sequence[LoaderLayout]) -> None:
         topology = self._world.topology
@@ -208,11 +232,11 @@ class PredictionJob:
         """Batches of the current dataloader that the job has done, looked up twice a second; None if that is not known."""
         loader, now = self.batches_in_flight.newest.loader, time.monotonic()
         layout = self.loaders[loader].layout
-        if not layout.num_chunks:
+        if not layout.num_units:
             return None
         if now - self._looked_at > _LOOK_SECONDS:
-            self._looked_at, self._chunks_done = now, self.progress()["done_by_loader"]
-        share = self._chunks_done[loader] / layout.num_chunks
+            self._looked_at, self._units_done = now, self.progress()["units_by_loader"]
+        share = self._units_done[loader] / layout.num_units
         return max(1, int(layout.num_batches * share))
 
     @property

@@ -48,8 +48,9 @@ class _Rank:
         layout = LoaderLayout(unit="sample", num_units=num_chunks, batch_size=1, chunk_size=1)
         manifest = Manifest(loaders=[layout]).to_dict()
         request = OpenJob(
-            sender=self._sender, job=0, directory=directory, storage_options={}, ephemeral=False, manifest=manifest
-        )
+            sender=self._sender, job=0, directory=directory, storage_options={}, ephemeral=False, manifest=manifest,
+            part_bytes=2**26, part_seconds=30.0, resume_check="all",
+        )  # fmt: skip
         self._channel.call(request, timeout_seconds=30)
 
     def next_chunk(self, sequence: int) -> int:

@@ -9,9 +9,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from lightning_gpuorch.control.leases import LeaseQueue
 from lightning_gpuorch.control.messages.leases import Drain, Fenced, Lease, Stop
+from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from tests.support.examples import examples
 
 CHUNKS, SIZE = 12, 4
+
+
+def queue_of(num_chunks, chunk_size, *arguments, **options):
+    num_units = None if num_chunks is None else num_chunks * chunk_size
+    layout = LoaderLayout(unit="batch", num_units=num_units, batch_size=None, chunk_size=chunk_size)
+    return LeaseQueue(layout, *arguments, **options)
 
 
 class Fleet(RuleBasedStateMachine):
@@ -19,7 +26,7 @@ class Fleet(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.queue = LeaseQueue(CHUNKS, SIZE, done={3})
+        self.queue = queue_of(CHUNKS, SIZE, done={3})
         self.generation = [0, 0, 0]
         self.sequence = [0, 0, 0]
         self.held = [[], [], []]
@@ -89,12 +96,12 @@ class StreamFleet(Fleet):
 
     def __init__(self):
         super().__init__()
-        self.queue = LeaseQueue(None, SIZE, done={3, CHUNKS + 1})
+        self.queue = queue_of(None, SIZE, done={3, CHUNKS + 1})
 
     @rule(replica=st.integers(0, 2))
     def finish(self, replica):
         if self.held[replica] and self.held[replica][0] >= CHUNKS:
-            self.queue.set_num_chunks(CHUNKS)
+            self.queue.end_stream(self.queue.layout.with_num_units(CHUNKS * SIZE))
             for held in self.held:
                 held[:] = [chunk for chunk in held if chunk < CHUNKS]
             self.queue.report_done(CHUNKS)
@@ -106,7 +113,7 @@ class StreamFleet(Fleet):
         assert not self.queue.finished or self.queue.done == set(range(CHUNKS))
 
     def teardown(self):
-        self.queue.set_num_chunks(CHUNKS)
+        self.queue.end_stream(self.queue.layout.with_num_units(CHUNKS * SIZE))
         for held in self.held:
             held[:] = [chunk for chunk in held if chunk < CHUNKS]
         super().teardown()
@@ -120,16 +127,16 @@ TestStreamFleet.settings = TestFleet.settings
 
 
 def test_blocked_request_is_answered_when_a_chunk_comes_back():
-    queue = LeaseQueue(1, SIZE)
+    queue = queue_of(1, SIZE)
     assert queue.next((0, 0), 0, block=False).result(0).chunk == 0
     leader, follower = queue.next((1, 0), 0, block=True), queue.next((1, 0), 0, block=True)
     assert not leader.done()
     queue.revoke((0, 0))
-    assert leader.result(0) == follower.result(0) == Lease(chunk=0, left=0, again=True)
+    assert leader.result(0) == follower.result(0) == Lease(chunk=0, left=0, again=True, begun=True)
 
 
 def test_blocked_request_is_answered_stop_when_all_is_done():
-    queue = LeaseQueue(1, SIZE)
+    queue = queue_of(1, SIZE)
     queue.next((0, 0), 0, block=False)
     waiting = queue.next((1, 0), 0, block=True)
     queue.report_done(0)
@@ -137,7 +144,7 @@ def test_blocked_request_is_answered_stop_when_all_is_done():
 
 
 def test_drain_tells_everybody_to_leave():
-    queue = LeaseQueue(2, SIZE)
+    queue = queue_of(2, SIZE)
     queue.next((0, 0), 0, block=False)
     queue.next((0, 0), 1, block=False)
     waiting = queue.next((1, 0), 0, block=True)
@@ -161,7 +168,7 @@ def _die(queue, generation, chunk, position):
 
 
 def test_poison_is_isolated_then_given_up_and_the_rest_of_the_chunk_is_still_wanted():
-    queue = LeaseQueue(2, SIZE, max_chunk_failures=3)
+    queue = queue_of(2, SIZE, max_chunk_failures=3)
     # deaths in a batch twice, then in a single sample of it twice
     for generation, position in enumerate([(4, 8), (4, 8), (6, 7), (6, 7)]):
         assert queue.quarantined == []
@@ -173,7 +180,7 @@ def test_poison_is_isolated_then_given_up_and_the_rest_of_the_chunk_is_still_wan
 
 
 def test_two_poison_samples_in_one_chunk_are_both_found():
-    queue = LeaseQueue(1, 8, max_chunk_failures=3)
+    queue = queue_of(1, 8, max_chunk_failures=3)
     deaths = [(0, 4), (0, 4), (1, 2), (1, 2), (4, 8), (4, 8), (6, 7), (6, 7)]
     for generation, position in enumerate(deaths):
         _die(queue, generation, 0, position)
@@ -185,7 +192,7 @@ def test_two_poison_samples_in_one_chunk_are_both_found():
 @pytest.mark.parametrize("seed", range(20))
 def test_random_deaths_give_no_sample_up(seed):
     rng = random.Random(seed)
-    queue = LeaseQueue(1, 8, max_chunk_failures=3)
+    queue = queue_of(1, 8, max_chunk_failures=3)
     alone = collections.Counter()
     for generation in range(6):
         answer = _lease(queue, generation, 0)
@@ -200,7 +207,7 @@ def test_random_deaths_give_no_sample_up(seed):
 
 
 def test_different_samples_that_die_alone_once_are_not_given_up():
-    queue = LeaseQueue(1, SIZE, max_chunk_failures=3)  # batches of one sample: every death is a death alone
+    queue = queue_of(1, SIZE, max_chunk_failures=3)  # batches of one sample: every death is a death alone
     for generation in range(SIZE):
         _die(queue, generation, 0, (generation, generation + 1))
     for generation in range(SIZE):
@@ -211,14 +218,14 @@ def test_different_samples_that_die_alone_once_are_not_given_up():
 
 
 def test_a_death_outside_a_step_blames_nothing():
-    queue = LeaseQueue(1, SIZE)
+    queue = queue_of(1, SIZE)
     for generation in range(10):
         _die(queue, generation, 0, None)
     assert queue.faults == {}
 
 
 def test_what_seems_to_kill_workers_is_handed_out_last():
-    queue = LeaseQueue(4, SIZE, max_chunk_failures=3)
+    queue = queue_of(4, SIZE, max_chunk_failures=3)
     _die(queue, 0, 0, (0, 2))
     assert queue.next((0, 1), 0, block=False).result(0).chunk == 0, "one death may be chance"
     queue.revoke((0, 1), blamed=0, position=(0, 2))
@@ -226,9 +233,9 @@ def test_what_seems_to_kill_workers_is_handed_out_last():
 
 
 def test_a_stream_ends_where_it_is_said_to():
-    queue = LeaseQueue(None, SIZE)
+    queue = queue_of(None, SIZE)
     assert [queue.next((0, 0), n, block=False).result(0).chunk for n in range(3)] == [0, 1, 2]
-    queue.set_num_chunks(2)
+    queue.end_stream(queue.layout.with_num_units(2 * SIZE))
     assert queue.leases_of((0, 0)) == [0, 1]
     queue.report_done(0)
     queue.report_done(1)
@@ -237,7 +244,7 @@ def test_a_stream_ends_where_it_is_said_to():
 
 @pytest.mark.parametrize("done", [set(), {0, 1}, {0, 1, 2}])
 def test_resume_hands_out_only_what_is_missing(done):
-    queue = LeaseQueue(3, SIZE, done=done)
+    queue = queue_of(3, SIZE, done=done)
     taken = []
     while isinstance(answer := queue.next((0, 0), len(taken), block=False).result(0), Lease):
         taken.append(answer.chunk)
@@ -245,7 +252,7 @@ def test_resume_hands_out_only_what_is_missing(done):
 
 
 def test_an_answer_tells_how_fast_a_replica_is_beside_those_that_are_known():
-    queue = LeaseQueue(num_chunks=8, chunk_size=1)
+    queue = queue_of(8, 1)
     assert queue.next((0, 0), 0, False, 0.1).result(0).pace.speed == 1
     slow = queue.next((1, 0), 0, False, 0.3).result(0)
     assert slow.pace.speed == pytest.approx(0.5)
@@ -256,7 +263,7 @@ def test_an_answer_tells_how_fast_a_replica_is_beside_those_that_are_known():
 
 
 def test_an_exception_isolates_at_once_and_the_same_one_alone_gives_the_sample_up():
-    queue = LeaseQueue(2, SIZE, max_chunk_failures=10)
+    queue = queue_of(2, SIZE, max_chunk_failures=10)
     _lease(queue, 0, 1)
     queue.revoke((0, 0), blamed=1, position=(4, 8), exception=("ValueError at a.py:3", "ValueError: too long (a.py:3)"))
     assert _lease(queue, 1, 1).isolate == (4, 8)
@@ -266,7 +273,7 @@ def test_an_exception_isolates_at_once_and_the_same_one_alone_gives_the_sample_u
 
 
 def test_different_exceptions_of_a_sample_are_no_proof():
-    queue = LeaseQueue(1, SIZE, max_chunk_failures=10)
+    queue = queue_of(1, SIZE, max_chunk_failures=10)
     for generation, exception in enumerate(["ValueError at a.py:3", "OSError at b.py:9", "KeyError at c.py:1"]):
         _lease(queue, generation, 0)
         queue.revoke((0, generation), blamed=0, position=(2, 3), exception=(exception, exception))

@@ -43,6 +43,8 @@ def _values(kind: msgspec.inspect.Type) -> st.SearchStrategy:
             return st.floats(allow_nan=False)
         case msgspec.inspect.BoolType():
             return st.booleans()
+        case msgspec.inspect.LiteralType(values):
+            return st.sampled_from(values)
         case msgspec.inspect.StrType():
             return TEXT
         case msgspec.inspect.BytesType():
@@ -209,7 +211,17 @@ def test_a_request_is_the_same_request_when_it_is_repeated(tmp_path):
     place = {"sender": sender, "job": 0, "loader": 0}
     done = ChunkDone(**place, chunk=0, won=True, samples=3, quarantined=((1, 2, "no memory"),))
     requests = [
-        OpenJob(sender=sender, job=0, directory=str(tmp_path), storage_options={}, ephemeral=False, manifest=manifest),
+        OpenJob(
+            sender=sender,
+            job=0,
+            directory=str(tmp_path),
+            storage_options={},
+            ephemeral=False,
+            manifest=manifest,
+            part_bytes=2**26,
+            part_seconds=30.0,
+            resume_check="all",
+        ),
         NextChunk(**place, sequence=0, block=False),
         NextChunk(**place, sequence=1, block=False),
         done,

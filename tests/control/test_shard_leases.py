@@ -11,11 +11,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lightning_gpuorch.control.leases import Owner
 from lightning_gpuorch.control.messages.leases import Drain, Fenced, Lease, Pause, Stop
 from lightning_gpuorch.control.shard_leases import ShardLeaseQueue
-from lightning_gpuorch.predictions.storage.layout import CHUNKS_PER_SHARD
+from lightning_gpuorch.predictions.storage.layout import CHUNKS_PER_SHARD, LoaderLayout
 from tests.support.examples import examples
 
 SIZE = 4
 REPLICAS = 3
+
+
+def layout(num_shards: int, ends: dict[int, int] | None = None) -> LoaderLayout:
+    whole = LoaderLayout(unit="batch", num_units=None, batch_size=None, chunk_size=SIZE, num_shards=num_shards)
+    return whole.with_ends(ends or {})
 
 
 def chunks_of(shard: int, units: int) -> list[int]:
@@ -37,11 +42,10 @@ class Fleet(RuleBasedStateMachine):
         self.lengths = lengths
         every = [chunk for shard, units in enumerate(lengths) for chunk in chunks_of(shard, units)]
         done = {chunk for chunk in every if seed.random() < 0.3}
-        self.queue = ShardLeaseQueue(
-            len(lengths), SIZE, {s: lengths[s] for s in known if s < len(lengths)}, done, is_durable=self.is_durable
-        )
+        ends = {s: lengths[s] for s in known if s < len(lengths)}
+        self.queue = ShardLeaseQueue(layout(len(lengths), ends), done, is_durable=self.is_durable)
         self.files = set(done)
-        self.resumed = frozenset(done)
+        self.num_resumed = len(done)
         self.every = set(every)
         self.generation = [0] * REPLICAS
         self.sequence = [0] * REPLICAS
@@ -146,7 +150,7 @@ class Fleet(RuleBasedStateMachine):
         assert self.queue.finished
         assert self.queue.done == self.every == self.files
         assert self.queue.num_chunks == len(self.every)
-        assert self.queue.resumed == self.resumed
+        assert self.queue.num_resumed == self.num_resumed
 
 
 TestFleet = Fleet.TestCase
@@ -158,7 +162,7 @@ def take(queue: ShardLeaseQueue, owner: Owner, sequence: int, after: int | None 
 
 
 def test_replicas_stay_in_their_shards() -> None:
-    queue = ShardLeaseQueue(3, SIZE)
+    queue = ShardLeaseQueue(layout(3))
     assert [take(queue, (replica, 0), 0).chunk for replica in range(2)] == [0, CHUNKS_PER_SHARD]
     assert take(queue, (0, 0), 1, after=0).chunk == 1
     assert take(queue, (1, 0), 1, after=CHUNKS_PER_SHARD).chunk == CHUNKS_PER_SHARD + 1
@@ -166,7 +170,7 @@ def test_replicas_stay_in_their_shards() -> None:
 
 
 def test_a_shard_is_entered_again_behind_what_is_durable() -> None:
-    queue = ShardLeaseQueue(1, SIZE)
+    queue = ShardLeaseQueue(layout(1))
     for sequence, after in enumerate([None, 0, 1]):
         assert take(queue, (0, 0), sequence, after).chunk == sequence
     queue.report_done(0)
@@ -178,21 +182,21 @@ def test_a_shard_is_entered_again_behind_what_is_durable() -> None:
 
 
 def test_holes_of_an_earlier_run_are_filled_and_no_more() -> None:
-    queue = ShardLeaseQueue(2, SIZE, {0: 17}, done={0, 2, 3, CHUNKS_PER_SHARD})
+    queue = ShardLeaseQueue(layout(2, {0: 17}), done={0, 2, 3, CHUNKS_PER_SHARD})
     assert take(queue, (0, 0), 0).chunk == 1
     assert take(queue, (0, 0), 1, after=1).chunk == 4
     assert take(queue, (0, 0), 2, after=4).chunk == CHUNKS_PER_SHARD + 1, "the end of the other is not known"
 
 
 def test_a_drain_is_told_within_a_shard() -> None:
-    queue = ShardLeaseQueue(1, SIZE)
+    queue = ShardLeaseQueue(layout(1))
     take(queue, (0, 0), 0)
     queue.drain()
     assert take(queue, (0, 0), 1, after=0) == Drain()
 
 
 def test_where_a_shard_could_not_be_read_any_further_is_forgotten_with_who_gave_it_up() -> None:
-    queue = ShardLeaseQueue(1, SIZE)
+    queue = ShardLeaseQueue(layout(1))
     take(queue, (0, 0), 0)
     queue.end_shard(0, 3, is_readable=False)
     assert not queue.finished
@@ -207,19 +211,19 @@ def test_where_a_shard_could_not_be_read_any_further_is_forgotten_with_who_gave_
 
 
 def test_a_shard_that_ends_elsewhere_than_before_is_told() -> None:
-    queue = ShardLeaseQueue(1, SIZE, {0: 5})
+    queue = ShardLeaseQueue(layout(1, {0: 5}))
     assert queue.end_shard(0, 6) == 5
 
 
 @pytest.mark.parametrize("num_shards", [0, 1])
 def test_a_stream_without_samples_is_finished_at_once(num_shards: int) -> None:
-    queue = ShardLeaseQueue(num_shards, SIZE, dict.fromkeys(range(num_shards), 0))
+    queue = ShardLeaseQueue(layout(num_shards, dict.fromkeys(range(num_shards), 0)))
     assert queue.finished
     assert take(queue, (0, 0), 0) == Stop()
 
 
 def test_a_replica_that_waits_gets_the_shard_that_comes_back() -> None:
-    queue = ShardLeaseQueue(1, SIZE)
+    queue = ShardLeaseQueue(layout(1))
     take(queue, (0, 0), 0)
     assert take(queue, (1, 0), 0) == Pause()
     waiting = queue.next((1, 0), 1, block=True)
@@ -229,7 +233,7 @@ def test_a_replica_that_waits_gets_the_shard_that_comes_back() -> None:
 
 
 def test_shards_in_which_workers_die_come_last() -> None:
-    queue = ShardLeaseQueue(3, SIZE, max_chunk_failures=2)
+    queue = ShardLeaseQueue(layout(3), max_chunk_failures=2)
     take(queue, (0, 0), 0)
     queue.revoke((0, 0), blamed=0, position=(0, 1))
     chunks = [take(queue, (1, 0), sequence).chunk for sequence in range(3)]

@@ -241,3 +241,34 @@ def test_a_replica_lost_in_evaluation_is_never_a_success_though_an_earlier_predi
     assert "exit code 9" in finished.output
     assert "no other replica can do its part" in finished.output
     assert len(read_predictions(tmp_path / "out")) == 10, "what was predicted is kept"
+
+
+def test_a_death_in_a_long_chunk_costs_seconds_and_a_stop_nothing(runner, tmp_path):
+    # Two chunks of 150 batches, each of 7.5 seconds at least.
+    command = (SLOW, "--output", "out", "--samples", 1200, "--chunk", 150, "--harm", "kill", "--victim", 0, "--at", 100)
+    process = runner.start(*command, launcher=gpuorch_run())
+    _wait_for_notes(process, tmp_path, 210)
+    process.terminate()
+    assert runner.wait(process) == 75
+    kept = list((tmp_path / "out").glob("unfinished-*/part-*"))
+    assert kept, "what is computed of the chunks is kept"
+    assert runner.run(*command, launcher=gpuorch_run()).result["right"]
+    # Rank 0 has computed 100 batches when it dies, those of the last 3 seconds in vain; the stop costs nothing.
+    assert _recomputed(tmp_path) < 75
+    assert not list((tmp_path / "out").glob("unfinished-*"))
+
+
+def test_chunks_of_a_long_job_grow_and_it_goes_on_with_them_after_a_death(runner, tmp_path):
+    command = (
+        SLOW, "--output", "out", "--samples", 20_000, "--batch", 2, "--chunk", "auto", "--step", 0, "--harm", "kill",
+        "--victim", 1, "--at", 3000,
+    )  # fmt: skip
+    finished = runner.run(*command, launcher=gpuorch_run(), timeout=170)
+    assert finished.result["right"]
+    assert "restarting replica" in finished.output
+    parts, of_one_size = list((tmp_path / "out").glob("dataloader_0/part-*")), 10_000 // 32
+    assert 64 < len(parts) < of_one_size / 2
+    assert list((tmp_path / "out").glob("dataloader_0/stretch-*.json"))
+    computed = len(_notes(tmp_path))
+    assert runner.run(*command, launcher=gpuorch_run()).result["right"]
+    assert len(_notes(tmp_path)) == computed, "nothing is left to do"

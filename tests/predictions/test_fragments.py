@@ -27,25 +27,29 @@ def batch(*units: int) -> StoredBatch:
     return StoredBatch(units[0], list(units), len(units), torch.tensor(units), list(units))
 
 
+def add(writer: FragmentWriter, *units: int) -> None:
+    writer.add(batch(*units), {unit // 10 for unit in units})
+
+
 def files(directory: Path) -> list[Path]:
     return sorted(directory.glob("unfinished-*/*"))
 
 
 def units_found(directory: Path, *wanted: int, loader: int = 0) -> list[list[int]]:
-    return [stored.output.tolist() for stored in find(FragmentReader(directory, loader), *wanted)]
+    return [stored.output.tolist() for stored in find(FragmentReader(directory, loader, "samples"), *wanted)]
 
 
 def find(reader: FragmentReader, *wanted: int, look_again: bool = False) -> list[StoredBatch]:
-    return list(reader.find(dict.fromkeys(wanted, 0))) if reader.has_any(look_again) else []
+    return list(reader.find(wanted)) if reader.has_any(look_again) else []
 
 
 def test_a_fragment_is_written_when_it_is_due_and_found_by_anybody(tmp_path: Path) -> None:
     clock, kept = Clock(), []
-    writer = FragmentWriter(tmp_path, 0, 10, kept.append, clock=clock)
-    writer.add(batch(1, 25))
+    writer = FragmentWriter(tmp_path, 0, "samples", kept.append, clock=clock)
+    add(writer, 1, 25)
     assert not files(tmp_path)
     clock.now = 3.0
-    writer.add(batch(2, 31, 44))
+    add(writer, 2, 31, 44)
     assert len(files(tmp_path)) == 1
     assert kept == [5]
     assert units_found(tmp_path, 25) == [[1, 25]], "whole batches, as computed"
@@ -56,10 +60,10 @@ def test_a_fragment_is_written_when_it_is_due_and_found_by_anybody(tmp_path: Pat
 
 def test_it_is_removed_when_all_its_chunks_are_durable(tmp_path: Path) -> None:
     clock = Clock()
-    writer = FragmentWriter(tmp_path, 0, 10, clock=clock)
+    writer = FragmentWriter(tmp_path, 0, "samples", clock=clock)
     for units in ((1, 25), (26, 31)):
         clock.now += 3.0
-        writer.add(batch(*units))
+        add(writer, *units)
     writer.on_durable(2)
     writer.on_durable(7)
     assert len(files(tmp_path)) == 2
@@ -70,12 +74,12 @@ def test_it_is_removed_when_all_its_chunks_are_durable(tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_twice_and_nothing_of_a_window_that_is_whole(tmp_path: Path) -> None:
-    writer = FragmentWriter(tmp_path, 0, 10, clock=Clock())
-    writer.add(batch(1, 2))
+    writer = FragmentWriter(tmp_path, 0, "samples", clock=Clock())
+    add(writer, 1, 2)
     writer.end_window()
     writer.write()
     assert not files(tmp_path)
-    writer.add(batch(3))
+    add(writer, 3)
     writer.write()
     writer.write()
     assert len(files(tmp_path)) == 1
@@ -83,7 +87,7 @@ def test_nothing_is_written_twice_and_nothing_of_a_window_that_is_whole(tmp_path
 
 def test_a_slow_disk_gets_fewer(tmp_path: Path) -> None:
     clock = Clock()
-    writer = FragmentWriter(tmp_path, 0, 10, clock=clock)
+    writer = FragmentWriter(tmp_path, 0, "samples", clock=clock)
     commit = writer._store.commit
 
     def slow(*arguments: object) -> bool:
@@ -92,12 +96,12 @@ def test_a_slow_disk_gets_fewer(tmp_path: Path) -> None:
 
     writer._store.commit = slow  # type: ignore[method-assign]
     clock.now = 3.0
-    writer.add(batch(1))
+    add(writer, 1)
     clock.now = 103.0
-    writer.add(batch(2))
+    add(writer, 2)
     assert len(files(tmp_path)) == 1
     clock.now = 104.0
-    writer.add(batch(3))
+    add(writer, 3)
     assert len(files(tmp_path)) == 2
 
 
@@ -105,9 +109,9 @@ def test_a_slow_disk_gets_fewer(tmp_path: Path) -> None:
 def test_a_damaged_one_is_passed_over_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str
 ) -> None:
-    writer = FragmentWriter(tmp_path, 0, 10, clock=Clock())
+    writer = FragmentWriter(tmp_path, 0, "samples", clock=Clock())
     for units in ((1, 2), (3, 4)):
-        writer.add(batch(*units))
+        add(writer, *units)
         writer.write()
     path = files(tmp_path)[0]
     content = bytearray(path.read_bytes())
@@ -120,10 +124,10 @@ def test_a_damaged_one_is_passed_over_with_a_warning(
 
 
 def test_one_that_is_gone_is_no_news(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    writer = FragmentWriter(tmp_path, 0, 10, clock=Clock())
-    writer.add(batch(1, 2))
+    writer = FragmentWriter(tmp_path, 0, "samples", clock=Clock())
+    add(writer, 1, 2)
     writer.write()
-    reader = FragmentReader(tmp_path, 0)
+    reader = FragmentReader(tmp_path, 0, "samples")
     assert not find(reader, 9, look_again=False), "it has looked what there is"
     writer.on_durable(0)
     with caplog.at_level(logging.WARNING):
@@ -134,12 +138,12 @@ def test_one_that_is_gone_is_no_news(tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_it_is_read_once_for_chunks_that_come_one_after_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writer = FragmentWriter(tmp_path, 0, 10, clock=Clock())
-    writer.add(batch(1, 12, 23))
+    writer = FragmentWriter(tmp_path, 0, "samples", clock=Clock())
+    add(writer, 1, 12, 23)
     writer.write()
     read = []
     monkeypatch.setattr(fragments.PartStore, "read", lambda store, number: read.append(number) or READ(store, number))
-    reader = FragmentReader(tmp_path, 0)
+    reader = FragmentReader(tmp_path, 0, "samples")
     for unit in (1, 12, 23):
         assert [found.output.tolist() for found in find(reader, unit, look_again=True)] == [[1, 12, 23]]
     assert read == [0]
@@ -152,10 +156,10 @@ def test_it_is_read_once_for_chunks_that_come_one_after_another(
 
 
 def test_what_appeared_later_is_found_by_who_looks_again(tmp_path: Path) -> None:
-    reader = FragmentReader(tmp_path, 0)
+    reader = FragmentReader(tmp_path, 0, "samples")
     assert not find(reader, 1, look_again=False)
-    writer = FragmentWriter(tmp_path, 0, 10, clock=Clock())
-    writer.add(batch(1, 2))
+    writer = FragmentWriter(tmp_path, 0, "samples", clock=Clock())
+    add(writer, 1, 2)
     writer.write()
     assert not find(reader, 1, look_again=False), "it costs nothing while nobody has died"
     assert len(find(reader, 1, look_again=True)) == 1
@@ -164,23 +168,23 @@ def test_what_appeared_later_is_found_by_who_looks_again(tmp_path: Path) -> None
 def test_a_directory_that_cannot_be_written_costs_fragments_and_no_more(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    writer = FragmentWriter(tmp_path / "gone", 0, 10, clock=Clock())
+    writer = FragmentWriter(tmp_path / "gone", 0, "samples", clock=Clock())
     with caplog.at_level(logging.WARNING):
         for unit in range(3):
-            writer.add(batch(unit))
+            add(writer, unit)
             writer.write()
     assert len(caplog.records) == 1, "said once"
     assert "has vanished" in caplog.text
 
 
 def test_where_parts_have_no_room_all_are_given_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    writer = FragmentWriter(tmp_path, 0, 10, clock=Clock())
-    writer.add(batch(1))
+    writer = FragmentWriter(tmp_path, 0, "samples", clock=Clock())
+    add(writer, 1)
     writer.write()
     assert files(tmp_path)
     writer.give_up()
     writer.on_durable(0)
-    writer.add(batch(2))
+    add(writer, 2)
     writer.write()
     assert not list(tmp_path.iterdir())
     assert not caplog.records
@@ -188,8 +192,8 @@ def test_where_parts_have_no_room_all_are_given_up(tmp_path: Path, caplog: pytes
 
 def test_those_of_a_complete_job_are_removed(tmp_path: Path) -> None:
     for loader in range(2):
-        writer = FragmentWriter(tmp_path, loader, 10, clock=Clock())
-        writer.add(batch(1))
+        writer = FragmentWriter(tmp_path, loader, "samples", clock=Clock())
+        add(writer, 1)
         writer.write()
     (tmp_path / "manifest.json").write_text("{}")
     remove_fragments(tmp_path)

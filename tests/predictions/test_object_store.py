@@ -38,6 +38,7 @@ from lightning_gpuorch.predictions.storage.manifest import (
     record_quarantine,
     set_num_units,
 )
+from lightning_gpuorch.predictions.storage.resume import set_right
 from lightning_gpuorch.predictions.storage.stores import store_of
 from lightning_gpuorch.pytorch import GPUOrchStrategy
 from lightning_gpuorch.worker import session
@@ -135,7 +136,7 @@ def test_damage_is_found_and_set_aside(directory: ObjectPath) -> None:
     with pytest.raises(CorruptPartError, match="part-000000001"):
         values(read_predictions(directory))
     assert [chunk for chunk, error in store.verify() if error] == [1]
-    assert len(store.set_damaged_aside()) == 1
+    assert len(set_right(store, layout(), "all")[0]) == 1
     assert store.done() == {0}
     assert f"{path.name}.damaged" in set(store.store.names(store.directory))
     empty = store.path(0)
@@ -146,20 +147,20 @@ def test_damage_is_found_and_set_aside(directory: ObjectPath) -> None:
 
 def test_fragments_are_found_by_whoever_goes_on(directory: ObjectPath) -> None:
     open_or_create(directory, Manifest(loaders=[layout()]))
-    writer = FragmentWriter(directory, 0, 4)
+    writer = FragmentWriter(directory, 0, "samples")
     for batch in batches(0):
-        writer.add(batch)
+        writer.add(batch, {0})
     writer.write()
-    reader = FragmentReader(directory, 0)
+    reader = FragmentReader(directory, 0, "samples")
     assert reader.has_any(look_again=True)
-    found = list(reader.find({0: 0, 1: 1, 2: 2, 3: 3}))
+    found = list(reader.find(range(4)))
     assert torch.equal(torch.cat([batch.output for batch in found]), torch.arange(4.0))
     writer.on_durable(0)
-    assert not FragmentReader(directory, 0).has_any(look_again=True)
-    writer.add(batches(1)[0])
+    assert not FragmentReader(directory, 0, "samples").has_any(look_again=True)
+    writer.add(batches(1)[0], {1})
     writer.write()
     remove_fragments(directory)
-    assert not FragmentReader(directory, 0).has_any(look_again=True)
+    assert not FragmentReader(directory, 0, "samples").has_any(look_again=True)
 
 
 def test_large_parts_go_up_in_pieces_and_are_created_once_too(

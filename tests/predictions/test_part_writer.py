@@ -50,12 +50,13 @@ def slow(tmp_path: Path) -> SlowStore:
 def test_commits_everything_in_order_and_tells(tmp_path: Path) -> None:
     stores = [PartStore(tmp_path / f"dataloader_{loader}") for loader in range(2)]
     stores[1].commit(2, one(2), {})
-    told: list[tuple[int, int, bool, int]] = []
+    told: list[tuple[int, int, bool, int, int]] = []
     with PartWriter(stores, max_pending_bytes=1000, on_committed=lambda *what: told.append(what)) as writer:
         for chunk in range(5):
             writer.put(chunk % 2, chunk // 2 * 2, one(chunk), {"n": chunk})
         writer.flush(timeout_seconds=60)
-        assert told == [(0, 0, True, 1), (1, 0, True, 1), (0, 2, True, 1), (1, 2, False, 1), (0, 4, True, 1)]
+        placed = [(0, 0, True), (1, 0, True), (0, 2, True), (1, 2, False), (0, 4, True)]
+        assert told == [(*place, 1, 16) for place in placed], "with samples and bytes"
         assert writer.pending_bytes == 0
     assert (stores[0].done(), stores[1].done()) == ({0, 2, 4}, {0, 2})
     assert stores[0].read(4).metadata == {"n": 4}
@@ -219,8 +220,8 @@ def test_a_full_disk_is_waited_for(small_disk: Path, caplog: pytest.LogCaptureFi
 
 @pytest.mark.root
 def test_fragments_make_room_for_parts(small_disk: Path) -> None:
-    fragments = FragmentWriter(small_disk, 0, samples_per_chunk=1)
-    fragments.add(StoredBatch(0, [0], 1, torch.zeros(150_000)))
+    fragments = FragmentWriter(small_disk, 0, "samples")
+    fragments.add(StoredBatch(0, [0], 1, torch.zeros(150_000)), {0})
     fragments.write()
     store = PartStore(small_disk / "dataloader_0")
     with PartWriter([store], max_pending_bytes=10**9, full_retry_seconds=60, on_full=fragments.give_up) as writer:

@@ -22,9 +22,12 @@ import pytest
 import torch
 
 from lightning_gpuorch.errors import CorruptPartError, MissingPredictionsError, PredictionStorageError, StorageFullError
-from lightning_gpuorch.predictions import PartStore, StoredBatch, check_writable
+from lightning_gpuorch.predictions import LoaderLayout, PartStore, StoredBatch, check_writable
 from lightning_gpuorch.predictions.storage.files import content_path, create_once, replace, sweep_temporaries
+from lightning_gpuorch.predictions.storage.resume import set_right
 
+ANY = LoaderLayout(unit="scattered", num_units=None, batch_size=1, chunk_size=1)
+"""Of which no part is incomplete."""
 FORK = multiprocessing.get_context("fork")
 # Children of a fork begin at once; they run no threads of the parent, and numpy and small tensors start none.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -115,12 +118,12 @@ def test_damaged_parts_are_set_aside_and_only_those(store: PartStore) -> None:
         path = content_path(store.path(2))
         before = path.read_bytes()
         path.write_bytes(harm(bytearray(before)))
-        found = store.set_damaged_aside()
+        found = set_right(store, ANY, "all")[0]
         assert [str(path.parent if path.name == "content" else path) in str(error) for error in found] == [True]
         assert store.done() == {0, 1, 3}
         assert content_path(store.directory / "part-000000002.gpq.damaged").exists()
         assert store.commit(2, [batch(8, fill=2.0)], {}), "its place is free"
-        assert store.set_damaged_aside() == []
+        assert set_right(store, ANY, "all")[0] == []
 
 
 def flipped(raw: bytearray, bit: int) -> bytearray:
@@ -131,15 +134,15 @@ def flipped(raw: bytearray, bit: int) -> bytearray:
 def test_a_part_in_the_place_of_another_is_set_aside(store: PartStore) -> None:
     store.commit(0, [batch(0)], {})
     store.path(0).rename(store.path(5))
-    assert "holds chunk 0" in str(store.set_damaged_aside()[0])
+    assert "holds chunk 0" in str(set_right(store, ANY, "all")[0][0])
     assert store.done() == set()
 
 
 def test_a_part_of_a_newer_version_is_not_taken_for_damaged(store: PartStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_gpuorch.predictions.storage.part_file.FORMAT_VERSION", 2)
+    monkeypatch.setattr("lightning_gpuorch.predictions.storage.part_file.FORMAT_VERSION", 99)
     store.commit(0, [batch(0)], {})
     with pytest.raises(CorruptPartError, match="a newer version has written it"):
-        store.set_damaged_aside()
+        set_right(store, ANY, "all")[0]
     assert store.done() == {0}
 
 
@@ -308,7 +311,7 @@ def test_what_is_no_file_is_refused_at_once_and_set_aside(kind: str, tmp_path: P
     else:
         path.symlink_to(store.path(0) if kind == "link" else tmp_path / "nowhere")
     assert [error is None for _, error in store.verify()] == [True, False]
-    (error,) = store.set_damaged_aside()
+    (error,) = set_right(store, ANY, "all")[0]
     assert str(path) in str(error)
     assert store.done() == {0}
 
@@ -470,7 +473,10 @@ def truncate(path: Path, length: int) -> None:
 def test_the_journal_is_kept_without_torch() -> None:
     code = (
         "import sys; from lightning_gpuorch.predictions.storage.journal import PartJournal; "
-        "PartJournal('.').set_damaged_aside(); "
+        "from lightning_gpuorch.predictions.storage import resume; "
+        "from lightning_gpuorch.predictions.storage.layout import LoaderLayout; "
+        "layout = LoaderLayout(unit='scattered', num_units=None, batch_size=1, chunk_size=1); "
+        "resume.prepare(PartJournal('.'), layout, 'all'); "
         "assert 'torch' not in sys.modules, 'torch'; assert 'lightning' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -62,10 +62,17 @@ def test_unusual_tensors_have_a_digest(value: Any) -> None:
     assert digest(value) == digest(value)
 
 
+def chunks_of(size: int) -> LoaderLayout:
+    return LoaderLayout(unit="batch", num_units=None, batch_size=None, chunk_size=size)
+
+
 def read(items: list[Any], chunk_size: int = 2) -> list[tuple[int, str]]:
     seen: list[tuple[int, str]] = []
     stream = Stream(
-        lambda: (item for item in items), "batches", chunk_size, lambda chunk, text: seen.append((chunk, text))
+        lambda: (item for item in items),
+        "batches",
+        chunks_of(chunk_size),
+        lambda chunk, text: seen.append((chunk, text)),
     )
     while stream.read() is not END:
         pass
@@ -83,7 +90,9 @@ def test_a_stream_tells_its_first_item_and_every_chunk_once() -> None:
 
 def test_a_stream_that_goes_back_tells_again() -> None:
     seen: list[int] = []
-    stream = Stream(lambda: (item for item in range(6)), "batches", 2, lambda chunk, text: seen.append(chunk))
+    stream = Stream(
+        lambda: (item for item in range(6)), "batches", chunks_of(2), lambda chunk, text: seen.append(chunk)
+    )
     stream.seek(3)
     stream.seek(1)
     stream.seek(4)

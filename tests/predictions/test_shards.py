@@ -34,9 +34,11 @@ from lightning_gpuorch.predictions.loading.shards.recognition import by_shard
 from lightning_gpuorch.predictions.loading.shards.source import ShardStreamSource
 from lightning_gpuorch.predictions.loading.windowed_loader import WindowedLoader
 from lightning_gpuorch.predictions.loading.work import NoWork
+from lightning_gpuorch.predictions.storage.fragments import FragmentReader, FragmentWriter
 from lightning_gpuorch.predictions.storage.journal import loader_directory
 from lightning_gpuorch.predictions.storage.layout import CHUNKS_PER_SHARD
 from lightning_gpuorch.predictions.storage.manifest import load, open_or_create, record_quarantine
+from lightning_gpuorch.predictions.storage.resume import set_right
 from lightning_gpuorch.pytorch import GPUOrchStrategy
 from lightning_gpuorch.worker import session
 from lightning_gpuorch.worker.batching.dynamic import DynamicBatcher
@@ -128,10 +130,10 @@ class Replica:
     ):
         source = by_shard(describe(loader), num_replicas=1)
         assert isinstance(source, ShardStreamSource)
-        self.layout = source.layout(CHUNK)
-        self.leases = leases or ShardLeaseQueue(source.num_shards, CHUNK)
+        self.layout = source.layout(options.pop("chunk", CHUNK))
+        self.leases = leases or ShardLeaseQueue(self.layout)
         self.stored: dict[int, list[Any]] = {}
-        self.sink = Sink(self.commit)
+        self.sink = Sink(self.commit, options.pop("fragments", None))
         self.tickets: Any = collections.deque()
         self.queue = Queue(self.leases, replica)
         isolates = options.pop("isolates", True)
@@ -223,7 +225,7 @@ def test_after_a_death_another_goes_on_behind_what_is_durable(
 def test_replicas_that_die_and_read_by_turns_give_what_one_would(data: Any, lengths: list[int], batch: int) -> None:
     """In one process each; three replicas, each computes a few batches of its life, in any order."""
     rows = Rows(lengths)
-    leases = ShardLeaseQueue(len(lengths), CHUNK)
+    leases = ShardLeaseQueue(sharded(len(lengths)))
     stored: dict[int, list[Any]] = {}
     for number in range(data.draw(st.integers(0, 6))):
         replica = Replica(DataLoader(rows, batch_size=batch), leases, replica=number)
@@ -312,10 +314,26 @@ def test_a_length_that_is_wrong_ends_the_job() -> None:
         Replica(DataLoader(Longer(LENGTHS), batch_size=BATCH)).run()
 
 
+def test_what_was_kept_of_a_chunk_is_taken_over_and_entered_behind(tmp_path: Path) -> None:
+    rows, layout = Rows([11, 22], tmp_path / "notes"), sharded(2, chunk=8)
+    leases = ShardLeaseQueue(layout)
+    fragments = (FragmentWriter(tmp_path, 0, "batches"), FragmentReader(tmp_path, 0, "batches"))
+    loader = DataLoader(rows, batch_size=BATCH)
+    first = Replica(loader, leases, fragments=fragments, chunk=8)
+    first.run(5)
+    fragments[0].write()  # as it does every few seconds
+    first.queue.die()
+    (tmp_path / "notes").unlink()
+    second = Replica(loader, leases, replica=1, fragments=fragments, chunk=8)
+    second.run()
+    assert rows_in({**first.stored, **second.stored}) == rows.rows
+    assert rows.noted("open") == ["1 8"], "the first shard is whole, and two batches of the other are kept"
+
+
 def test_units_that_are_given_up_are_entered_behind(tmp_path: Path) -> None:
     """A batch in which workers die is not read again: the shard is opened behind it."""
     rows = Rows([20], tmp_path / "notes", at={5: AssertionError("read")})
-    leases = ShardLeaseQueue(1, CHUNK, max_chunk_failures=1)
+    leases = ShardLeaseQueue(sharded(1), max_chunk_failures=1)
     for number in range(3):
         leases.next((number, 0), 0, block=False)
         leases.revoke((number, 0), blamed=0, position=(1, 2))
@@ -401,7 +419,7 @@ def test_a_part_that_lacks_batches_is_discarded_by_a_later_run(tmp_path: Path) -
     write(store, layout, 2, 3)  # where it could not be read any further
     known = load(tmp_path)
     assert known is not None
-    assert store.discard_incomplete(known.loaders[0]) == [CHUNKS_PER_SHARD + 1, 2 * CHUNKS_PER_SHARD + 1]
+    assert set_right(store, known.loaders[0], "headers") == ([], [CHUNKS_PER_SHARD + 1, 2 * CHUNKS_PER_SHARD + 1])
 
 
 def test_a_shard_has_one_end(tmp_path: Path) -> None:
@@ -500,6 +518,7 @@ def test_a_run_goes_on_as_the_one_before_whatever_is_known_of_the_stream_now(tmp
         ({"num_shards": 10**12}, "more numbers than there are"),
         ({"num_shards": 2, "unit": "sample", "batch_size": 4}, "does not go with unit 'sample'"),
         ({"num_shards": "2"}, "num_shards is no integer"),
+        ({"first_chunks": 8}, "growing chunks"),
         ({"ends": {"0": 5}}, "ends are no part of a layout"),
     ],
 )

@@ -106,15 +106,16 @@ class Job:
         self.layout: LoaderLayout = source.layout(chunk_batches)
         self.stored: dict[int, list[StoredBatch]] = {}
         clock = itertools.count(0, 2).__next__  # a fragment is due now and then
-        self.writer = FragmentWriter(directory, 0, self.layout.samples_per_chunk, clock=clock) if directory else None
+        self.writer = FragmentWriter(directory, 0, "window samples", clock=clock) if directory else None
         self.collector = Sink(
-            self.commit, (self.writer, FragmentReader(directory, 0)) if self.writer is not None else None
+            self.commit,
+            (self.writer, FragmentReader(directory, 0, "window samples")) if self.writer is not None else None,
         )
         self.tickets: Any = collections.deque()
         self.loader = WindowedLoader(
             source,
             self.layout,
-            Queue(-(-len(lengths) // self.layout.samples_per_chunk), **extra),
+            Queue(-(-len(lengths) // self.layout.max_samples(0)), **extra),
             self.collector,
             self.tickets,
             batcher=DynamicBatcher(tokens, length_fn=length_fn),
@@ -344,7 +345,8 @@ def test_windows_follow_the_speed_of_a_replica_and_what_is_left() -> None:
 
 def test_windows_of_a_stream_without_a_known_end_are_small_where_replicas_share_it() -> None:
     def max_chunks(replicas: int, left: int | None = None, **pace: float) -> int:
-        bounds = WindowBounds(10, replicas)
+        bounds = WindowBounds(replicas)
+        bounds.samples_per_chunk = 10
         bounds.observe(num_samples=1, num_bytes=1)
         lease = Lease(chunk=0, left=left, pace=Pace(speed=1.0, **pace) if pace else None)
         return bounds.max_chunks(lease, 0)

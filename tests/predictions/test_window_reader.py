@@ -37,7 +37,8 @@ class Spans:
 
 def bounds(chunks: int) -> WindowBounds:
     """Windows of so many chunks."""
-    known = WindowBounds(8, num_replicas=1)
+    known = WindowBounds(num_replicas=1)
+    known.samples_per_chunk = 8
     known.observe(num_samples=1, num_bytes=window_bounds.BYTES_PER_WINDOW // (8 * chunks))
     return known
 

@@ -109,9 +109,12 @@ def _write_job(job: Path, values: Sequence[Any]) -> None:
     record_quarantine(job, 0, 2, 3, "died three times")
     record_quarantine(job, 1, 0, 1, "out of memory")
     for loader in range(2):
-        fragments = FragmentWriter(job, loader, _BATCH)
+        fragments = FragmentWriter(job, loader, "samples")
         for units in ([1, 2, 5], [6, 7], [9]):
-            fragments.add(StoredBatch(units[0], list(units), len(units), torch.ones(len(units), 2), list(units)))
+            fragments.add(
+                StoredBatch(units[0], list(units), len(units), torch.ones(len(units), 2), list(units)),
+                {unit // _BATCH for unit in units},
+            )
             fragments.write()
     Order(torch.randperm(20, generator=torch.Generator().manual_seed(0)).numpy()).store(loader_directory(job, 0))
     ends = torch.tensor([2, 5]).numpy()
@@ -238,7 +241,7 @@ def resume(root: Path, path: str) -> None:
     request = OpenJob(
         sender=Sender(rank=0, replica=0, generation=0), job=0, directory=str(_job(root, path)), storage_options={},
         ephemeral=False,
-        manifest=manifest_of().to_dict(),
+        manifest=manifest_of().to_dict(), part_bytes=2**26, part_seconds=30.0, resume_check="all",
     )  # fmt: skip
     coordinator.handle(request).result(60)
     coordinator.verify()
@@ -246,9 +249,9 @@ def resume(root: Path, path: str) -> None:
 
 def read_fragments(root: Path, path: str) -> None:
     """Take over what a killed rank has kept."""
-    reader = FragmentReader(_job(root, path), int(path.split("unfinished-")[1][0]))
+    reader = FragmentReader(_job(root, path), int(path.split("unfinished-")[1][0]), "samples")
     if reader.has_any(look_again=True):
-        for batch in reader.find(dict.fromkeys(range(12), 0)):
+        for batch in reader.find(range(12)):
             positions = dict.fromkeys(range(12), 0)
             [positions.pop(number, -1) for number in numbers_of(batch)]
 

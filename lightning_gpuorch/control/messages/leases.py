@@ -7,6 +7,7 @@ from typing import Any, Generic
 import msgspec
 
 from lightning_gpuorch.control.messages.base import Answer, AnswerT, Done, Request, Sender, UnitRange
+from lightning_gpuorch.predictions.storage.resume import ResumeCheck
 
 
 class JobRequest(Request[AnswerT], Generic[AnswerT], frozen=True):
@@ -38,6 +39,9 @@ class OpenJob(JobRequest[JobOpened], frozen=True):
     storage_options: dict[str, str]
     ephemeral: bool
     manifest: dict[str, Any]
+    part_bytes: int
+    part_seconds: float
+    resume_check: ResumeCheck
 
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -54,7 +58,9 @@ class Lease(Answer, frozen=True):
     Attributes:
         chunk: Which chunk.
         left: Chunks that no replica has yet; None where the end of a stream is not known.
+        stretches: Numbers and sizes of the later chunks, as far as they are decided: this one, at least.
         again: Another replica had it and lost it.
+        begun: Something of it may be in fragments.
         isolate: Units to be computed one by one, because workers died in them.
         skip: Units that are given up.
         pace: Of the replica, if it ever told.
@@ -62,7 +68,9 @@ class Lease(Answer, frozen=True):
 
     chunk: int
     left: int | None = None
+    stretches: tuple[tuple[int, int], ...] = ()
     again: bool = False
+    begun: bool = False
     isolate: UnitRange | None = None
     skip: tuple[int, ...] = ()
     pace: Pace | None = None
@@ -109,6 +117,9 @@ class ChunkDone(LoaderRequest[ChunkRecorded], frozen=True):
     chunk: int
     won: bool
     samples: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+    """What it took on the host, and to compute; 0 where that is not known."""
     quarantined: tuple[tuple[int, int, str], ...] = ()
     """Units ``[start, stop)`` without a prediction, and why."""
 
@@ -156,10 +167,10 @@ class CloseJob(JobRequest[JobClosed], frozen=True):
 
 
 class JobProgress(Answer, frozen=True):
-    """How far the whole job is; ``chunks_computed`` counts parts of chunks as well."""
+    """How far the whole job is; ``chunks_computed`` counts parts of chunks as well, and ``units_by_loader`` whole ones."""
 
     chunks_done: int
-    done_by_loader: list[int]
+    units_by_loader: list[int]
     chunks_computed: int
     chunks: int
     samples_done: int

@@ -60,7 +60,7 @@ class JobState(Answer, frozen=True):
         lost: Whether the coordinator has given this node up.
         has_jobs: Whether any predict call was opened.
         records: Directory for the run's records, where results are kept.
-        chunks_by_replica: Chunks made durable.
+        progress_by_replica: How often each has made a chunk durable, or kept something of one.
         open_ranks: By rank of this node that may not leave yet: whether all it has opened is complete.
         verdicts: Last verdict on a rank's device that asks for something.
     """
@@ -74,7 +74,7 @@ class JobState(Answer, frozen=True):
     lost: bool
     has_jobs: bool
     records: str | None
-    chunks_by_replica: dict[int, int]
+    progress_by_replica: dict[int, int]
     open_ranks: dict[int, bool]
     verdicts: dict[int, DeviceVerdict]
 

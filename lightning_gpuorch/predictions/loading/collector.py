@@ -26,8 +26,8 @@ class ChunkCollector:
 
     Args:
         commit: Called once per whole chunk with its number and its stored batches.
-        fragments: Keeps what is computed of windows that are not whole yet, and finds what others have kept; None
-            without windows.
+        fragments: Keeps what is computed of chunks that are not whole yet, and finds what others have kept; None
+            where nothing is kept.
     """
 
     def __init__(
@@ -38,13 +38,14 @@ class ChunkCollector:
         self._commit = commit
         self._writer = None if fragments is None else fragments[0]
         self._reader = None if fragments is None else fragments[1]
+        self._taken_over: dict[int, list[StoredBatch]] = {}
         self._open: dict[int, _OpenChunk] = {}
         self._layout = OutputLayout()
         self._counting = threading.Lock()
 
     def begin(self, chunk: int, num_batches: int | None) -> None:
         """See :class:`~lightning_gpuorch.predictions.loading.tickets.ChunkSink`."""
-        self._open[chunk] = _OpenChunk(num_batches)
+        self._open[chunk] = _OpenChunk(num_batches, self._taken_over.pop(chunk, []))
         if num_batches == 0:
             self._complete(chunk)
 
@@ -59,7 +60,10 @@ class ChunkCollector:
         if ticket.window is not None:
             self._add_to_window(ticket, ticket.window, output, lost)
             return
-        self._store(ticket.chunk, _stored(ticket.span, output, lost))
+        stored = _stored(ticket.span, output, lost)
+        self._store(ticket.chunk, stored)
+        if stored.size != 0 and not stored.num_lost and ticket.chunk in self._open and self._writer is not None:
+            self._writer.add(stored, (ticket.chunk,))
 
     def give_up_batch(self, chunk: int) -> None:
         """No output will follow for a batch of a chunk. From any thread."""
@@ -83,7 +87,29 @@ class ChunkCollector:
             self._end_window(window)
         elif kept and self._writer is not None:
             numbers = window.numbers([ticket.positions[place] for place in kept])
-            self._writer.add(StoredBatch(numbers[0], None, len(kept), output, numbers, num_lost=len(lost)))
+            stored = StoredBatch(numbers[0], None, len(kept), output, numbers, num_lost=len(lost))
+            self._writer.add(stored, window.chunks(ticket.positions))
+
+    def take_over_chunk(self, chunk: int, units: range, look_again: bool) -> frozenset[int]:
+        """Take what others, or an earlier run, have kept of a chunk that is not begun here: it is not computed again.
+
+        Args:
+            chunk: Which chunk.
+            units: Its units.
+            look_again: Whether some may have been kept since the last time: a replica has died.
+
+        Returns:
+            The units that were taken over.
+        """
+        if self._reader is None or not self._reader.has_any(look_again):
+            return frozenset()
+        taken: dict[int, StoredBatch] = {}
+        for batch in self._reader.find(units):
+            covered = self._reader.numbers_of(batch)
+            if not batch.num_lost and all(unit in units and unit not in taken for unit in covered):
+                taken |= dict.fromkeys(covered, batch)
+        self._taken_over[chunk] = list({id(batch): batch for batch in taken.values()}.values())
+        return frozenset(taken)
 
     def take_over(self, window: Window) -> set[int]:
         """Take what others, or an earlier run, have kept of a window's samples: it is not computed again.
@@ -147,7 +173,9 @@ class ChunkCollector:
             self._complete(chunk)
 
     def _complete(self, chunk: int) -> None:
-        self._commit(chunk, self._open.pop(chunk).batches)
+        if self._writer is not None:
+            self._writer.end_chunk(chunk)
+        self._commit(chunk, sorted(self._open.pop(chunk).batches, key=lambda batch: batch.first_unit))
 
 
 def _stored(span: Span, output: Any, lost: frozenset[int]) -> StoredBatch:
@@ -177,6 +205,10 @@ class NoCollector:
 
     def give_up_in_window(self, window: Window, num_samples: int) -> None:
         """Nothing is collected."""
+
+    def take_over_chunk(self, chunk: int, units: range, look_again: bool) -> frozenset[int]:
+        """Nothing is taken over."""
+        return frozenset()
 
     def take_over(self, window: Window) -> set[int]:
         """Nothing is taken over."""

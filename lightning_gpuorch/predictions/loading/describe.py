@@ -96,3 +96,14 @@ def default_chunk_batches(num_batches: int | None, num_replicas: int, windows: b
         return 4
     wanted = num_replicas * CHUNKS_PER_REPLICA * (2 if windows else 1)
     return max(1, min(MAX_CHUNK_BATCHES, num_batches // wanted))
+
+
+def default_first_chunks(num_batches: int | None, num_replicas: int) -> int | None:
+    """Chunks of the first size, before what they took decides how large the others are; None if all are alike.
+
+    Args:
+        num_batches: Batches of the loader, if known.
+        num_replicas: Replicas that share them.
+    """
+    count = CHUNKS_PER_REPLICA * num_replicas
+    return None if num_batches is not None and num_batches <= 2 * count * MAX_CHUNK_BATCHES else count

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -43,7 +43,14 @@ class LeasedLoader:
         index: Index of the dataloader in the job.
         on_ended: Told why, when the loader ends: stop, drain or fenced.
         isolates: Give up samples that cannot be read, and go on with the others; otherwise what reading raises is raised.
+        should_leave: Whether to end, as on drain, before a chunk is whole: what is computed of it is kept.
+
+    Attributes:
+        layout: The layout in force, with what is decided of later chunks.
     """
+
+    _takes_over_chunks = True
+    """What is known of a chunk is left out when it is leased."""
 
     def __init__(
         self,
@@ -55,6 +62,8 @@ class LeasedLoader:
         index: int = 0,
         on_ended: Callable[[NoWork], None] = lambda answer: None,
         isolates: bool = True,
+        *,
+        should_leave: Callable[[], bool] = lambda: False,
     ):
         self.source, self.layout, self.index = source, layout, index
         self.failure: UnreadableStreamError | None = None
@@ -65,7 +74,7 @@ class LeasedLoader:
         self._requested: collections.deque[Requested] = collections.deque()
         self._no_work: NoWork | None = None
         """The last answer, if it was no lease."""
-        self._isolates = isolates
+        self._isolates, self._should_leave = isolates, should_leave
         self._leasing: Iterator[list[Any]] | None = None
         self._failed_request: Exception | None = None
         self._block = False
@@ -79,6 +88,10 @@ class LeasedLoader:
     def _seconds_per_sample(self) -> float:
         """How fast this replica is, if it knows."""
         return 0.0
+
+    def host_cost(self, num_samples: int) -> tuple[int, float]:
+        """Bytes that samples take here before they are stored, and seconds to compute them, as far as is known."""
+        return 0, 0.0
 
     def __len__(self) -> int:
         """Batches of the whole job, as a single device would compute: the most this replica can get."""
@@ -111,6 +124,9 @@ class LeasedLoader:
                         continue
                     self._delivered.append(ticket)
                     yield batch
+                    if self._should_leave():
+                        self._no_work = NoWork.DRAIN
+                        return
                 self._block = True
         finally:
             end_reading(loader)
@@ -185,7 +201,7 @@ class LeasedLoader:
         return self._requested.popleft()
 
     def _stream(self, source: StreamSource) -> Iterator[Any]:
-        stream = Stream(source.iterate, "batches", self.layout.chunk_size, self._queue.saw)
+        stream = Stream(source.iterate, "batches", self.layout, self._queue.saw)
         with contextlib.closing(stream):
             while True:
                 answer = self._next_answer()
@@ -195,8 +211,9 @@ class LeasedLoader:
                 if isinstance(answer, NoWork):
                     return
                 try:
-                    if self._reach(stream, answer.chunk):
-                        yield from self._stream_chunk(stream, answer.chunk, frozenset(answer.skip))
+                    if self._reach(stream, answer.chunk) and (yield from self._stream_chunk(stream, answer)):
+                        self._no_work = NoWork.DRAIN
+                        return
                 except UnreadableStreamError as error:
                     self._end_unreadable(error)
                     return
@@ -215,13 +232,19 @@ class LeasedLoader:
                     elif read.batch is not NOTHING:
                         self._delivered.append(Ticket(self.index, chunk, span, read.unit, None))
                         yield read.batch
+                        if self._should_leave():
+                            self._no_work = NoWork.DRAIN
+                            return
                     if read.ends_chunk:
                         open_chunks.discard(chunk)
                         self._sink.end(chunk)
                 self._block = True
 
     def _shard_reading(self, source: ShardStreamSource, uncollated: bool = False) -> ShardReading:
-        return ShardReading(source, self.layout, self._queue, self._sink, self._next_answer, self._isolates, uncollated)
+        take_over = self._take_over if self._takes_over_chunks else None
+        return ShardReading(
+            source, self.layout, self._queue, self._sink, self._next_answer, take_over, self._isolates, uncollated
+        )
 
     def _end_unreadable(self, error: UnreadableStreamError) -> None:
         """End the loader where its stream has failed; what it has given out before is still computed.
@@ -237,29 +260,42 @@ class LeasedLoader:
 
     def _reach(self, stream: Stream, chunk: int) -> bool:
         """Go to the beginning of a chunk; False if the stream ends before."""
-        start = chunk * self.layout.chunk_size
+        stream.layout = self.layout
+        start = self.layout.chunk_range(chunk).start
         stream.seek(start)
         if stream.position < start:
             self._queue.end_of_stream(stream.position)
         return stream.position == start
 
-    def _stream_chunk(self, stream: Stream, chunk: int, skip: frozenset[int]) -> Iterator[Any]:
-        """The batches of a chunk as they come."""
-        start = stream.position
-        for number in range(start, start + self.layout.chunk_size):
+    def _stream_chunk(self, stream: Stream, lease: LeasedChunk) -> Generator[Any, None, bool]:
+        """The batches of a chunk as they come; returns whether to leave before its end."""
+        start, chunk = stream.position, lease.chunk
+        skip = frozenset(lease.skip)
+        for number in range(start, self.layout.chunk_range(chunk).stop):
             batch = stream.read()
             if batch is END:
                 self._queue.end_of_stream(number)
                 if number == start:
-                    return  # there is no such chunk
+                    return False  # there is no such chunk
                 break
             if number == start:
+                skip |= self._take_over(lease)
                 self._sink.begin(chunk, None)
             if number in skip:  # read, since the stream cannot be entered elsewhere, and not computed
                 continue
             self._delivered.append(Ticket(self.index, chunk, Span(number, 1, number, None), number, None))
             yield batch
+            if self._should_leave():
+                return True
         self._sink.end(chunk)
+        return False
+
+    def _take_over(self, lease: LeasedChunk) -> frozenset[int]:
+        """Units of a chunk that others, or an earlier run, have computed."""
+        if not lease.begun:
+            return frozenset()
+        with world_of_one(hide=False):
+            return self._sink.take_over_chunk(lease.chunk, self.layout.chunk_range(lease.chunk), lease.again)
 
     @property
     def _reads_here(self) -> bool:
@@ -277,6 +313,8 @@ class LeasedLoader:
             raise
         self._block = False
         self._no_work = answer if isinstance(answer, NoWork) else None
+        if not isinstance(answer, NoWork) and len(answer.stretches) > len(self.layout.stretches):
+            self.layout = self.layout.with_stretches(answer.stretches)
         return answer
 
     def _leased_batches(self) -> Iterator[list[Any]]:
@@ -287,8 +325,10 @@ class LeasedLoader:
             if isinstance(lease, NoWork):
                 self._leasing = None
                 return
-            isolate = isolated_units(lease)
-            spans = list(self.source.spans(self.layout, lease.chunk, isolate, frozenset(lease.skip)))
+            isolate, skip = isolated_units(lease), frozenset(lease.skip)
+            if self._takes_over_chunks:
+                skip |= self._take_over(lease)
+            spans = list(self.source.spans(self.layout, lease.chunk, isolate, skip))
             self._sink.begin(lease.chunk, len(spans))
             for span in spans:
                 assert span.indices is not None

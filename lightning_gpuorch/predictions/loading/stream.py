@@ -100,15 +100,15 @@ class Stream:
     Args:
         begin: Starts it from its beginning.
         items: What it gives, for those who compare digests: only of equal things.
-        chunk_size: Items of a chunk.
+        layout: Where its chunks begin; to be replaced when more is decided.
         saw: Gets a digest of the first item, as that of chunk -1, and then of each chunk that was read whole.
     """
 
     def __init__(
-        self, begin: Callable[[], Generator[Any]], items: str, chunk_size: int, saw: Callable[[int, str], None]
+        self, begin: Callable[[], Generator[Any]], items: str, layout: LoaderLayout, saw: Callable[[int, str], None]
     ):
         self._begin, self._iterator = begin, begin()
-        self._items, self._chunk_size, self._saw = items, chunk_size, saw
+        self._items, self.layout, self._saw = items, layout, saw
         self._digests: list[int] = []
         self.position = 0
         """Number of the next item."""
@@ -142,7 +142,7 @@ class Stream:
         if self.position == 0:
             self._saw(-1, f"{self._items}:{self._digests[0]}")
         self.position += 1
-        if self.position % self._chunk_size == 0:
+        if self.layout.chunk_range(self.layout.chunk_of(self.position)).start == self.position:
             self._tell()
         return item
 
@@ -154,7 +154,7 @@ class Stream:
     def _tell(self) -> None:
         digests, self._digests = self._digests, []
         if digests:
-            chunk = (self.position - 1) // self._chunk_size
+            chunk = self.layout.chunk_of(self.position - 1)
             self._saw(chunk, f"{self._items}:{len(digests)}:{zlib.crc32(repr(digests).encode())}")
 
 

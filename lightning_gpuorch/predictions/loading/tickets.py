@@ -30,6 +30,19 @@ class ChunkSink(Protocol):
         """A chunk of unknown length is over."""
         ...
 
+    def take_over_chunk(self, chunk: int, units: range, look_again: bool) -> frozenset[int]:
+        """Take what is known already of a chunk that is about to begin.
+
+        Args:
+            chunk: Which chunk.
+            units: Its units.
+            look_again: Whether a replica may have died since the last time.
+
+        Returns:
+            The units whose predictions are known.
+        """
+        ...
+
     def take_over(self, window: Window) -> set[int]:
         """Take what is known of a window's samples already; returns the sizes of the batches it came in."""
         ...

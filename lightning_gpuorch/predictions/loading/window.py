@@ -112,6 +112,10 @@ class Window:
         """The number of each sample in the job: its unit, or counted as if all of the loader's batches were full."""
         return [self._number(piece, offset) for piece, offset in self._places(positions)]
 
+    def chunks(self, positions: Sequence[int]) -> set[int]:
+        """The chunks that samples are in."""
+        return {piece.chunk for piece, _ in self._places(positions)}
+
     def _number(self, piece: Piece, offset: int) -> int:
         if self._samples_per_unit == 1:
             return piece.span.unit(offset)
@@ -181,7 +185,7 @@ class Window:
         span = Span(units[0], last + 1 - units[0], first.span.batch_index, indices or None, units)
         return first.chunk, span
 
-    def _places(self, positions: list[int]) -> list[tuple[Piece, int]]:
+    def _places(self, positions: Sequence[int]) -> list[tuple[Piece, int]]:
         """Piece of each position, and where in it."""
         starts = [piece.start for piece in self.pieces]
         found = np.searchsorted(starts, positions, side="right") - 1

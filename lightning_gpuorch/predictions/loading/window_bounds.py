@@ -24,13 +24,17 @@ class WindowBounds:
     """How large windows may be, by what is known of the data and of this replica's speed.
 
     Args:
-        samples_per_chunk: About how many.
         num_replicas: Replicas that share the chunks.
+
+    Attributes:
+        samples_per_chunk: About how many the chunks that are leased now have.
+        bytes_per_sample: The most that samples have taken on the host, as inputs or outputs.
     """
 
-    def __init__(self, samples_per_chunk: int, num_replicas: int):
-        self._samples_per_chunk, self._num_replicas = samples_per_chunk, num_replicas
-        self._bytes_per_sample = 0.0
+    def __init__(self, num_replicas: int):
+        self._num_replicas = num_replicas
+        self.samples_per_chunk = 1
+        self.bytes_per_sample = 0.0
         self.seconds_per_sample = 0.0
         """As far as is known; over a whole window: its batches are sorted, and a single one tells nothing of the others."""
         self._num_measured, self._measured_seconds = 0, 0.0
@@ -38,7 +42,7 @@ class WindowBounds:
     def observe(self, *, num_samples: int, num_bytes: int = 0, seconds: float = 0.0) -> None:
         """Take in what samples take on the host, as inputs or outputs, and how long they took."""
         if num_samples:
-            self._bytes_per_sample = max(self._bytes_per_sample, num_bytes / num_samples)
+            self.bytes_per_sample = max(self.bytes_per_sample, num_bytes / num_samples)
             if seconds:
                 self._num_measured += num_samples
                 self._measured_seconds += seconds
@@ -57,10 +61,10 @@ class WindowBounds:
                 the same for all of them.
             taken: Chunks of the window before that one.
         """
-        if not self._bytes_per_sample:
+        if not self.bytes_per_sample:
             return 1  # nothing is known of this data yet
-        size = self._samples_per_chunk
-        limits = [SAMPLES_PER_WINDOW / size, BYTES_PER_WINDOW / (self._bytes_per_sample * size)]
+        size = self.samples_per_chunk
+        limits = [SAMPLES_PER_WINDOW / size, BYTES_PER_WINDOW / (self.bytes_per_sample * size)]
         left, pace = lease.left, lease.pace
         without_end = left is None and self._num_replicas > 1
         if pace is not None:

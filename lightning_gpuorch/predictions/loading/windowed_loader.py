@@ -41,6 +41,8 @@ class WindowedLoader(LeasedLoader):
         single_rank: No other rank has to form the same batches.
     """
 
+    _takes_over_chunks = False
+
     def __init__(
         self,
         *leased: Any,
@@ -50,13 +52,13 @@ class WindowedLoader(LeasedLoader):
         overlaps: bool = False,
         single_rank: bool = False,
     ):
-        super().__init__(*leased)
-        self._batcher, self._should_leave = batcher, should_leave
+        super().__init__(*leased, should_leave=should_leave)
+        self._batcher = batcher
         num_workers = int(getattr(self.source.loader, "num_workers", 0))
         self._reads_ahead = overlaps or num_workers > 0
         # Where windows are cut in the background depends on time, so ranks of a group would not agree.
         self._reader = BackgroundWindowReader if num_workers > 0 and single_rank else WindowReader
-        self.bounds = WindowBounds(self.layout.samples_per_chunk, num_replicas)
+        self.bounds = WindowBounds(num_replicas)
         self._delivered_size = 0
         """Samples of the last batch."""
         self._sizes: set[int] = set()
@@ -66,6 +68,10 @@ class WindowedLoader(LeasedLoader):
     @property
     def _seconds_per_sample(self) -> float:
         return self.bounds.seconds_per_sample
+
+    def host_cost(self, num_samples: int) -> tuple[int, float]:
+        """See :meth:`LeasedLoader.host_cost`: a chunk's samples are held until all of them are computed."""
+        return int(self.bounds.bytes_per_sample * num_samples), self.bounds.seconds_per_sample * num_samples
 
     def _batches(self) -> Iterator[Any]:
         """Batches by length out of windows of one or several chunks."""
@@ -77,7 +83,7 @@ class WindowedLoader(LeasedLoader):
             reading = self._shard_reading(source, uncollated=True)
             begin, end = functools.partial(self._leased_shards, reading), reading.close
         elif isinstance(source, StreamSource):
-            stream = Stream(source.iterate_uncollated, "samples", self.layout.chunk_size, self._queue.saw)
+            stream = Stream(source.iterate_uncollated, "samples", self.layout, self._queue.saw)
             begin, end = functools.partial(self._leased_stream, stream), stream.close
         else:
             loader = source.uncollated(LeasedBatches(self))
@@ -207,16 +213,17 @@ class WindowedLoader(LeasedLoader):
     def _leased_stream(self, stream: Stream) -> Iterator[tuple[Requested, Any]]:
         """The samples of one batch of the stream after another, until there is no work for the moment."""
         while not isinstance(lease := self._next_answer(), NoWork):
-            chunk, start = lease.chunk, lease.chunk * self.layout.chunk_size
+            chunk = lease.chunk
             if not self._reach(stream, chunk):
                 continue
-            read = list(itertools.islice(iter(stream.read, END), self.layout.chunk_size))
-            if len(read) < self.layout.chunk_size:
+            units = self.layout.chunk_range(chunk)
+            read = list(itertools.islice(iter(stream.read, END), len(units)))
+            if len(read) < len(units):
                 self._queue.end_of_stream(stream.position)
             if not read:
                 continue  # there is no such chunk
             isolate, skip = isolated_units(lease), frozenset(lease.skip)
-            batches = [(number, samples) for number, samples in enumerate(read, start) if number not in skip]
+            batches = [(number, samples) for number, samples in enumerate(read, units.start) if number not in skip]
             self._sink.begin(chunk, len(batches))
             for number, samples in batches:
                 span, is_last = Span(number, 1, number, None), number == batches[-1][0]
@@ -241,7 +248,7 @@ class WindowedLoader(LeasedLoader):
                 yield Requested(lease, span, span.first_unit in isolate, number == len(of_chunk)), samples
 
     def _next_answer(self, after: int | None = None) -> LeasedChunk | NoWork:
-        if self._held is None:
-            return super()._next_answer(after)
-        answer, self._held = self._held, None
+        answer, self._held = self._held or super()._next_answer(after), None
+        if not isinstance(answer, NoWork):
+            self.bounds.samples_per_chunk = self.layout.max_samples(answer.chunk)
         return answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import Protocol
 
@@ -52,8 +53,18 @@ class LeasedChunk(Protocol):
         ...
 
     @property
+    def stretches(self) -> Sequence[tuple[int, int]]:
+        """Numbers and sizes of the later chunks, as far as they are decided."""
+        ...
+
+    @property
     def again(self) -> bool:
         """Another replica had it and lost it."""
+        ...
+
+    @property
+    def begun(self) -> bool:
+        """Something of it may be in fragments."""
         ...
 
     @property

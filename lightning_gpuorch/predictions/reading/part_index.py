@@ -9,7 +9,7 @@ part; for scattered parts 32 bytes per run of consecutive dataset indices.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,9 +18,10 @@ import numpy as np
 from lightning_gpuorch.checked_files import MAX_INTEGER
 from lightning_gpuorch.errors import CorruptPartError
 from lightning_gpuorch.predictions.reading.index_runs import Integers, runs_of
-from lightning_gpuorch.predictions.storage.journal import BatchEntry, PartHeader, PartJournal
+from lightning_gpuorch.predictions.storage.journal import PartHeader, PartJournal
 from lightning_gpuorch.predictions.storage.layout import CHUNKS_PER_SHARD, LoaderLayout
-from lightning_gpuorch.predictions.storage.unit_ranges import UnitRanges
+from lightning_gpuorch.predictions.storage.part_entries import BatchEntry, EntryRun
+from lightning_gpuorch.predictions.storage.unit_ranges import IntegerSet, UnitRanges
 
 ReadHeader = Callable[[int], PartHeader]
 
@@ -96,22 +97,24 @@ class ChunkLocator:
         if layout.num_units is None:
             # A stream that was not read to its end: as far as there are predictions.
             stop = max(
-                (_covered(entry, layout).stop for chunk in parts for entry in journal.header(chunk).entries), default=0
+                (
+                    _covered(run[run.count - 1], layout).stop
+                    for chunk in parts
+                    for run in journal.header(chunk).entries.runs
+                ),
+                default=0,
             )
             layout = layout.with_num_units(stop)
         self._layout = layout
-        self._chunks = frozenset(chunk for chunk in parts if chunk < layout.num_chunks)
+        self._chunks = IntegerSet(chunk for chunk in parts if chunk < layout.num_chunks)
         self.num_batches = layout.num_batches
-        self.missing = self.gaps = UnitRanges(
-            _gaps(journal, layout, range(layout.num_units or 0), sorted(self._chunks))
-        )
+        self.missing = self.gaps = UnitRanges(_gaps(journal, layout, range(layout.num_units or 0), self._chunks))
 
     def segments(self, batch: int, read_header: ReadHeader) -> list[Segment]:
         """See :class:`Locator`."""
         wanted = self._layout.batch_range(batch)
-        size = self._layout.chunk_size
         found: list[Segment] = []
-        for chunk in range(wanted.start // size, (wanted.stop - 1) // size + 1):
+        for chunk in range(self._layout.chunk_of(wanted.start), self._layout.chunk_of(wanted.stop - 1) + 1):
             if chunk in self._chunks:
                 found.extend(_segments_in(self._layout, chunk, read_header(chunk).entries, wanted))
         return found
@@ -126,7 +129,7 @@ class ShardLocator:
     def __init__(self, journal: PartJournal, layout: LoaderLayout, num_shards: int):
         parts = sorted(journal.done())
         self._layout = layout
-        self._chunks = frozenset(parts)
+        self._chunks = IntegerSet(parts)
         self._starts: list[int] = []
         """Batches before each shard."""
         missing, gaps = [], []
@@ -136,7 +139,8 @@ class ShardLocator:
             chunks = parts[bisect.bisect_left(parts, first) : bisect.bisect_left(parts, first + CHUNKS_PER_SHARD)]
             units = layout.shard_range(shard)
             if shard not in layout.ends:
-                covered = (_covered(entry, layout).stop for chunk in chunks for entry in journal.header(chunk).entries)
+                runs = (run for chunk in chunks for run in journal.header(chunk).entries.runs)
+                covered = (_covered(run[run.count - 1], layout).stop for run in runs)
                 units = range(units.start, max(covered, default=units.start) + 1)
             for gap in _gaps(journal, layout, units, [c for c in chunks if c * layout.chunk_size < units.stop]):
                 gaps.append(gap)
@@ -217,22 +221,22 @@ def _segments_in(layout: LoaderLayout, chunk: int, entries: Sequence[BatchEntry]
             yield Segment(chunk, position, start, stop, entry)
 
 
-def _gaps(journal: PartJournal, layout: LoaderLayout, wanted: range, chunks: Sequence[int]) -> Iterator[range]:
+def _gaps(journal: PartJournal, layout: LoaderLayout, wanted: range, chunks: Iterable[int]) -> Iterator[range]:
     """Units that are in none of some parts, out of consecutive ones that these parts are to hold."""
     reached = wanted.start  # chunks without a part are not walked: only the units are counted
     for chunk in chunks:
         units = layout.chunk_range(chunk)
         yield range(reached, units.start)
         reached = units.start
-        for entry in journal.header(chunk).entries:
-            for covered in _runs(entry, layout):
+        for run in journal.header(chunk).entries.runs:
+            for covered in _runs(run, layout):
                 if covered.start < reached or covered.stop > units.stop:
                     raise CorruptPartError(
                         f"{journal.path(chunk)} has units {covered.start}-{covered.stop - 1} twice or out of place: "
                         f"its chunk is {units.start}-{units.stop - 1}. Delete it and run the same command again."
                     )
                 # A batch that lacks samples counts as missing, though what it has can be read.
-                lacking = layout.unit == "batch" and entry.num_lost > 0
+                lacking = layout.unit == "batch" and run.first.num_lost > 0
                 yield range(reached, covered.stop if lacking else covered.start)
                 reached = covered.stop
         yield range(reached, units.stop)
@@ -269,9 +273,14 @@ def _covered(entry: BatchEntry, layout: LoaderLayout) -> range:
     return range(entry.first_unit, entry.first_unit + entry.size)
 
 
-def _runs(entry: BatchEntry, layout: LoaderLayout) -> Iterator[range]:
-    """Units of a stored batch, as ranges."""
-    if layout.unit == "batch" or entry.units is None or isinstance(entry.units, range):
+def _runs(run: EntryRun, layout: LoaderLayout) -> Iterator[range]:
+    """Units of stored batches, as ranges."""
+    entry = run.first
+    if run.count > 1 and run.step == len(_covered(entry, layout)):
+        yield range(entry.first_unit, entry.first_unit + run.count * run.step)
+    elif run.count > 1:
+        yield from (_covered(run[position], layout) for position in range(run.count))
+    elif layout.unit == "batch" or entry.units is None or isinstance(entry.units, range):
         yield _covered(entry, layout)
     else:
         for unit in entry.units:

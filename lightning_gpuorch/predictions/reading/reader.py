@@ -236,7 +236,7 @@ class Predictions(LazyList):
             if error is not None:
                 damaged.append(error)
                 continue
-            num_samples += sum(entry.size or 0 for entry in self._header(chunk).entries)
+            num_samples += self._header(chunk).entries.num_samples
         if damaged:
             raise CorruptPartError("\n".join(map(str, damaged)))
         return num_samples

@@ -1,9 +1,9 @@
-"""What is kept on disk of windows that are not whole yet, so that a death or a stop costs seconds and not a window.
+"""What is kept on disk of chunks that are not whole yet, so that a death or a stop costs seconds and not a chunk.
 
-With dynamic batching the chunks of a window become whole, and durable, all together at its end. Until then a replica
-writes every few seconds what it has computed since the last time into a *fragment*: a file like a part, with batches as
-they were computed, of samples from many chunks. Another replica, or a later run, that gets
-one of these chunks takes over what fragments hold of it.
+A chunk may take half a minute, and with dynamic batching the chunks of a window become whole, and durable, all together at
+its end. Until then a replica writes every few seconds what it has computed since the last time into a *fragment*: a file
+like a part, with batches as they were computed; with dynamic batching they are of samples from many chunks. Another
+replica, or a later run, that gets one of these chunks takes over what fragments hold of it.
 
 Fragments are not the journal, parts are. So nothing waits for the disk, a damaged fragment is passed over, and each is
 removed when the chunks it took samples from are durable. The directory of a rank's fragments lies beside those of the
@@ -18,17 +18,23 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Literal
 
 from lightning_gpuorch.errors import CorruptPartError, MissingPredictionsError, PredictionStorageError
 from lightning_gpuorch.paths import Location
-from lightning_gpuorch.predictions.storage.journal import FRAGMENTS_PREFIX, BatchEntry, PartJournal
+from lightning_gpuorch.predictions.storage.journal import FRAGMENTS_PREFIX, PartJournal
 from lightning_gpuorch.predictions.storage.layout import StoredBatch
+from lightning_gpuorch.predictions.storage.part_entries import BatchEntry
 from lightning_gpuorch.predictions.storage.parts import Part, PartStore
 from lightning_gpuorch.predictions.storage.stores import store_of
 
 log = logging.getLogger(__name__)
+
+Numbering = Literal["window samples", "samples", "batches"]
+"""What batches of a fragment count: samples of windows, which are numbered as if all of the loader's batches were full; units
+that are samples; or units that are the loader's batches, of which the samples are not counted."""
 
 KEEP_SECONDS = 3.0
 """Time between two fragments: about what a death can cost."""
@@ -36,6 +42,7 @@ BYTES_IN_MEMORY = 256 * 2**20
 """Fragments that are kept in memory between two windows: chunks that were lost together are in the same ones."""
 _MAX_SAMPLES = 2**20
 """Of a batch: each is looked at, though a range of them takes no bytes in the file."""
+_UNREADABLE = (CorruptPartError, MissingPredictionsError, PredictionStorageError)
 _TIMES_COST = 100
 """So many times what writing a fragment took passes until the next one: slow disks cost 1% at most."""
 
@@ -46,7 +53,7 @@ class FragmentWriter:
     Args:
         directory: Of the job.
         loader: Which dataloader.
-        samples_per_chunk: As many as a full one has.
+        numbering: What batches count; a reader takes over what is counted alike.
         on_kept: Called with the number of samples after each fragment.
         around_write: Makes a context in which each is written.
         clock: Gives seconds.
@@ -56,7 +63,7 @@ class FragmentWriter:
         self,
         directory: Location,
         loader: int,
-        samples_per_chunk: int,
+        numbering: Numbering,
         on_kept: Callable[[int], None] = lambda num_samples: None,
         around_write: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         clock: Callable[[], float] = time.monotonic,
@@ -64,37 +71,43 @@ class FragmentWriter:
         # Never that of another life: a restart of this rank, or a later run, must not meet files it did not write.
         name = f"{_prefix(loader)}{os.getpid()}-{secrets.token_hex(6)}"
         self._store = PartStore(directory / name, fsync=False)  # after a power cut the checksums tell
-        self._samples_per_chunk = samples_per_chunk
+        self._numbering = numbering
         self._on_kept, self._around_write, self._clock = on_kept, around_write, clock
-        self._pending: list[StoredBatch] = []
+        self._pending: list[tuple[StoredBatch, frozenset[int]]] = []
         self._chunks_of: dict[int, set[int]] = {}
         self._count = 0
         self._due = clock() + KEEP_SECONDS
         self._failed = False
         self._lock = threading.Lock()
 
-    def add(self, batch: StoredBatch) -> None:
-        """Take a batch of a window that is not whole, and write a fragment if it is time."""
-        self._pending.append(batch)
+    def add(self, batch: StoredBatch, chunks: Iterable[int]) -> None:
+        """Take a batch of chunks that are not whole, and write a fragment if it is time.
+
+        Args:
+            batch: The batch as it was computed.
+            chunks: The chunks its samples are in.
+        """
+        self._pending.append((batch, frozenset(chunks)))
         if self._clock() >= self._due:
             self.write()
 
     def write(self) -> None:
         """Write what has come since the last fragment."""
-        batches, self._pending = self._pending, []
-        if not batches or self._failed:
+        pending, self._pending = self._pending, []
+        if not pending or self._failed:
             return
+        batches = [batch for batch, _ in pending]
         began, number = self._clock(), self._count
         self._count += 1
         with self._lock:
-            self._chunks_of[number] = {n // self._samples_per_chunk for batch in batches for n in numbers_of(batch)}
+            self._chunks_of[number] = set().union(*(chunks for _, chunks in pending))
         try:
             with self._around_write():
-                self._store.commit(number, batches, {})
+                self._store.commit(number, batches, {"numbering": self._numbering})
         except PredictionStorageError as error:
             # The parts will show whether that is a reason to end.
             if not self._failed:
-                log.warning("nothing is kept of windows that are not whole any more: %s", error)
+                log.warning("nothing is kept of chunks that are not whole any more: %s", error)
             self.give_up()
             return
         now = self._clock()
@@ -105,6 +118,11 @@ class FragmentWriter:
         """The chunks of all batches so far are whole: what is not written yet need not be."""
         self._pending.clear()
         self._due = self._clock() + KEEP_SECONDS
+
+    def end_chunk(self, chunk: int) -> None:
+        """A chunk is whole: what is not written yet of it alone need not be."""
+        self._pending = [(batch, chunks) for batch, chunks in self._pending if chunks != {chunk}]
+        self._due = max(self._due, self._clock() + KEEP_SECONDS) if not self._pending else self._due
 
     def give_up(self) -> None:
         """Make room for the parts: remove all fragments, and write none any more. From any thread."""
@@ -134,10 +152,11 @@ class FragmentReader:
     Args:
         directory: Of the job.
         loader: Which dataloader.
+        numbering: What the batches that are wanted count.
     """
 
-    def __init__(self, directory: Location, loader: int):
-        self._directory, self._prefix = directory, _prefix(loader)
+    def __init__(self, directory: Location, loader: int, numbering: Numbering):
+        self._directory, self._prefix, self._numbering = directory, _prefix(loader), numbering
         self._numbers_in: dict[tuple[Location, int], Sequence[Sequence[int]]] = {}
         self._parts: dict[tuple[Location, int], Part] = {}
         self._looked = False
@@ -152,11 +171,11 @@ class FragmentReader:
             self._look()
         return bool(self._numbers_in)
 
-    def find(self, wanted: Mapping[int, int]) -> Iterator[StoredBatch]:
+    def find(self, wanted: Collection[int]) -> Iterator[StoredBatch]:
         """Read batches that hold some of the samples, from the fragments that :meth:`has_any` has seen.
 
         Args:
-            wanted: Positions by the numbers of samples.
+            wanted: Numbers of samples; of batches where these are counted.
 
         Yields:
             Batches as they were computed; they may hold other samples as well, and samples that another one held.
@@ -168,12 +187,12 @@ class FragmentReader:
             try:
                 part = self._parts.get(place) or PartStore(place[0]).read(place[1])
                 for position, entry in enumerate(part.header.entries):
-                    if _any_in(numbers_of(entry), wanted):
+                    if _any_in(self.numbers_of(entry), wanted):
                         output = part.output(position)
                         yield StoredBatch(
                             entry.first_unit, entry.indices, entry.size, output, entry.units, entry.num_lost
                         )
-            except (CorruptPartError, MissingPredictionsError) as error:
+            except _UNREADABLE as error:
                 self._pass_over(*place, error)
             else:
                 if sum(other.num_bytes for other in used.values()) + part.num_bytes <= BYTES_IN_MEMORY:
@@ -186,12 +205,17 @@ class FragmentReader:
         self._numbers_in = {place: numbers for place, numbers in self._numbers_in.items() if place in found}
         for directory, number in sorted(found - self._numbers_in.keys(), key=str):
             try:
-                entries = PartJournal(directory).header(number).entries
+                header = PartJournal(directory).header(number)
+                entries = header.entries if header.metadata.get("numbering") == self._numbering else ()
                 if any((entry.size or 0) > _MAX_SAMPLES for entry in entries):
-                    raise CorruptPartError(f"{directory} holds a batch of more than {_MAX_SAMPLES} samples.")  # noqa: TRY301
-                self._numbers_in[directory, number] = [numbers_of(entry) for entry in entries]
-            except (CorruptPartError, MissingPredictionsError) as error:
+                    raise CorruptPartError(f"{directory} holds a batch of more than {_MAX_SAMPLES} samples.")
+                self._numbers_in[directory, number] = [self.numbers_of(entry) for entry in entries]
+            except _UNREADABLE as error:
                 self._pass_over(directory, number, error)
+
+    def numbers_of(self, entry: StoredBatch | BatchEntry) -> Sequence[int]:
+        """What a batch covers, counted as is wanted here."""
+        return range(entry.first_unit, entry.first_unit + 1) if self._numbering == "batches" else numbers_of(entry)
 
     def _journals(self) -> Iterator[PartJournal]:
         return (
@@ -206,10 +230,12 @@ class FragmentReader:
         self._numbers_in[directory, number] = ()
 
 
-def _any_in(numbers: Sequence[int], wanted: Mapping[int, int]) -> bool:
-    if isinstance(numbers, range):  # it may claim any length
+def _any_in(numbers: Sequence[int], wanted: Collection[int]) -> bool:
+    if isinstance(numbers, range) and not isinstance(wanted, range):  # it may claim any length
         return any(number in numbers for number in wanted)
-    return not wanted.keys().isdisjoint(numbers)
+    if isinstance(numbers, range) and isinstance(wanted, range):
+        return max(numbers.start, wanted.start) < min(numbers.stop, wanted.stop)
+    return any(number in wanted for number in numbers)
 
 
 def numbers_of(batch: StoredBatch | BatchEntry) -> Sequence[int]:

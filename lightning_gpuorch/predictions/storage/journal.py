@@ -8,28 +8,24 @@ keeps it, the supervisor, imports neither torch nor numpy.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_gpuorch.checked_files import MAX_INTEGER, NotRegularFileError, integer
+from lightning_gpuorch.checked_files import NotRegularFileError
 from lightning_gpuorch.errors import CorruptPartError, MissingPredictionsError
 from lightning_gpuorch.paths import Location, ObjectPath, location
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
+from lightning_gpuorch.predictions.storage.part_entries import Entries, unpack_entries
 from lightning_gpuorch.predictions.storage.part_frame import NewerFormatError, check_file, damage, read_fields
 from lightning_gpuorch.predictions.storage.store import ReadableFile
 from lightning_gpuorch.predictions.storage.stores import storage_error, store_of
 
 FRAGMENTS_PREFIX = "unfinished-"
 """How the directories of fragments begin."""
-_CHECKING_THREADS = 4
-_MAX_SAMPLES = 2**28
-"""Of a part. Ranges of indices take no bytes in the file, and much memory where each is looked at."""
 _PART_NAME = re.compile(r"part-([0-9]{9}|[1-9][0-9]{9,17})\.gpq")
 _SHARD_END_NAME = re.compile(r"shard-([0-9]{9,18})-ends-at-([0-9]{1,18})\.json")
 
@@ -39,23 +35,20 @@ def loader_directory(directory: Location, loader: int) -> Location:
     return directory / f"dataloader_{loader}"
 
 
+def holds_fragments(directory: Location) -> bool:
+    """Whether an earlier run has left fragments, as far as its store can be asked: what they hold can be computed again."""
+    try:
+        return bool(store_of(directory).folders(directory, FRAGMENTS_PREFIX))
+    except OSError:
+        return False
+
+
 def remove_fragments(directory: Location) -> None:
     """Remove the fragments of a job that is complete; see :mod:`lightning_gpuorch.predictions.storage.fragments`."""
     store = store_of(directory)
     with contextlib.suppress(OSError):  # a later run removes them
         for name in store.folders(directory, FRAGMENTS_PREFIX):
             store.remove_directory(directory / name)
-
-
-@dataclass(frozen=True)
-class BatchEntry:
-    """What a part's header tells of one stored batch; the fields are those of :class:`StoredBatch`."""
-
-    first_unit: int
-    indices: Sequence[int] | None
-    size: int | None
-    units: Sequence[int] | None
-    num_lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,7 +61,7 @@ class PartHeader:
     """
 
     metadata: Mapping[str, Any]
-    entries: Sequence[BatchEntry]
+    entries: Entries
 
     def covers(self, layout: LoaderLayout, chunk: int) -> bool:
         """Whether every unit of a chunk has a prediction, as far as the layout tells what that is."""
@@ -77,8 +70,8 @@ class PartHeader:
         if layout.unit == "batch":
             is_known = layout.num_units is not None or layout.num_shards is not None
             expected = len(layout.chunk_range(chunk)) if is_known else 0
-            return len(self.entries) >= expected and not any(entry.num_lost for entry in self.entries)
-        return sum(entry.size or 0 for entry in self.entries) >= len(layout.chunk_range(chunk))
+            return len(self.entries) >= expected and not any(run.first.num_lost for run in self.entries.runs)
+        return self.entries.num_samples >= len(layout.chunk_range(chunk))
 
 
 class PartJournal:
@@ -176,60 +169,45 @@ class PartJournal:
             MissingPredictionsError: There is no such part.
         """
         with opened(self.path(chunk)) as (file, file_bytes, source):
-            return self.unpack_header(read_fields(file, file_bytes, source), chunk)
+            return self.unpack_header(read_fields(file, file_bytes, source), chunk, file_bytes)
 
-    def set_damaged_aside(self) -> list[CorruptPartError]:
-        """Check every byte of all parts, and rename those that are damaged, so that their chunks count as missing.
-
-        Reads all parts, several at a time; needs no torch. Not while a job writes here.
-
-        Returns:
-            What is wrong, one error per damaged part; each names the file, which is kept as ``part-....gpq.damaged``.
-
-        Raises:
-            NewerFormatError: A newer version has written a part.
-            PredictionStorageError: The directory cannot be read, or a part not renamed.
-        """
-        chunks = sorted(self.done())
-        if not chunks:
-            return []
-        with ThreadPoolExecutor(min(_CHECKING_THREADS, len(chunks)), "gpuorch-check") as pool:
-            found = [(c, error) for c, error in zip(chunks, pool.map(self._check, chunks), strict=True) if error]
-        for chunk, _ in found:
-            path = self.path(chunk)
-            try:
-                self.store.set_aside(path, path.with_name(f"{path.name}.damaged"))
-            except OSError as error:
-                raise storage_error(error, self.directory) from error
-        return [error for _, error in found]
-
-    def discard_incomplete(self, layout: LoaderLayout) -> list[int]:
-        """Remove the parts in which units were given up, so that a rerun tries their chunks again.
+    def check(self, chunk: int, whole: bool = True) -> PartHeader | CorruptPartError:
+        """Read a part's header and see that the file has its length; needs no torch.
 
         Args:
-            layout: Of the dataloader.
+            chunk: Which.
+            whole: Check every byte as well.
 
         Returns:
-            The chunks.
+            The header, or what is wrong with the part.
 
         Raises:
-            PredictionStorageError: A part cannot be read, or not removed.
+            NewerFormatError: A newer version has written it.
+            MissingPredictionsError: There is no such part.
+            PredictionStorageError: It cannot be read.
         """
-        found = [chunk for chunk in sorted(self.done()) if not self.header(chunk).covers(layout, chunk)]
-        for chunk in found:
-            self.discard(chunk)
-        return found
-
-    def _check(self, chunk: int) -> CorruptPartError | None:
         try:
             with opened(self.path(chunk)) as (file, file_bytes, source):
+                if not whole:
+                    return self.unpack_header(read_fields(file, file_bytes, source), chunk, file_bytes)
                 fields, num_predictions = check_file(file, file_bytes, source)
-            self.unpack_header(fields, chunk, num_predictions)
+                return self.unpack_header(fields, chunk, num_predictions)
         except NewerFormatError:
             raise
         except CorruptPartError as error:
             return error
-        return None
+
+    def set_aside(self, chunk: int) -> None:
+        """Rename a part that is damaged to ``part-....gpq.damaged``, so that its chunk counts as missing.
+
+        Raises:
+            PredictionStorageError: It cannot be renamed.
+        """
+        path = self.path(chunk)
+        try:
+            self.store.set_aside(path, path.with_name(f"{path.name}.damaged"))
+        except OSError as error:
+            raise storage_error(error, self.directory) from error
 
     def discard(self, chunk: int) -> None:
         """Remove a part durably, so that a rerun computes its chunk again. Not while a job runs.
@@ -253,8 +231,16 @@ class PartJournal:
         """
         return self.store.sweep_temporaries(self.directory, older_than_seconds)
 
-    def unpack_header(self, fields: Mapping[str, Any], chunk: int, num_predictions: int | None = None) -> PartHeader:
+    def unpack_header(
+        self, fields: Mapping[str, Any], chunk: int, max_count: int, num_predictions: int | None = None
+    ) -> PartHeader:
         """Read the fields of a part's header, and check that they are those of this chunk.
+
+        Args:
+            fields: The fields.
+            chunk: Which chunk it has to be.
+            max_count: As many stored batches as there can be.
+            num_predictions: As many as there are, if that is known.
 
         Raises:
             CorruptPartError: They are not.
@@ -262,11 +248,9 @@ class PartJournal:
         path = self.path(chunk)
         try:
             stored, metadata = fields["chunk"], fields["metadata"]
-            entries = [_unpack_entry(entry) for entry in fields["batches"]]
+            entries = unpack_entries(fields["batches"], max_count)
             if not isinstance(metadata, dict):
                 raise TypeError("its metadata is no object")  # noqa: TRY301
-            if sum(entry.size or 0 for entry in entries) > _MAX_SAMPLES:
-                raise ValueError(f"it claims more than {_MAX_SAMPLES} samples")  # noqa: TRY301
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptPartError(f"{path} is an envelope, but not of a part: {error!r}.") from error
         if stored != chunk:
@@ -290,35 +274,3 @@ def opened(path: Location) -> Iterator[tuple[ReadableFile, int, str]]:
         raise MissingPredictionsError(f"there is no part {path}: it was removed, or never written.") from error
     except OSError as error:
         raise storage_error(error, path.parent) from error
-
-
-def _unpack_entry(entry: Any) -> BatchEntry:
-    """Raises TypeError, ValueError or KeyError where an entry is not of this format."""
-    if not isinstance(entry, dict):
-        raise TypeError("a stored batch is no object")
-    size = entry.get("size")
-    indices, units = _unpack_integers(entry.get("indices")), _unpack_integers(entry.get("units"))
-    for listed in (indices, units):
-        if listed is not None and len(listed) != size:
-            raise ValueError(f"a stored batch of {size!r:.40} samples has {len(listed)} indices or units")
-    if isinstance(units, list):
-        if not all(type(unit) is int and 0 <= unit <= MAX_INTEGER for unit in units):
-            raise TypeError("units are no integers")
-        if any(a >= b for a, b in itertools.pairwise(units)):
-            raise ValueError("units do not ascend")
-    return BatchEntry(
-        first_unit=integer(entry["first_unit"], "first_unit"),
-        indices=indices,
-        size=None if size is None else integer(size, "size", high=_MAX_SAMPLES),
-        units=units,
-        num_lost=integer(entry.get("num_lost", 0), "num_lost"),
-    )
-
-
-def _unpack_integers(packed: Any) -> Sequence[int] | None:
-    if isinstance(packed, dict):
-        start = integer(packed["start"], "start", low=-MAX_INTEGER)
-        return range(start, integer(packed["stop"], "stop", low=start, high=start + _MAX_SAMPLES))
-    if packed is not None and not isinstance(packed, list):
-        raise TypeError("it is no list of indices")
-    return packed

@@ -1,7 +1,10 @@
 """The units and chunks of a dataloader, by arithmetic alone: nothing here grows with the dataset.
 
-Work is counted in *units* and cut into *chunks* of ``chunk_size`` consecutive units. What a unit is depends on the
-loader:
+Work is counted in *units* and cut into *chunks* of consecutive units. The first have ``chunk_size`` units each. In long
+jobs the later ones get a size that makes parts of the wanted bytes and seconds: it is decided as the job goes, for a
+*stretch* of chunks at a time, and durably before any of them is leased
+(:mod:`lightning_gpuorch.predictions.storage.stretches`), so that whoever computes a chunk means the same units by it. What
+a unit is depends on the loader:
 
 ``sample``
     Position in the sampler's order; for a ``SequentialSampler`` that is the dataset index. For map-style loaders with
@@ -17,11 +20,13 @@ loader:
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from lightning_gpuorch.checked_files import MAX_INTEGER
 from lightning_gpuorch.errors import ConfigurationError
@@ -36,6 +41,21 @@ CHUNKS_PER_SHARD = 10**8
 """Numbers that are kept for the chunks of a shard: chunk 17 of shard 3 is in ``part-300000017.gpq``."""
 
 
+class Stretch(NamedTuple):
+    """Consecutive chunks of one size."""
+
+    num_chunks: int
+    chunk_size: int
+
+
+class _Run(NamedTuple):
+    """Where chunks of one size begin."""
+
+    first_chunk: int
+    first_unit: int
+    chunk_size: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoaderLayout:
     """The work of one dataloader.
@@ -44,8 +64,10 @@ class LoaderLayout:
         unit: What is counted; see the module.
         num_units: Units in all; None for a stream whose end has not been seen.
         batch_size: Samples per batch of the loader; None where the unit is a batch.
-        chunk_size: Units per chunk. On resume it is the one the job began with, while ``batch_size`` may be another:
-            chunks then need not be multiples of batches.
+        chunk_size: Units per chunk, of the first chunks or of all. On resume it is the one the job began with, while
+            ``batch_size`` may be another: chunks then need not be multiples of batches.
+        first_chunks: How many chunks have that size; None if all do.
+        stretches: The chunks after these, as far as they are decided. Beyond them the last size is what is expected.
         identity: Plain values that must be equal for a run to go on in the same directory.
         num_shards: Shards of a stream that is read by shard; None where work is numbered from beginning to end.
         ends: Units of each shard that is known to end; not part of what :meth:`to_dict` gives.
@@ -58,6 +80,8 @@ class LoaderLayout:
     num_units: int | None
     batch_size: int | None
     chunk_size: int
+    first_chunks: int | None = None
+    stretches: tuple[Stretch, ...] = ()
     identity: Mapping[str, str | int | None] = field(default_factory=dict)
     num_shards: int | None = None
     ends: Mapping[int, int] = field(default_factory=dict, compare=False, repr=False)
@@ -69,8 +93,16 @@ class LoaderLayout:
             raise ConfigurationError(f"chunk_size must be at least 1, got {self.chunk_size}")
         if self.num_units is not None and self.num_units < 0:
             raise ConfigurationError(f"num_units must not be negative, got {self.num_units}")
-        if max(self.chunk_size, self.num_units or 0, self.batch_size or 0) > MAX_INTEGER:
-            raise ConfigurationError(f"chunk_size, num_units and batch_size must not exceed {MAX_INTEGER}")
+        if max(self.chunk_size, self.num_units or 0, self.batch_size or 0, self.first_chunks or 0) > MAX_INTEGER:
+            raise ConfigurationError(
+                f"chunk_size, num_units, batch_size and first_chunks must not exceed {MAX_INTEGER}"
+            )
+        if self.first_chunks is not None and self.first_chunks < 1:
+            raise ConfigurationError(f"first_chunks must be at least 1 or None, got {self.first_chunks}")
+        if self.stretches and (self.first_chunks is None or not all(map(_is_possible, self.stretches))):
+            raise ConfigurationError(
+                f"stretches {self.stretches!r:.80} do not go with {self.first_chunks} first chunks"
+            )
         if (self.batch_size is None) != (self.unit == "batch"):
             raise ConfigurationError(f"batch_size={self.batch_size} does not go with unit {self.unit!r}")
         if self.batch_size is not None and self.batch_size < 1:
@@ -79,8 +111,8 @@ class LoaderLayout:
             self._check_shards(self.num_shards)
 
     def _check_shards(self, num_shards: int) -> None:
-        if self.unit != "batch" or num_shards < 0:
-            raise ConfigurationError(f"num_shards={num_shards} does not go with unit {self.unit!r}")
+        if self.unit != "batch" or num_shards < 0 or self.first_chunks is not None:
+            raise ConfigurationError(f"num_shards={num_shards} does not go with unit {self.unit!r} or growing chunks")
         numbers = num_shards * CHUNKS_PER_SHARD * self.chunk_size * self.samples_per_unit
         if numbers > MAX_INTEGER or num_shards * CHUNKS_PER_SHARD >= _MAX_CHUNKS:
             raise ConfigurationError(
@@ -98,17 +130,55 @@ class LoaderLayout:
         """Samples of a unit at most; 1 also where that is not known."""
         return int(self.identity.get("batch_size") or 1) if self.unit == "batch" else 1
 
-    @property
-    def samples_per_chunk(self) -> int:
+    def max_samples(self, chunk: int) -> int:
         """Samples of a chunk at most, as far as is known."""
-        return self.chunk_size * self.samples_per_unit
+        return len(self.chunk_range(chunk)) * self.samples_per_unit
+
+    @functools.cached_property
+    def _runs(self) -> list[_Run]:
+        runs = [_Run(0, 0, self.chunk_size)]
+        num_chunks = self.first_chunks or 0
+        for stretch in self.stretches:
+            last = runs[-1]
+            first_unit = last.first_unit + (num_chunks - last.first_chunk) * last.chunk_size
+            runs.append(_Run(num_chunks, first_unit, stretch.chunk_size))
+            num_chunks += stretch.num_chunks
+        return runs
 
     @property
     def num_chunks(self) -> int:
-        """Chunks in all; 0 while the end of a stream is not known."""
+        """Chunks in all, as far as their sizes are decided; 0 while the end of a stream is not known."""
         if self.num_shards is not None and self.num_units is not None:
             return sum(-(-units // self.chunk_size) for units in self.ends.values())
-        return -(-(self.num_units or 0) // self.chunk_size)
+        return self.chunk_of(self.num_units - 1) + 1 if self.num_units else 0
+
+    @property
+    def num_decided_chunks(self) -> int | None:
+        """Chunks whose size is decided; None if all are."""
+        if self.first_chunks is None:
+            return None
+        decided = self.first_chunks + sum(stretch.num_chunks for stretch in self.stretches)
+        return None if self.num_units is not None and decided >= self.num_chunks else decided
+
+    @property
+    def num_decided_units(self) -> int:
+        """Units of the chunks whose size is decided, counted as if no stream ended."""
+        last = self._runs[-1]
+        decided = self.num_decided_chunks
+        if decided is None:
+            return self.num_units if self.num_units is not None else MAX_INTEGER
+        return last.first_unit + (decided - last.first_chunk) * last.chunk_size
+
+    @property
+    def newest_chunk_size(self) -> int:
+        """Units of the chunks that were decided last."""
+        return self._runs[-1].chunk_size
+
+    def chunk_of(self, unit: int) -> int:
+        """The chunk that a unit is in."""
+        runs = self._runs
+        run = runs[bisect.bisect_right(runs, unit, key=lambda run: run.first_unit) - 1]
+        return run.first_chunk + (unit - run.first_unit) // run.chunk_size
 
     @property
     def units_per_shard(self) -> int:
@@ -128,8 +198,10 @@ class LoaderLayout:
 
     def chunk_range(self, chunk: int) -> range:
         """Units of a chunk; of a stream without a known end, those it may hold."""
-        start = chunk * self.chunk_size
-        stop = start + self.chunk_size
+        runs = self._runs
+        run = runs[bisect.bisect_right(runs, chunk, key=lambda run: run.first_chunk) - 1]
+        start = run.first_unit + (chunk - run.first_chunk) * run.chunk_size
+        stop = start + run.chunk_size
         if self.num_shards is not None:
             return range(start, max(start, min(stop, self.shard_range(chunk // CHUNKS_PER_SHARD).stop)))
         return range(start, stop if self.num_units is None else max(start, min(stop, self.num_units)))
@@ -182,13 +254,25 @@ class LoaderLayout:
         hidden = sum(map(len, ranges.ranges[_RANGES_SHOWN:]))
         return "; ".join([*shown, f"and {hidden} more"] if hidden else shown)
 
+    def with_stretches(self, stretches: Sequence[Sequence[int]]) -> LoaderLayout:
+        """Return the layout with what has been decided of later chunks.
+
+        Raises:
+            ConfigurationError: A stretch is none, or this layout has chunks of one size only.
+            TypeError: A stretch is no pair.
+        """
+        return dataclasses.replace(self, stretches=tuple(Stretch(*stretch) for stretch in stretches))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the layout as plain JSON."""
-        plain = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("ends", "num_shards")
-        }
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ("ends", "num_shards")]
         shards = {} if self.num_shards is None else {"num_shards": self.num_shards, "num_units": None}
-        return {**plain, "identity": dict(self.identity), **shards}
+        return {
+            **{name: getattr(self, name) for name in names},
+            "stretches": [list(stretch) for stretch in self.stretches],
+            "identity": dict(self.identity),
+            **shards,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LoaderLayout:
@@ -200,7 +284,7 @@ class LoaderLayout:
         """
         if not isinstance(data, dict):
             raise TypeError(f"a layout is no object: {data!r:.40}")
-        for name in ("num_units", "batch_size", "chunk_size", "num_shards"):
+        for name in ("num_units", "batch_size", "chunk_size", "first_chunks", "num_shards"):
             if type(data.get(name)) not in (int, type(None)):
                 raise TypeError(f"{name} is no integer: {data[name]!r:.40}")
         if "ends" in data:
@@ -210,7 +294,14 @@ class LoaderLayout:
             raise TypeError("identity holds more than text and integers")
         if type(identity.get("batch_size")) not in (int, type(None)):
             raise TypeError("the batch size in identity is no integer")
-        return cls(**data)
+        stretches = data.get("stretches", [])
+        if not isinstance(stretches, list) or not all(isinstance(s, list) and len(s) == 2 for s in stretches):
+            raise TypeError("stretches are no pairs")
+        return cls(**{**data, "stretches": tuple(Stretch(*stretch) for stretch in stretches)})
+
+
+def _is_possible(stretch: Stretch) -> bool:
+    return all(type(number) is int and 1 <= number <= MAX_INTEGER for number in stretch)
 
 
 @dataclass

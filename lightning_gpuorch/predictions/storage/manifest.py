@@ -7,12 +7,13 @@
     DIR/mismatch.json                     replicas have read different input, so that no prediction here can be trusted
     DIR/dataloader_0/part-000000000.gpq   predictions, one file per chunk
     DIR/dataloader_0/end.json             where a stream was found to end, written once
+    DIR/dataloader_0/stretch-0001.json    how large the next chunks are, in long jobs, each written once
     DIR/dataloader_0/order-....gpq        the order that a sampler gave when the job began, written once
     DIR/dataloader_0/shards-....json      names and lengths of a stream's shards when the job began, written once
     DIR/dataloader_0/shard-000000003-ends-at-25.json   where a shard was found to end, written once
     DIR/dataloader_1/...
 
-``manifest.json`` and ``end.json`` carry a CRC-32 of themselves: a flipped digit in ``chunk_size`` would put every
+``manifest.json``, ``end.json`` and stretches carry a CRC-32 of themselves: a flipped digit in ``chunk_size`` would put every
 prediction in the wrong place.
 """
 
@@ -22,23 +23,22 @@ import dataclasses
 import json
 import os
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning_gpuorch.checked_files import NotRegularFileError, integer, is_number, parse_object
+from lightning_gpuorch.checked_files import integer, is_number, parse_object
 from lightning_gpuorch.errors import ConfigurationError, CorruptPartError, InputMismatchError, JobMismatchError
 from lightning_gpuorch.paths import Location, ObjectPath, location
 from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
+from lightning_gpuorch.predictions.storage.sealed import read_sealed, sealed
 from lightning_gpuorch.predictions.storage.shard_list import ShardList
 from lightning_gpuorch.predictions.storage.stores import storage_error, store_of
+from lightning_gpuorch.predictions.storage.stretches import with_stored_stretches
 
 FORMAT_VERSION = 1
 _MAX_LOADERS = 4096
-_MAX_BYTES = 8 * 2**20
-"""Of a file that is read as a whole, and takes some 20 times as much in memory at worst."""
 
 _MANIFEST_NAME = "manifest.json"
 _END_NAME = "end.json"
@@ -117,13 +117,13 @@ def load(directory: str | os.PathLike[str] | ObjectPath) -> Manifest | None:
         PredictionStorageError: It cannot be read.
     """
     root = location(directory, "directory")
-    mismatch = _read_sealed(root / _MISMATCH_NAME)
+    mismatch = read_sealed(root / _MISMATCH_NAME)
     if mismatch is not None:
         raise InputMismatchError(
             f"the predictions in {root} cannot be trusted. {mismatch.get('reason', '')} Remove the directory, "
             "or use another one."
         )
-    data = _read_sealed(root / _MANIFEST_NAME)
+    data = read_sealed(root / _MANIFEST_NAME)
     if data is None:
         return None
     if data.get("format") != FORMAT_VERSION:
@@ -136,7 +136,11 @@ def load(directory: str | os.PathLike[str] | ObjectPath) -> Manifest | None:
     except (ConfigurationError, KeyError, TypeError) as error:
         raise CorruptPartError(f"{root / _MANIFEST_NAME} does not describe a job: {error!r}.") from error
     return dataclasses.replace(
-        manifest, loaders=[_with_end(root, loader, layout) for loader, layout in enumerate(manifest.loaders)]
+        manifest,
+        loaders=[
+            with_stored_stretches(loader_directory(root, loader), _with_end(root, loader, layout))
+            for loader, layout in enumerate(manifest.loaders)
+        ],
     )
 
 
@@ -170,7 +174,7 @@ def open_or_create(directory: str | os.PathLike[str] | ObjectPath, wanted: Manif
     store.check_writable(root)
     try:
         if existing is None:
-            if store.create_once(root / _MANIFEST_NAME, [_sealed(wanted.to_dict())]):
+            if store.create_once(root / _MANIFEST_NAME, [sealed(wanted.to_dict())]):
                 return wanted
             existing = load(root)
             assert existing is not None
@@ -179,7 +183,8 @@ def open_or_create(directory: str | os.PathLike[str] | ObjectPath, wanted: Manif
         loaders = [dataclasses.replace(old, batch_size=new.batch_size) for old, new in pairs]
         in_force = dataclasses.replace(existing, loaders=loaders)
         if in_force != existing:
-            store.replace(root / _MANIFEST_NAME, _sealed(in_force.to_dict()))
+            plain = [dataclasses.replace(layout, stretches=()) for layout in loaders]  # they have files of their own
+            store.replace(root / _MANIFEST_NAME, sealed(dataclasses.replace(in_force, loaders=plain).to_dict()))
     except OSError as error:
         raise storage_error(error, root) from error
     return in_force
@@ -193,7 +198,7 @@ def record_mismatch(directory: str | os.PathLike[str] | ObjectPath, reason: str)
     """
     root = location(directory, "directory")
     try:
-        store_of(root).create_once(root / _MISMATCH_NAME, [_sealed({"reason": reason})])
+        store_of(root).create_once(root / _MISMATCH_NAME, [sealed({"reason": reason})])
     except OSError as error:
         raise storage_error(error, root) from error
 
@@ -271,7 +276,7 @@ def set_num_units(directory: str | os.PathLike[str] | ObjectPath, loader: int, n
     path = loader_directory(root, loader) / _END_NAME
     try:
         store_of(root).make_directory(path.parent)
-        won = store_of(root).create_once(path, [_sealed({"num_units": num_units})])
+        won = store_of(root).create_once(path, [sealed({"num_units": num_units})])
     except OSError as error:
         raise storage_error(error, root) from error
     manifest = load(root)
@@ -384,7 +389,7 @@ def _with_end(root: Location, loader: int, layout: LoaderLayout) -> LoaderLayout
         return layout.with_ends(PartJournal(loader_directory(root, loader)).shard_ends())
     if layout.num_units is not None:
         return layout
-    end = _read_sealed(loader_directory(root, loader) / _END_NAME)
+    end = read_sealed(loader_directory(root, loader) / _END_NAME)
     if end is None:
         return layout
     try:
@@ -393,33 +398,3 @@ def _with_end(root: Location, loader: int, layout: LoaderLayout) -> LoaderLayout
         raise CorruptPartError(
             f"{loader_directory(root, loader) / _END_NAME} does not tell an end: {error}."
         ) from error
-
-
-def _sealed(data: Mapping[str, Any]) -> bytes:
-    return json.dumps({**data, "crc32": _checksum(data)}, indent=1).encode()
-
-
-def _checksum(data: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(data, sort_keys=True).encode())
-
-
-def _read_sealed(path: Location) -> dict[str, Any] | None:
-    try:
-        content = store_of(path).read(path, _MAX_BYTES)
-    except FileNotFoundError:
-        return None
-    except NotRegularFileError as error:
-        raise CorruptPartError(f"{path} is damaged: it is no regular file. Restore it.") from error
-    except OSError as error:
-        raise storage_error(error, path.parent) from error
-    try:
-        data = parse_object(content)
-        checksum = data.pop("crc32")
-    except (ValueError, KeyError) as error:
-        raise CorruptPartError(f"{path} is damaged: it is no JSON object with a checksum. Restore it.") from error
-    if checksum != _checksum(data):
-        raise CorruptPartError(
-            f"{path} is damaged: its checksum does not fit (it must not be edited). Restore it, or use another output "
-            "directory."
-        )
-    return data

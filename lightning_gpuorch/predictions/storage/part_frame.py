@@ -15,7 +15,8 @@ from lightning_gpuorch.errors import CorruptPartError
 from lightning_gpuorch.predictions.storage.part_contents import num_bytes_before_data, read_contents
 from lightning_gpuorch.predictions.storage.store import ReadableFile
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 writes like batches as runs."""
 
 MAGIC = b"GPQ1"
 COVERED = struct.Struct("<4sHHI")

@@ -6,7 +6,6 @@ are, and whether they are intact, is told by :mod:`lightning_gpuorch.predictions
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from lightning_gpuorch.errors import CorruptPartError, PredictionStorageError
 from lightning_gpuorch.paths import ObjectPath
 from lightning_gpuorch.predictions.storage.journal import PartHeader, PartJournal, opened
 from lightning_gpuorch.predictions.storage.layout import StoredBatch
+from lightning_gpuorch.predictions.storage.part_entries import pack_entries
 from lightning_gpuorch.predictions.storage.part_file import Envelope, encode_envelope
 from lightning_gpuorch.predictions.storage.part_frame import read_whole
 from lightning_gpuorch.predictions.storage.stores import storage_error
@@ -84,7 +84,7 @@ class PartStore(PartJournal):
             StorageFullError: No space is left.
             PredictionStorageError: The directory cannot be written, or has vanished.
         """
-        fields = {"chunk": chunk, "metadata": dict(metadata), "batches": [_pack_entry(batch) for batch in batches]}
+        fields = {"chunk": chunk, "metadata": dict(metadata), "batches": pack_entries(batches)}
         encoded = encode_envelope(fields, [batch.output for batch in batches])
         try:
             if not self._made:
@@ -104,7 +104,7 @@ class PartStore(PartJournal):
         """
         with opened(self.path(chunk)) as (file, file_bytes, source):
             envelope = Envelope(read_whole(file, file_bytes, source), source)
-        return Part(envelope, self.unpack_header(envelope.fields, chunk, envelope.num_predictions))
+        return Part(envelope, self.unpack_header(envelope.fields, chunk, envelope.num_bytes, envelope.num_predictions))
 
     def verify(self, chunks: Iterable[int] | None = None) -> Iterator[tuple[int, CorruptPartError | None]]:
         """Read parts and check every byte and that every prediction can be decoded.
@@ -126,35 +126,3 @@ class PartStore(PartJournal):
                 yield chunk, CorruptPartError(f"{self.path(chunk)} cannot be read: {error}")
             else:
                 yield chunk, None
-
-
-def _pack_entry(batch: StoredBatch) -> dict[str, Any]:
-    entry = {
-        "first_unit": batch.first_unit,
-        "size": batch.size,
-        "indices": _pack_integers(batch.indices),
-        "units": _pack_integers(batch.units),
-        "num_lost": batch.num_lost or None,
-    }
-    return {name: value for name, value in entry.items() if value is not None}
-
-
-def _pack_integers(integers: Sequence[Any] | None) -> list[Any] | dict[str, int] | None:
-    """Write consecutive integers as their borders. Indices may be keys as well: text, or tuples of both."""
-    if integers is None:
-        return None
-    listed = [_plain(integer) for integer in integers]
-    if (
-        listed
-        and all(isinstance(integer, int) for integer in listed)
-        and listed == list(range(listed[0], listed[0] + len(listed)))
-    ):
-        return {"start": listed[0], "stop": listed[0] + len(listed)}
-    return listed
-
-
-def _plain(index: Any) -> Any:
-    try:
-        return operator.index(index)
-    except TypeError:
-        return [_plain(part) for part in index] if isinstance(index, (list, tuple)) else str(index)

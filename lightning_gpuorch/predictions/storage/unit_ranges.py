@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import overload
 
 from lightning_gpuorch.errors import format_indices
@@ -67,3 +67,57 @@ class UnitRanges(Sequence[int]):
         )
         hidden = len(self) - sum(map(len, shown))
         return f"{text} and {hidden} more" if hidden else text
+
+
+class IntegerSet(Set[int]):
+    """A set of integers that can grow, held as ranges: where nearly all come in order, it stays small.
+
+    Args:
+        integers: To begin with.
+    """
+
+    def __init__(self, integers: Iterable[int] = ()):
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+        self._length = 0
+        for integer in integers:
+            self.add(integer)
+
+    def add(self, integer: int) -> None:
+        """Add one; no effect if it is there."""
+        after = bisect.bisect_right(self._starts, integer)
+        before = after - 1
+        if before >= 0 and integer < self._stops[before]:
+            return
+        self._length += 1
+        joins_before = before >= 0 and self._stops[before] == integer
+        joins_after = after < len(self._starts) and self._starts[after] == integer + 1
+        if joins_before and joins_after:
+            self._stops[before] = self._stops.pop(after)
+            del self._starts[after]
+        elif joins_before:
+            self._stops[before] = integer + 1
+        elif joins_after:
+            self._starts[after] = integer
+        else:
+            self._starts.insert(after, integer)
+            self._stops.insert(after, integer + 1)
+
+    def ranges(self) -> Iterator[range]:
+        """The ranges, ascending."""
+        return map(range, self._starts, self._stops)
+
+    def __contains__(self, integer: object) -> bool:
+        if not isinstance(integer, int):
+            return False
+        before = bisect.bisect_right(self._starts, integer) - 1
+        return before >= 0 and integer < self._stops[before]
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.chain.from_iterable(self.ranges())
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __repr__(self) -> str:
+        return f"IntegerSet({', '.join(f'{r.start}-{r.stop - 1}' for r in self.ranges())})"

@@ -25,8 +25,8 @@ from lightning_gpuorch.predictions.storage.parts import PartStore
 
 log = logging.getLogger(__name__)
 
-OnCommitted = Callable[[int, int, bool, int], None]
-"""``on_committed(loader, chunk, won, num_samples)``, on the writer's thread, once the part is durable."""
+OnCommitted = Callable[[int, int, bool, int, int], None]
+"""``on_committed(loader, chunk, won, num_samples, num_bytes)``, on the writer's thread, once the part is durable."""
 
 _FIRST_RETRY_SECONDS = 0.1
 _LONGEST_RETRY_SECONDS = 2.0
@@ -189,7 +189,7 @@ class PartWriter:
                     won = self._commit(pending)
                     if self._on_committed is not None:
                         num_samples = sum(batch.size or 0 for batch in pending.batches)
-                        self._on_committed(pending.loader, pending.chunk, won, num_samples)
+                        self._on_committed(pending.loader, pending.chunk, won, num_samples, pending.num_bytes)
             except BaseException as error:  # noqa: BLE001 - it is carried to the thread that hands over
                 with self._changed:
                     self._fail(error)

@@ -48,6 +48,7 @@ EVENT_SCHEMA: Mapping[str, EventKind] = {
         "A predict call begins.",
         {"job": "its number in the run", "directory": "where its results go"},
         {"loaders": "layout of each dataloader", "resumed_chunks": "chunks that were there already",
+         "resumed_units": "samples or batches, as the loaders' work is counted, that were there already",
          "num_samples": "its samples, if known", "num_chunks": "its chunks, if known",
          "tensor_parallel_size": "ranks per replica"},
         urgent=True,
@@ -150,7 +151,8 @@ _MAX_TIME_SECONDS = 2.0**33
 """The year 2242; times beyond have no date on every system."""
 _TIMES = frozenset({"ts", "begin"})
 _COUNTS = frozenset({"seq", "rank", "replica", "generation", "exit_code", "start", "stop", "chunk", "loader", "attempt",
-                     "world_size", "tensor_parallel_size", "num_chunks", "resumed_chunks", "num_samples", "num_missing",
+                     "world_size", "tensor_parallel_size", "num_chunks", "resumed_chunks", "resumed_units", "num_samples",
+                     "num_missing",
                      "steps", "samples", "job", "batch_size", "retry_batch_size", "max_attempts", "nbytes",
                      "pid"})  # fmt: skip
 _UNITS = frozenset({"seconds", "bytes", "celsius", "watts", "hertz", "ratio"})

@@ -222,14 +222,18 @@ class JobTotals:
 
     @property
     def resumed_samples(self) -> int:
-        """Samples that an earlier run had made durable; by whole chunks, of which the last may be smaller."""
+        """Samples that an earlier run had made durable."""
         return sum(resumed for _, resumed in self._by_job.values())
 
 
 def _resumed_samples(event: Event, total: int) -> int:
-    chunks = event.get("num_chunks") or sum(
+    loaders = event.get("loaders") or ()
+    if "resumed_units" in event:
+        units = sum(loader.get("num_units") or 0 for loader in loaders)
+        return round(total * min(1.0, event["resumed_units"] / units)) if units else 0
+    chunks = event.get("num_chunks") or sum(  # an earlier version has written it
         -(-loader["num_units"] // loader["chunk_size"])
-        for loader in event.get("loaders") or ()
+        for loader in loaders
         if loader.get("num_units") and loader.get("chunk_size")
     )
     return round(total * min(1.0, (event.get("resumed_chunks") or 0) / chunks)) if chunks else 0

@@ -164,6 +164,7 @@ def main():
     options.add_argument("--dies", default="")
     options.add_argument("--at", type=int, default=7)
     options.add_argument("--batch", type=int, default=4)
+    options.add_argument("--chunk", type=int, default=4)
     options = options.parse_args()
     directory = Path(options.directory)
     made, opened = KINDS[options.kind]
@@ -173,6 +174,7 @@ def main():
     strategy = GPUOrchStrategy(
         tensor_parallel_size=options.tp,
         output_dir=options.output,
+        chunk_size=options.chunk,
         enable_dynamic_batching=options.dynamic,
         length_fn=(lambda sample: 1) if options.dynamic else None,
     )

@@ -76,7 +76,7 @@ def main():
     options = parser()
     options.add_argument("--samples", type=int, default=120)
     options.add_argument("--batch", type=int, default=4)
-    options.add_argument("--chunk", type=int, default=2)
+    options.add_argument("--chunk", type=lambda text: text if text == "auto" else int(text), default=2)
     options.add_argument("--step", type=float, default=0.05)
     options.add_argument("--notes", default="notes.txt")
     options.add_argument("--harm", default=None)

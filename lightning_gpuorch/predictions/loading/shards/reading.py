@@ -93,6 +93,7 @@ class ShardReading:
         queue: Told where shards end, and what was read of each chunk.
         sink: Told what is being read, and of chunks without a batch.
         next_answer: Asks for work.
+        take_over: Tells the units of a chunk that others, or an earlier run, have computed; None where windows do so.
         isolates: Give up what cannot be read, and go on with the rest; otherwise raise.
         uncollated: Give lists of samples.
     """
@@ -104,11 +105,12 @@ class ShardReading:
         queue: WorkQueue,
         sink: ChunkSink,
         next_answer: NextAnswer,
+        take_over: Callable[[LeasedChunk], frozenset[int]] | None = None,
         isolates: bool = True,
         uncollated: bool = False,
     ):
         self._source, self._layout, self._queue, self._sink = source, layout, queue, sink
-        self._next_answer, self._isolates = next_answer, isolates
+        self._next_answer, self._take_over, self._isolates = next_answer, take_over, isolates
         self._items = "samples" if uncollated else "batches"
         self._lanes = [_Lane() for _ in range(max(1, source.num_workers))]
         self._turn = 0
@@ -276,6 +278,8 @@ class ShardReading:
         if lane.visit is None or lane.visit.is_over or lane.visit.shard != shard:
             lane.visit = _Visit(shard)
         skip = frozenset(answer.skip)  # of a shard that cannot be entered behind them they are read, and not computed
+        if self._take_over is not None:
+            skip |= self._take_over(answer)
         units = [unit for unit in self._layout.chunk_range(answer.chunk) if unit not in skip]
         lane.lease, lane.units, lane.last_unit = answer, iter(units), units[-1] if units else -1
         if not units:
