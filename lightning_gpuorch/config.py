@@ -66,6 +66,12 @@ class OrchestratorConfig:
     """A node that is silent for so long loses the chunks it holds to others; it may come back."""
     node_timeout_sec: float = 300.0
     """A node that is silent for so long is given up, and gives up itself."""
+    preemption_notice: str = ""
+    """Where it is told that this machine will be taken away, which takes its node out of the job as SIGTERM does: the path
+    of a file that appears then, or ``aws``, ``gcp`` or ``azure`` for the cloud's metadata service."""
+    late_node_output_dir: str = ""
+    """The job's output directory. A node other than 0 that has found no coordinator for ``start_timeout_sec`` looks there
+    whether the job has ended: it ends with 0 if all predictions are there."""
     token: str = ""
     """Secret that the nodes of a job share; one node alone makes its own."""
     allow_insecure: bool = False

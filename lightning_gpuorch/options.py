@@ -34,6 +34,8 @@ class OrchestratorOptions(TypedDict, total=False):
     allow_tensor_parallel_shrink: bool
     lease_term_sec: float
     node_timeout_sec: float
+    preemption_notice: str
+    late_node_output_dir: str
     token: str
     allow_insecure: bool
     tls_certificate: str

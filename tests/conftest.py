@@ -23,6 +23,20 @@ import pytest
 
 # Before torch is imported anywhere: a forked child must not wait for its parent's OpenMP threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The tests may themselves run under a launcher, whose job is not theirs.
+for _name in list(os.environ):
+    if _name.startswith(("SLURM_", "TORCHELASTIC_", "PMI_", "KUBERNETES_")) or _name in (
+        "RANK",
+        "LOCAL_RANK",
+        "GLOBAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "NODE_RANK",
+        "GROUP_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
+        del os.environ[_name]
 
 try:
     from hypothesis import HealthCheck, settings

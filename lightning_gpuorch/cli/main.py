@@ -16,6 +16,8 @@ from lightning_gpuorch.cli.doctor import doctor
 from lightning_gpuorch.cli.predictions import predictions
 from lightning_gpuorch.cli.report import report
 from lightning_gpuorch.cli.run import run
+from lightning_gpuorch.cli.stop import stop
+from lightning_gpuorch.cli.submit import submit
 from lightning_gpuorch.cli.top import top
 from lightning_gpuorch.testing.chaos import chaos
 
@@ -27,6 +29,8 @@ def gpuorch() -> None:
 
 
 gpuorch.add_command(run)
+gpuorch.add_command(stop)
+gpuorch.add_command(submit)
 gpuorch.add_command(chaos)
 gpuorch.add_command(predictions)
 gpuorch.add_command(report)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from lightning_gpuorch.cli.parameters import NodeCount
 from lightning_gpuorch.config import OrchestratorConfig
 from lightning_gpuorch.devices.discovery import choose_devices, device_pool
 from lightning_gpuorch.errors import ConfigurationError, GPUOrchError
+
+if TYPE_CHECKING:
+    from lightning_gpuorch.control.client import NodePlace
+    from lightning_gpuorch.supervisor.slurm import SlurmStep
 
 _PRECISIONS = (
     "transformer-engine", "transformer-engine-float16", "16-true", "16-mixed", "bf16-true", "bf16-mixed", "32-true",
@@ -58,16 +65,45 @@ def run(script: str, script_args: tuple[str, ...], **options: Any) -> None:
 def _run(script: str, script_args: list[str], **options: Any) -> int:
     if options["strategy"] != "gpuorch":
         return _fabric_run(script, script_args, options)
-    # The supervisor is light: neither torch nor Lightning is imported in this process.
-    from lightning_gpuorch.control.client import NodePlace
-    from lightning_gpuorch.supervisor.spawn import script_spawner
-    from lightning_gpuorch.supervisor.supervisor import Supervisor
+    from lightning_gpuorch.supervisor.slurm import SlurmStep
     from lightning_gpuorch.telemetry.logs import configure_logging
 
     config = OrchestratorConfig.resolve()
-    min_nodes, num_nodes = options["num_nodes"]
-    place = NodePlace(num_nodes, options["node_rank"], options["main_address"], options["main_port"], min_nodes)
     configure_logging(config.log_level, rank=None, replica=0)
+    step = SlurmStep.read()
+    place = _place(options, step)
+    with contextlib.ExitStack() as stack:
+        if step is not None and place.num_nodes > 1 and not config.token:
+            token = stack.enter_context(step.shared_token(config.start_timeout_sec))
+            config = dataclasses.replace(config, token=token)
+        return _supervise(["script", os.path.abspath(script), *script_args], place, config, options)
+
+
+def _place(options: dict[str, Any], step: SlurmStep | None) -> NodePlace:
+    """Which node this is: what is given counts, then what SLURM says."""
+    from lightning_gpuorch.control.client import NodePlace
+
+    min_nodes, num_nodes = options["num_nodes"]
+    given = NodePlace(num_nodes, options["node_rank"], options["main_address"], options["main_port"], min_nodes)
+    if step is None:
+        return given
+    context = click.get_current_context()
+    is_default = {name for name in options if context.get_parameter_source(name) is ParameterSource.DEFAULT}
+    found = step.place
+    return NodePlace(
+        found.num_nodes if "num_nodes" in is_default else num_nodes,
+        found.node_rank if "node_rank" in is_default else given.node_rank,
+        found.main_address if "main_address" in is_default else given.main_address,
+        found.main_port if "main_port" in is_default else given.main_port,
+        0 if "num_nodes" in is_default else min_nodes,
+    )
+
+
+def _supervise(target: list[str], place: NodePlace, config: OrchestratorConfig, options: dict[str, Any]) -> int:
+    # The supervisor is light: neither torch nor Lightning is imported in this process.
+    from lightning_gpuorch.supervisor.spawn import script_spawner
+    from lightning_gpuorch.supervisor.supervisor import Supervisor
+
     accelerator, count, indices = choose_devices(options["accelerator"], options["devices"])
     environment = {
         "LT_CLI_USED": "1",
@@ -78,7 +114,7 @@ def _run(script: str, script_args: list[str], **options: Any) -> int:
     }
     if options["precision"] is not None:
         environment["LT_PRECISION"] = options["precision"]
-    spawner = script_spawner(["script", os.path.abspath(script), *script_args], config.enable_warm_start)
+    spawner = script_spawner(target, config.enable_warm_start)
     gpus = (indices or list(range(count))) if accelerator == "cuda" else []
     pool = device_pool(gpus, config.spare_devices)
     return Supervisor(spawner, count, config, devices=pool, environment=environment, place=place).run()

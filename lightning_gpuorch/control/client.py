@@ -196,6 +196,11 @@ class StateWatch:
             self._state = self.client.state()
         return self._state
 
+    @property
+    def records(self) -> str | None:
+        """Where the job keeps its results, as far as was told before the coordinator was lost."""
+        return self._state.records if self._state is not None else None
+
     def close(self) -> None:
         """Stop asking."""
         self._stop.set()

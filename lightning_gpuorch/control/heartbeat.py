@@ -8,6 +8,7 @@ a system call. Times are CLOCK_MONOTONIC, which all processes of a node share.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import mmap
 import os
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 0.2
 SHARED_MEMORY = Path("/dev/shm")
+_NEW_SECONDS = 60.0
 _FIELDS = (
     "pid", "generation", "alive_ns", "progress", "progress_ns", "phase", "phase_ns",
     "job", "loader", "chunk", "unit_start", "unit_stop", "commit_ns",
@@ -92,13 +94,14 @@ class HeartbeatTable:
             if create:
                 # Not by its length alone: writing to a page that a full file system cannot give ends the process (SIGBUS).
                 os.posix_fallocate(descriptor, 0, size)
+                fcntl.flock(descriptor, fcntl.LOCK_SH)  # as long as this process lives
             self._map = mmap.mmap(descriptor, size)
         except OSError:
+            os.close(descriptor)
             if create:
                 os.unlink(path)
             raise
-        finally:
-            os.close(descriptor)
+        self._descriptor = descriptor
         self._cells = memoryview(self._map).cast("q")
 
     def row(self, rank: int) -> Row:
@@ -123,6 +126,19 @@ class HeartbeatTable:
         """Release the memory; the file stays."""
         self._cells.release()
         self._map.close()
+        os.close(self._descriptor)
+
+
+def sweep_tables(shared_memory: Path = SHARED_MEMORY) -> None:
+    """Remove tables of this user's supervisors that were killed; those of living ones are locked, also in containers."""
+    for path in shared_memory.glob("gpuorch-*"):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            stack.callback(os.close, descriptor)
+            found = os.fstat(descriptor)
+            if found.st_uid == os.geteuid() and time.time() - found.st_mtime > _NEW_SECONDS:  # it may not be locked yet
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 def create_table(name: str, num_ranks: int, fallback: Path, shared_memory: Path = SHARED_MEMORY) -> HeartbeatTable:

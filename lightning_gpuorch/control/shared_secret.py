@@ -106,20 +106,37 @@ def read_secret(directory: str) -> str:
     Raises:
         ControlPlaneError: It is not there, or others than this user could have put it there.
     """
-    with contextlib.ExitStack() as stack:
+    try:
+        place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            stack.callback(os.close, place)
             _check_owner(os.fstat(place), directory)
-            descriptor = os.open(_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=place)
-            stack.callback(os.close, descriptor)
-            _check_owner(os.fstat(descriptor), f"{directory}/{_NAME}")
-            return os.read(descriptor, _MAX_BYTES).decode("ascii")
-        except (OSError, ValueError) as error:
-            raise ControlPlaneError(
-                f"the secret of this job cannot be read from {directory}: {error}. Ranks on one host share it there; set "
-                "GPUORCH_TOKEN to the same secret for all of them if they share no temporary directory."
-            ) from error
+            return read_private_file(_NAME, place, directory)
+        finally:
+            os.close(place)
+    except (OSError, ValueError) as error:
+        raise ControlPlaneError(
+            f"the secret of this job cannot be read from {directory}: {error}. Ranks on one host share it there; set "
+            "GPUORCH_TOKEN to the same secret for all of them if they share no temporary directory."
+        ) from error
+
+
+def read_private_file(name: str, directory: int | None = None, where: str = "") -> str:
+    """Read a secret of this user's.
+
+    Args:
+        name: Path of the file.
+        directory: Descriptor of the directory that holds it.
+        where: Path of that directory, for messages.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no text.
+        ControlPlaneError: Others than this user could have put it there.
+    """
+    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+    with contextlib.closing(os.fdopen(descriptor, "rb")) as file:
+        _check_owner(os.fstat(descriptor), os.path.join(where, name))
+        return file.read(_MAX_BYTES).decode("ascii")
 
 
 def _check_owner(found: os.stat_result, path: str) -> None:

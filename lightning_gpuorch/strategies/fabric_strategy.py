@@ -215,8 +215,18 @@ class FabricStrategy(StrategyShell, _Base):  # type: ignore[misc]
         return super().setup_module_and_optimizers(module, optimizers, *args, **kwargs)
 
     def setup_optimizer(self, optimizer: Any) -> Any:
-        """Take an optimizer as it is, on one device; refused on several."""
+        """Take an optimizer as it is, on one device; refused on several, and of parameters on meta.
+
+        Raises:
+            ConfigurationError: Its parameters have no values yet; loading would put others in their place.
+        """
         self.refuse_to_train()
+        if any(parameter.is_meta for group in optimizer.param_groups for parameter in group["params"]):
+            raise ConfigurationError(
+                f"{type(optimizer).__name__} has parameters without values, and loading puts others in their place. Load "
+                "the weights first (fabric.setup_module, fabric.load_raw), then make the optimizer."
+            )
+        self.model_setup.weights_change()
         return optimizer
 
     def refuse_to_train(self) -> None:

@@ -154,6 +154,8 @@ class TrainerStrategy(StrategyShell, _Base):
     def setup(self, trainer: pl.Trainer) -> None:
         """Put the model on its device, sharded if asked for; nothing is broadcast outside training."""
         if trainer.state.fn == "fit":
+            assert self.lightning_module is not None
+            self.model_setup.weights_change(self.lightning_module)
             if self.world_size == 1:
                 self._layer_sync = None
             super().setup(trainer)

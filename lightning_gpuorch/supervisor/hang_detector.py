@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lightning_gpuorch.config import OrchestratorConfig
-from lightning_gpuorch.control.heartbeat import SHARED_MEMORY, Judge, Limits, StuckRank, create_table
+from lightning_gpuorch.control.heartbeat import Judge, Limits, StuckRank, create_table, sweep_tables
 from lightning_gpuorch.control.messages.base import LoaderKey, UnitRange
 from lightning_gpuorch.supervisor.workers import Workers
-from lightning_gpuorch.telemetry.run_directory import find_runs
 
 JUDGE_SECONDS = 0.2
 
@@ -30,7 +29,7 @@ class HangDetector:
         self, config: OrchestratorConfig, name: str, directory: Path, num_ranks: int, local: Callable[[int], int]
     ):
         self._local = local
-        _sweep_shared_memory()
+        sweep_tables()
         self._table = create_table(name, num_ranks, directory)
         limits = Limits(
             alive=config.heartbeat_timeout_sec,
@@ -79,10 +78,3 @@ class HangDetector:
         """Remove the table."""
         self._table.close()
         Path(self._table.path).unlink(missing_ok=True)
-
-
-def _sweep_shared_memory() -> None:
-    """Remove the heartbeat tables of supervisors that were killed; what is there of their records stays for a while."""
-    for run in find_runs():
-        for table in () if run.alive else SHARED_MEMORY.glob(f"gpuorch-{run.run_id}-*"):
-            table.unlink(missing_ok=True)

@@ -38,6 +38,7 @@ class JobDrain:
     def __init__(self, node: Node, node_drain: NodeDrain):
         self._node, self._node_drain = node, node_drain
         self._signals: list[int] = []
+        self._notice: str | None = None
         self._deadline: float | None = None
         self._previous: dict[int, Any] = {}
         self._raises = False
@@ -48,9 +49,13 @@ class JobDrain:
         return self._deadline is not None
 
     @property
-    def asked_by_signal(self) -> bool:
-        """Whether a signal has asked this process to stop."""
-        return bool(self._signals)
+    def asked_here(self) -> bool:
+        """Whether a signal, or a notice about this machine, has asked this process to stop."""
+        return bool(self._signals) or self._notice is not None
+
+    def notice(self, reason: str) -> None:
+        """This machine will be taken away. Called by any thread."""
+        self._notice = self._notice or reason
 
     def install_signal_handlers(self) -> None:
         """Take SIGTERM and SIGINT as a request to stop, if this is the main thread."""
@@ -84,13 +89,13 @@ class JobDrain:
     def check_signals(self) -> None:
         """Follow signals: the first one drains, the second one ends at once, as does the deadline."""
         leaves = self._node_drain.under_way
-        if self._signals and self._deadline is None and not leaves:
-            name = signal.Signals(self._signals[0]).name
-            if self._signals[0] == signal.SIGTERM and self._node_drain.is_possible:
-                self._node_drain.begin(name)
+        if self.asked_here and self._deadline is None and not leaves:
+            reason = self._notice or signal.Signals(self._signals[0]).name
+            if (self._notice or self._signals[0] == signal.SIGTERM) and self._node_drain.is_possible:
+                self._node_drain.begin(reason)
             else:
-                log.info("%s: finishing the chunks in hand", name)
-                self.begin(name)
+                log.info("%s: finishing the chunks in hand", reason)
+                self.begin(reason)
         if leaves and len(self._signals) > 1:
             self._node_drain.end_now()
         elif len(self._signals) > 1 or (self._deadline or float("inf")) < time.monotonic():
@@ -106,7 +111,7 @@ class JobDrain:
 
     def pass_on(self) -> None:
         """Tell the others of a signal, when this node's own part is done."""
-        if self._signals and not self._node.state().draining and not self._node_drain.is_possible:
+        if self.asked_here and not self._node.state().draining and not self._node_drain.is_possible:
             self._node.client.drain()
 
     def _set_deadline(self) -> None:

@@ -18,6 +18,7 @@ from lightning_gpuorch.control.server import ControlServer
 from lightning_gpuorch.control.tls import Certificates
 from lightning_gpuorch.control.transport import Channel, LocalChannel, RemoteChannel
 from lightning_gpuorch.errors import ControlPlaneError, ControlPlaneTimeoutError
+from lightning_gpuorch.supervisor.job_end import recorded_exit_code, what_is_lacking
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +141,35 @@ class Rendezvous:
                 missing = f", nodes {self.coordinator.nodes.missing} have not" if self.coordinator is not None else ""
                 fewest = self.place.min_nodes or self.place.num_nodes
                 raise ControlPlaneError(f"fewer than {fewest} nodes have joined within {limit:g} s{missing}") from None
+
+    def code_without_coordinator(self, error: ControlPlaneError) -> int:
+        """The exit code of a node that has lost the coordinator, or has not found it: the job's, if that can be known.
+
+        Args:
+            error: What has happened to the coordinator; logged with what follows from it.
+        """
+        config = self._config
+        if self.place.node_rank == 0 or type(error) is not ControlPlaneError:
+            log.error("%s; this node stops, what it has computed is durable", error)
+            return error.exit_code
+        if self._watch.records is not None:
+            code = recorded_exit_code(self._watch.records, self.run_id, config.storage_options)
+            if code is not None:
+                log.info("%s; the job has ended with exit code %d, by its records", error, code)
+                return code
+        elif config.late_node_output_dir:
+            lacking = what_is_lacking(config.late_node_output_dir, config.storage_options)
+            if lacking is None:
+                log.info("%s; all predictions are in %s: the job has ended well", error, config.late_node_output_dir)
+                return 0
+            log.error("%s; %s; start all nodes again, the job goes on from there", error, lacking)
+            return error.exit_code
+        log.error(
+            "%s; this node stops, what it has computed is durable; if the job has ended meanwhile, "
+            "GPUORCH_LATE_NODE_OUTPUT_DIR tells a node that comes late where to look",
+            error,
+        )
+        return error.exit_code
 
     def state(self, fresh: bool = False) -> JobState:
         """The state of the job: the last one known, or one asked for now."""

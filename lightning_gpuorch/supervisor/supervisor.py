@@ -36,9 +36,11 @@ from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_di
 from lightning_gpuorch.predictions.storage.working_copy import working_copy
 from lightning_gpuorch.supervisor.failure_handler import FailureHandler
 from lightning_gpuorch.supervisor.job_drain import JobDrain, StoppedError
+from lightning_gpuorch.supervisor.job_end import SOURCE_OF_NODE_0
 from lightning_gpuorch.supervisor.node import Node
 from lightning_gpuorch.supervisor.node_drain import NodeDrain
 from lightning_gpuorch.supervisor.outcome import Outcome, decide_outcome
+from lightning_gpuorch.supervisor.preemption import PreemptionWatch, notice_source
 from lightning_gpuorch.supervisor.rendezvous import Rendezvous
 from lightning_gpuorch.supervisor.retirement import retire
 from lightning_gpuorch.supervisor.workers import Spawner
@@ -86,6 +88,7 @@ class Supervisor:
         place: NodePlace | None = None,
     ):
         self.place = place = place or NodePlace()
+        self._notices = notice_source(config.preemption_notice) if config.preemption_notice else None
         self.config, self.num_workers = config, num_workers
         self.run_id = new_run_id()
         try:
@@ -94,7 +97,7 @@ class Supervisor:
             raise ConfigurationError(
                 f"there is no directory for the records of this run: {error}. Set TMPDIR to one that can be written."
             ) from error
-        source = "supervisor" if place.node_rank == 0 else f"supervisor-{place.node_rank}"
+        source = SOURCE_OF_NODE_0 if place.node_rank == 0 else f"supervisor-{place.node_rank}"
         self._events = EventLog(self.run_directory / "events", source)
         self.keep_results = False
         """Leave results nobody asked to keep for :meth:`clean_up_at_exit`: the caller is this process."""
@@ -133,6 +136,7 @@ class Supervisor:
         """
         node, code = self._node, EXIT_FAILURE
         self._job_drain.install_signal_handlers()
+        watch = PreemptionWatch(self._notices, self._job_drain.notice) if self._notices is not None else None
         try:
             with self._job_drain.stopping_at_once():
                 self._rendezvous.join()
@@ -159,9 +163,10 @@ class Supervisor:
         except WorkerStartError as error:
             log.error("%s The job ends.", error)
         except ControlPlaneError as error:
-            log.error("%s; this node stops, what it has computed is durable", error)
-            code = error.exit_code
+            code = self._rendezvous.code_without_coordinator(error)
         finally:
+            if watch is not None:
+                watch.close()
             node.workers.kill(list(node.workers))
             node.pending_starts.cancel()
             done = (
@@ -220,11 +225,11 @@ class Supervisor:
         end = decide_outcome(
             coordinator,
             codes | {EXIT_FAILURE} if coordinator.nodes.lost_ranks() else codes,
-            self._job_drain.asked_by_signal or bool(coordinator.nodes.drained()),
+            self._job_drain.asked_here or bool(coordinator.nodes.drained()),
         )
         self._tell_outcome(end)
         coordinator.nodes.conclude(end.exit_code)
-        if not self._job_drain.asked_by_signal:
+        if not self._job_drain.asked_here:
             with self._job_drain.stopping_at_once(), contextlib.suppress(StoppedError):
                 self._rendezvous.await_latecomers()
         return end.exit_code

@@ -133,8 +133,19 @@ class ModelSetup:
         setting = self.runtime.config.model_fingerprint
         if setting != "auto":
             return None if setting == "off" else setting
-        whole = applied_plan(model) is None and not _has_dtensors(model) and not has_meta(model)
+        applied = applied_plan(model)
+        whole = applied is None or (applied[0].tensor_parallel_size == 1 and model not in _cut_from)
+        whole = whole and not _has_dtensors(model) and not has_meta(model)
         return fingerprint_weights(model) if whole else _cut_from.get(model)
+
+    def weights_change(self, *models: nn.Module) -> None:
+        """Where their weights were read from no longer tells which they are.
+
+        Args:
+            *models: Models that are trained from here on; all that were prepared, if none are given.
+        """
+        for model in models or tuple(self._ready):
+            _cut_from.pop(model, None)
 
     # Sharding
 

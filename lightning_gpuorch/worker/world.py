@@ -146,7 +146,12 @@ class World:
         worker = WorkerEnvironment.read() or _NO_WORKER
         spans_hosts = whole_job and worker.local_world_size < topology.world_size
         store: Any
-        if rank == 0 and self.run_directory is not None and not spans_hosts:
+        if not whole_job and self.groups.backend == "gloo":
+            from lightning_gpuorch.worker.group_store import CoordinatorStore
+
+            # NCCL's own threads use their store as well, at moments when Python may be gone.
+            store = CoordinatorStore(self.channel, f"{key}/", self.groups.timeout_seconds)
+        elif rank == 0 and self.run_directory is not None and not spans_hosts:
             path = self.run_directory / key.replace("/", "-")
             store = self.groups.create_local_store(path, size)
             self.channel.call(Publish(key=key, value=str(path)), timeout_seconds=timeout)

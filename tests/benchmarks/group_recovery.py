@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import random
 import statistics
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -41,6 +42,7 @@ from lightning_gpuorch.parallel.tensor_parallel import Communicator
 from lightning_gpuorch.predictions.samples.tensors import digest, whole
 from lightning_gpuorch.testing.shared_gpu import share_gpu
 from lightning_gpuorch.worker.group_recovery.recovery import GroupRecovery, Recovery
+from lightning_gpuorch.worker.group_store import CoordinatorStore
 from lightning_gpuorch.worker.oom.detection import freeze_objects
 from lightning_gpuorch.worker.oom.halving import BatchHalver
 
@@ -143,7 +145,7 @@ class Rank:
         rank: int,
         size: int,
         address: str,
-        store_port: int,
+        store_path: str,
         way: str = "measured",
         timeout_seconds: float = 10.0,
         backend: str = "gloo",
@@ -158,12 +160,16 @@ class Rank:
         freeze_objects()  # as a worker does
         self.rank, self.size = rank, size
         self.manager = ProcessGroupManager(backend, timeout_seconds, self.device, recoverable=True)
-        store = self.manager.create_store("127.0.0.1", store_port, False, size)
+        self.channel = RemoteChannel(address, Peer("rank", rank), "secret")
+        store: Any = (
+            CoordinatorStore(self.channel, "store/", timeout_seconds)
+            if backend == "gloo"
+            else dist.FileStore(store_path, size)
+        )
         self.manager.initialize(rank, size, store=store, is_replica=True)
         self.mesh = self.manager.device_mesh(1, size)
         self.group: groups.RecoverableProcessGroup = self.mesh.get_group("tensor_parallel")  # type: ignore[assignment]
         self.recoveries: list[Recovery] = []
-        self.channel = RemoteChannel(address, Peer("rank", rank), "secret")
         self.recovery = GroupRecovery(
             self.channel,
             Sender(rank=rank, replica=0, generation=0),
@@ -389,7 +395,7 @@ def _serve(
     rank: int,
     size: int,
     address: str,
-    port: int,
+    store_path: str,
     way: str,
     backend: str,
     work: Callable[..., Any],
@@ -397,7 +403,7 @@ def _serve(
     end: Connection,
 ) -> None:
     try:
-        node = Rank(rank, size, address, port, way, backend=backend)
+        node = Rank(rank, size, address, store_path, way, backend=backend)
         result = work(node, *arguments)
         node.close()
         end.send((result, None))
@@ -416,7 +422,7 @@ def on_ranks(
     """Run ``work(node, *arguments)`` on ranks with a coordinator outside of them; give the results by rank."""
     context = multiprocessing.get_context("spawn")
     server = ControlServer(Coordinator(size), token="secret")
-    store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+    scratch = tempfile.TemporaryDirectory(prefix="group-recovery-")
     processes: list[Any] = []
     ends: list[Connection] = []
     results: dict[int, Any] = {}
@@ -426,7 +432,7 @@ def on_ranks(
             processes.append(
                 context.Process(
                     target=_serve,
-                    args=(rank, size, server.address, store.port, way, backend, work, arguments, there),
+                    args=(rank, size, server.address, f"{scratch.name}/store", way, backend, work, arguments, there),
                     daemon=True,
                 )
             )
@@ -455,6 +461,7 @@ def on_ranks(
                 process.kill()
                 process.join(10)
         server.close()
+        scratch.cleanup()
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -1,12 +1,21 @@
 """The judge, with a clock and process states of our own; the table with real processes."""
 
 import contextlib
+import os
 import random
 import subprocess
 
 import pytest
 
-from lightning_gpuorch.control.heartbeat import HeartbeatTable, Judge, Limits, Phase, create_table, waits_for_others
+from lightning_gpuorch.control.heartbeat import (
+    HeartbeatTable,
+    Judge,
+    Limits,
+    Phase,
+    create_table,
+    sweep_tables,
+    waits_for_others,
+)
 
 LIMITS = Limits(alive=2.0, start=100.0, step=4.0, commit=30.0, exit=10.0)
 PID = 4242
@@ -223,3 +232,20 @@ def test_who_stands_in_a_group_of_ours_waits_for_others():
     from lightning_gpuorch.parallel.groups import recoverable_group
 
     assert waits_for_others(f'  File "{recoverable_group.__file__}", line 7 in wait')
+
+
+def test_tables_of_killed_supervisors_are_removed_and_those_of_living_ones_stay(tmp_path):
+    living = create_table("gpuorch-living", 1, tmp_path, shared_memory=tmp_path)
+    names = ("gpuorch-dead", "gpuorch-new", "another-program")
+    for name in names:
+        create_table(name, 1, tmp_path, shared_memory=tmp_path).close()
+    for name in ("gpuorch-living", "gpuorch-dead", "another-program"):
+        os.utime(tmp_path / name, (1, 1))
+    (tmp_path / "gpuorch-link").symlink_to(tmp_path / "another-program")
+    sweep_tables(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "another-program", "gpuorch-link", "gpuorch-living", "gpuorch-new",
+    ]  # fmt: skip
+    living.close()
+    sweep_tables(tmp_path)
+    assert not (tmp_path / "gpuorch-living").exists()

@@ -181,6 +181,19 @@ def test_a_node_that_comes_back_after_the_work_is_done_ends_as_the_job_does(runn
     assert "node 1 comes back" in runner.log_of(coordinator)
 
 
+def test_a_node_that_comes_when_all_others_are_gone_looks_whether_the_job_is_complete(runner, tmp_path):
+    assert runner.run(SLOW, "--devices", 1, "--output", "out", "--samples", 40).code == 0
+    late = {"GPUORCH_LATE_NODE_OUTPUT_DIR": str(tmp_path / "out"), "GPUORCH_START_TIMEOUT_SEC": "2"}
+    late["GPUORCH_NODE_TIMEOUT_SEC"] = "2"
+    node = _start(runner, 1, free_port(), environment=late)
+    assert runner.wait(node, 60) == 0, runner.log_of(node)
+    assert "the job has ended well" in runner.log_of(node)
+    next((tmp_path / "out" / "dataloader_0").glob("part-*")).unlink()
+    node = _start(runner, 1, free_port(), environment=late)
+    assert runner.wait(node, 60) == 1
+    assert "start all nodes again, the job goes on from there" in runner.log_of(node)
+
+
 def test_after_a_restart_of_the_coordinator_the_other_nodes_end_at_once_and_may_join_again(runner, tmp_path):
     port = free_port()
     coordinator, other = _start(runner, 0, port, "--samples", 800), _start(runner, 1, port, "--samples", 800)

@@ -116,6 +116,24 @@ def test_a_process_that_another_launcher_has_made_trains_alone(tmp_path: Path, m
     assert all(torch.equal(trained[name], value) for name, value in expected.items())
 
 
+def test_an_optimizer_is_made_after_the_weights_of_an_empty_model_are_read(tmp_path: Path) -> None:
+    fabric = fabric_of("lightning.fabric", "gpuorch")
+    torch.save(net().state_dict(), tmp_path / "weights.pt")
+    with fabric.init_module(empty_init=True):
+        model = net()
+    with pytest.raises(ConfigurationError, match="SGD has parameters without values"):
+        fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model = fabric.setup_module(model)
+    fabric.load_raw(tmp_path / "weights.pt", model)
+    identity = fabric.strategy.model_setup.fingerprint
+    of_the_file = identity(model.module)
+    optimizer = fabric.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.1))
+    fabric.backward(model(DATA).square().mean())
+    optimizer.step()
+    assert not torch.equal(model.module[0].weight, net()[0].weight)
+    assert identity(model.module) != of_the_file
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_training_on_several_devices_is_refused_before_the_model_is_touched(package: str) -> None:
     importlib.import_module("lightning_gpuorch")

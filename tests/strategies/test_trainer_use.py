@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import lightning_gpuorch  # noqa: F401 - registers the strategy
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.predictions.samples.tensors import fingerprint_weights
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -45,6 +46,17 @@ def test_fit_on_one_device_and_predict_after_it(tmp_path: Path, sync_batchnorm: 
     assert not torch.equal(model.layer.weight, before)
     predictions = trainer(tmp_path, devices=1).predict(model, DataLoader(torch.ones(6, 32), batch_size=2))
     assert len(predictions) == 3
+
+
+def test_weights_that_were_read_and_then_trained_are_another_model(tmp_path: Path) -> None:
+    model, loader = BoringModel(), DataLoader(torch.ones(6, 32), batch_size=2)
+    torch.save(BoringModel().state_dict(), tmp_path / "weights.bin")
+    trainer(tmp_path, devices=1).predict(model, loader, ckpt_path=str(tmp_path / "weights.bin"))
+    trainer(tmp_path, devices=1, max_steps=1, limit_val_batches=0).fit(model)
+    predicting = trainer(tmp_path, devices=1)
+    predicting.predict(model, loader)
+    found = predicting.strategy.model_setup.fingerprint(model)
+    assert found == fingerprint_weights(model)
 
 
 @pytest.mark.job

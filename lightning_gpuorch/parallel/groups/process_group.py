@@ -42,6 +42,13 @@ class ProcessGroupManager:
         self._backend, self._timeout_seconds, self._device = backend, timeout_seconds, device
         self._recoverable = recoverable
         self._owns_world = False
+        self._store: Store | None = None
+        """Torch keeps the C++ half of a store alive, and not the methods of one that is written in Python."""
+
+    @property
+    def timeout_seconds(self) -> float:
+        """Longest wait for the other ranks while a group is formed, and for a collective."""
+        return self._timeout_seconds
 
     @property
     def backend(self) -> str:
@@ -102,6 +109,7 @@ class ProcessGroupManager:
         timeout = timedelta(seconds=self._timeout_seconds)
         if store is None:
             store = self.create_store(master_addr, master_port, rank == 0, world_size)
+        self._store = store
         backend = self._tensor_parallel_backend() if is_replica else self.backend
         options: dict[str, Any] = {}
         if backend == "nccl":
@@ -226,7 +234,7 @@ class ProcessGroupManager:
 
         if self._owns_world and dist.is_initialized():
             dist.destroy_process_group()
-        self._owns_world = False
+        self._owns_world, self._store = False, None
 
 
 def _own_group(groups: list[list[int]], backend: str, timeout: timedelta) -> Any:

@@ -125,7 +125,11 @@ def _leave_fused_kernels(module: nn.Module) -> None:
 
 
 def _cut_tensors(model: nn.Module, plan: TensorParallelPlan, rank: int) -> None:
-    """Cut parameters and buffers; tensors that are one before are one after."""
+    """Cut parameters and buffers; tensors that are one before are one after.
+
+    A model that several ranks share serves inference only; one that a rank has for itself may be trained.
+    """
+    trains = plan.tensor_parallel_size == 1
     local: dict[int, torch.Tensor] = {}
     keep_ids_unique: list[torch.Tensor] = []
     for prefix, module in model.named_modules():
@@ -140,7 +144,7 @@ def _cut_tensors(model: nn.Module, plan: TensorParallelPlan, rank: int) -> None:
                 keep_ids_unique.append(value)
                 piece = local_parameter(value, plan.parameters[name], rank) if name in plan.parameters else value
                 if own is module._parameters:
-                    piece = nn.Parameter(piece.detach(), requires_grad=False)
+                    piece = nn.Parameter(piece.detach(), requires_grad=trains and value.requires_grad)
                 local[id(value)] = own[key] = piece
 
 

@@ -276,7 +276,7 @@ def _read(checkpoint: Checkpoint, target: _Target, rank: int) -> tuple[torch.Ten
 
 def _put(model: nn.Module, target: _Target, value: torch.Tensor) -> None:
     is_parameter = isinstance(target.current, nn.Parameter)
-    tensor = nn.Parameter(value, requires_grad=False) if is_parameter else value
+    tensor = nn.Parameter(value, requires_grad=target.current.requires_grad) if is_parameter else value
     for name in target.names:
         prefix, _, key = name.rpartition(".")
         module = model.get_submodule(prefix)
