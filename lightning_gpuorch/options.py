@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from typing_extensions import TypedDict
@@ -60,6 +60,9 @@ class OrchestratorOptions(TypedDict, total=False):
     resume_check: Literal["headers", "sampled", "all"]
     sharding: Literal["auto", "off"]
     keep_outputs: bool | Literal["auto"]
+    output_format: Literal["gpq", "parquet"]
+    keep_columns: Sequence[str] | None
+    key_column: str
     max_pending_bytes: int
     model_fingerprint: str
     metrics_address: str

@@ -65,14 +65,18 @@ def show(directory: Location, count: int) -> None:
 @click.argument("directory", type=OutputDirectory(exists=True))
 @click.argument("target", type=LocalPath())
 @click.option(
-    "--format", "kind", type=click.Choice(["parquet", "jsonl"]), default=None, help="Default: by TARGET's name."
+    "--format",
+    "kind",
+    type=click.Choice(["csv", "hf", "jsonl", "npz", "parquet"]),
+    default=None,
+    help="Default: by TARGET's name.",
 )
 def export(directory: Location, target: Path, kind: str | None) -> None:
-    """Write all samples to TARGET, one row each."""
+    """Write all samples to TARGET, one row each: as .parquet, .csv, .jsonl, .npz, or .hf, a Hugging Face dataset on disk."""
     from lightning_gpuorch.predictions.reading.export import export_predictions
 
     try:
-        export_predictions(directory, target, kind or ("parquet" if target.suffix == ".parquet" else "jsonl"))
+        export_predictions(directory, target, kind)
     except GPUOrchError as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"wrote {target}")

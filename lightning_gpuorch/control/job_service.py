@@ -251,7 +251,10 @@ class JobService:
     def _create_job(self, request: OpenJob, wanted: Manifest) -> Job:
         number, directory = request.job, location(request.directory, "directory", request.storage_options)
         manifest = open_or_create(directory, wanted)
-        stores = [PartJournal(loader_directory(directory, index)) for index in range(len(manifest.loaders))]
+        stores = [
+            PartJournal(loader_directory(directory, index), manifest.output_format)
+            for index in range(len(manifest.loaders))
+        ]
         for layout, store in zip(manifest.loaders, stores, strict=True):
             prepare(store, layout, request.resume_check)
         begun = holds_fragments(directory)

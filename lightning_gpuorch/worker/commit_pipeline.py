@@ -17,7 +17,7 @@ from lightning_gpuorch.paths import Location
 from lightning_gpuorch.predictions.loading.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.predictions.storage.fragments import FragmentReader, FragmentWriter, Numbering
-from lightning_gpuorch.predictions.storage.journal import loader_directory
+from lightning_gpuorch.predictions.storage.journal import OutputFormat, loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout, StoredBatch
 from lightning_gpuorch.predictions.storage.parts import PartStore
 from lightning_gpuorch.predictions.storage.writer import PartWriter
@@ -36,6 +36,7 @@ class CommitPipeline:
         job: The predict call.
         context: The rank.
         directory: Of the predict call's results.
+        output_format: Of its parts.
         dynamic: With dynamic batching, what is told that the rank has to leave.
         digest_of: Digest of what was read of a dataloader's chunk, if it is known; asked for once.
         host_cost: Bytes that samples of a dataloader take before they are stored, and seconds to compute them, where the
@@ -50,11 +51,13 @@ class CommitPipeline:
         job: JobContext,
         context: StepContext,
         directory: Location,
+        output_format: OutputFormat,
         dynamic: DynamicSteps | None,
         digest_of: Callable[[int, int], str | None],
         host_cost: Callable[[int, int], tuple[int, float]],
     ):
-        self._job, self._context, self._directory = job, context, directory
+        self._job, self._context = job, context
+        self._directory, self._output_format = directory, output_format
         self._dynamic, self._digest_of, self._host_cost = dynamic, digest_of, host_cost
         self.asked_to_leave = False
         self._chunks_began: dict[tuple[int, int], float] = {}
@@ -135,7 +138,10 @@ class CommitPipeline:
                 collector.keep()
 
     def _make_writer(self) -> PartWriter:
-        stores = [PartStore(loader_directory(self._directory, index)) for index in range(len(self._job.layouts))]
+        stores = [
+            PartStore(loader_directory(self._directory, index), output_format=self._output_format, unit=layout.unit)
+            for index, layout in enumerate(self._job.layouts)
+        ]
         heartbeat = current_heartbeat()
         return PartWriter(
             stores,

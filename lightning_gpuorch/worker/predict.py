@@ -47,10 +47,13 @@ from lightning_gpuorch.predictions.samples.tensors import to_host
 from lightning_gpuorch.predictions.storage.journal import loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.manifest import Manifest, load
+from lightning_gpuorch.predictions.storage.parquet_file import publish_files, pyarrow
+from lightning_gpuorch.predictions.storage.parquet_keys import refuse_equal_keys
 from lightning_gpuorch.predictions.storage.writer import size_bytes
 from lightning_gpuorch.telemetry.steps import StepRecord
 from lightning_gpuorch.worker.batches_in_flight import BatchesInFlight, BatchInFlight
 from lightning_gpuorch.worker.batching.dynamic import DynamicBatcher
+from lightning_gpuorch.worker.carried_columns import CarriedColumns
 from lightning_gpuorch.worker.commit_pipeline import CommitPipeline
 from lightning_gpuorch.worker.dynamic_steps import DynamicSteps
 from lightning_gpuorch.worker.group_samples import SamplesRead
@@ -80,6 +83,9 @@ class PredictionJob:
         world = runtime.world
         self._runtime, self._world = runtime, world
         self.number = world.next_job()
+        self._carried = CarriedColumns(runtime.config, world.topology.is_leader, keep_outputs)
+        if runtime.config.output_format == "parquet":
+            pyarrow()  # before work starts
         described = [describe(loader, limit) for loader, limit in zip(loaders, limits, strict=True)]
         directory, ephemeral = world.job_directory(runtime.output_dir, default_root, runtime.config.storage_options)
         sources = self._by_shard(described, directory)
@@ -90,6 +96,7 @@ class PredictionJob:
         wanted = Manifest(
             loaders=[self._wanted_layout(source) for source in sources],
             keep_outputs=keep_outputs,
+            output_format=runtime.config.output_format,
             model_fingerprint=model_fingerprint,
             versions={"lightning_gpuorch": __version__, "torch": torch.__version__},
         )
@@ -117,10 +124,12 @@ class PredictionJob:
         """Of the dataloaders, with what is decided of later chunks."""
         for index, (source, layout) in enumerate(zip(sources, manifest.loaders, strict=True)):
             source.thaw(loader_directory(self.directory, index), layout)
-        self._keeps_outputs = manifest.keep_outputs
+        self._keeps_outputs, self._output_format = manifest.keep_outputs, manifest.output_format
         keeps = self._host_copy if world.topology.is_leader else None
         self._queues = [ReplicaQueue(self, index) for index in range(len(sources))]
-        self._pipeline = CommitPipeline(self, runtime, self.directory, dynamic, self._digest_of, self._host_cost)
+        self._pipeline = CommitPipeline(
+            self, runtime, self.directory, manifest.output_format, dynamic, self._digest_of, self._host_cost
+        )
         isolates = not self.raises_errors
         self._step = ReplicaStep(
             runtime, sources, manifest.loaders, self._pipeline, dynamic, self._begin_blame, isolates
@@ -264,6 +273,7 @@ class PredictionJob:
         """
         in_flight = self.batches_in_flight.next_delivered()
         ticket = in_flight.ticket
+        carried = self._carried.of(batch, ticket)
         self._pipeline.begin_step(ticket)
         telemetry = self._runtime.telemetry
         telemetry.begin_step(self.steps, ticket.chunk)
@@ -288,6 +298,7 @@ class PredictionJob:
         # Before callbacks change the output: what they do may differ between the ranks of a group, which have to form the
         # same windows.
         output_bytes = 0 if self._dynamic is None else size_bytes(output)
+        in_flight.carried = self._carried.left(carried, ticket, in_flight.ticket, lost)
         self.batches_in_flight.computed(in_flight, output, lost)
         if self._collects_late:
             # The step before: on CUDA this one still computes, and in a group all ranks have asked for it by now.
@@ -428,6 +439,11 @@ class PredictionJob:
         if self._runtime.calibration is not None:  # the data ended before the time
             self._end_calibration()
         if self._world.topology.rank == 0:
+            if self._output_format == "parquet":
+                for index, layout in enumerate(self.layouts):
+                    publish_files(loader_directory(self.directory, index), layout)
+                    if self._runtime.config.key_column:
+                        refuse_equal_keys(loader_directory(self.directory, index), self._runtime.config.key_column)
             self._summarise(closed.seconds)
         return results(self.directory)
 

@@ -76,15 +76,18 @@ def read_predictions(
     manifest = load(root)
     if manifest is None:
         raise ConfigurationError(f"{root} holds no predictions: there is no manifest.json in it.")
-    stores = [PartStore(loader_directory(root, loader)) for loader in range(len(manifest.loaders))]
+    stores = [
+        PartStore(loader_directory(root, loader), output_format=manifest.output_format)
+        for loader in range(len(manifest.loaders))
+    ]
     located = [locate(store, layout) for store, layout in zip(stores, manifest.loaders, strict=True)]
     if not allow_missing:
         _refuse_gaps(root, manifest.loaders, located, read_quarantine(root))
     for store, locator in zip(stores, located, strict=True):
         _refuse_empty_claims(store, locator.num_batches)
     found = [
-        Predictions._open(root, loader, layout, locator)
-        for loader, (layout, locator) in enumerate(zip(manifest.loaders, located, strict=True))
+        Predictions._open(root, loader, layout, locator, store=store)
+        for loader, (layout, locator, store) in enumerate(zip(manifest.loaders, located, stores, strict=True))
     ]
     return found[0] if len(found) == 1 else found
 
@@ -140,13 +143,20 @@ class Predictions(LazyList):
 
     @classmethod
     def _open(
-        cls, directory: Location, loader: int, layout: LoaderLayout, locator: Locator, batches: range | None = None
+        cls,
+        directory: Location,
+        loader: int,
+        layout: LoaderLayout,
+        locator: Locator,
+        batches: range | None = None,
+        *,
+        store: PartStore,
     ) -> Predictions:
         batches = range(locator.num_batches) if batches is None else batches
         self: Predictions = cls._of_length(len(batches))
         self._directory, self._loader, self._layout, self._locator = directory, loader, layout, locator
         self._batches = batches
-        self._store = PartStore(loader_directory(directory, loader))
+        self._store = store
         self._parts, self._headers = _Recent(_PARTS_IN_MEMORY), _Recent(_HEADERS_IN_MEMORY)
         return self
 
@@ -154,7 +164,9 @@ class Predictions(LazyList):
         return self._batch(self._batches[position])
 
     def _part_of(self, positions: slice) -> Predictions:
-        return self._open(self._directory, self._loader, self._layout, self._locator, self._batches[positions])
+        return self._open(
+            self._directory, self._loader, self._layout, self._locator, self._batches[positions], store=self._store
+        )
 
     @property
     def keeps_outputs(self) -> bool:

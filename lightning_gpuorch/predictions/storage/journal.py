@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lightning_gpuorch.checked_files import NotRegularFileError
 from lightning_gpuorch.errors import CorruptPartError, MissingPredictionsError
@@ -26,7 +26,9 @@ from lightning_gpuorch.predictions.storage.stores import storage_error, store_of
 
 FRAGMENTS_PREFIX = "unfinished-"
 """How the directories of fragments begin."""
-_PART_NAME = re.compile(r"part-([0-9]{9}|[1-9][0-9]{9,17})\.gpq")
+OutputFormat = Literal["gpq", "parquet"]
+"""Files of our own, for any prediction; or Parquet, for what makes rows. The names of parts end so."""
+_PART_NAME = re.compile(r"part-([0-9]{9}|[1-9][0-9]{9,17})\.(?:gpq|parquet)")
 _SHARD_END_NAME = re.compile(r"shard-([0-9]{9,18})-ends-at-([0-9]{1,18})\.json")
 
 
@@ -79,15 +81,17 @@ class PartJournal:
 
     Args:
         directory: Where they are.
+        output_format: Of the parts.
     """
 
-    def __init__(self, directory: str | os.PathLike[str] | ObjectPath):
+    def __init__(self, directory: str | os.PathLike[str] | ObjectPath, output_format: OutputFormat = "gpq"):
+        self.output_format = output_format
         self.directory = location(directory, "directory")
         self.store = store_of(self.directory)
 
     def path(self, chunk: int) -> Any:
         """Return the file of a chunk: a path of the kind that ``directory`` is."""
-        return self.directory / f"part-{chunk:09d}.gpq"
+        return self.directory / f"part-{chunk:09d}.{self.output_format}"
 
     def done(self) -> set[int]:
         """Return the chunks that are durable.

@@ -25,12 +25,12 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lightning_gpuorch.checked_files import integer, is_number, parse_object
 from lightning_gpuorch.errors import ConfigurationError, CorruptPartError, InputMismatchError, JobMismatchError
 from lightning_gpuorch.paths import Location, ObjectPath, location
-from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_directory
+from lightning_gpuorch.predictions.storage.journal import OutputFormat, PartJournal, loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.sealed import read_sealed, sealed
 from lightning_gpuorch.predictions.storage.shard_list import ShardList
@@ -56,6 +56,7 @@ class Manifest:
     Attributes:
         loaders: One layout per dataloader.
         keep_outputs: Whether outputs are stored, or markers in their place.
+        output_format: Of the parts.
         model_fingerprint: Identity of the weights; None if it is not to be compared.
         versions: Versions of the packages that began the job; for information.
         created: Unix time in seconds at which it began.
@@ -64,6 +65,7 @@ class Manifest:
 
     loaders: Sequence[LoaderLayout]
     keep_outputs: bool = True
+    output_format: OutputFormat = "gpq"
     model_fingerprint: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     created: float = field(default_factory=time.time)
@@ -77,6 +79,7 @@ class Manifest:
             "versions": dict(self.versions),
             "model_fingerprint": self.model_fingerprint,
             "keep_outputs": self.keep_outputs,
+            "output_format": self.output_format,
             "loaders": [layout.to_dict() for layout in self.loaders],
             "extra": dict(self.extra),
         }
@@ -94,9 +97,15 @@ class Manifest:
             raise ConfigurationError(f"loaders must be a list of at most {_MAX_LOADERS} layouts")
         if not all(isinstance(data[name], dict) for name in ("versions", "extra")) or not is_number(data["created"]):
             raise ConfigurationError("versions and extra must be objects, created a number")
+        output_format = data.get("output_format", "gpq")
+        if output_format not in get_args(OutputFormat):
+            raise ConfigurationError(
+                f"output_format must be one of {get_args(OutputFormat)}, got {output_format!r:.40}"
+            )
         return cls(
             loaders=[LoaderLayout.from_dict(layout) for layout in loaders],
             keep_outputs=data.get("keep_outputs", True),
+            output_format=output_format,
             model_fingerprint=data["model_fingerprint"],
             versions=data["versions"],
             created=data["created"],
@@ -248,6 +257,8 @@ def compare(
     if existing.keep_outputs != wanted.keep_outputs:
         kept, not_kept = (there, here) if existing.keep_outputs else (here, there)
         differences.append(f"outputs are kept {kept} and not kept {not_kept} (keep_outputs)")
+    if existing.output_format != wanted.output_format:
+        differences.append(f"output_format: {existing.output_format} {there}, {wanted.output_format} {here}")
     fingerprints = (existing.model_fingerprint, wanted.model_fingerprint)
     if None not in fingerprints and fingerprints[0] != fingerprints[1]:
         differences.append(
