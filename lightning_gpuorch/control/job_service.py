@@ -253,8 +253,9 @@ class JobService:
             PartJournal(loader_directory(directory, index), manifest.output_format)
             for index in range(len(manifest.loaders))
         ]
-        for layout, store in zip(manifest.loaders, stores, strict=True):
-            prepare(store, layout, request.resume_check)
+        num_recorded = sum(
+            prepare(store, layout, request.resume_check) for layout, store in zip(manifest.loaders, stores, strict=True)
+        )
         begun = holds_fragments(directory)
         with self._lock:
             limits = PartLimits(request.part_bytes, request.part_seconds)
@@ -284,7 +285,9 @@ class JobService:
                 for owner in self._let_go:
                     queue.let_go(owner)
             inputs = [InputLedger(loader, _digest_of_part(store)) for loader, store in enumerate(stores)]
-            job = self.jobs[number] = Job(directory, manifest, queues, request.ephemeral, inputs, planners)
+            job = self.jobs[number] = Job(
+                directory, manifest, queues, request.ephemeral, inputs, planners, num_recorded=num_recorded
+            )
         self._on_event(
             "job",
             job=number,
@@ -336,7 +339,10 @@ class JobService:
                 before = len(queue.quarantined)
                 queue.quarantine(start, stop, reason)
                 self._record_quarantine(request.job, request.loader, before)
-            num_errored = sum(entry.stop - entry.start for queue in job.queues for entry in queue.quarantined)
+            job.num_recorded += request.recorded if request.won else 0
+            num_errored = job.num_recorded + sum(
+                entry.stop - entry.start for queue in job.queues for entry in queue.quarantined
+            )
         return ChunkRecorded(num_errored=num_errored)
 
     def record_kept(self, request: SamplesKept) -> Kept:

@@ -8,6 +8,7 @@ import itertools
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
@@ -34,6 +35,7 @@ from lightning_gpuorch.predictions.samples import (
 from lightning_gpuorch.predictions.storage.journal import PartHeader, loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.manifest import Quarantined, load, read_quarantine
+from lightning_gpuorch.predictions.storage.part_entries import split_error
 from lightning_gpuorch.predictions.storage.parts import Part, PartStore
 from lightning_gpuorch.predictions.storage.unit_ranges import UnitRanges
 
@@ -116,6 +118,23 @@ def _are_small(loaders: Sequence[Predictions]) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class ErroredSample:
+    """A sample with an error in place of a prediction.
+
+    Attributes:
+        index: Its dataset index; None where the sample is one of a batch that is known as a whole only.
+        unit: Its position in the order of the job; the number of its batch where batches are counted.
+        type: Name of the exception's type; empty where there was none.
+        message: What it said.
+    """
+
+    index: int | None
+    unit: int
+    type: str
+    message: str
+
+
 class Predictions(LazyList):
     """The predictions of one dataloader: a list of the outputs of the loader's batches, in dataset order.
 
@@ -189,6 +208,19 @@ class Predictions(LazyList):
         return self._locator.missing
 
     @property
+    def errors(self) -> list[ErroredSample]:
+        """Samples that have an error in place of a prediction, of the whole job; see ``on_error="record"``.
+
+        They are in no batch of this list, and a batch of which all samples failed is None.
+        """
+        found = []
+        for chunk in sorted(self._store.done()):
+            for entry in self._header(chunk).entries.errors:
+                index = entry.indices[0] if entry.indices else None
+                found.append(ErroredSample(index, entry.first_unit, *split_error(entry.error or "")))
+        return found
+
+    @property
     def indices(self) -> Sequence[int]:
         """Dataset index of each sample, in the order of :meth:`samples`; read when it is used.
 
@@ -230,7 +262,8 @@ class Predictions(LazyList):
         for chunk in sorted(self._store.done()):
             part = self._part(chunk)
             for position, entry in enumerate(part.header.entries):
-                yield entry.indices, self._kept(part.output(position))
+                if entry.error is None:
+                    yield entry.indices, self._kept(part.output(position))
 
     def verify(self) -> int:
         """Read every part and check that it is whole.
