@@ -132,6 +132,9 @@ class OrchestratorConfig:
     cut short. ``sampled``: 64 parts, other ones each time, in addition as a whole, against their checksums; if one part in
     20 is damaged, this finds one with 96%. ``all``: every byte. Damage that is not found then is found when predictions are
     read, or by ``gpuorch predictions verify``, which reads everything."""
+    sharding: Literal["auto", "off"] = "auto"
+    """How streams are shared out: ``auto`` gives each replica shards of its own to read, where the stream's shards are known;
+    ``off`` lets each replica read the whole of it, and compute the chunks that it leases."""
     keep_outputs: bool | Literal["auto"] = "auto"
     """Store what ``predict_step`` returns. Otherwise a marker takes its place: that a batch is done is durable, its output is
     left to callbacks, and may be of any type. ``auto`` keeps outputs, unless the Trainer was called with

@@ -58,6 +58,7 @@ class OrchestratorOptions(TypedDict, total=False):
     part_bytes: int
     part_sec: float
     resume_check: Literal["headers", "sampled", "all"]
+    sharding: Literal["auto", "off"]
     keep_outputs: bool | Literal["auto"]
     output_format: Literal["gpq", "parquet"]
     keep_columns: Sequence[str] | None

@@ -37,6 +37,7 @@ from lightning_gpuorch.control.messages.leases import (
 from lightning_gpuorch.control.messages.nodes import Deaths, DrainReplica, GetDeaths
 from lightning_gpuorch.control.pending import answered, pending, resolve
 from lightning_gpuorch.control.replicas import Replicas
+from lightning_gpuorch.control.shard_leases import ShardLeaseQueue
 from lightning_gpuorch.control.stretch_planner import StretchPlanner
 from lightning_gpuorch.errors import (
     ControlPlaneError,
@@ -53,6 +54,7 @@ from lightning_gpuorch.predictions.storage.journal import (
     loader_directory,
     remove_fragments,
 )
+from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.manifest import (
     Life,
     Manifest,
@@ -268,14 +270,7 @@ class JobService:
                 for store in stores
             ]
             queues = [
-                LeaseQueue(
-                    layout,
-                    store.done(),
-                    self._max_chunk_failures,
-                    functools.partial(_is_durable, store),
-                    begun,
-                    planner.on_leased,
-                )
+                self._queue_of(layout, store, begun, planner)
                 for layout, store, planner in zip(manifest.loaders, stores, planners, strict=True)
             ]
             for queue, planner in zip(queues, planners, strict=True):
@@ -299,6 +294,13 @@ class JobService:
         )
         return job
 
+    def _queue_of(
+        self, layout: LoaderLayout, store: PartJournal, may_be_begun: bool, planner: StretchPlanner
+    ) -> LeaseQueue:
+        make = LeaseQueue if layout.num_shards is None else ShardLeaseQueue
+        is_durable = functools.partial(_is_durable, store)
+        return make(layout, store.done(), self._max_chunk_failures, is_durable, may_be_begun, planner.on_leased)
+
     def _job(self, number: int) -> Job:
         job = self.jobs.get(number)
         if job is None:
@@ -319,7 +321,9 @@ class JobService:
         if request.sender.replica in self._replicas.retired:  # its node was given up, and is back
             return answered(Fenced())
         _, queue = self._job_and_queue(request)
-        return queue.next(request.sender.owner, request.sequence, request.block, request.seconds_per_sample)
+        return queue.next(
+            request.sender.owner, request.sequence, request.block, request.seconds_per_sample, request.after
+        )
 
     def record_chunk(self, request: ChunkDone) -> ChunkRecorded:
         """A chunk is durable."""
@@ -374,9 +378,12 @@ class JobService:
                 record_mismatch(job.directory, str(error))
 
     def end_stream(self, request: EndOfStream) -> None:
-        """A rank has seen where a stream ends."""
+        """A rank has seen where a stream ends, or a shard of it."""
         job, queue = self._job_and_queue(request)
         loader, units = request.loader, request.units
+        if isinstance(queue, ShardLeaseQueue):
+            _end_shard(job, queue, request)
+            return
         with self._lock:
             layout = queue.layout
             if layout.num_units is None:
@@ -447,6 +454,28 @@ def _refuse_other_input(job: Job, wanted: Manifest, sender: Sender) -> None:
             + "\nEvery rank must be given the whole of the data in the same order: remove a sampler or a dataset that "
             "splits it by rank (gpuorch shares out the work itself), and seed what draws at random, with a generator of its "
             "own or seed_everything."
+        )
+
+
+def _end_shard(job: Job, queue: ShardLeaseQueue, request: EndOfStream) -> None:
+    """Record where a shard ends; durably, unless it could not be read: a later run tries that again.
+
+    Raises:
+        ControlPlaneError: It has ended elsewhere before.
+    """
+    shard = request.shard
+    if shard is None or not 0 <= shard < queue.num_shards:
+        raise ControlPlaneError(
+            f"dataloader {request.loader} has {queue.num_shards} shards; rank {request.sender.rank} names {shard}."
+        )
+    known = queue.ends.get(shard)
+    if known is None and request.is_readable:
+        PartJournal(loader_directory(job.directory, request.loader)).record_shard_end(shard, request.units)
+    known = queue.end_shard(shard, request.units, request.is_readable)
+    if known != request.units:
+        raise ControlPlaneError(
+            f"shard {shard} of dataloader {request.loader} ended after {request.units} batches on rank "
+            f"{request.sender.rank} and after {known} elsewhere; a shard must give the same samples each time it is read."
         )
 
 

@@ -107,7 +107,7 @@ class CommitPipeline:
         layout = self._job.layouts[loader]
         for unit, reason in reasons.items():
             self._given_up.setdefault((loader, layout.chunk_of(unit)), []).append((unit, unit + 1, reason))
-            log.warning("%s %d is given up: %s", layout.noun, unit, reason)
+            log.warning("%s %s is given up: %s", layout.noun, layout.named([range(unit, unit + 1)]), reason)
         most = self._context.config.max_errored_samples
         num_errored = self._num_errored + sum(map(len, list(self._given_up.values())))
         if most is not None and num_errored > most:

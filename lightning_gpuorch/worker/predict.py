@@ -26,9 +26,18 @@ from lightning_gpuorch.control.messages.leases import CloseJob, GetProgress, Ope
 from lightning_gpuorch.control.messages.ranks import DrainJob
 from lightning_gpuorch.devices.memory.transfer import HostCopy
 from lightning_gpuorch.errors import TooManyErroredSamplesError
-from lightning_gpuorch.paths import location, options_of
-from lightning_gpuorch.predictions.loading.describe import Source, default_chunk_batches, default_first_chunks, describe
+from lightning_gpuorch.paths import Location, location, options_of
+from lightning_gpuorch.predictions.loading.describe import (
+    MAX_CHUNK_BATCHES,
+    Source,
+    default_chunk_batches,
+    default_first_chunks,
+    describe,
+)
 from lightning_gpuorch.predictions.loading.loader import LeasedLoader
+from lightning_gpuorch.predictions.loading.shards.recognition import by_shard
+from lightning_gpuorch.predictions.loading.shards.source import ShardStreamSource
+from lightning_gpuorch.predictions.loading.stream import StreamSource
 from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.predictions.loading.windowed_loader import WindowedLoader
 from lightning_gpuorch.predictions.loading.work import NoWork
@@ -37,7 +46,7 @@ from lightning_gpuorch.predictions.samples import NOT_KEPT
 from lightning_gpuorch.predictions.samples.tensors import to_host
 from lightning_gpuorch.predictions.storage.journal import loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
-from lightning_gpuorch.predictions.storage.manifest import Manifest
+from lightning_gpuorch.predictions.storage.manifest import Manifest, load
 from lightning_gpuorch.predictions.storage.parquet_file import publish_files, pyarrow
 from lightning_gpuorch.predictions.storage.parquet_keys import refuse_equal_keys
 from lightning_gpuorch.predictions.storage.writer import size_bytes
@@ -77,7 +86,9 @@ class PredictionJob:
         self._carried = CarriedColumns(runtime.config, world.topology.is_leader, keep_outputs)
         if runtime.config.output_format == "parquet":
             pyarrow()  # before work starts
-        sources = [describe(loader, limit) for loader, limit in zip(loaders, limits, strict=True)]
+        described = [describe(loader, limit) for loader, limit in zip(loaders, limits, strict=True)]
+        directory, ephemeral = world.job_directory(runtime.output_dir, default_root, runtime.config.storage_options)
+        sources = self._by_shard(described, directory)
         self.raises_errors = runtime.config.on_error == "raise"
         """Whether an error of a sample ends the job."""
         dynamic = self._dynamic = DynamicSteps(runtime) if runtime.config.enable_dynamic_batching else None
@@ -89,7 +100,6 @@ class PredictionJob:
             model_fingerprint=model_fingerprint,
             versions={"lightning_gpuorch": __version__, "torch": torch.__version__},
         )
-        directory, ephemeral = world.job_directory(runtime.output_dir, default_root, runtime.config.storage_options)
         for index, source in enumerate(sources):
             source.freeze(loader_directory(directory, index))
         request = OpenJob(
@@ -148,6 +158,19 @@ class PredictionJob:
         if world.supervised:
             freeze_objects()  # letting go of memory after an error must not take seconds
 
+    def _by_shard(self, sources: Sequence[Source], directory: Location) -> list[Source]:
+        """The same work; streams are cut by shard where that is known of them, or as the job in the directory began."""
+        if self._runtime.config.sharding == "off" or not any(isinstance(source, StreamSource) for source in sources):
+            return list(sources)
+        topology, begun = self._world.topology, load(directory)
+        layouts = () if begun is None else begun.loaders
+        began = [layout.num_shards is not None for layout in layouts] + [None] * len(sources)
+        tells = topology.rank == 0 and not self._world.generation
+        return [
+            by_shard(source, topology.num_replicas, how, tells=tells)
+            for source, how in zip(sources, began, strict=False)
+        ]
+
     def _make_loader(
         self, index: int, source: Source, layout: LoaderLayout, batcher: DynamicBatcher | None
     ) -> LeasedLoader:
@@ -175,6 +198,10 @@ class PredictionJob:
         chunk, replicas = self._runtime.config.chunk_size, self._world.topology.num_replicas
         if chunk != "auto":
             return source.layout(chunk)
+        if isinstance(
+            source, ShardStreamSource
+        ):  # shards are shared out, not chunks: their size need not even out the end
+            return source.layout(MAX_CHUNK_BATCHES)
         windows = self._dynamic is not None
         layout = source.layout(default_chunk_batches(source.num_batches, replicas, windows=windows))
         return dataclasses.replace(layout, first_chunks=default_first_chunks(source.num_batches, replicas))

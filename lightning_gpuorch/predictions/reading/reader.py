@@ -20,6 +20,7 @@ from lightning_gpuorch.errors import (
     GPUOrchError,
     MissingPredictionsError,
     OutputsNotKeptError,
+    format_indices,
 )
 from lightning_gpuorch.paths import Location, ObjectPath, location
 from lightning_gpuorch.predictions.reading.lazy_list import LazyList
@@ -448,16 +449,20 @@ def _refuse_gaps(
     """Raise if anything is missing, naming it, and why where that is known."""
     lines, missing = [], []
     for loader, (layout, locator) in enumerate(zip(layouts, located, strict=True)):
-        gaps = locator.missing
+        gaps = locator.gaps
         prefix = f"dataloader {loader}: " if len(located) > 1 else ""
         noun = "batches" if layout.unit == "batch" else "samples"
-        if layout.num_units is None and layout.unit != "scattered":
+        unread = [shard for shard in range(layout.num_shards or 0) if shard not in layout.ends]
+        if unread:
+            lines.append(f"{prefix}not read to their end: shards {format_indices(unread)}")
+        elif layout.num_units is None and layout.unit != "scattered":
             lines.append(f"{prefix}the end of the stream was not reached")
         if gaps:
-            missing.append(gaps)
+            missing.append(locator.missing)
             total = "" if layout.num_units is None else f" of {layout.num_units}"
-            lines.append(f"{prefix}{len(gaps)}{total} {noun}: {gaps}")
-            lines.extend(f"  {text}" for text in _reasons(gaps, [q for q in quarantined if q.loader == loader]))
+            lines.append(f"{prefix}{len(gaps)}{total} {noun}: {layout.named(gaps.ranges)}")
+            of_loader = [q for q in quarantined if q.loader == loader]
+            lines.extend(f"  {text}" for text in _reasons(layout, gaps, of_loader))
     if lines:
         raise MissingPredictionsError(
             f"predictions are missing in {root}:\n  " + "\n  ".join(lines) + "\nRun the same command again to compute "
@@ -466,7 +471,7 @@ def _refuse_gaps(
         )
 
 
-def _reasons(gaps: UnitRanges, quarantined: Sequence[Quarantined]) -> Iterator[str]:
+def _reasons(layout: LoaderLayout, gaps: UnitRanges, quarantined: Sequence[Quarantined]) -> Iterator[str]:
     """Tell why units are missing. A note about units that a later run computed after all is passed over."""
     by_reason: dict[str, list[range]] = {}
     for entry in quarantined:
@@ -474,7 +479,7 @@ def _reasons(gaps: UnitRanges, quarantined: Sequence[Quarantined]) -> Iterator[s
     for reason, ranges in itertools.islice(by_reason.items(), _REASONS_SHOWN):
         lost = UnitRanges(_in_both(gaps.ranges, UnitRanges(_joined(ranges)).ranges))
         if lost:
-            yield f"given up: {lost} ({reason})"
+            yield f"given up: {layout.named(lost.ranges)} ({reason})"
     if len(by_reason) > _REASONS_SHOWN:
         yield f"and {len(by_reason) - _REASONS_SHOWN} more reasons"
 

@@ -9,6 +9,8 @@
     DIR/dataloader_0/end.json             where a stream was found to end, written once
     DIR/dataloader_0/stretch-0001.json    how large the next chunks are, in long jobs, each written once
     DIR/dataloader_0/order-....gpq        the order that a sampler gave when the job began, written once
+    DIR/dataloader_0/shards-....json      names and lengths of a stream's shards when the job began, written once
+    DIR/dataloader_0/shard-000000003-ends-at-25.json   where a shard was found to end, written once
     DIR/dataloader_1/...
 
 ``manifest.json``, ``end.json`` and stretches carry a CRC-32 of themselves: a flipped digit in ``chunk_size`` would put every
@@ -31,6 +33,7 @@ from lightning_gpuorch.paths import Location, ObjectPath, location
 from lightning_gpuorch.predictions.storage.journal import OutputFormat, PartJournal, loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.sealed import read_sealed, sealed
+from lightning_gpuorch.predictions.storage.shard_list import ShardList
 from lightning_gpuorch.predictions.storage.stores import storage_error, store_of
 from lightning_gpuorch.predictions.storage.stretches import with_stored_stretches
 
@@ -233,6 +236,12 @@ def compare(
         sampled = life == "later" and "order" in old.identity and "order" in new.identity
         if old.unit != new.unit:
             differences.append(f"{prefix}work is counted by {old.unit} {there}, by {new.unit} {here}")
+        elif (old.num_shards is None) != (new.num_shards is None):
+            ways = ["as a whole" if layout.num_shards is None else "by shard" for layout in (old, new)]
+            differences.append(
+                f"{prefix}the stream is read {ways[0]} {there}, {ways[1]} {here} (sharding='off' reads it as a whole)"
+            )
+            continue
         elif None not in (old.num_units, new.num_units) and old.num_units != new.num_units and not sampled:
             noun = "batches" if old.unit == "batch" else "samples"
             differences.append(f"{prefix}number of {noun}: {old.num_units} {there}, {new.num_units} {here}")
@@ -357,12 +366,25 @@ def read_quarantine(directory: str | os.PathLike[str] | ObjectPath) -> list[Quar
 
 def _refuse_another_job(root: Location, existing: Manifest, wanted: Manifest) -> None:
     differences = compare(existing, wanted)
+    for loader, (old, new) in enumerate(zip(existing.loaders, wanted.loaders, strict=False)):
+        differences += _changed_shards(loader_directory(root, loader), old, new)
     if differences:
         raise JobMismatchError(
             f"{root} holds the predictions of another job:\n  " + "\n  ".join(differences) + "\nUse another output "
             "directory, or remove this one to start afresh.",
             differences,
         )
+
+
+def _changed_shards(directory: Location, old: LoaderLayout, new: LoaderLayout) -> list[str]:
+    """What has become of the shards of a stream, in one line, where it can be told."""
+    digests = [layout.identity.get("shards") for layout in (old, new)]
+    if digests[0] == digests[1]:
+        return []
+    lists = [ShardList.load(directory, digest) for digest in digests if isinstance(digest, str)]
+    if len(lists) < len(digests) or lists[0] is None or lists[1] is None:
+        return []
+    return [lists[0].differences(lists[1])]
 
 
 def _holds_parts(root: Location) -> bool:
@@ -374,6 +396,8 @@ def _holds_parts(root: Location) -> bool:
 
 
 def _with_end(root: Location, loader: int, layout: LoaderLayout) -> LoaderLayout:
+    if layout.num_shards is not None:
+        return layout.with_ends(PartJournal(loader_directory(root, loader)).shard_ends())
     if layout.num_units is not None:
         return layout
     end = read_sealed(loader_directory(root, loader) / _END_NAME)
