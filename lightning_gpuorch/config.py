@@ -87,9 +87,11 @@ class OrchestratorConfig:
     """Restarts of one replica without progress before it is retired."""
     max_chunk_failures: int = 3
     """Deaths of workers in the same sample before it is given up, at least two of them while it was computed alone."""
-    on_error: Literal["isolate", "raise"] = "isolate"
+    on_error: Literal["isolate", "record", "raise"] = "isolate"
     """What to do about a sample that raises when it is read, collated or computed: ``isolate`` gives it up, names it, and
-    completes all others (exit code 65); ``raise`` ends the job at once with the exception."""
+    completes all others (exit code 65); ``record`` stores its error (type, message) in place of a prediction, so that the
+    job is complete (exit code 0), and a rerun does not try it again; ``raise`` ends the job at once with the exception.
+    Samples in which workers die are given up in any case, and end the job with 65."""
     max_errored_samples: int | None = None
     """Samples of the job that may be given up; one more ends the job. ``None`` sets no bound, but a job of which nothing at
     all can be read, or computed, ends at once in any case."""

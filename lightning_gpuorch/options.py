@@ -43,7 +43,7 @@ class OrchestratorOptions(TypedDict, total=False):
     tls_ca: str
     max_restart_attempts: int
     max_chunk_failures: int
-    on_error: Literal["isolate", "raise"]
+    on_error: Literal["isolate", "record", "raise"]
     max_errored_samples: int | None
     enable_oom_halving: bool
     batch_size: int

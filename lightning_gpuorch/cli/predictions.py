@@ -37,7 +37,11 @@ def verify(directory: Location) -> None:
         note = "" if kept else "; outputs were not kept, only that they were computed"
         for number, found in enumerate(loaders):
             samples, missing = found.verify(), found.missing
-            click.echo(f"dataloader {number}: {len(found)} batches, {samples} samples read and intact{note}")
+            errors = len(found.errors)
+            with_errors = f", {errors} of them errors in place of predictions" if errors else ""
+            click.echo(
+                f"dataloader {number}: {len(found)} batches, {samples} samples read and intact{with_errors}{note}"
+            )
             if missing:
                 bad = True
                 click.echo(f"dataloader {number}: {len(missing)} missing: {missing}", err=True)

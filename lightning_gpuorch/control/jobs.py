@@ -39,6 +39,8 @@ class Job:
     opened_by: set[int] = field(default_factory=set)
     closed_by: set[int] = field(default_factory=set)
     samples_done: int = 0
+    num_recorded: int = 0
+    """Samples with an error in place of a prediction, in parts that are durable."""
     counted: defaultdict[int, IntegerSet] = field(default_factory=lambda: defaultdict(IntegerSet))
     """Chunks whose samples are in it, by loader: a report may be repeated."""
     samples_kept: Counter[tuple[int, Owner]] = field(default_factory=Counter)

@@ -128,7 +128,14 @@ class PredictionJob:
         keeps = self._host_copy if world.topology.is_leader else None
         self._queues = [ReplicaQueue(self, index) for index in range(len(sources))]
         self._pipeline = CommitPipeline(
-            self, runtime, self.directory, manifest.output_format, dynamic, self._digest_of, self._host_cost
+            self,
+            runtime,
+            self.directory,
+            manifest.output_format,
+            dynamic,
+            self._digest_of,
+            self._index_of,
+            self._host_cost,
         )
         isolates = not self.raises_errors
         self._step = ReplicaStep(
@@ -198,6 +205,10 @@ class PredictionJob:
         windows = self._dynamic is not None
         layout = source.layout(default_chunk_batches(source.num_batches, replicas, windows=windows))
         return dataclasses.replace(layout, first_chunks=default_first_chunks(source.num_batches, replicas))
+
+    def _index_of(self, loader: int, unit: int) -> Any:
+        order = getattr(self.loaders[loader].source, "order", None)
+        return unit if order is None else order.take(range(unit, unit + 1))[0]
 
     def _host_cost(self, loader: int, num_samples: int) -> tuple[int, float]:
         return self.loaders[loader].host_cost(num_samples)

@@ -61,3 +61,38 @@ def test_a_column_that_is_not_there_or_not_unique_is_named(runner, arguments, to
     finished = runner.run(JOB, "--output", "out", *arguments, "--devices", 1, launcher=gpuorch_run(1), code=78)
     assert told in finished.output
     assert "restarting replica" not in finished.output
+
+
+FAILING = ("--raising", 5, 18, "--unreadable", 7, 20, 21, 22, 23, "--samples", 40, "--step", 0, "--on-error", "record")
+
+
+@pytest.mark.parametrize("output_format", ["parquet", "gpq"])
+@pytest.mark.parametrize("dynamic", [(), ("--dynamic",)])
+def test_failed_samples_are_rows_with_their_error_and_are_not_tried_again(runner, tmp_path, output_format, dynamic):
+    command = (JOB, "--output", "out", "--format", output_format, *FAILING, *dynamic)
+    assert runner.run(*command, launcher=gpuorch_run()).result["right"]
+    found = read_predictions(tmp_path / "out")
+    assert [(error.index, error.type, error.message.partition(" (")[0]) for error in found.errors] == [
+        (5, "ValueError", "sample 5 cannot be computed"),
+        (7, "OSError", "file 7 is broken"),
+        (18, "ValueError", "sample 18 cannot be computed"),
+        *((i, "OSError", f"file {i} is broken") for i in range(20, 24)),
+    ]
+    assert len(found) == 10
+    assert found[5] is None, "all of it has failed"
+    assert found[1]["label"] == ["l1", "l0"]
+    assert found.verify() == 40
+    batches = (tmp_path / "batches.txt").read_text()
+    assert runner.run(*command, launcher=gpuorch_run()).result["right"]
+    assert (tmp_path / "batches.txt").read_text() == batches, "the job is complete"
+    if output_format == "parquet":
+        rows = _rows(tmp_path / "out")
+        assert sorted(rows["index"]) == list(range(40))
+        at = rows["index"].index(18)
+        assert (rows["error_type"][at], rows["embedding"][at], rows["id"][at]) == ("ValueError", None, None)
+        assert [rows["error_type"].count(kind) for kind in ("ValueError", "OSError", None)] == [2, 5, 33]
+
+
+def test_more_errors_than_are_allowed_end_the_job(runner):
+    finished = runner.run(JOB, "--output", "out", *FAILING, "--most", 3, launcher=gpuorch_run(), code=65)
+    assert "max_errored_samples=3" in finished.output

@@ -124,7 +124,7 @@ def readers(path: Path) -> dict[str, int]:
 def test_columns_have_the_names_and_types_of_the_structure(tmp_path: Path) -> None:
     store, _ = filled(tmp_path, lambda n: {"boxes": (torch.zeros(n, 4), torch.zeros(n)), "index": ["a"] * n})
     schema = pq.read_schema(store.path(0))
-    assert schema.names == ["index", "row", "boxes.0", "boxes.1", "prediction.index"]
+    assert schema.names == ["index", "row", "boxes.0", "boxes.1", "prediction.index", "error_type", "error_message"]
     assert str(schema.field("boxes.0").type) == "fixed_size_list<element: float>[4]"
     assert str(schema.field("boxes.1").type) == "float"
 
@@ -163,11 +163,11 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
         path.write_bytes(raw)
         with pytest.raises(CorruptPartError, match=r"part-000000000\.parquet"):
             store.read(0)
-        ((error,), _) = set_right(store, layout, "all")
+        ((error,), _, _) = set_right(store, layout, "all")
         assert "part-000000000.parquet" in str(error)
         assert not store.done()
     path.write_bytes(whole[:-1])
-    ((error,), _) = set_right(store, layout, "headers")
+    ((error,), _, _) = set_right(store, layout, "headers")
     assert "bytes in place of" in str(error)
 
 

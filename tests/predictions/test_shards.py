@@ -419,7 +419,7 @@ def test_a_part_that_lacks_batches_is_discarded_by_a_later_run(tmp_path: Path) -
     write(store, layout, 2, 3)  # where it could not be read any further
     known = load(tmp_path)
     assert known is not None
-    assert set_right(store, known.loaders[0], "headers") == ([], [CHUNKS_PER_SHARD + 1, 2 * CHUNKS_PER_SHARD + 1])
+    assert set_right(store, known.loaders[0], "headers") == ([], [CHUNKS_PER_SHARD + 1, 2 * CHUNKS_PER_SHARD + 1], 0)
 
 
 def test_a_shard_has_one_end(tmp_path: Path) -> None:

@@ -122,6 +122,8 @@ class ChunkDone(LoaderRequest[ChunkRecorded], frozen=True):
     """What it took on the host, and to compute; 0 where that is not known."""
     quarantined: tuple[tuple[int, int, str], ...] = ()
     """Units ``[start, stop)`` without a prediction, and why."""
+    recorded: int = 0
+    """Samples that have an error in place of a prediction in the part."""
 
 
 class Kept(Answer, frozen=True):

@@ -20,7 +20,7 @@ from lightning_gpuorch.errors import CorruptPartError
 from lightning_gpuorch.predictions.reading.index_runs import Integers, runs_of
 from lightning_gpuorch.predictions.storage.journal import PartHeader, PartJournal
 from lightning_gpuorch.predictions.storage.layout import CHUNKS_PER_SHARD, LoaderLayout
-from lightning_gpuorch.predictions.storage.part_entries import BatchEntry, EntryRun
+from lightning_gpuorch.predictions.storage.part_entries import BatchEntry, Entries, EntryRun
 from lightning_gpuorch.predictions.storage.unit_ranges import IntegerSet, UnitRanges
 
 ReadHeader = Callable[[int], PartHeader]
@@ -207,10 +207,14 @@ def _segments_in(layout: LoaderLayout, chunk: int, entries: Sequence[BatchEntry]
     """Segments of wanted units in a part."""
     # The last entry that begins at or before the first wanted unit may reach into it.
     first = bisect.bisect_right(entries, wanted.start, key=lambda entry: entry.first_unit) - 1
+    while first > 0 and entries[first].error is not None:
+        first -= 1
     for position in range(max(first, 0), len(entries)):
         entry = entries[position]
         if entry.first_unit >= wanted.stop:
             return
+        if entry.error is not None:
+            continue
         if layout.unit == "batch":
             if entry.first_unit == wanted.start:
                 yield Segment(chunk, position, 0, None, entry)
@@ -228,17 +232,15 @@ def _gaps(journal: PartJournal, layout: LoaderLayout, wanted: range, chunks: Ite
         units = layout.chunk_range(chunk)
         yield range(reached, units.start)
         reached = units.start
-        for run in journal.header(chunk).entries.runs:
-            for covered in _runs(run, layout):
-                if covered.start < reached or covered.stop > units.stop:
-                    raise CorruptPartError(
-                        f"{journal.path(chunk)} has units {covered.start}-{covered.stop - 1} twice or out of place: "
-                        f"its chunk is {units.start}-{units.stop - 1}. Delete it and run the same command again."
-                    )
-                # A batch that lacks samples counts as missing, though what it has can be read.
-                lacking = layout.unit == "batch" and run.first.num_lost > 0
-                yield range(reached, covered.stop if lacking else covered.start)
-                reached = covered.stop
+        for covered, lacking in _covered_by(journal.header(chunk).entries, layout):
+            if covered.start < reached or covered.stop > units.stop:
+                raise CorruptPartError(
+                    f"{journal.path(chunk)} has units {covered.start}-{covered.stop - 1} twice or out of place: "
+                    f"its chunk is {units.start}-{units.stop - 1}. Delete it and run the same command again."
+                )
+            # A batch that lacks samples counts as missing, though what it has can be read.
+            yield range(reached, covered.stop if lacking else covered.start)
+            reached = covered.stop
         yield range(reached, units.stop)
         reached = units.stop
     yield range(reached, wanted.stop)
@@ -271,6 +273,26 @@ def _covered(entry: BatchEntry, layout: LoaderLayout) -> range:
     if entry.size is None:
         raise CorruptPartError(f"a stored batch at sample {entry.first_unit} does not tell how many samples it has.")
     return range(entry.first_unit, entry.first_unit + entry.size)
+
+
+def _covered_by(entries: Entries, layout: LoaderLayout) -> Iterable[tuple[range, bool]]:
+    """Units of stored batches, ascending, and whether samples of them are lacking."""
+    is_batch = layout.unit == "batch"
+    covered = (
+        (units, is_batch and run.first.num_lost > 0)
+        for run in entries.runs
+        for units in _runs(run, layout)
+        if not is_batch or run.first.error is None
+    )
+    if not entries.errors:
+        return covered
+    # Errors stand among the samples of a batch, or beside those that a batch has, or in the place of all of them.
+    listed = list(covered)
+    known = {units.start for units, _ in listed}
+    if is_batch:
+        firsts = {entry.first_unit for entry in entries.errors} - known
+        listed += [(range(first, first + 1), False) for first in firsts]
+    return sorted(listed, key=lambda found: found[0].start)
 
 
 def _runs(run: EntryRun, layout: LoaderLayout) -> Iterator[range]:

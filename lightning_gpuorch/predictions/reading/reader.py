@@ -7,7 +7,8 @@ import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
@@ -17,11 +18,10 @@ from lightning_gpuorch.errors import (
     ConfigurationError,
     CorruptPartError,
     GPUOrchError,
-    MissingPredictionsError,
     OutputsNotKeptError,
-    format_indices,
 )
 from lightning_gpuorch.paths import Location, ObjectPath, location
+from lightning_gpuorch.predictions.reading.gaps import refuse_gaps
 from lightning_gpuorch.predictions.reading.lazy_list import LazyList
 from lightning_gpuorch.predictions.reading.part_index import Locator, Segment, locate
 from lightning_gpuorch.predictions.samples import (
@@ -34,7 +34,8 @@ from lightning_gpuorch.predictions.samples import (
 )
 from lightning_gpuorch.predictions.storage.journal import PartHeader, loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
-from lightning_gpuorch.predictions.storage.manifest import Quarantined, load, read_quarantine
+from lightning_gpuorch.predictions.storage.manifest import load, read_quarantine
+from lightning_gpuorch.predictions.storage.part_entries import split_error
 from lightning_gpuorch.predictions.storage.parts import Part, PartStore
 from lightning_gpuorch.predictions.storage.unit_ranges import UnitRanges
 
@@ -42,7 +43,6 @@ _BYTES_AT_ONCE = 16 * 2**20
 _PARTS_AT_ONCE = 256
 _PARTS_IN_MEMORY = 2
 _HEADERS_IN_MEMORY = 64
-_REASONS_SHOWN = 100
 _BATCHES_IN_MEMORY = 2**23
 """Entries of a list that may be made without regard for how many bytes of predictions there are."""
 
@@ -82,7 +82,7 @@ def read_predictions(
     ]
     located = [locate(store, layout) for store, layout in zip(stores, manifest.loaders, strict=True)]
     if not allow_missing:
-        _refuse_gaps(root, manifest.loaders, located, read_quarantine(root))
+        refuse_gaps(root, manifest.loaders, located, read_quarantine(root))
     for store, locator in zip(stores, located, strict=True):
         _refuse_empty_claims(store, locator.num_batches)
     found = [
@@ -115,6 +115,23 @@ def _are_small(loaders: Sequence[Predictions]) -> bool:
             if number >= _PARTS_AT_ONCE or num_bytes > _BYTES_AT_ONCE:
                 return False
     return True
+
+
+@dataclass(frozen=True)
+class ErroredSample:
+    """A sample with an error in place of a prediction.
+
+    Attributes:
+        index: Its dataset index; None where the sample is one of a batch that is known as a whole only.
+        unit: Its position in the order of the job; the number of its batch where batches are counted.
+        type: Name of the exception's type; empty where there was none.
+        message: What it said.
+    """
+
+    index: int | None
+    unit: int
+    type: str
+    message: str
 
 
 class Predictions(LazyList):
@@ -190,6 +207,19 @@ class Predictions(LazyList):
         return self._locator.missing
 
     @property
+    def errors(self) -> list[ErroredSample]:
+        """Samples that have an error in place of a prediction, of the whole job; see ``on_error="record"``.
+
+        They are in no batch of this list, and a batch of which all samples failed is None.
+        """
+        found = []
+        for chunk in sorted(self._store.done()):
+            for entry in self._header(chunk).entries.errors:
+                index = entry.indices[0] if entry.indices else None
+                found.append(ErroredSample(index, entry.first_unit, *split_error(entry.error or "")))
+        return found
+
+    @property
     def indices(self) -> Sequence[int]:
         """Dataset index of each sample, in the order of :meth:`samples`; read when it is used.
 
@@ -231,7 +261,8 @@ class Predictions(LazyList):
         for chunk in sorted(self._store.done()):
             part = self._part(chunk)
             for position, entry in enumerate(part.header.entries):
-                yield entry.indices, self._kept(part.output(position))
+                if entry.error is None:
+                    yield entry.indices, self._kept(part.output(position))
 
     def verify(self) -> int:
         """Read every part and check that it is whole.
@@ -408,63 +439,3 @@ def _refuse_empty_claims(store: PartStore, num_batches: int) -> None:
             f"{store.directory} is to hold {num_batches} batches, and its parts have fewer bytes than that. If the job "
             "has just begun, wait until more of it is done."
         )
-
-
-def _refuse_gaps(
-    root: Location, layouts: Sequence[LoaderLayout], located: Sequence[Locator], quarantined: Sequence[Quarantined]
-) -> None:
-    """Raise if anything is missing, naming it, and why where that is known."""
-    lines, missing = [], []
-    for loader, (layout, locator) in enumerate(zip(layouts, located, strict=True)):
-        gaps = locator.gaps
-        prefix = f"dataloader {loader}: " if len(located) > 1 else ""
-        noun = "batches" if layout.unit == "batch" else "samples"
-        unread = [shard for shard in range(layout.num_shards or 0) if shard not in layout.ends]
-        if unread:
-            lines.append(f"{prefix}not read to their end: shards {format_indices(unread)}")
-        elif layout.num_units is None and layout.unit != "scattered":
-            lines.append(f"{prefix}the end of the stream was not reached")
-        if gaps:
-            missing.append(locator.missing)
-            total = "" if layout.num_units is None else f" of {layout.num_units}"
-            lines.append(f"{prefix}{len(gaps)}{total} {noun}: {layout.named(gaps.ranges)}")
-            of_loader = [q for q in quarantined if q.loader == loader]
-            lines.extend(f"  {text}" for text in _reasons(layout, gaps, of_loader))
-    if lines:
-        raise MissingPredictionsError(
-            f"predictions are missing in {root}:\n  " + "\n  ".join(lines) + "\nRun the same command again to compute "
-            "them, or read what there is with allow_missing=True.",
-            UnitRanges(units for gaps in missing for units in gaps.ranges),
-        )
-
-
-def _reasons(layout: LoaderLayout, gaps: UnitRanges, quarantined: Sequence[Quarantined]) -> Iterator[str]:
-    """Tell why units are missing. A note about units that a later run computed after all is passed over."""
-    by_reason: dict[str, list[range]] = {}
-    for entry in quarantined:
-        by_reason.setdefault(entry.reason, []).append(range(entry.start, entry.stop))
-    for reason, ranges in itertools.islice(by_reason.items(), _REASONS_SHOWN):
-        lost = UnitRanges(_in_both(gaps.ranges, UnitRanges(_joined(ranges)).ranges))
-        if lost:
-            yield f"given up: {layout.named(lost.ranges)} ({reason})"
-    if len(by_reason) > _REASONS_SHOWN:
-        yield f"and {len(by_reason) - _REASONS_SHOWN} more reasons"
-
-
-def _in_both(first: Sequence[range], second: Sequence[range]) -> Iterator[range]:
-    """What is in ranges of both; each ascend and are disjoint."""
-    at = other = 0
-    while at < len(first) and other < len(second):
-        one, two = first[at], second[other]
-        common = range(max(one.start, two.start), min(one.stop, two.stop))
-        if common:
-            yield common
-        at, other = (at + 1, other) if one.stop <= two.stop else (at, other + 1)
-
-
-def _joined(ranges: Iterable[range]) -> Iterator[range]:
-    """Ascending ranges of what is in any of these."""
-    reached = 0
-    for units in sorted(ranges, key=lambda units: units.start):
-        yield range(max(units.start, reached), max(units.stop, reached))
-        reached = max(reached, units.stop)

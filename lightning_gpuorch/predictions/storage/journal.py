@@ -72,7 +72,10 @@ class PartHeader:
         if layout.unit == "batch":
             is_known = layout.num_units is not None or layout.num_shards is not None
             expected = len(layout.chunk_range(chunk)) if is_known else 0
-            return len(self.entries) >= expected and not any(run.first.num_lost for run in self.entries.runs)
+            errors = self.entries.errors
+            predicted = {entry.first_unit for entry in self.entries} if errors else ()
+            num_units = len(predicted) if errors else len(self.entries)
+            return num_units >= expected and not any(run.first.num_lost for run in self.entries.runs)
         return self.entries.num_samples >= len(layout.chunk_range(chunk))
 
 

@@ -317,6 +317,7 @@ class StoredBatch:
             from ``first_unit``.
         num_lost: Samples of the batch that have no prediction. To be told where the unit is a batch: ``units`` tell it
             where it is a sample.
+        error: Why there is no prediction: it stands in the place of one, and ``output`` is None.
 
     Raises:
         ValueError: ``indices`` or ``units`` do not number ``size``, or ``units`` do not ascend.
@@ -328,6 +329,7 @@ class StoredBatch:
     output: Any
     units: Sequence[int] | None = None
     num_lost: int = 0
+    error: str | None = None
 
     def __post_init__(self) -> None:
         if self.size is None and self.indices is not None:

@@ -22,7 +22,7 @@ from lightning_gpuorch.predictions.storage.encode import TreeEncoder
 from lightning_gpuorch.predictions.storage.values.base import Node as JsonNode
 from lightning_gpuorch.predictions.storage.values.base import type_name
 
-RESERVED = ("index", "row", "batch")
+RESERVED = ("index", "row", "batch", "error_type", "error_message")
 """Columns that every part has, or may have."""
 _STEPS = re.compile(r"\[((?:'(?:[^'\\]|\\.)*')|(?:\"(?:[^\"\\]|\\.)*\")|[^\]]*)\]|\.(\w+)")
 _HALF = {torch.float16, torch.bfloat16}
@@ -74,6 +74,12 @@ class RowsEncoder(TreeEncoder):
             pieces.append(self._pa.nulls(size) if piece is None else piece)
         self.num_rows += size
         return node
+
+    def add_error(self) -> None:
+        """Append the row of a sample that has no prediction."""
+        for pieces in self._pieces.values():
+            pieces.append(self._pa.nulls(1))
+        self.num_rows += 1
 
     def table(self) -> dict[str, Any]:
         """The columns.

@@ -36,6 +36,7 @@ from lightning_gpuorch.predictions.storage.journal import PartJournal
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout, StoredBatch
 from lightning_gpuorch.predictions.storage.parquet_columns import RowsEncoder, RowsReader
 from lightning_gpuorch.predictions.storage.part_contents import read_nodes
+from lightning_gpuorch.predictions.storage.part_entries import split_error
 from lightning_gpuorch.predictions.storage.part_file import EncodedEnvelope, padded
 from lightning_gpuorch.predictions.storage.part_frame import (
     COVERED,
@@ -86,22 +87,31 @@ def encode_parquet(fields: Mapping[str, Any], batches: Sequence[StoredBatch], un
     encoder = RowsEncoder(pa)
     nodes: list[Any] = []
     index: list[Any] = []
-    rows: list[int] = []
+    rows: list[int | None] = []
     numbers: list[int] = []
+    errors: list[tuple[str | None, str | None]] = []
     for batch in batches:
         output, carried = WithColumns.apart(batch.output)
-        size = _size_of(batch, output)
-        nodes.append([size, encoder.add_batch(output, size, carried)])
+        size = 1 if batch.error is not None else _size_of(batch, output)
+        if batch.error is not None:
+            encoder.add_error()
+            nodes.append([1, None])
+        else:
+            nodes.append([size, encoder.add_batch(output, size, carried)])
+        errors += [(None, None) if batch.error is None else split_error(batch.error)] * size
         index += [None] * size if batch.indices is None else list(batch.indices)
         if unit == "batch":
             numbers += [batch.first_unit] * size
-            rows += range(size)
+            rows += range(size) if batch.error is None else [None]
         else:
             rows += batch.units if batch.units is not None else range(batch.first_unit, batch.first_unit + size)
     columns = {"index": _index_column(pa, index), "row": pa.array(rows, pa.int64())}
     if unit == "batch":
         columns["batch"] = pa.array(numbers, pa.int64())
-    return _framed(pa, fields, nodes, pa.table({**columns, **encoder.table()}))
+    columns |= encoder.table()
+    columns["error_type"] = pa.array([kind for kind, _ in errors], pa.string())
+    columns["error_message"] = pa.array([message for _, message in errors], pa.string())
+    return _framed(pa, fields, nodes, pa.table(columns))
 
 
 def publish_files(directory: Location, layout: LoaderLayout) -> None:

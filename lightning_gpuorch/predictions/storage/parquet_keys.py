@@ -61,10 +61,11 @@ def refuse_equal_keys(directory: Location, key_column: str) -> None:
 
 
 def _columns(journal: PartJournal, key_column: str) -> Iterator[tuple[list[Any], list[Any]]]:
-    """Keys and dataset indices of each part."""
+    """Keys and dataset indices of each part; samples with an error have no key."""
     pa = pyarrow()
     for chunk in sorted(journal.done()):
         with opened(journal.path(chunk)) as (file, file_bytes, source):
             raw = read_whole(file, file_bytes, source)
-        table = pa.parquet.ParquetFile(pa.BufferReader(pa.py_buffer(raw))).read([key_column, "index"])
+        table = pa.parquet.ParquetFile(pa.BufferReader(pa.py_buffer(raw))).read([key_column, "index", "error_message"])
+        table = table.filter(table["error_message"].is_null())
         yield table[key_column].to_pylist(), table["index"].to_pylist()

@@ -48,7 +48,15 @@ class Part:
     def batches(self) -> list[StoredBatch]:
         """All stored batches, decoded."""
         return [
-            StoredBatch(entry.first_unit, entry.indices, entry.size, self.output(position), entry.units, entry.num_lost)
+            StoredBatch(
+                entry.first_unit,
+                entry.indices,
+                entry.size,
+                self.output(position),
+                entry.units,
+                entry.num_lost,
+                entry.error,
+            )
             for position, entry in enumerate(self.header.entries)
         ]
 
