@@ -46,6 +46,10 @@ _PRECISIONS = (
     "--main-address", "--main_address", default="127.0.0.1", show_default=True, help="Host of the coordinator."
 )
 @click.option("--main-port", "--main_port", type=int, default=29400, show_default=True, help="Port of the coordinator.")
+@click.option(
+    "--cluster", type=click.Choice(["ray"]), default=None, help="Run on the nodes of a cluster, started from one place."
+)
+@click.option("--address", default=None, help="Address of the cluster; default that of this machine's, or RAY_ADDRESS.")
 @click.option("--precision", type=click.Choice(_PRECISIONS), default=None, help="Numeric precision.")
 @click.argument("script_args", nargs=-1, type=click.UNPROCESSED)
 def run(script: str, script_args: tuple[str, ...], **options: Any) -> None:
@@ -63,6 +67,8 @@ def run(script: str, script_args: tuple[str, ...], **options: Any) -> None:
 
 
 def _run(script: str, script_args: list[str], **options: Any) -> int:
+    if options["cluster"] is not None or options["address"] is not None:
+        return _ray_run(script, script_args, options)
     if options["strategy"] != "gpuorch":
         return _fabric_run(script, script_args, options)
     from lightning_gpuorch.supervisor.slurm import SlurmStep
@@ -120,11 +126,41 @@ def _supervise(target: list[str], place: NodePlace, config: OrchestratorConfig, 
     return Supervisor(spawner, count, config, devices=pool, environment=environment, place=place).run()
 
 
+def _ray_run(script: str, script_args: list[str], options: dict[str, Any]) -> int:
+    from lightning_gpuorch.cli.ray_cluster import RayDriver
+    from lightning_gpuorch.telemetry.logs import configure_logging
+
+    if options["cluster"] is None:
+        raise ConfigurationError("--address goes with --cluster ray; options of the script go behind `--`.")
+    if options["strategy"] != "gpuorch":
+        raise ConfigurationError(f"--cluster ray needs strategy gpuorch, not {options['strategy']}.")
+    context = click.get_current_context()
+    for name in ("node_rank", "main_address", "main_port"):
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise ConfigurationError(f"--{name.replace('_', '-')} is chosen by --cluster ray; leave it out.")
+    try:
+        num_devices = int(options["devices"])
+    except ValueError:
+        num_devices = 0
+    if num_devices < 1:
+        raise ConfigurationError(
+            f"--devices {options['devices']}: with --cluster ray, give the number of devices of each node; Ray chooses which."
+        )
+    config = OrchestratorConfig.resolve()
+    configure_logging(config.log_level, rank=None, replica=0)
+    arguments = ["--precision", options["precision"]] if options["precision"] is not None else []
+    return RayDriver(
+        [os.path.abspath(script), *script_args], arguments, options["num_nodes"], options["accelerator"] or "auto",
+        num_devices, config, options["address"] or "auto",
+    ).run()  # fmt: skip
+
+
 def _fabric_run(script: str, script_args: list[str], options: dict[str, Any]) -> int:
     from argparse import Namespace
 
     from lightning.fabric.cli import main
 
+    del options["cluster"], options["address"]
     min_nodes, options["num_nodes"] = options["num_nodes"]
     if min_nodes != options["num_nodes"]:
         raise ConfigurationError(f"--num-nodes {min_nodes}:{options['num_nodes']} needs strategy gpuorch.")
