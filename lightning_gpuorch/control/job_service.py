@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
+from lightning_gpuorch.control.background import Background, in_thread
 from lightning_gpuorch.control.chunk_growth import ChunkGrowth, PartLimits
 from lightning_gpuorch.control.input_ledger import InputLedger
 from lightning_gpuorch.control.jobs import Job, done_units, verify_complete
@@ -74,9 +75,17 @@ class JobService:
         replicas: The replicas of the run.
         max_chunk_failures: Deaths in one chunk before a sample of it is given up.
         on_event: Told of what happened, as ``on_event(kind, **fields)``; must not raise.
+        background: Does what may take long.
     """
 
-    def __init__(self, replicas: Replicas, max_chunk_failures: int, on_event: Callable[..., None]):
+    def __init__(
+        self,
+        replicas: Replicas,
+        max_chunk_failures: int,
+        on_event: Callable[..., None],
+        background: Background = in_thread,
+    ):
+        self._background = background
         self._replicas, self._max_chunk_failures, self._on_event = replicas, max_chunk_failures, on_event
         self.jobs: dict[int, Job] = {}
         self.progress_by_replica: dict[int, int] = {}
@@ -209,7 +218,7 @@ class JobService:
     # What ranks ask
 
     def open(self, request: OpenJob) -> Future[JobOpened]:
-        """Begin a job, or take part in it. Checking what is there already may take long: a thread does it."""
+        """Begin a job, or take part in it. Checking what is there already may take long: it is done in the background."""
         answer = pending()
 
         def open_job() -> None:
@@ -221,7 +230,7 @@ class JobService:
                 log.exception("%s cannot be opened", request.directory)
                 resolve([answer], ControlPlaneError(f"{request.directory}: {type(error).__name__}: {error}"))
 
-        threading.Thread(target=open_job, name="gpuorch-open", daemon=True).start()
+        self._background("gpuorch-open", open_job)
         return answer
 
     def _open(self, request: OpenJob) -> JobOpened:
@@ -260,6 +269,7 @@ class JobService:
                     store.directory,
                     ChunkGrowth(limits, self._replicas.num_replicas),
                     lambda: self._replicas.num_replicas,
+                    self._background,
                 )
                 for store in stores
             ]
@@ -380,7 +390,7 @@ class JobService:
                 )
 
     def close(self, request: CloseJob) -> Future[JobClosed]:
-        """A rank is through with a job. Its parts are looked at once more, by a thread: a store may take long to answer."""
+        """A rank is through with a job. Its parts are looked at once more, in the background: a store may be slow."""
         job = self._job(request.job)
         with self._lock:
             job.closed_by.add(request.sender.rank)
@@ -398,7 +408,7 @@ class JobService:
             else:
                 resolve([answer], JobClosed(seconds=time.monotonic() - job.started))
 
-        threading.Thread(target=verify, name="gpuorch-close", daemon=True).start()
+        self._background("gpuorch-close", verify)
         return answer
 
     def progress(self, number: int) -> JobProgress:
