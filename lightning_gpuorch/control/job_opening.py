@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Callable
 
+from lightning_gpuorch.control.background import Background
 from lightning_gpuorch.control.chunk_growth import ChunkGrowth, PartLimits
 from lightning_gpuorch.control.input_ledger import InputLedger
 from lightning_gpuorch.control.jobs import Job
@@ -29,7 +30,9 @@ from lightning_gpuorch.predictions.storage.resume import prepare
 log = logging.getLogger(__name__)
 
 
-def create_job(request: OpenJob, wanted: Manifest, replicas: Replicas, max_chunk_failures: int) -> Job:
+def create_job(
+    request: OpenJob, wanted: Manifest, replicas: Replicas, max_chunk_failures: int, background: Background
+) -> Job:
     """Begin a job in its directory, or go on with it; takes as long as existing parts take to be checked.
 
     Args:
@@ -37,6 +40,7 @@ def create_job(request: OpenJob, wanted: Manifest, replicas: Replicas, max_chunk
         wanted: What the job is now.
         replicas: The replicas of the run.
         max_chunk_failures: Deaths in one chunk before a sample of it is given up.
+        background: Does what may take long.
 
     Raises:
         JobMismatchError: The directory holds another job.
@@ -57,7 +61,7 @@ def create_job(request: OpenJob, wanted: Manifest, replicas: Replicas, max_chunk
     queues, planners = [], []
     for layout, store in zip(manifest.loaders, stores, strict=True):
         growth = ChunkGrowth(limits, replicas.num_replicas)
-        planner = StretchPlanner(store.directory, growth, lambda: replicas.num_replicas)
+        planner = StretchPlanner(store.directory, growth, lambda: replicas.num_replicas, background)
         make = LeaseQueue if layout.num_shards is None else ShardLeaseQueue
         is_durable = functools.partial(_is_durable, store)
         planner.queue = make(layout, store.done(), max_chunk_failures, is_durable, begun, planner.on_leased)

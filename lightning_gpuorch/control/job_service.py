@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
+from lightning_gpuorch.control.background import Background, in_thread
 from lightning_gpuorch.control.job_opening import create_job, refuse_other_input
 from lightning_gpuorch.control.jobs import Job, done_units, verify_complete
 from lightning_gpuorch.control.leases import LeaseQueue, Owner
@@ -64,9 +65,17 @@ class JobService:
         replicas: The replicas of the run.
         max_chunk_failures: Deaths in one chunk before a sample of it is given up.
         on_event: Told of what happened, as ``on_event(kind, **fields)``; must not raise.
+        background: Does what may take long.
     """
 
-    def __init__(self, replicas: Replicas, max_chunk_failures: int, on_event: Callable[..., None]):
+    def __init__(
+        self,
+        replicas: Replicas,
+        max_chunk_failures: int,
+        on_event: Callable[..., None],
+        background: Background = in_thread,
+    ):
+        self._background = background
         self._replicas, self._max_chunk_failures, self._on_event = replicas, max_chunk_failures, on_event
         self.jobs: dict[int, Job] = {}
         self.progress_by_replica: dict[int, int] = {}
@@ -199,7 +208,7 @@ class JobService:
     # What ranks ask
 
     def open(self, request: OpenJob) -> Future[JobOpened]:
-        """Begin a job, or take part in it. Checking what is there already may take long: a thread does it."""
+        """Begin a job, or take part in it. Checking what is there already may take long: it is done in the background."""
         answer = pending()
 
         def open_job() -> None:
@@ -211,7 +220,7 @@ class JobService:
                 log.exception("%s cannot be opened", request.directory)
                 resolve([answer], ControlPlaneError(f"{request.directory}: {type(error).__name__}: {error}"))
 
-        threading.Thread(target=open_job, name="gpuorch-open", daemon=True).start()
+        self._background("gpuorch-open", open_job)
         return answer
 
     def _open(self, request: OpenJob) -> JobOpened:
@@ -237,7 +246,7 @@ class JobService:
             )
 
     def _create_job(self, request: OpenJob, wanted: Manifest) -> Job:
-        job = create_job(request, wanted, self._replicas, self._max_chunk_failures)
+        job = create_job(request, wanted, self._replicas, self._max_chunk_failures, self._background)
         with self._lock:
             for queue in job.queues:
                 if self.draining:
@@ -351,7 +360,7 @@ class JobService:
                 )
 
     def close(self, request: CloseJob) -> Future[JobClosed]:
-        """A rank is through with a job. Its parts are looked at once more, by a thread: a store may take long to answer."""
+        """A rank is through with a job. Its parts are looked at once more, in the background: a store may be slow."""
         job = self._job(request.job)
         with self._lock:
             job.closed_by.add(request.sender.rank)
@@ -369,7 +378,7 @@ class JobService:
             else:
                 resolve([answer], JobClosed(seconds=time.monotonic() - job.started))
 
-        threading.Thread(target=verify, name="gpuorch-close", daemon=True).start()
+        self._background("gpuorch-close", verify)
         return answer
 
     def progress(self, number: int) -> JobProgress:

@@ -446,7 +446,8 @@ class PredictionJob:
         if self._ended in (NoWork.DRAIN, NoWork.FENCED):
             log.info("stopped on request; the same command goes on from here")
             leave_resumable()
-        closed = self.ask(CloseJob(sender=self.sender, job=self.number))
+        with phase(Phase.WAIT, then=Phase.OUTSIDE):  # the store is asked what there is, and may take long to answer
+            closed = self.ask(CloseJob(sender=self.sender, job=self.number), timeout_seconds=FOREVER_SECONDS)
         if self._runtime.calibration is not None:  # the data ended before the time
             self._end_calibration()
         if self._world.topology.rank == 0:
