@@ -641,6 +641,14 @@ class TestHuggingFace:
     def test_steps_that_may_look_at_several(self, stream: Any, step: Any) -> None:
         assert taken(step(stream)) == "as a whole"
 
+    def test_a_split(self, stream: Any) -> None:
+        from datasets.distributed import split_dataset_by_node
+
+        assert taken(split_dataset_by_node(stream, 1, 3)) == "as a whole"
+        assert [[row["x"] for row in shard] for shard in taken(split_dataset_by_node(stream, 0, 1))] == [
+            [0, 1], [10, 11, 12], [20, 21, 22, 23],
+        ]  # fmt: skip
+
     def test_several_streams(self, stream: Any) -> None:
         import datasets
 

@@ -22,7 +22,7 @@ def adapt(dataset: Any) -> ShardedSource | str | None:
     datasets = sys.modules.get("datasets")
     if datasets is None or not isinstance(dataset, datasets.IterableDataset):
         return None
-    if getattr(dataset, "_distributed", None) is not None:
+    if getattr(getattr(dataset, "_distributed", None), "world_size", 1) > 1:
         return "it was split (split_dataset_by_node)"
     if getattr(dataset, "_starting_state_dict", None) is not None or dataset.epoch:
         return "it was set to another place or epoch than its beginning"
