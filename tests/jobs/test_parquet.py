@@ -18,7 +18,7 @@ def _rows(output):
 
 
 def test_others_read_the_parts_of_a_running_job_and_after_a_kill_and_a_resume_of_all(runner, tmp_path):
-    process = runner.start(JOB, "--output", "out", "--kill", launcher=gpuorch_run())
+    process = runner.start(JOB, "--output", "out", "--kill", "--step", 0.2, launcher=gpuorch_run())
     deadline = time.monotonic() + 120
     while not 12 <= len(seen := _rows(tmp_path / "out")["row"]) < 200:
         assert process.poll() is None
