@@ -37,7 +37,7 @@ _PRECISIONS = (
     "--num-nodes",
     "--num_nodes",
     type=NodeCount(),
-    default="1",
+    default=1,
     show_default=True,
     help="Machines that take part; 1:8 begins with one, and others join and leave as they come and go.",
 )

@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 0.2
 SHARED_MEMORY = Path("/dev/shm")
-_NEW_SECONDS = 60.0
 _FIELDS = (
     "pid", "generation", "alive_ns", "progress", "progress_ns", "phase", "phase_ns",
     "job", "loader", "chunk", "unit_start", "unit_stop", "commit_ns",
@@ -87,14 +86,11 @@ class HeartbeatTable:
     def __init__(self, path: str, num_ranks: int, create: bool = False):
         self.path, self.num_ranks = path, num_ranks
         size = 8 * _ROW * num_ranks
-        # Others write to the directory, too: what lies there under this name, or is linked, is not taken.
-        made = os.O_CREAT | os.O_EXCL if create else 0
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | made, 0o600)
+        descriptor = _create_locked(path) if create else os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             if create:
                 # Not by its length alone: writing to a page that a full file system cannot give ends the process (SIGBUS).
                 os.posix_fallocate(descriptor, 0, size)
-                fcntl.flock(descriptor, fcntl.LOCK_SH)  # as long as this process lives
             self._map = mmap.mmap(descriptor, size)
         except OSError:
             os.close(descriptor)
@@ -129,6 +125,17 @@ class HeartbeatTable:
         os.close(self._descriptor)
 
 
+def _create_locked(path: str) -> int:
+    """Make a file that is locked as long as this process lives; gives its descriptor."""
+    while True:
+        # Others write to the directory, too: what lies there under this name, or is linked, is not taken.
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+        os.close(descriptor)  # another supervisor has swept it before it was locked
+
+
 def sweep_tables(shared_memory: Path = SHARED_MEMORY) -> None:
     """Remove tables of this user's supervisors that were killed; those of living ones are locked, also in containers."""
     for path in shared_memory.glob("gpuorch-*"):
@@ -136,7 +143,7 @@ def sweep_tables(shared_memory: Path = SHARED_MEMORY) -> None:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             stack.callback(os.close, descriptor)
             found = os.fstat(descriptor)
-            if found.st_uid == os.geteuid() and time.time() - found.st_mtime > _NEW_SECONDS:  # it may not be locked yet
+            if found.st_uid == os.geteuid():
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
 

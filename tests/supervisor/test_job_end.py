@@ -103,7 +103,7 @@ def test_a_node_that_has_lost_node_0_ends_with_the_exit_code_that_it_has_recorde
         manifest = Manifest(loaders=[LoaderLayout(unit="sample", num_units=4, batch_size=4, chunk_size=4)]).to_dict()
         request = OpenJob(
             sender=Sender(rank=0, replica=0, generation=0), job=0, directory=str(out), storage_options={},
-            ephemeral=False, manifest=manifest,
+            ephemeral=False, manifest=manifest, part_bytes=2**26, part_seconds=30.0, resume_check="all",
         )  # fmt: skip
         assert first.coordinator is not None
         first.coordinator.handle(request).result(30)

@@ -23,6 +23,7 @@ from lightning_gpuorch.predictions.storage.sealed import read_sealed, sealed
 from lightning_gpuorch.predictions.storage.stores import storage_error, store_of
 
 _READ_AT_ONCE = 32
+_FIELDS = ("num_chunks", "chunk_size")
 
 
 def with_stored_stretches(directory: Location, layout: LoaderLayout) -> LoaderLayout:
@@ -66,7 +67,7 @@ def decide_stretch(directory: Location, layout: LoaderLayout, wanted: Stretch) -
     number, store = len(layout.stretches) + 1, store_of(directory)
     try:
         store.make_directory(directory)
-        if store.create_once(_path(directory, number), [sealed(wanted._asdict())]):
+        if store.create_once(_path(directory, number), [sealed(dict(zip(_FIELDS, wanted, strict=True)))]):
             return layout.with_stretches([*layout.stretches, wanted])
     except OSError as error:
         raise storage_error(error, directory) from error
@@ -85,6 +86,6 @@ def _read(directory: Location, number: int) -> Stretch | None:
     if data is None:
         return None
     try:
-        return Stretch(*(integer(data[name], name, low=1) for name in Stretch._fields))
+        return Stretch(*(integer(data[name], name, low=1) for name in _FIELDS))
     except (KeyError, ValueError) as error:
         raise CorruptPartError(f"{_path(directory, number)} does not tell a stretch: {error!r}.") from error

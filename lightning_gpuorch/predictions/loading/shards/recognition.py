@@ -80,7 +80,10 @@ def _shards_of(loader: Any, dataset: Any) -> ShardedSource | str:
         _check(dataset)
         return dataset
     for adapt in _ADAPTERS:
-        found = adapt(dataset)
+        try:
+            found = adapt(dataset)
+        except (AttributeError, TypeError, KeyError) as error:
+            return f"this release of its library is not known: {type(error).__name__}: {error}"
         if found is not None:
             return found if isinstance(found, str) else _unless_split_by_worker(loader, found)
     return "it does not tell of its shards"
