@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from pathlib import Path
 
@@ -149,3 +150,12 @@ def test_options_that_do_not_go_with_a_cluster_are_refused(
     result = CliRunner().invoke(gpuorch, ["run", *options, str(script)])
     assert result.exit_code == 78, result.output
     assert words in result.output
+
+
+def test_a_cluster_without_ray_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    script = tmp_path / "script.py"
+    script.touch()
+    result = CliRunner().invoke(gpuorch, ["run", "--cluster", "ray", str(script)])
+    assert result.exit_code == 78, result.output
+    assert "pip install 'lightning_gpuorch[ray]'" in result.output
