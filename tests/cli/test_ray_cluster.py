@@ -87,7 +87,9 @@ def test_a_node_tells_what_its_supervisor_prints_and_how_it_ends(tmp_path: Path)
     assert "'absent.py' does not exist" in refused.lines[-1][1]
 
 
-def test_a_supervisor_is_started_once_and_stopped_by_a_signal(tmp_path: Path) -> None:
+def test_a_supervisor_is_started_once_and_stopped_by_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("JOB_ID", "1"), ("STEP_ID", "0"), ("PROCID", "0"), ("STEP_NUM_TASKS", "4")):
+        monkeypatch.setenv(f"SLURM_{name}", value)  # Ray was started by srun, with other tasks beside it
     (tmp_path / "script.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(300)\n")
 
     async def run() -> tuple[Progress, int]:
