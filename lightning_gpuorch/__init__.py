@@ -19,28 +19,38 @@ if TYPE_CHECKING:
     from lightning_gpuorch.parallel.groups.process_group import ProcessGroupManager
     from lightning_gpuorch.parallel.tensor_parallel import TensorParallelPlan, plan_tensor_parallel
     from lightning_gpuorch.predictions import read_predictions
+    from lightning_gpuorch.predictions.loading.shards.files import ArrowShards, FileShards
+    from lightning_gpuorch.predictions.loading.shards.protocol import ShardedDataset, ShardedSource
     from lightning_gpuorch.supervisor.restart_policy import FailureRecoveryManager
     from lightning_gpuorch.worker.orchestrator import MultiGPUOrchestrator
 
 _HOMES = {
+    "ArrowShards": "predictions.loading.shards.files",
     "FailureRecoveryManager": "supervisor.restart_policy",
+    "FileShards": "predictions.loading.shards.files",
     "GPUOrchStrategy": "fabric",
     "MultiGPUOrchestrator": "worker.orchestrator",
     "OrchestratorConfig": "config",
     "ProcessGroupManager": "parallel.groups.process_group",
     "ResourceAllocator": "devices.memory",
+    "ShardedDataset": "predictions.loading.shards.protocol",
+    "ShardedSource": "predictions.loading.shards.protocol",
     "TensorParallelPlan": "parallel.tensor_parallel",
     "plan_tensor_parallel": "parallel.tensor_parallel",
     "read_predictions": "predictions",
 }
 
 __all__ = [
+    "ArrowShards",
     "FailureRecoveryManager",
+    "FileShards",
     "GPUOrchStrategy",
     "MultiGPUOrchestrator",
     "OrchestratorConfig",
     "ProcessGroupManager",
     "ResourceAllocator",
+    "ShardedDataset",
+    "ShardedSource",
     "TensorParallelPlan",
     "__version__",
     "plan_tensor_parallel",

@@ -11,7 +11,7 @@ import difflib
 import json
 import os
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -87,9 +87,11 @@ class OrchestratorConfig:
     """Restarts of one replica without progress before it is retired."""
     max_chunk_failures: int = 3
     """Deaths of workers in the same sample before it is given up, at least two of them while it was computed alone."""
-    on_error: Literal["isolate", "raise"] = "isolate"
+    on_error: Literal["isolate", "record", "raise"] = "isolate"
     """What to do about a sample that raises when it is read, collated or computed: ``isolate`` gives it up, names it, and
-    completes all others (exit code 65); ``raise`` ends the job at once with the exception."""
+    completes all others (exit code 65); ``record`` stores its error (type, message) in place of a prediction, so that the
+    job is complete (exit code 0), and a rerun does not try it again; ``raise`` ends the job at once with the exception.
+    Samples in which workers die are given up in any case, and end the job with 65."""
     max_errored_samples: int | None = None
     """Samples of the job that may be given up; one more ends the job. ``None`` sets no bound, but a job of which nothing at
     all can be read, or computed, ends at once in any case."""
@@ -130,10 +132,21 @@ class OrchestratorConfig:
     cut short. ``sampled``: 64 parts, other ones each time, in addition as a whole, against their checksums; if one part in
     20 is damaged, this finds one with 96%. ``all``: every byte. Damage that is not found then is found when predictions are
     read, or by ``gpuorch predictions verify``, which reads everything."""
+    sharding: Literal["auto", "off"] = "auto"
+    """How streams are shared out: ``auto`` gives each replica shards of its own to read, where the stream's shards are known;
+    ``off`` lets each replica read the whole of it, and compute the chunks that it leases."""
     keep_outputs: bool | Literal["auto"] = "auto"
     """Store what ``predict_step`` returns. Otherwise a marker takes its place: that a batch is done is durable, its output is
     left to callbacks, and may be of any type. ``auto`` keeps outputs, unless the Trainer was called with
     ``return_predictions=False`` and there is no ``output_dir``."""
+    output_format: Literal["gpq", "parquet"] = "gpq"
+    """Format of part files. ``parquet`` makes files that other tools read while the job runs, with a row per sample and
+    columns by the structure of the predictions, which have to have an entry per sample. ``gpq`` takes any prediction."""
+    keep_columns: Sequence[str] | None = None
+    """Names of entries of the batches, which have to be dicts, that Parquet parts carry along as columns: ``["id", "url"]``.
+    As an environment variable, separated by commas."""
+    key_column: str = ""
+    """A column that is kept and whose values have to be unique; those that are not are named."""
     max_pending_bytes: int = 256 * 2**20
     """Predictions that may wait for the disk before the loop has to."""
     model_fingerprint: str = "auto"
@@ -295,6 +308,8 @@ def _parse(hint: Any, text: str, variable: str) -> Any:
                 continue
             if _accepts(kind, value):
                 return value
+        elif _is_sequence(kind):
+            return [name.strip() for name in text.split(",") if name.strip()]
         elif kind is bool:
             if text.strip().lower() in _TRUE | _FALSE:
                 return text.strip().lower() in _TRUE
@@ -313,6 +328,10 @@ def _is_mapping(hint: Any) -> bool:
     return typing.get_origin(hint) is Mapping
 
 
+def _is_sequence(hint: Any) -> bool:
+    return typing.get_origin(hint) is Sequence
+
+
 def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) is typing.Union or type(hint).__name__ == "UnionType"
 
@@ -326,6 +345,8 @@ def _accepts(hint: Any, value: Any) -> bool:
         return isinstance(value, Mapping) and all(
             isinstance(name, str) and isinstance(item, (str, int, float)) for name, item in value.items()
         )
+    if _is_sequence(hint):
+        return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
@@ -338,6 +359,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(kind) for kind in typing.get_args(hint))
     if _is_mapping(hint):
         return "an object of names and texts"
+    if _is_sequence(hint):
+        return "a list of names"
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
     return {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "None"}[hint]

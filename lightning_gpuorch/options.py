@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from typing_extensions import TypedDict
@@ -43,7 +43,7 @@ class OrchestratorOptions(TypedDict, total=False):
     tls_ca: str
     max_restart_attempts: int
     max_chunk_failures: int
-    on_error: Literal["isolate", "raise"]
+    on_error: Literal["isolate", "record", "raise"]
     max_errored_samples: int | None
     enable_oom_halving: bool
     batch_size: int
@@ -58,7 +58,11 @@ class OrchestratorOptions(TypedDict, total=False):
     part_bytes: int
     part_sec: float
     resume_check: Literal["headers", "sampled", "all"]
+    sharding: Literal["auto", "off"]
     keep_outputs: bool | Literal["auto"]
+    output_format: Literal["gpq", "parquet"]
+    keep_columns: Sequence[str] | None
+    key_column: str
     max_pending_bytes: int
     model_fingerprint: str
     metrics_address: str

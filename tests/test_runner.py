@@ -7,6 +7,7 @@ import sys
 import time
 
 import psutil
+import pytest
 
 from tests.conftest import Runner
 
@@ -51,6 +52,7 @@ def test_report_has_the_log_and_the_stacks_of_all_processes(tmp_path):
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in started)
 
 
+@pytest.mark.slow
 def test_a_failing_test_prints_it(tmp_path):
     """By way of the real fixture and hook: pytest runs a test that fails, with the conftest of all tests."""
     script = tmp_path / "script.py"

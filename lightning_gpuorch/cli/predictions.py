@@ -37,7 +37,11 @@ def verify(directory: Location) -> None:
         note = "" if kept else "; outputs were not kept, only that they were computed"
         for number, found in enumerate(loaders):
             samples, missing = found.verify(), found.missing
-            click.echo(f"dataloader {number}: {len(found)} batches, {samples} samples read and intact{note}")
+            errors = len(found.errors)
+            with_errors = f", {errors} of them errors in place of predictions" if errors else ""
+            click.echo(
+                f"dataloader {number}: {len(found)} batches, {samples} samples read and intact{with_errors}{note}"
+            )
             if missing:
                 bad = True
                 click.echo(f"dataloader {number}: {len(missing)} missing: {missing}", err=True)
@@ -65,14 +69,18 @@ def show(directory: Location, count: int) -> None:
 @click.argument("directory", type=OutputDirectory(exists=True))
 @click.argument("target", type=LocalPath())
 @click.option(
-    "--format", "kind", type=click.Choice(["parquet", "jsonl"]), default=None, help="Default: by TARGET's name."
+    "--format",
+    "kind",
+    type=click.Choice(["csv", "hf", "jsonl", "npz", "parquet"]),
+    default=None,
+    help="Default: by TARGET's name.",
 )
 def export(directory: Location, target: Path, kind: str | None) -> None:
-    """Write all samples to TARGET, one row each."""
+    """Write all samples to TARGET, one row each: as .parquet, .csv, .jsonl, .npz, or .hf, a Hugging Face dataset on disk."""
     from lightning_gpuorch.predictions.reading.export import export_predictions
 
     try:
-        export_predictions(directory, target, kind or ("parquet" if target.suffix == ".parquet" else "jsonl"))
+        export_predictions(directory, target, kind)
     except GPUOrchError as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"wrote {target}")

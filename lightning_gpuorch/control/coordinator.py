@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
+from lightning_gpuorch.control.background import Background, in_thread
 from lightning_gpuorch.control.collectives import CollectiveService
 from lightning_gpuorch.control.job_service import JobService
 from lightning_gpuorch.control.jobs import Job
@@ -56,6 +57,7 @@ class Coordinator:
         world_size: Ranks of the job.
         max_chunk_failures: Deaths in one chunk before a sample of it is given up.
         on_event: Told of what happened, as ``on_event(kind, **fields)``; must not raise.
+        background: Does what may take long; replaced by simulations.
         nodes: Options of :class:`~lightning_gpuorch.control.node_registry.NodeRegistry`, where several nodes take part.
     """
 
@@ -64,6 +66,7 @@ class Coordinator:
         world_size: int,
         max_chunk_failures: int = 3,
         on_event: Callable[..., None] = lambda kind, **fields: None,
+        background: Background = in_thread,
         **nodes: Any,
     ):
         self._replicas = Replicas(world_size)
@@ -71,7 +74,7 @@ class Coordinator:
         self.collectives = CollectiveService(range(world_size))
         self._votes = VoteService()
         self._key_values = KeyValueStore()
-        self._job_service = JobService(self._replicas, max_chunk_failures, on_event)
+        self._job_service = JobService(self._replicas, max_chunk_failures, on_event, background)
         self.gang = False
         self.departures = Departures()
         self._evaluating: set[int] = set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import threading
 import time
@@ -11,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from lightning_gpuorch.control.chunk_growth import ChunkGrowth, PartLimits
-from lightning_gpuorch.control.input_ledger import InputLedger
+from lightning_gpuorch.control.background import Background, in_thread
+from lightning_gpuorch.control.job_opening import create_job, refuse_other_input
 from lightning_gpuorch.control.jobs import Job, done_units, verify_complete
 from lightning_gpuorch.control.leases import LeaseQueue, Owner
-from lightning_gpuorch.control.messages.base import LoaderKey, RaisedException, Sender, UnitRange
+from lightning_gpuorch.control.messages.base import LoaderKey, RaisedException, UnitRange
 from lightning_gpuorch.control.messages.leases import (
     ChunkDone,
     ChunkRecorded,
@@ -37,32 +36,24 @@ from lightning_gpuorch.control.messages.leases import (
 from lightning_gpuorch.control.messages.nodes import Deaths, DrainReplica, GetDeaths
 from lightning_gpuorch.control.pending import answered, pending, resolve
 from lightning_gpuorch.control.replicas import Replicas
-from lightning_gpuorch.control.stretch_planner import StretchPlanner
+from lightning_gpuorch.control.shard_leases import ShardLeaseQueue
 from lightning_gpuorch.errors import (
     ControlPlaneError,
-    CorruptPartError,
     GPUOrchError,
     InputMismatchError,
-    MissingPredictionsError,
-    PredictionStorageError,
 )
-from lightning_gpuorch.paths import Location, location
+from lightning_gpuorch.paths import Location
 from lightning_gpuorch.predictions.storage.journal import (
     PartJournal,
-    holds_fragments,
     loader_directory,
     remove_fragments,
 )
 from lightning_gpuorch.predictions.storage.manifest import (
-    Life,
     Manifest,
-    compare,
-    open_or_create,
     record_mismatch,
     record_quarantine,
     set_num_units,
 )
-from lightning_gpuorch.predictions.storage.resume import prepare
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +65,17 @@ class JobService:
         replicas: The replicas of the run.
         max_chunk_failures: Deaths in one chunk before a sample of it is given up.
         on_event: Told of what happened, as ``on_event(kind, **fields)``; must not raise.
+        background: Does what may take long.
     """
 
-    def __init__(self, replicas: Replicas, max_chunk_failures: int, on_event: Callable[..., None]):
+    def __init__(
+        self,
+        replicas: Replicas,
+        max_chunk_failures: int,
+        on_event: Callable[..., None],
+        background: Background = in_thread,
+    ):
+        self._background = background
         self._replicas, self._max_chunk_failures, self._on_event = replicas, max_chunk_failures, on_event
         self.jobs: dict[int, Job] = {}
         self.progress_by_replica: dict[int, int] = {}
@@ -209,7 +208,7 @@ class JobService:
     # What ranks ask
 
     def open(self, request: OpenJob) -> Future[JobOpened]:
-        """Begin a job, or take part in it. Checking what is there already may take long: a thread does it."""
+        """Begin a job, or take part in it. Checking what is there already may take long: it is done in the background."""
         answer = pending()
 
         def open_job() -> None:
@@ -221,7 +220,7 @@ class JobService:
                 log.exception("%s cannot be opened", request.directory)
                 resolve([answer], ControlPlaneError(f"{request.directory}: {type(error).__name__}: {error}"))
 
-        threading.Thread(target=open_job, name="gpuorch-open", daemon=True).start()
+        self._background("gpuorch-open", open_job)
         return answer
 
     def _open(self, request: OpenJob) -> JobOpened:
@@ -232,7 +231,7 @@ class JobService:
                 job = self._create_job(request, wanted)
             else:
                 try:
-                    _refuse_other_input(job, wanted, request.sender)
+                    refuse_other_input(job, wanted, request.sender)
                 except InputMismatchError as error:
                     self._distrust(job, error)
                     raise
@@ -247,48 +246,21 @@ class JobService:
             )
 
     def _create_job(self, request: OpenJob, wanted: Manifest) -> Job:
-        number, directory = request.job, location(request.directory, "directory", request.storage_options)
-        manifest = open_or_create(directory, wanted)
-        stores = [PartJournal(loader_directory(directory, index)) for index in range(len(manifest.loaders))]
-        for layout, store in zip(manifest.loaders, stores, strict=True):
-            prepare(store, layout, request.resume_check)
-        begun = holds_fragments(directory)
+        job = create_job(request, wanted, self._replicas, self._max_chunk_failures, self._background)
         with self._lock:
-            limits = PartLimits(request.part_bytes, request.part_seconds)
-            planners = [
-                StretchPlanner(
-                    store.directory,
-                    ChunkGrowth(limits, self._replicas.num_replicas),
-                    lambda: self._replicas.num_replicas,
-                )
-                for store in stores
-            ]
-            queues = [
-                LeaseQueue(
-                    layout,
-                    store.done(),
-                    self._max_chunk_failures,
-                    functools.partial(_is_durable, store),
-                    begun,
-                    planner.on_leased,
-                )
-                for layout, store, planner in zip(manifest.loaders, stores, planners, strict=True)
-            ]
-            for queue, planner in zip(queues, planners, strict=True):
-                planner.queue = queue
+            for queue in job.queues:
                 if self.draining:
                     queue.drain()
                 for owner in self._let_go:
                     queue.let_go(owner)
-            inputs = [InputLedger(loader, _digest_of_part(store)) for loader, store in enumerate(stores)]
-            job = self.jobs[number] = Job(directory, manifest, queues, request.ephemeral, inputs, planners)
+            self.jobs[request.job] = job
         self._on_event(
             "job",
-            job=number,
-            directory=str(directory),
+            job=request.job,
+            directory=str(job.directory),
             resumed_chunks=job.resumed_chunks,
-            resumed_units=sum(map(done_units, queues)),
-            loaders=[layout.to_dict() for layout in manifest.loaders],
+            resumed_units=sum(map(done_units, job.queues)),
+            loaders=[layout.to_dict() for layout in job.manifest.loaders],
             tensor_parallel_size=self._replicas.tensor_parallel_size or 1,
         )
         return job
@@ -313,7 +285,9 @@ class JobService:
         if request.sender.replica in self._replicas.retired:  # its node was given up, and is back
             return answered(Fenced())
         _, queue = self._job_and_queue(request)
-        return queue.next(request.sender.owner, request.sequence, request.block, request.seconds_per_sample)
+        return queue.next(
+            request.sender.owner, request.sequence, request.block, request.seconds_per_sample, request.after
+        )
 
     def record_chunk(self, request: ChunkDone) -> ChunkRecorded:
         """A chunk is durable."""
@@ -333,7 +307,10 @@ class JobService:
                 before = len(queue.quarantined)
                 queue.quarantine(start, stop, reason)
                 self._record_quarantine(request.job, request.loader, before)
-            num_errored = sum(entry.stop - entry.start for queue in job.queues for entry in queue.quarantined)
+            job.num_recorded += request.recorded if request.won else 0
+            num_errored = job.num_recorded + sum(
+                entry.stop - entry.start for queue in job.queues for entry in queue.quarantined
+            )
         return ChunkRecorded(num_errored=num_errored)
 
     def record_kept(self, request: SamplesKept) -> Kept:
@@ -365,9 +342,12 @@ class JobService:
                 record_mismatch(job.directory, str(error))
 
     def end_stream(self, request: EndOfStream) -> None:
-        """A rank has seen where a stream ends."""
+        """A rank has seen where a stream ends, or a shard of it."""
         job, queue = self._job_and_queue(request)
         loader, units = request.loader, request.units
+        if isinstance(queue, ShardLeaseQueue):
+            _end_shard(job, queue, request)
+            return
         with self._lock:
             layout = queue.layout
             if layout.num_units is None:
@@ -380,7 +360,7 @@ class JobService:
                 )
 
     def close(self, request: CloseJob) -> Future[JobClosed]:
-        """A rank is through with a job. Its parts are looked at once more, by a thread: a store may take long to answer."""
+        """A rank is through with a job. Its parts are looked at once more, in the background: a store may be slow."""
         job = self._job(request.job)
         with self._lock:
             job.closed_by.add(request.sender.rank)
@@ -398,7 +378,7 @@ class JobService:
             else:
                 resolve([answer], JobClosed(seconds=time.monotonic() - job.started))
 
-        threading.Thread(target=verify, name="gpuorch-close", daemon=True).start()
+        self._background("gpuorch-close", verify)
         return answer
 
     def progress(self, number: int) -> JobProgress:
@@ -422,43 +402,23 @@ class JobService:
             )
 
 
-def _refuse_other_input(job: Job, wanted: Manifest, sender: Sender) -> None:
-    """All ranks must have the same model and the same data as the one that opened the job.
+def _end_shard(job: Job, queue: ShardLeaseQueue, request: EndOfStream) -> None:
+    """Record where a shard ends; durably, unless it could not be read: a later run tries that again.
 
     Raises:
-        InputMismatchError: A rank has not; what differs is named, with both ranks.
+        ControlPlaneError: It has ended elsewhere before.
     """
-    first, rank = min(job.opened_by, default=0), sender.rank
-    life: Life = "later" if sender.generation else "first"
-    differences = compare(job.manifest, wanted, f"on rank {first}", f"on rank {rank}", life)
-    if differences:
-        raise InputMismatchError(
-            f"rank {rank} does not have the same work as rank {first}:\n  "
-            + "\n  ".join(differences)
-            + "\nEvery rank must be given the whole of the data in the same order: remove a sampler or a dataset that "
-            "splits it by rank (gpuorch shares out the work itself), and seed what draws at random, with a generator of its "
-            "own or seed_everything."
+    shard = request.shard
+    if shard is None or not 0 <= shard < queue.num_shards:
+        raise ControlPlaneError(
+            f"dataloader {request.loader} has {queue.num_shards} shards; rank {request.sender.rank} names {shard}."
         )
-
-
-def _is_durable(store: PartJournal, chunk: int) -> bool:
-    """Whether a chunk need not be computed again, as far as its store can be asked now; if it was, its commit finds out."""
-    try:
-        return store.is_durable(chunk)
-    except PredictionStorageError as error:
-        log.warning("%s Chunk %d is leased again.", error, chunk)
-        return False
-
-
-def _digest_of_part(store: PartJournal) -> Callable[[int], str | None]:
-    def read(chunk: int) -> str | None:
-        if not _is_durable(store, chunk):
-            return None
-        try:
-            digest = store.header(chunk).metadata.get("read")
-        except (CorruptPartError, MissingPredictionsError, PredictionStorageError) as error:
-            log.debug("chunk %d tells nothing of what was read: %s", chunk, error)
-            return None
-        return digest if isinstance(digest, str) else None
-
-    return read
+    known = queue.ends.get(shard)
+    if known is None and request.is_readable:
+        PartJournal(loader_directory(job.directory, request.loader)).record_shard_end(shard, request.units)
+    known = queue.end_shard(shard, request.units, request.is_readable)
+    if known != request.units:
+        raise ControlPlaneError(
+            f"shard {shard} of dataloader {request.loader} ended after {request.units} batches on rank "
+            f"{request.sender.rank} and after {known} elsewhere; a shard must give the same samples each time it is read."
+        )

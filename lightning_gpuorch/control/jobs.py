@@ -6,14 +6,14 @@ import logging
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning_gpuorch.control.input_ledger import InputLedger
 from lightning_gpuorch.control.leases import LeaseQueue, Owner
 from lightning_gpuorch.control.stretch_planner import StretchPlanner
-from lightning_gpuorch.errors import InputMismatchError, MissingPredictionsError, format_indices
+from lightning_gpuorch.errors import InputMismatchError, MissingPredictionsError
 from lightning_gpuorch.paths import Location
 from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
@@ -39,6 +39,8 @@ class Job:
     opened_by: set[int] = field(default_factory=set)
     closed_by: set[int] = field(default_factory=set)
     samples_done: int = 0
+    num_recorded: int = 0
+    """Samples with an error in place of a prediction, in parts that are durable."""
     counted: defaultdict[int, IntegerSet] = field(default_factory=lambda: defaultdict(IntegerSet))
     """Chunks whose samples are in it, by loader: a report may be repeated."""
     samples_kept: Counter[tuple[int, Owner]] = field(default_factory=Counter)
@@ -80,16 +82,17 @@ def verify_complete(number: int, job: Job) -> None:
             reasons = "; ".join(sorted({entry.reason for entry in queue.quarantined}))
             noun = "samples" if layout.unit == "sample" else "batches"
             raise MissingPredictionsError(
-                f"{where} has no prediction for {len(units)} {noun}: {format_indices(units)} ({reasons}). All others "
-                f"are durable in {job.directory}.",
+                f"{where} has no prediction for {len(units)} {noun}: {layout.named(range(u, u + 1) for u in units)} "
+                f"({reasons}). All others are durable in {job.directory}.",
                 units,
             )
         if layout.num_units is None:
-            raise MissingPredictionsError(f"{where} ended before the end of its stream was seen.")
+            what = "stream" if layout.num_shards is None else f"{layout.num_shards} shards"
+            raise MissingPredictionsError(f"{where} ended before the end of its {what} was seen.")
         missing = missing_units(layout, PartJournal(loader_directory(job.directory, loader)).done())
         if missing:
             raise MissingPredictionsError(
-                f"{where} ended with {len(missing)} units missing: {format_indices(missing)}. What was computed is kept "
+                f"{where} ended with {len(missing)} units missing: {layout.named(missing.ranges)}. What was computed is kept "
                 f"in {job.directory}; the same command goes on from there.",
                 missing,
             )
@@ -97,12 +100,24 @@ def verify_complete(number: int, job: Job) -> None:
 
 def missing_units(layout: LoaderLayout, done: Collection[int]) -> UnitRanges:
     """Units whose chunk is not durable, ascending."""
-    present = [layout.chunk_range(chunk) for chunk in sorted(done) if chunk < layout.num_chunks]
-    starts, stops = (
-        [0, *(units.stop for units in present)],
-        [*(units.start for units in present), layout.num_units or 0],
-    )
-    return UnitRanges(range(start, stop) for start, stop in zip(starts, stops, strict=True))
+    if layout.num_shards is not None:
+        wanted = [layout.shard_range(shard) for shard in range(layout.num_shards)]
+    else:
+        wanted = [range(layout.num_units or 0)]
+    present = (layout.chunk_range(chunk) for chunk in sorted(done))
+    return UnitRanges(_without(wanted, present))
+
+
+def _without(wanted: Iterable[range], present: Iterator[range]) -> Iterator[range]:
+    """What is in ranges and in none of others; each ascend and are disjoint."""
+    found = next(present, None)
+    for units in wanted:
+        reached = units.start
+        while found is not None and found.start < units.stop:
+            yield range(reached, max(reached, found.start))
+            reached = max(reached, found.stop)
+            found = next(present, None)
+        yield range(reached, max(reached, units.stop))
 
 
 def done_units(queue: LeaseQueue) -> int:

@@ -150,7 +150,9 @@ class LeaseQueue:
         with self._lock:
             return [chunk for chunk, holder in self._leases.items() if holder == owner]
 
-    def next(self, owner: Owner, sequence: int, block: bool, seconds_per_sample: float = 0.0) -> Future[LeaseAnswer]:
+    def next(
+        self, owner: Owner, sequence: int, block: bool, seconds_per_sample: float = 0.0, after: int | None = None
+    ) -> Future[LeaseAnswer]:
         """Ask for work.
 
         Args:
@@ -158,6 +160,8 @@ class LeaseQueue:
             sequence: Number of this request within the generation, from 0; all ranks of the replica repeat it.
             block: Wait for work that others may still hand back, instead of answering "pause".
             seconds_per_sample: How fast the replica is, if it knows.
+            after: A chunk whose shard the replica would go on with; see
+                :class:`~lightning_gpuorch.control.shard_leases.ShardLeaseQueue`.
 
         Returns:
             The answer, now or later.
@@ -170,7 +174,7 @@ class LeaseQueue:
                 return answered(answers[sequence])
             if seconds_per_sample > 0:
                 self._seconds_per_sample[owner[0]] = seconds_per_sample
-            answer = self._decide(owner, block)
+            answer = self._decide(owner, block, after)
             if answer is None:
                 future = pending()
                 self._waiting.setdefault(owner, []).append((sequence, future))
@@ -313,19 +317,20 @@ class LeaseQueue:
             fault.skip.append(unit)
             self.quarantine(unit, unit + 1, f"{fault.deaths_of[unit]} workers died computing it")
 
-    def _decide(self, owner: Owner, block: bool) -> LeaseAnswer | None:
+    def _decide(self, owner: Owner, block: bool, after: int | None = None) -> LeaseAnswer | None:
         if self.finished:
             return Stop()
         if self._draining.is_set() or owner in self._leaving:
             return Drain()
         fresh = self._fresh
-        chunk = self._take()
-        if self._fresh > fresh or chunk is None:
+        taken = self._take(owner, after)
+        if self._fresh > fresh or taken is None:
             self._on_leased(self._fresh)
-        if chunk is None:
+        if taken is None:
             if self.finished:  # what came back was durable after all
                 return Stop()
             return None if block else Pause()
+        chunk, again = taken
         self._leases[chunk] = owner
         fault = self.faults.get(chunk)
         suspected = fault if fault is not None and fault.isolate is not None else None
@@ -333,8 +338,8 @@ class LeaseQueue:
             chunk=chunk,
             left=None if self.num_chunks is None else max(0, self.num_chunks - len(self.done) - len(self._leases)),
             stretches=self.layout.stretches,
-            again=chunk < fresh,
-            begun=self._may_be_begun or chunk < fresh,
+            again=again,
+            begun=self._may_be_begun or again,
             isolate=None if suspected is None else suspected.isolate,
             skip=() if suspected is None else tuple(suspected.skip),
             pace=self._pace(owner[0]),
@@ -353,10 +358,13 @@ class LeaseQueue:
         suspected = chunk in self.faults and self.faults[chunk].isolate is not None
         heapq.heappush(self._suspected if suspected else self._returned, chunk)
 
-    def _take(self) -> int | None:
-        return next(
-            (chunk for chunk in self._open_chunks() if chunk not in self.done and chunk not in self._leases), None
-        )
+    def _take(self, owner: Owner, after: int | None) -> tuple[int, bool] | None:
+        """The next chunk to lease, and whether it was leased before."""
+        fresh = self._fresh
+        for chunk in self._open_chunks():
+            if chunk not in self.done and chunk not in self._leases:
+                return chunk, chunk < fresh
+        return None
 
     def _open_chunks(self) -> Iterator[int]:
         """Chunks in the order of leasing: handed back, fresh, and last what seems to kill workers.

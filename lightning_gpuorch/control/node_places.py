@@ -43,6 +43,7 @@ class Place:
         lost: It was given up.
         drained: It has left, and its replicas with it; the job goes on.
         is_late: The supervisor only waits for the end of the job.
+        generation: First generation of its replicas under this supervisor, which a repeated request is told again.
         codes: Exit codes by rank, when all have ended.
     """
 
@@ -54,6 +55,7 @@ class Place:
     lost: bool = False
     drained: bool = False
     is_late: bool = False
+    generation: int = 0
     codes: dict[int, int] | None = None
     joining: Future[NodeJoined] | None = None
     successor: _Successor | None = None
@@ -217,10 +219,10 @@ class NodePlaces:
     def _num_present(self) -> int:
         return sum(place.is_present for place in self.by_rank.values())
 
-    def _answer(self, place: Place, generation: int = 0) -> NodeJoined:
+    def _answer(self, place: Place) -> NodeJoined:
         return NodeJoined(
             first_rank=place.ranks[0] if place.ranks else 0, world_size=self._coordinator.world_size, run_id=self._run_id,
-            generation=generation, is_late=place.is_late,
+            generation=place.generation, is_late=place.is_late,
         )  # fmt: skip
 
     def _succeed(self, number: int, place: Place, request: JoinNode) -> Future[NodeJoined]:
@@ -235,7 +237,8 @@ class NodePlaces:
             place.supervisor, place.heard = request.supervisor, now
             place.expired = place.lost = place.drained = False
             log.info("node %d joins again: %d of %d nodes work", number, self._num_present, self.max_nodes)
-            return answered(self._answer(place, self._begin_again(place)))
+            place.generation = self._begin_again(place)
+            return answered(self._answer(place))
         if has_left or place.lost or place.is_late or (silent and place.codes is not None):
             place.supervisor, place.is_late = request.supervisor, True
             log.info("node %d comes back; the job goes on without it, and tells it how it ends", number)
@@ -245,7 +248,8 @@ class NodePlaces:
             log.warning("node %d was started again, and has its place back", number)
             if not self.has_begun:
                 return self._await_admission(place)
-            return answered(self._answer(place, self._begin_again(place)))
+            place.generation = self._begin_again(place)
+            return answered(self._answer(place))
         answer: Future[NodeJoined] = pending()
         if asked_before is None:
             log.info(

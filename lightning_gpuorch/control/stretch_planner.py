@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 
+from lightning_gpuorch.control.background import Background, in_thread
 from lightning_gpuorch.control.chunk_growth import ChunkGrowth
 from lightning_gpuorch.control.leases import LeaseQueue
 from lightning_gpuorch.errors import CorruptPartError, PredictionStorageError
@@ -19,7 +20,7 @@ _LONGEST_RETRY_SECONDS = 30.0
 
 
 class StretchPlanner:
-    """Decides the stretches of one dataloader, each on a thread of its own, since its store may take long.
+    """Decides the stretches of one dataloader, in the background, since its store may take long.
 
     While a store refuses, it is asked again and again; replicas that need a chunk of that stretch wait for it, as they do
     for the disk.
@@ -28,6 +29,7 @@ class StretchPlanner:
         directory: Of the dataloader.
         growth: Tells how large they are to be.
         num_replicas: Tells how many replicas there are now.
+        background: Asks the store, which may take long.
 
     Attributes:
         queue: The leases of the dataloader, to be set before the first is given.
@@ -35,7 +37,14 @@ class StretchPlanner:
 
     queue: LeaseQueue
 
-    def __init__(self, directory: Location, growth: ChunkGrowth, num_replicas: Callable[[], int]):
+    def __init__(
+        self,
+        directory: Location,
+        growth: ChunkGrowth,
+        num_replicas: Callable[[], int],
+        background: Background = in_thread,
+    ):
+        self._background = background
         self._directory, self._growth, self._num_replicas = directory, growth, num_replicas
         self._deciding = False
         self._lock = threading.Lock()
@@ -51,7 +60,7 @@ class StretchPlanner:
             if self._deciding or not self._growth.is_due(self.queue.layout, num_leased):
                 return
             self._deciding = True
-        threading.Thread(target=self._decide, name="gpuorch-stretch", daemon=True).start()
+        self._background("gpuorch-stretch", self._decide)
 
     def _decide(self) -> None:
         layout, delay_seconds = self.queue.layout, _FIRST_RETRY_SECONDS

@@ -16,6 +16,7 @@ from typing import Any
 
 from lightning_gpuorch.devices.memory.transfer import HostCopy
 from lightning_gpuorch.predictions.loading.tickets import Ticket
+from lightning_gpuorch.predictions.storage.carried import WithColumns
 
 
 class State(Enum):
@@ -40,6 +41,7 @@ class BatchInFlight:
         output: What its step returned, while it is COMPUTED.
         lost: Positions in the batch that have no prediction.
         copy: The output on its way to the host, once it is DONE.
+        carried: Columns of the input that are stored with the output.
     """
 
     ticket: Ticket
@@ -48,6 +50,7 @@ class BatchInFlight:
     output: Any = None
     lost: frozenset[int] = frozenset()
     copy: HostCopy | None = None
+    carried: dict[str, list[Any]] | None = None
 
 
 class BatchesInFlight:
@@ -125,4 +128,7 @@ class BatchesInFlight:
         while self._batches and self._batches[0].state is State.DONE:
             batch = self._batches.popleft()
             if batch.copy is not None:
-                self._keep(batch.ticket, batch.copy.result(), batch.lost)
+                output = batch.copy.result()
+                if batch.carried is not None:
+                    output = WithColumns(output, dict(batch.carried))
+                self._keep(batch.ticket, output, batch.lost)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lightning_gpuorch.control.error_record import note_failure
@@ -17,7 +17,7 @@ from lightning_gpuorch.paths import Location
 from lightning_gpuorch.predictions.loading.collector import ChunkCollector, NoCollector
 from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.predictions.storage.fragments import FragmentReader, FragmentWriter, Numbering
-from lightning_gpuorch.predictions.storage.journal import loader_directory
+from lightning_gpuorch.predictions.storage.journal import OutputFormat, loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout, StoredBatch
 from lightning_gpuorch.predictions.storage.parts import PartStore
 from lightning_gpuorch.predictions.storage.writer import PartWriter
@@ -36,8 +36,10 @@ class CommitPipeline:
         job: The predict call.
         context: The rank.
         directory: Of the predict call's results.
+        output_format: Of its parts.
         dynamic: With dynamic batching, what is told that the rank has to leave.
         digest_of: Digest of what was read of a dataloader's chunk, if it is known; asked for once.
+        index_of: Dataset index of a unit that is a sample.
         host_cost: Bytes that samples of a dataloader take before they are stored, and seconds to compute them, where the
             time that a chunk was open does not tell.
 
@@ -50,12 +52,17 @@ class CommitPipeline:
         job: JobContext,
         context: StepContext,
         directory: Location,
+        output_format: OutputFormat,
         dynamic: DynamicSteps | None,
         digest_of: Callable[[int, int], str | None],
+        index_of: Callable[[int, int], Any],
         host_cost: Callable[[int, int], tuple[int, float]],
     ):
-        self._job, self._context, self._directory = job, context, directory
+        self._job, self._context = job, context
+        self._directory, self._output_format = directory, output_format
         self._dynamic, self._digest_of, self._host_cost = dynamic, digest_of, host_cost
+        self._index_of = index_of
+        self._records_errors = context.config.on_error == "record"
         self.asked_to_leave = False
         self._chunks_began: dict[tuple[int, int], float] = {}
         self._given_up: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
@@ -100,7 +107,7 @@ class CommitPipeline:
         layout = self._job.layouts[loader]
         for unit, reason in reasons.items():
             self._given_up.setdefault((loader, layout.chunk_of(unit)), []).append((unit, unit + 1, reason))
-            log.warning("%s %d is given up: %s", layout.noun, unit, reason)
+            log.warning("%s %s is given up: %s", layout.noun, layout.named([range(unit, unit + 1)]), reason)
         most = self._context.config.max_errored_samples
         num_errored = self._num_errored + sum(map(len, list(self._given_up.values())))
         if most is not None and num_errored > most:
@@ -135,7 +142,10 @@ class CommitPipeline:
                 collector.keep()
 
     def _make_writer(self) -> PartWriter:
-        stores = [PartStore(loader_directory(self._directory, index)) for index in range(len(self._job.layouts))]
+        stores = [
+            PartStore(loader_directory(self._directory, index), output_format=self._output_format, unit=layout.unit)
+            for index, layout in enumerate(self._job.layouts)
+        ]
         heartbeat = current_heartbeat()
         return PartWriter(
             stores,
@@ -172,12 +182,23 @@ class CommitPipeline:
         assert self._writer is not None
         sender = self._job.sender
         run = self._context.world.run_id
+        if self._records_errors:
+            for batch in batches:
+                batch.num_lost = 0  # nothing of it is lacking: what failed has a row of its own
+            batches = sorted([*batches, *self._error_rows(loader, chunk)], key=lambda batch: batch.first_unit)
         metadata: dict[str, Any] = {"run": run, "replica": sender.replica, "generation": sender.generation}
         read = self._digest_of(loader, chunk)
         if read is not None:
             metadata["read"] = read
         with phase(Phase.COMMIT, then=Phase.RUN):  # it waits where the disk is slower than the model
             self._writer.put(loader, chunk, batches, metadata)
+
+    def _error_rows(self, loader: int, chunk: int) -> Iterator[StoredBatch]:
+        """What stands in the place of predictions that the samples of a chunk do not have."""
+        is_sample = self._job.layouts[loader].unit == "sample"
+        for unit, _, reason in sorted(self._given_up.get((loader, chunk), [])):
+            indices = [self._index_of(loader, unit)] if is_sample else None
+            yield StoredBatch(unit, indices, 1, None, error=reason)
 
     def _on_committed(self, loader: int, chunk: int, won: bool, samples: int, num_bytes: int) -> None:
         began = self._chunks_began.pop((loader, chunk), None)
@@ -189,9 +210,10 @@ class CommitPipeline:
         fragments = self._fragments[loader]
         if fragments is not None:
             fragments[0].on_durable(chunk)
-        quarantined = tuple(self._given_up.pop((loader, chunk), []))
+        given_up = tuple(self._given_up.pop((loader, chunk), []))
+        recorded, quarantined = (len(given_up), ()) if self._records_errors else (0, given_up)
         request = ChunkDone(
             sender=self._job.sender, job=self._job.number, loader=loader, chunk=chunk, won=won, samples=samples,
-            quarantined=quarantined, num_bytes=max(num_bytes, host_bytes), seconds=seconds,
+            quarantined=quarantined, recorded=recorded, num_bytes=max(num_bytes, host_bytes), seconds=seconds,
         )  # fmt: skip
         self._num_errored = max(self._num_errored, self._job.ask(request).num_errored)

@@ -87,8 +87,14 @@ class ReplicaQueue:
         self.digests: dict[int, str] = {}
         """Of what was read of a stream, by chunks that this rank computes."""
 
-    def next(self, block: bool, seconds_per_sample: float = 0.0) -> Lease | NoWork:
-        """Ask for work; with ``block``, wait until there is some or none will come."""
+    def next(self, block: bool, seconds_per_sample: float = 0.0, after: int | None = None) -> Lease | NoWork:
+        """Ask for work; with ``block``, wait until there is some or none will come.
+
+        Args:
+            block: Whether to wait.
+            seconds_per_sample: How fast this replica is, if it knows.
+            after: A chunk whose shard is to go on, if there is more of it.
+        """
         if block:
             # Own chunks first: others may wait for them as well, and a writer that has failed must say so now.
             self._job.flush()
@@ -97,7 +103,11 @@ class ReplicaQueue:
         timeout = FOREVER_SECONDS if block else None
         with phase(Phase.WAIT, then=Phase.RUN) if block else contextlib.nullcontext():
             request = NextChunk(
-                **self._place, sequence=self._sequence, block=block, seconds_per_sample=seconds_per_sample
+                **self._place,
+                sequence=self._sequence,
+                block=block,
+                seconds_per_sample=seconds_per_sample,
+                after=after,
             )
             answer = self._job.ask(request, timeout_seconds=timeout)
         self._sequence += 1
@@ -115,6 +125,11 @@ class ReplicaQueue:
         """Report where a stream ended."""
         self._report()
         self._job.ask(EndOfStream(**self._place, units=units))
+
+    def end_of_shard(self, shard: int, units: int, is_readable: bool) -> None:
+        """Report where a shard ended, or could not be read any further."""
+        self._report()
+        self._job.ask(EndOfStream(**self._place, units=units, shard=shard, is_readable=is_readable))
 
     def saw(self, chunk: int, digest: str) -> None:
         """Report what was read of a stream: the first batch at once, chunks with the next request."""
@@ -180,7 +195,7 @@ class ReplicaSink:
     def give_up(self, span: Span, reasons: Mapping[int, str]) -> None:
         """Samples of a span cannot be read, and have no prediction."""
         self._job.give_up(self._loader, {span.unit(position): reason for position, reason in reasons.items()})
-        if self._windows:
+        if self._windows and span.indices is not None:  # of a stream, all ranks read the same or the job ends
             samples = samples_of(span)
             self._unread += [(*samples[position], reason) for position, reason in reasons.items()]
 

@@ -26,9 +26,18 @@ from lightning_gpuorch.control.messages.leases import CloseJob, GetProgress, Ope
 from lightning_gpuorch.control.messages.ranks import DrainJob
 from lightning_gpuorch.devices.memory.transfer import HostCopy
 from lightning_gpuorch.errors import TooManyErroredSamplesError
-from lightning_gpuorch.paths import location, options_of
-from lightning_gpuorch.predictions.loading.describe import Source, default_chunk_batches, default_first_chunks, describe
+from lightning_gpuorch.paths import Location, location, options_of
+from lightning_gpuorch.predictions.loading.describe import (
+    MAX_CHUNK_BATCHES,
+    Source,
+    default_chunk_batches,
+    default_first_chunks,
+    describe,
+)
 from lightning_gpuorch.predictions.loading.loader import LeasedLoader
+from lightning_gpuorch.predictions.loading.shards.recognition import by_shard
+from lightning_gpuorch.predictions.loading.shards.source import ShardStreamSource
+from lightning_gpuorch.predictions.loading.stream import StreamSource
 from lightning_gpuorch.predictions.loading.tickets import Ticket
 from lightning_gpuorch.predictions.loading.windowed_loader import WindowedLoader
 from lightning_gpuorch.predictions.loading.work import NoWork
@@ -37,11 +46,14 @@ from lightning_gpuorch.predictions.samples import NOT_KEPT
 from lightning_gpuorch.predictions.samples.tensors import to_host
 from lightning_gpuorch.predictions.storage.journal import loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
-from lightning_gpuorch.predictions.storage.manifest import Manifest
+from lightning_gpuorch.predictions.storage.manifest import Manifest, load
+from lightning_gpuorch.predictions.storage.parquet_file import publish_files, pyarrow
+from lightning_gpuorch.predictions.storage.parquet_keys import refuse_equal_keys
 from lightning_gpuorch.predictions.storage.writer import size_bytes
 from lightning_gpuorch.telemetry.steps import StepRecord
 from lightning_gpuorch.worker.batches_in_flight import BatchesInFlight, BatchInFlight
 from lightning_gpuorch.worker.batching.dynamic import DynamicBatcher
+from lightning_gpuorch.worker.carried_columns import CarriedColumns
 from lightning_gpuorch.worker.commit_pipeline import CommitPipeline
 from lightning_gpuorch.worker.dynamic_steps import DynamicSteps
 from lightning_gpuorch.worker.group_samples import SamplesRead
@@ -71,7 +83,12 @@ class PredictionJob:
         world = runtime.world
         self._runtime, self._world = runtime, world
         self.number = world.next_job()
-        sources = [describe(loader, limit) for loader, limit in zip(loaders, limits, strict=True)]
+        self._carried = CarriedColumns(runtime.config, world.topology.is_leader, keep_outputs)
+        if runtime.config.output_format == "parquet":
+            pyarrow()  # before work starts
+        described = [describe(loader, limit) for loader, limit in zip(loaders, limits, strict=True)]
+        directory, ephemeral = world.job_directory(runtime.output_dir, default_root, runtime.config.storage_options)
+        sources = self._by_shard(described, directory)
         self.raises_errors = runtime.config.on_error == "raise"
         """Whether an error of a sample ends the job."""
         dynamic = self._dynamic = DynamicSteps(runtime) if runtime.config.enable_dynamic_batching else None
@@ -79,10 +96,10 @@ class PredictionJob:
         wanted = Manifest(
             loaders=[self._wanted_layout(source) for source in sources],
             keep_outputs=keep_outputs,
+            output_format=runtime.config.output_format,
             model_fingerprint=model_fingerprint,
             versions={"lightning_gpuorch": __version__, "torch": torch.__version__},
         )
-        directory, ephemeral = world.job_directory(runtime.output_dir, default_root, runtime.config.storage_options)
         for index, source in enumerate(sources):
             source.freeze(loader_directory(directory, index))
         request = OpenJob(
@@ -107,10 +124,19 @@ class PredictionJob:
         """Of the dataloaders, with what is decided of later chunks."""
         for index, (source, layout) in enumerate(zip(sources, manifest.loaders, strict=True)):
             source.thaw(loader_directory(self.directory, index), layout)
-        self._keeps_outputs = manifest.keep_outputs
+        self._keeps_outputs, self._output_format = manifest.keep_outputs, manifest.output_format
         keeps = self._host_copy if world.topology.is_leader else None
         self._queues = [ReplicaQueue(self, index) for index in range(len(sources))]
-        self._pipeline = CommitPipeline(self, runtime, self.directory, dynamic, self._digest_of, self._host_cost)
+        self._pipeline = CommitPipeline(
+            self,
+            runtime,
+            self.directory,
+            manifest.output_format,
+            dynamic,
+            self._digest_of,
+            self._index_of,
+            self._host_cost,
+        )
         isolates = not self.raises_errors
         self._step = ReplicaStep(
             runtime, sources, manifest.loaders, self._pipeline, dynamic, self._begin_blame, isolates
@@ -131,6 +157,19 @@ class PredictionJob:
             self._announce(manifest.loaders)
         if world.supervised:
             freeze_objects()  # letting go of memory after an error must not take seconds
+
+    def _by_shard(self, sources: Sequence[Source], directory: Location) -> list[Source]:
+        """The same work; streams are cut by shard where that is known of them, or as the job in the directory began."""
+        if self._runtime.config.sharding == "off" or not any(isinstance(source, StreamSource) for source in sources):
+            return list(sources)
+        topology, begun = self._world.topology, load(directory)
+        layouts = () if begun is None else begun.loaders
+        began = [layout.num_shards is not None for layout in layouts] + [None] * len(sources)
+        tells = topology.rank == 0 and not self._world.generation
+        return [
+            by_shard(source, topology.num_replicas, how, tells=tells)
+            for source, how in zip(sources, began, strict=False)
+        ]
 
     def _make_loader(
         self, index: int, source: Source, layout: LoaderLayout, batcher: DynamicBatcher | None
@@ -159,9 +198,17 @@ class PredictionJob:
         chunk, replicas = self._runtime.config.chunk_size, self._world.topology.num_replicas
         if chunk != "auto":
             return source.layout(chunk)
+        if isinstance(
+            source, ShardStreamSource
+        ):  # shards are shared out, not chunks: their size need not even out the end
+            return source.layout(MAX_CHUNK_BATCHES)
         windows = self._dynamic is not None
         layout = source.layout(default_chunk_batches(source.num_batches, replicas, windows=windows))
         return dataclasses.replace(layout, first_chunks=default_first_chunks(source.num_batches, replicas))
+
+    def _index_of(self, loader: int, unit: int) -> Any:
+        order = getattr(self.loaders[loader].source, "order", None)
+        return unit if order is None else order.take(range(unit, unit + 1))[0]
 
     def _host_cost(self, loader: int, num_samples: int) -> tuple[int, float]:
         return self.loaders[loader].host_cost(num_samples)
@@ -237,6 +284,7 @@ class PredictionJob:
         """
         in_flight = self.batches_in_flight.next_delivered()
         ticket = in_flight.ticket
+        carried = self._carried.of(batch, ticket)
         self._pipeline.begin_step(ticket)
         telemetry = self._runtime.telemetry
         telemetry.begin_step(self.steps, ticket.chunk)
@@ -261,6 +309,7 @@ class PredictionJob:
         # Before callbacks change the output: what they do may differ between the ranks of a group, which have to form the
         # same windows.
         output_bytes = 0 if self._dynamic is None else size_bytes(output)
+        in_flight.carried = self._carried.left(carried, ticket, in_flight.ticket, lost)
         self.batches_in_flight.computed(in_flight, output, lost)
         if self._collects_late:
             # The step before: on CUDA this one still computes, and in a group all ranks have asked for it by now.
@@ -397,10 +446,16 @@ class PredictionJob:
         if self._ended in (NoWork.DRAIN, NoWork.FENCED):
             log.info("stopped on request; the same command goes on from here")
             leave_resumable()
-        closed = self.ask(CloseJob(sender=self.sender, job=self.number))
+        with phase(Phase.WAIT, then=Phase.OUTSIDE):  # the store is asked what there is, and may take long to answer
+            closed = self.ask(CloseJob(sender=self.sender, job=self.number), timeout_seconds=FOREVER_SECONDS)
         if self._runtime.calibration is not None:  # the data ended before the time
             self._end_calibration()
         if self._world.topology.rank == 0:
+            if self._output_format == "parquet":
+                for index, layout in enumerate(self.layouts):
+                    publish_files(loader_directory(self.directory, index), layout)
+                    if self._runtime.config.key_column:
+                        refuse_equal_keys(loader_directory(self.directory, index), self._runtime.config.key_column)
             self._summarise(closed.seconds)
         return results(self.directory)
 

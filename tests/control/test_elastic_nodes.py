@@ -111,6 +111,7 @@ def test_a_drained_node_is_not_waited_for_and_may_come_back() -> None:
     assert job.coordinator.nodes.check_terms() == []
     place = job.join(1, "again").result(0)
     assert (place.first_rank, place.generation, place.is_late) == (2, 1, False)
+    assert job.join(1, "again").result(0) == place, "its answer may have been lost"
     assert job.coordinator.retired == frozenset()
     assert job.coordinator.nodes.others_present() == [1]
     with pytest.raises(NodeRankTakenError):  # the first supervisor has no place any more
@@ -126,6 +127,7 @@ def test_a_node_that_was_given_up_may_come_back() -> None:
     job.now = 301
     assert job.coordinator.nodes.check_terms() == [1]
     assert job.join(1, "again").result(0).generation == 1
+    assert job.join(1, "again").result(0).generation == 1, "its answer may have been lost"
     assert job.coordinator.nodes.lost_ranks() == []
 
 

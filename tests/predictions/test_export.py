@@ -164,10 +164,10 @@ def test_two_leaves_of_one_name(tmp_path: Path) -> None:
 
 def test_unknown_formats_and_places(tmp_path: Path) -> None:
     directory = make_job(tmp_path / "job", nested)
-    with pytest.raises(ConfigurationError, match=r"\['jsonl', 'parquet'\]"):
-        export_predictions(directory, tmp_path / "out.csv")
-    export_predictions(directory, tmp_path / "out.csv", "jsonl")
-    assert len(lines(tmp_path / "out.csv")) == 10
+    with pytest.raises(ConfigurationError, match=r"\['csv', 'hf', 'jsonl', 'npz', 'parquet'\]"):
+        export_predictions(directory, tmp_path / "out.xlsx")
+    export_predictions(directory, tmp_path / "out.xlsx", "jsonl")
+    assert len(lines(tmp_path / "out.xlsx")) == 10
     for name in ("jsonl", "parquet"):
         with pytest.raises(PredictionStorageError, match="nowhere"):
             export_predictions(directory, tmp_path / "nowhere" / "out", name)
@@ -193,3 +193,59 @@ def test_memory_stays_flat(tmp_path: Path, name: str) -> None:
     growth = process.memory_info().rss - before
     # All at once would be 300 MiB of tensors, and 160 MiB of Python floats for JSON.
     assert growth < 80 * 2**20, f"grew by {growth / 2**20:.0f} MiB"
+
+
+def flat(indices: list[int]) -> dict[str, Any]:
+    return {
+        "label": [f'é{i}, "x"' for i in indices],
+        "emb": torch.tensor(indices)[:, None] * torch.ones(2),
+        "n": indices,
+    }
+
+
+def test_csv_has_a_cell_per_leaf(tmp_path: Path) -> None:
+    import pandas as pd
+
+    directory = make_job(tmp_path / "job", flat)
+    assert export_predictions(directory, tmp_path / "out.csv") == 10
+    frame = pd.read_csv(tmp_path / "out.csv")
+    assert list(frame) == ["index", "prediction.label", "prediction.emb", "prediction.n"]
+    assert frame["index"].tolist() == frame["prediction.n"].tolist() == list(range(9, -1, -1))
+    assert frame["prediction.label"][0] == 'é9, "x"'
+    assert json.loads(frame["prediction.emb"][0]) == [9.0, 9.0]
+
+
+def test_npz_has_an_array_per_leaf_and_needs_no_pickle(tmp_path: Path) -> None:
+    assert export_predictions(make_job(tmp_path / "job", flat), tmp_path / "out.npz") == 10
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as found:
+        assert found["prediction.emb"].tolist() == [[float(i)] * 2 for i in range(9, -1, -1)]
+        assert found["prediction.label"][-1] == 'é0, "x"'
+    ragged = make_job(tmp_path / "ragged", lambda indices: [torch.ones(i) for i in indices])
+    with pytest.raises(UnsupportedPredictionError, match="differs in shape"):
+        export_predictions(ragged, tmp_path / "ragged.npz")
+    assert not list(tmp_path.glob("*ragged.npz*"))
+
+
+def test_a_hugging_face_dataset_is_a_directory(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    directory = make_job(tmp_path / "job", flat)
+    assert export_predictions(directory, tmp_path / "out.hf") == 10
+    found = datasets.load_from_disk(str(tmp_path / "out.hf"))
+    assert found["index"][:] == list(range(9, -1, -1))
+    assert found[0]["prediction.emb"] == [9.0, 9.0]
+    with pytest.raises(ConfigurationError, match="exists"):
+        export_predictions(directory, tmp_path / "out.hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job", "out.hf"]
+
+
+@pytest.mark.parametrize("name", ["out.xlsx", "out", "out.parquet.gz"])
+def test_an_unknown_ending_is_refused_by_the_command_too(tmp_path: Path, name: str) -> None:
+    from click.testing import CliRunner
+
+    from lightning_gpuorch.cli.predictions import predictions
+
+    directory = make_job(tmp_path / "job", flat)
+    outcome = CliRunner().invoke(predictions, ["export", str(directory), str(tmp_path / name)])
+    assert outcome.exit_code == 1
+    assert "name one of ['csv', 'hf', 'jsonl', 'npz', 'parquet']" in outcome.output
+    assert not (tmp_path / name).exists()

@@ -50,6 +50,7 @@ def test_a_thousand_changes_of_every_kind_of_file() -> None:
     assert min(findings.outcomes["read"], findings.outcomes["refused"]) > 300, findings.summary()
 
 
+@pytest.mark.slow
 @given(st.randoms(use_true_random=False))
 @settings(max_examples=200)
 def test_a_changed_part_gives_values_or_the_projects_error(rng: random.Random) -> None:

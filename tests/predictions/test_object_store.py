@@ -302,6 +302,7 @@ def _in_a_fork(root: ObjectPath, answers: Any) -> None:
         answers.put(str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "expected"), [("fork", "spawn or forkserver"), ("spawn", [0.0, 1.0])])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_other_processes_can_read_but_a_fork_says_why_not(

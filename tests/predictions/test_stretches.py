@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_a_job_whose_chunks_grow_is_resumed_with_another_batch_size_and_read_in_
     assert layout.stretches == (Stretch(2, 10), Stretch(2, 26), Stretch(9, 4))
     assert load(tmp_path) == resumed
     assert '"stretches": []' in (tmp_path / "manifest.json").read_text(), "they have files of their own"
-    assert set_right(store, layout, "all") == ([], [])
+    assert set_right(store, layout, "all") == ([], [], 0)
     assert read_predictions(tmp_path, allow_missing=True).missing == list(range(54, 101))
     fill(tmp_path, layout, range(5, layout.num_chunks))
     found = read_predictions(tmp_path)
@@ -138,7 +139,7 @@ def test_a_resume_reads_as_much_as_is_wanted(tmp_path: Path, check: str, found: 
             read.add(chunk) if whole_one else None,
             whole(self, chunk, whole_one),
         )[1]
-        damaged, incomplete = set_right(store, layout, check)  # type: ignore[arg-type]
+        damaged, incomplete, _ = set_right(store, layout, check)  # type: ignore[arg-type]
     finally:
         PartStore.check = whole  # type: ignore[method-assign]
     assert incomplete == []
@@ -182,3 +183,36 @@ def test_like_batches_take_as_little_as_one() -> None:
     assert entries[1999].indices == range(63968, 64000)
     with pytest.raises(ValueError, match="more than can be in it"):
         unpack_entries(packed, 1999)
+
+
+@pytest.mark.parametrize("unit", ["sample", "batch"])
+@pytest.mark.parametrize("failed", [{0}, {5, 6}, {4, 5, 6, 7}, {11}, {1, 3, 5, 7, 9}, set(range(12))])
+def test_errors_stand_in_the_place_of_samples_and_nothing_is_missing(
+    tmp_path: Path, unit: Literal["sample", "batch"], failed: set[int]
+) -> None:
+    size = 4 if unit == "sample" else None
+    layout = LoaderLayout(unit=unit, num_units=12 if size else 3, batch_size=size, chunk_size=8 if size else 2)
+    open_or_create(tmp_path, Manifest(loaders=[layout]))
+    store = PartStore(loader_directory(tmp_path, 0), fsync=False)
+    for chunk in range(2):
+        stored = []
+        for number in range(2 * chunk, min(2 * chunk + 2, 3)):
+            of = range(4 * number, 4 * number + 4)
+            good = [i for i in of if i not in failed]
+            if good:
+                units = good if size and len(good) < 4 else None
+                stored.append(StoredBatch(good[0] if size else number, good, None, torch.tensor(good), units))
+            bad = [i for i in of if i in failed]
+            for i in bad if size else bad[:1]:
+                stored.append(StoredBatch(i if size else number, [i], 1, None, error=f"ValueError: {i}: bad"))
+        store.commit(chunk, sorted(stored, key=lambda batch: batch.first_unit), {})
+    damaged, incomplete, num_errors = set_right(store, layout, "all")
+    assert (damaged, incomplete) == ([], []), "it is not tried again"
+    assert num_errors == len(failed) if unit == "sample" else num_errors <= 3
+    found = read_predictions(tmp_path)
+    expected = [[i for i in range(4 * n, 4 * n + 4) if i not in failed] for n in range(3)]
+    assert [[] if batch is None else batch.tolist() for batch in found] == expected
+    assert [sample.item() for sample in found.samples()] == list(itertools.chain(*expected))
+    named = [(error.index, error.type, error.message) for error in found.errors]
+    all_named = [(i, "ValueError", f"{i}: bad") for i in sorted(failed)]
+    assert named == all_named if size else set(named) <= set(all_named)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lightning_gpuorch.errors import UnreadableStreamError
 from lightning_gpuorch.predictions.loading.describe import describe
 from lightning_gpuorch.predictions.loading.loader import LeasedLoader
+from lightning_gpuorch.predictions.loading.loader_workers import worker_is_lost
 from lightning_gpuorch.predictions.loading.windowed_loader import WindowedLoader
 from lightning_gpuorch.worker.batching.dynamic import DynamicBatcher
 from tests.predictions.test_window import Queue, Sink
@@ -23,6 +24,22 @@ from tests.predictions.test_window import Queue, Sink
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 LENGTH, BATCH, CHUNK = 20, 4, 2
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"), True),
+        (ConnectionResetError(104, "Connection reset by peer"), True),  # its tensors were still to be fetched
+        (
+            ConnectionResetError("Caught ConnectionResetError in DataLoader worker process 0.\nOriginal Traceback"),
+            False,
+        ),
+        (ValueError("DataLoader worker (pid"), False),
+    ],
+)
+def test_errors_that_tell_of_a_lost_worker(error: Exception, lost: bool) -> None:
+    assert worker_is_lost(error) == lost
 
 
 class Rows(Dataset[Any]):

@@ -35,7 +35,7 @@ class Queue:
     def __init__(self, chunks: int, done: Collection[int] = (), **extra: dict[int, Any]):
         self.chunks, self.asked, self.done, self.extra = chunks, 0, set(done), extra
 
-    def next(self, block: bool, seconds_per_sample: float = 0.0) -> Lease | NoWork:
+    def next(self, block: bool, seconds_per_sample: float = 0.0, after: int | None = None) -> Lease | NoWork:
         while self.asked in self.done:
             self.asked += 1
         if self.asked >= self.chunks:

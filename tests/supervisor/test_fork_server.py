@@ -17,6 +17,8 @@ from lightning_gpuorch.errors import WorkerStartError
 from lightning_gpuorch.supervisor import fork_server
 from lightning_gpuorch.supervisor.fork_server import ForkServerSpawner
 
+pytestmark = pytest.mark.slow  # each server imports torch
+
 WAITS = ("module", "timeit", "-n", "1", "-s", "import time", "time.sleep(600)")
 """A worker that does nothing for long."""
 

@@ -101,6 +101,8 @@ class NextChunk(LoaderRequest[LeaseAnswer], frozen=True):
     sequence: int
     block: bool
     seconds_per_sample: float = 0.0
+    after: int | None = None
+    """A chunk whose shard the replica would go on with."""
 
 
 class ChunkRecorded(Answer, frozen=True):
@@ -120,6 +122,8 @@ class ChunkDone(LoaderRequest[ChunkRecorded], frozen=True):
     """What it took on the host, and to compute; 0 where that is not known."""
     quarantined: tuple[tuple[int, int, str], ...] = ()
     """Units ``[start, stop)`` without a prediction, and why."""
+    recorded: int = 0
+    """Samples that have an error in place of a prediction in the part."""
 
 
 class Kept(Answer, frozen=True):
@@ -141,9 +145,17 @@ class InputRead(LoaderRequest[Done], frozen=True):
 
 
 class EndOfStream(LoaderRequest[Done], frozen=True):
-    """Where a stream ended."""
+    """Where a stream ended, or a shard of it.
+
+    Attributes:
+        units: Units in all.
+        shard: Which shard; None where the whole of a stream is read.
+        is_readable: Whether that is its end, and not where it could not be read any further.
+    """
 
     units: int
+    shard: int | None = None
+    is_readable: bool = True
 
 
 class JobClosed(Answer, frozen=True):

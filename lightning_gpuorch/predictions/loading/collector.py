@@ -106,7 +106,9 @@ class ChunkCollector:
         taken: dict[int, StoredBatch] = {}
         for batch in self._reader.find(units):
             covered = self._reader.numbers_of(batch)
-            if not batch.num_lost and all(unit in units and unit not in taken for unit in covered):
+            # Where units in between were left out, those may be computed now, and stored batches must not interleave.
+            is_whole = not batch.num_lost and len(covered) == covered[-1] + 1 - covered[0]
+            if is_whole and all(unit in units and unit not in taken for unit in covered):
                 taken |= dict.fromkeys(covered, batch)
         self._taken_over[chunk] = list({id(batch): batch for batch in taken.values()}.values())
         return frozenset(taken)

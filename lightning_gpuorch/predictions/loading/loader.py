@@ -20,6 +20,8 @@ from lightning_gpuorch.predictions.loading.batch_numbers import number_of_span
 from lightning_gpuorch.predictions.loading.describe import Source
 from lightning_gpuorch.predictions.loading.isolation import SampleIsolation
 from lightning_gpuorch.predictions.loading.loader_workers import end_reading, worker_is_lost
+from lightning_gpuorch.predictions.loading.shards.reading import NOTHING, ShardReading
+from lightning_gpuorch.predictions.loading.shards.source import ShardStreamSource
 from lightning_gpuorch.predictions.loading.source import BatchSource, MapSource, Span
 from lightning_gpuorch.predictions.loading.stream import END, Stream, StreamSource
 from lightning_gpuorch.predictions.loading.tickets import ChunkSink, Ticket, TicketQueue
@@ -105,6 +107,8 @@ class LeasedLoader:
 
     def _batches(self) -> Iterator[Any]:
         """The loader's own batches."""
+        if isinstance(self.source, ShardStreamSource):
+            return self._by_shard(self.source)
         return self._stream(self.source) if isinstance(self.source, StreamSource) else self._indexed(self.source)
 
     def _indexed(self, source: MapSource | BatchSource) -> Iterator[Any]:
@@ -214,6 +218,34 @@ class LeasedLoader:
                     self._end_unreadable(error)
                     return
 
+    def _by_shard(self, source: ShardStreamSource) -> Iterator[Any]:
+        open_chunks: set[int] = set()
+        with contextlib.closing(self._shard_reading(source)) as reading:
+            while self._no_work in (None, NoWork.PAUSE):
+                for read in reading.batches():
+                    chunk, span = read.lease.chunk, Span(read.unit, 1, read.unit, None)
+                    if chunk not in open_chunks:
+                        open_chunks.add(chunk)
+                        self._sink.begin(chunk, None)
+                    if read.lost is not None:
+                        self._sink.give_up(span, {0: read.lost})
+                    elif read.batch is not NOTHING:
+                        self._delivered.append(Ticket(self.index, chunk, span, read.unit, None))
+                        yield read.batch
+                        if self._should_leave():
+                            self._no_work = NoWork.DRAIN
+                            return
+                    if read.ends_chunk:
+                        open_chunks.discard(chunk)
+                        self._sink.end(chunk)
+                self._block = True
+
+    def _shard_reading(self, source: ShardStreamSource, uncollated: bool = False) -> ShardReading:
+        take_over = self._take_over if self._takes_over_chunks else None
+        return ShardReading(
+            source, self.layout, self._queue, self._sink, self._next_answer, take_over, self._isolates, uncollated
+        )
+
     def _end_unreadable(self, error: UnreadableStreamError) -> None:
         """End the loader where its stream has failed; what it has given out before is still computed.
 
@@ -270,12 +302,12 @@ class LeasedLoader:
         """Whether samples are read by this thread, one batch when it is asked for."""
         return not getattr(self.source.loader, "num_workers", 0)
 
-    def _next_answer(self) -> LeasedChunk | NoWork:
+    def _next_answer(self, after: int | None = None) -> LeasedChunk | NoWork:
         if self._reads_here:
             self._sink.reading(-1, range(0))
         try:
             with world_of_one(hide=False):  # asked from within the loader's sampler
-                answer = self._queue.next(self._block, self._seconds_per_sample)
+                answer = self._queue.next(self._block, self._seconds_per_sample, after)
         except Exception as error:
             self._failed_request = error
             raise

@@ -133,9 +133,15 @@ class Flattened(Sampler[Any]):
 
 def worker_is_lost(error: BaseException) -> bool:
     """Whether an error says that a worker process has ended or does not answer, so that its loader gives nothing more."""
+    if isinstance(
+        error, (ConnectionError, EOFError)
+    ):  # of what it had read, the tensors were still to be fetched from it
+        return not str(error).startswith(_RAISED_IN_WORKER)
     return isinstance(error, RuntimeError) and bool(_LOST_WORKER.match(str(error)))
 
 
+_RAISED_IN_WORKER = "Caught "
+"""How torch begins the text of what was raised in a worker."""
 _LOST_WORKER = re.compile(r"DataLoader (worker \(pid|timed out after)")
 
 

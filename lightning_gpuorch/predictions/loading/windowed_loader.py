@@ -16,6 +16,8 @@ from lightning_gpuorch.predictions.loading.batch_numbers import number_of_dynami
 from lightning_gpuorch.predictions.loading.isolation import SampleIsolation
 from lightning_gpuorch.predictions.loading.loader import LeasedBatches, LeasedLoader
 from lightning_gpuorch.predictions.loading.loader_workers import end_reading
+from lightning_gpuorch.predictions.loading.shards.reading import NOTHING, ShardReading
+from lightning_gpuorch.predictions.loading.shards.source import ShardStreamSource
 from lightning_gpuorch.predictions.loading.source import BatchSource, Span
 from lightning_gpuorch.predictions.loading.stream import END, Stream, StreamSource
 from lightning_gpuorch.predictions.loading.tickets import Ticket
@@ -75,10 +77,14 @@ class WindowedLoader(LeasedLoader):
         """Batches by length out of windows of one or several chunks."""
         source = self.source
         assert not isinstance(source, BatchSource)
-        if isinstance(source, StreamSource):
+        begin: Callable[[], Iterator[tuple[Requested, Any]]]
+        end: Callable[[], None]
+        if isinstance(source, ShardStreamSource):
+            reading = self._shard_reading(source, uncollated=True)
+            begin, end = functools.partial(self._leased_shards, reading), reading.close
+        elif isinstance(source, StreamSource):
             stream = Stream(source.iterate_uncollated, "samples", self.layout, self._queue.saw)
-            begin: Callable[[], Iterator[tuple[Requested, Any]]] = functools.partial(self._leased_stream, stream)
-            end: Callable[[], None] = stream.close
+            begin, end = functools.partial(self._leased_stream, stream), stream.close
         else:
             loader = source.uncollated(LeasedBatches(self))
             begin = functools.partial(self._read, loader, SampleIsolation(source, uncollated=True))
@@ -223,8 +229,26 @@ class WindowedLoader(LeasedLoader):
                 span, is_last = Span(number, 1, number, None), number == batches[-1][0]
                 yield Requested(lease, span, number in isolate, is_last), samples
 
-    def _next_answer(self) -> LeasedChunk | NoWork:
-        answer, self._held = self._held or super()._next_answer(), None
+    def _leased_shards(self, reading: ShardReading) -> Iterator[tuple[Requested, Any]]:
+        """The samples of one batch after another, chunk by chunk, until there is no work for the moment."""
+        batches: dict[int, list[tuple[Span, Any]]] = {}
+        for read in reading.batches():
+            lease, span = read.lease, Span(read.unit, 1, read.unit, None)
+            of_chunk = batches.setdefault(lease.chunk, [])
+            if read.lost is not None:
+                self._sink.give_up(span, {0: read.lost})
+            elif read.batch is not NOTHING:
+                of_chunk.append((span, read.batch))
+            if not read.ends_chunk:
+                continue
+            del batches[lease.chunk]
+            self._sink.begin(lease.chunk, len(of_chunk))
+            isolate = isolated_units(lease)
+            for number, (span, samples) in enumerate(of_chunk, 1):
+                yield Requested(lease, span, span.first_unit in isolate, number == len(of_chunk)), samples
+
+    def _next_answer(self, after: int | None = None) -> LeasedChunk | NoWork:
+        answer, self._held = self._held or super()._next_answer(after), None
         if not isinstance(answer, NoWork):
             self.bounds.samples_per_chunk = self.layout.max_samples(answer.chunk)
         return answer

@@ -86,12 +86,22 @@ class LeasedChunk(Protocol):
 class WorkQueue(Protocol):
     """Where a replica gets its chunks from; see :class:`~lightning_gpuorch.control.leases.LeaseQueue`."""
 
-    def next(self, block: bool, seconds_per_sample: float = 0.0) -> LeasedChunk | NoWork:
-        """Ask for work; the second argument says how fast it goes here, if that is known."""
+    def next(self, block: bool, seconds_per_sample: float = 0.0, after: int | None = None) -> LeasedChunk | NoWork:
+        """Ask for work.
+
+        Args:
+            block: Wait until there is some, or none will come.
+            seconds_per_sample: How fast it goes here, if that is known.
+            after: A chunk whose shard is to go on, if there is more of it.
+        """
         ...
 
     def end_of_stream(self, units: int) -> None:
         """Report where a stream ended."""
+        ...
+
+    def end_of_shard(self, shard: int, units: int, is_readable: bool) -> None:
+        """Report where a shard of a stream ended, or could not be read any further."""
         ...
 
     def saw(self, chunk: int, digest: str) -> None:

@@ -7,7 +7,8 @@ import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
@@ -17,10 +18,10 @@ from lightning_gpuorch.errors import (
     ConfigurationError,
     CorruptPartError,
     GPUOrchError,
-    MissingPredictionsError,
     OutputsNotKeptError,
 )
 from lightning_gpuorch.paths import Location, ObjectPath, location
+from lightning_gpuorch.predictions.reading.gaps import refuse_gaps
 from lightning_gpuorch.predictions.reading.lazy_list import LazyList
 from lightning_gpuorch.predictions.reading.part_index import Locator, Segment, locate
 from lightning_gpuorch.predictions.samples import (
@@ -33,7 +34,8 @@ from lightning_gpuorch.predictions.samples import (
 )
 from lightning_gpuorch.predictions.storage.journal import PartHeader, loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
-from lightning_gpuorch.predictions.storage.manifest import Quarantined, load, read_quarantine
+from lightning_gpuorch.predictions.storage.manifest import load, read_quarantine
+from lightning_gpuorch.predictions.storage.part_entries import split_error
 from lightning_gpuorch.predictions.storage.parts import Part, PartStore
 from lightning_gpuorch.predictions.storage.unit_ranges import UnitRanges
 
@@ -41,7 +43,6 @@ _BYTES_AT_ONCE = 16 * 2**20
 _PARTS_AT_ONCE = 256
 _PARTS_IN_MEMORY = 2
 _HEADERS_IN_MEMORY = 64
-_REASONS_SHOWN = 100
 _BATCHES_IN_MEMORY = 2**23
 """Entries of a list that may be made without regard for how many bytes of predictions there are."""
 
@@ -75,15 +76,18 @@ def read_predictions(
     manifest = load(root)
     if manifest is None:
         raise ConfigurationError(f"{root} holds no predictions: there is no manifest.json in it.")
-    stores = [PartStore(loader_directory(root, loader)) for loader in range(len(manifest.loaders))]
+    stores = [
+        PartStore(loader_directory(root, loader), output_format=manifest.output_format)
+        for loader in range(len(manifest.loaders))
+    ]
     located = [locate(store, layout) for store, layout in zip(stores, manifest.loaders, strict=True)]
     if not allow_missing:
-        _refuse_gaps(root, manifest.loaders, located, read_quarantine(root))
+        refuse_gaps(root, manifest.loaders, located, read_quarantine(root))
     for store, locator in zip(stores, located, strict=True):
         _refuse_empty_claims(store, locator.num_batches)
     found = [
-        Predictions._open(root, loader, layout, locator)
-        for loader, (layout, locator) in enumerate(zip(manifest.loaders, located, strict=True))
+        Predictions._open(root, loader, layout, locator, store=store)
+        for loader, (layout, locator, store) in enumerate(zip(manifest.loaders, located, stores, strict=True))
     ]
     return found[0] if len(found) == 1 else found
 
@@ -113,6 +117,23 @@ def _are_small(loaders: Sequence[Predictions]) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class ErroredSample:
+    """A sample with an error in place of a prediction.
+
+    Attributes:
+        index: Its dataset index; None where the sample is one of a batch that is known as a whole only.
+        unit: Its position in the order of the job; the number of its batch where batches are counted.
+        type: Name of the exception's type; empty where there was none.
+        message: What it said.
+    """
+
+    index: int | None
+    unit: int
+    type: str
+    message: str
+
+
 class Predictions(LazyList):
     """The predictions of one dataloader: a list of the outputs of the loader's batches, in dataset order.
 
@@ -139,13 +160,20 @@ class Predictions(LazyList):
 
     @classmethod
     def _open(
-        cls, directory: Location, loader: int, layout: LoaderLayout, locator: Locator, batches: range | None = None
+        cls,
+        directory: Location,
+        loader: int,
+        layout: LoaderLayout,
+        locator: Locator,
+        batches: range | None = None,
+        *,
+        store: PartStore,
     ) -> Predictions:
         batches = range(locator.num_batches) if batches is None else batches
         self: Predictions = cls._of_length(len(batches))
         self._directory, self._loader, self._layout, self._locator = directory, loader, layout, locator
         self._batches = batches
-        self._store = PartStore(loader_directory(directory, loader))
+        self._store = store
         self._parts, self._headers = _Recent(_PARTS_IN_MEMORY), _Recent(_HEADERS_IN_MEMORY)
         return self
 
@@ -153,7 +181,9 @@ class Predictions(LazyList):
         return self._batch(self._batches[position])
 
     def _part_of(self, positions: slice) -> Predictions:
-        return self._open(self._directory, self._loader, self._layout, self._locator, self._batches[positions])
+        return self._open(
+            self._directory, self._loader, self._layout, self._locator, self._batches[positions], store=self._store
+        )
 
     @property
     def keeps_outputs(self) -> bool:
@@ -175,6 +205,19 @@ class Predictions(LazyList):
         batches by their number where the loader's work is counted so (streams, custom batch samplers).
         """
         return self._locator.missing
+
+    @property
+    def errors(self) -> list[ErroredSample]:
+        """Samples that have an error in place of a prediction, of the whole job; see ``on_error="record"``.
+
+        They are in no batch of this list, and a batch of which all samples failed is None.
+        """
+        found = []
+        for chunk in sorted(self._store.done()):
+            for entry in self._header(chunk).entries.errors:
+                index = entry.indices[0] if entry.indices else None
+                found.append(ErroredSample(index, entry.first_unit, *split_error(entry.error or "")))
+        return found
 
     @property
     def indices(self) -> Sequence[int]:
@@ -218,7 +261,8 @@ class Predictions(LazyList):
         for chunk in sorted(self._store.done()):
             part = self._part(chunk)
             for position, entry in enumerate(part.header.entries):
-                yield entry.indices, self._kept(part.output(position))
+                if entry.error is None:
+                    yield entry.indices, self._kept(part.output(position))
 
     def verify(self) -> int:
         """Read every part and check that it is whole.
@@ -395,59 +439,3 @@ def _refuse_empty_claims(store: PartStore, num_batches: int) -> None:
             f"{store.directory} is to hold {num_batches} batches, and its parts have fewer bytes than that. If the job "
             "has just begun, wait until more of it is done."
         )
-
-
-def _refuse_gaps(
-    root: Location, layouts: Sequence[LoaderLayout], located: Sequence[Locator], quarantined: Sequence[Quarantined]
-) -> None:
-    """Raise if anything is missing, naming it, and why where that is known."""
-    lines, missing = [], []
-    for loader, (layout, locator) in enumerate(zip(layouts, located, strict=True)):
-        gaps = locator.missing
-        prefix = f"dataloader {loader}: " if len(located) > 1 else ""
-        noun = "batches" if layout.unit == "batch" else "samples"
-        if layout.num_units is None and layout.unit != "scattered":
-            lines.append(f"{prefix}the end of the stream was not reached")
-        if gaps:
-            missing.append(gaps)
-            total = "" if layout.num_units is None else f" of {layout.num_units}"
-            lines.append(f"{prefix}{len(gaps)}{total} {noun}: {gaps}")
-            lines.extend(f"  {text}" for text in _reasons(gaps, [q for q in quarantined if q.loader == loader]))
-    if lines:
-        raise MissingPredictionsError(
-            f"predictions are missing in {root}:\n  " + "\n  ".join(lines) + "\nRun the same command again to compute "
-            "them, or read what there is with allow_missing=True.",
-            UnitRanges(units for gaps in missing for units in gaps.ranges),
-        )
-
-
-def _reasons(gaps: UnitRanges, quarantined: Sequence[Quarantined]) -> Iterator[str]:
-    """Tell why units are missing. A note about units that a later run computed after all is passed over."""
-    by_reason: dict[str, list[range]] = {}
-    for entry in quarantined:
-        by_reason.setdefault(entry.reason, []).append(range(entry.start, entry.stop))
-    for reason, ranges in itertools.islice(by_reason.items(), _REASONS_SHOWN):
-        lost = UnitRanges(_in_both(gaps.ranges, UnitRanges(_joined(ranges)).ranges))
-        if lost:
-            yield f"given up: {lost} ({reason})"
-    if len(by_reason) > _REASONS_SHOWN:
-        yield f"and {len(by_reason) - _REASONS_SHOWN} more reasons"
-
-
-def _in_both(first: Sequence[range], second: Sequence[range]) -> Iterator[range]:
-    """What is in ranges of both; each ascend and are disjoint."""
-    at = other = 0
-    while at < len(first) and other < len(second):
-        one, two = first[at], second[other]
-        common = range(max(one.start, two.start), min(one.stop, two.stop))
-        if common:
-            yield common
-        at, other = (at + 1, other) if one.stop <= two.stop else (at, other + 1)
-
-
-def _joined(ranges: Iterable[range]) -> Iterator[range]:
-    """Ascending ranges of what is in any of these."""
-    reached = 0
-    for units in sorted(ranges, key=lambda units: units.start):
-        yield range(max(units.start, reached), max(units.stop, reached))
-        reached = max(reached, units.stop)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 from lightning_gpuorch.errors import CorruptPartError
 from lightning_gpuorch.predictions.samples import NOT_KEPT
@@ -27,6 +28,19 @@ class ColumnReader(Protocol):
 
     def buffer(self, column: int) -> memoryview:
         """Return the bytes of a column, valid while the reader lives; the decoder copies them."""
+        ...
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """Where the tree of a Parquet part finds the rows of its batch."""
+
+    def rows(self, name: str, container: str, *how: Any) -> Any:
+        """The rows of a column, as what they were."""
+        ...
+
+    def each(self, decode: Callable[[Node], Any], container: str, parts: list[Any]) -> Any:
+        """The dicts of a list with one per sample."""
         ...
 
 
@@ -76,8 +90,16 @@ class _TreeDecoder:
     def decode(self, node: Node) -> Any:
         if not isinstance(node, list):
             return node
+        if node and node[0] in ("rows", "each"):
+            return self._decode_rows(*node)
         try:
             decode = _DECODERS[node[0]]
         except (KeyError, IndexError, TypeError):
             raise CorruptPartError(f"unknown node {_shown(node)}; was it written by a newer version?") from None
         return decode(self, *node[1:])
+
+    def _decode_rows(self, tag: str, *how: Any) -> Any:
+        """What Parquet parts have in their rows."""
+        if not isinstance(self._columns, RowSource):
+            raise CorruptPartError(f"unknown node {tag!r}; was it written by a newer version?")
+        return self._columns.rows(*how) if tag == "rows" else self._columns.each(self.decode, *how)

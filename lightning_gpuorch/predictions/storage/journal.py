@@ -8,11 +8,12 @@ keeps it, the supervisor, imports neither torch nor numpy.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lightning_gpuorch.checked_files import NotRegularFileError
 from lightning_gpuorch.errors import CorruptPartError, MissingPredictionsError
@@ -25,7 +26,10 @@ from lightning_gpuorch.predictions.storage.stores import storage_error, store_of
 
 FRAGMENTS_PREFIX = "unfinished-"
 """How the directories of fragments begin."""
-_PART_NAME = re.compile(r"part-([0-9]{9}|[1-9][0-9]{9,17})\.gpq")
+OutputFormat = Literal["gpq", "parquet"]
+"""Files of our own, for any prediction; or Parquet, for what makes rows. The names of parts end so."""
+_PART_NAME = re.compile(r"part-([0-9]{9}|[1-9][0-9]{9,17})\.(?:gpq|parquet)")
+_SHARD_END_NAME = re.compile(r"shard-([0-9]{9,18})-ends-at-([0-9]{1,18})\.json")
 
 
 def loader_directory(directory: Location, loader: int) -> Location:
@@ -66,8 +70,12 @@ class PartHeader:
         if layout.unit == "scattered":
             return True
         if layout.unit == "batch":
-            expected = len(layout.chunk_range(chunk)) if layout.num_units is not None else 0
-            return len(self.entries) >= expected and not any(run.first.num_lost for run in self.entries.runs)
+            is_known = layout.num_units is not None or layout.num_shards is not None
+            expected = len(layout.chunk_range(chunk)) if is_known else 0
+            errors = self.entries.errors
+            predicted = {entry.first_unit for entry in self.entries} if errors else ()
+            num_units = len(predicted) if errors else len(self.entries)
+            return num_units >= expected and not any(run.first.num_lost for run in self.entries.runs)
         return self.entries.num_samples >= len(layout.chunk_range(chunk))
 
 
@@ -76,15 +84,17 @@ class PartJournal:
 
     Args:
         directory: Where they are.
+        output_format: Of the parts.
     """
 
-    def __init__(self, directory: str | os.PathLike[str] | ObjectPath):
+    def __init__(self, directory: str | os.PathLike[str] | ObjectPath, output_format: OutputFormat = "gpq"):
+        self.output_format = output_format
         self.directory = location(directory, "directory")
         self.store = store_of(self.directory)
 
     def path(self, chunk: int) -> Any:
         """Return the file of a chunk: a path of the kind that ``directory`` is."""
-        return self.directory / f"part-{chunk:09d}.gpq"
+        return self.directory / f"part-{chunk:09d}.{self.output_format}"
 
     def done(self) -> set[int]:
         """Return the chunks that are durable.
@@ -92,13 +102,45 @@ class PartJournal:
         Raises:
             PredictionStorageError: The directory exists and cannot be listed.
         """
+        return {int(match[1]) for match in map(_PART_NAME.fullmatch, self._names()) if match}
+
+    def _names(self) -> list[str]:
         try:
-            names = self.store.names(self.directory)
+            return list(self.store.names(self.directory))
         except FileNotFoundError:
-            return set()
+            return []
         except OSError as error:
             raise storage_error(error, self.directory) from error
-        return {int(match[1]) for match in map(_PART_NAME.fullmatch, names) if match}
+
+    def shard_ends(self) -> dict[int, int]:
+        """Return the units of each shard that has been read to its end.
+
+        Raises:
+            CorruptPartError: A shard has two ends.
+            PredictionStorageError: The directory exists and cannot be listed.
+        """
+        ends: dict[int, int] = {}
+        for match in filter(None, map(_SHARD_END_NAME.fullmatch, self._names())):
+            shard, units = int(match[1]), int(match[2])
+            if ends.setdefault(shard, units) != units:
+                raise CorruptPartError(
+                    f"shard {shard} in {self.directory} ends after {ends[shard]} batches and after {units}: it has changed, "
+                    "or two jobs with different input write here. Use another output directory."
+                )
+        return ends
+
+    def record_shard_end(self, shard: int, units: int) -> None:
+        """Note durably how many units a shard has. Its name tells it, so that a listing of the directory is enough.
+
+        Raises:
+            PredictionStorageError: It cannot be written.
+        """
+        try:
+            self.store.make_directory(self.directory)
+            note = json.dumps({"shard": shard, "num_units": units}).encode()
+            self.store.create_once(self.directory / f"shard-{shard:09d}-ends-at-{units}.json", [note])
+        except OSError as error:
+            raise storage_error(error, self.directory) from error
 
     def sizes_bytes(self) -> Iterator[int]:
         """Lengths of the parts, of each that can be told; from a listing.

@@ -10,7 +10,9 @@ a unit is depends on the loader:
     Position in the sampler's order; for a ``SequentialSampler`` that is the dataset index. For map-style loaders with
     torch's own ``BatchSampler``.
 ``batch``
-    Number of the loader's batch. For custom batch samplers, streams and any other iterable.
+    Number of the loader's batch. For custom batch samplers, streams and any other iterable. In a stream that is read by
+    shard, batches are numbered within their shard, and shard ``s`` begins at unit ``s * units_per_shard``: how many batches
+    a shard has is known when it has been read to its end.
 ``scattered``
     Dataset index, computed by any rank: for loaders that another strategy has sharded (a callback under another
     strategy). Parts have arbitrary numbers, and each stored batch names its dataset indices.
@@ -21,14 +23,22 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 from lightning_gpuorch.checked_files import MAX_INTEGER
 from lightning_gpuorch.errors import ConfigurationError
+from lightning_gpuorch.predictions.storage.unit_ranges import UnitRanges
 
 Unit = Literal["sample", "batch", "scattered"]
+
+_RANGES_SHOWN = 20
+_MAX_CHUNKS = 10**18
+"""Part files have numbers below."""
+CHUNKS_PER_SHARD = 10**8
+"""Numbers that are kept for the chunks of a shard: chunk 17 of shard 3 is in ``part-300000017.gpq``."""
 
 
 class Stretch(NamedTuple):
@@ -59,6 +69,8 @@ class LoaderLayout:
         first_chunks: How many chunks have that size; None if all do.
         stretches: The chunks after these, as far as they are decided. Beyond them the last size is what is expected.
         identity: Plain values that must be equal for a run to go on in the same directory.
+        num_shards: Shards of a stream that is read by shard; None where work is numbered from beginning to end.
+        ends: Units of each shard that is known to end; not part of what :meth:`to_dict` gives.
 
     Raises:
         ConfigurationError: A value is out of range, or does not go with the unit.
@@ -71,6 +83,8 @@ class LoaderLayout:
     first_chunks: int | None = None
     stretches: tuple[Stretch, ...] = ()
     identity: Mapping[str, str | int | None] = field(default_factory=dict)
+    num_shards: int | None = None
+    ends: Mapping[int, int] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.unit not in get_args(Unit):
@@ -93,6 +107,18 @@ class LoaderLayout:
             raise ConfigurationError(f"batch_size={self.batch_size} does not go with unit {self.unit!r}")
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigurationError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.num_shards is not None:
+            self._check_shards(self.num_shards)
+
+    def _check_shards(self, num_shards: int) -> None:
+        if self.unit != "batch" or num_shards < 0 or self.first_chunks is not None:
+            raise ConfigurationError(f"num_shards={num_shards} does not go with unit {self.unit!r} or growing chunks")
+        numbers = num_shards * CHUNKS_PER_SHARD * self.chunk_size * self.samples_per_unit
+        if numbers > MAX_INTEGER or num_shards * CHUNKS_PER_SHARD >= _MAX_CHUNKS:
+            raise ConfigurationError(
+                f"{num_shards} shards, with chunks of {self.chunk_size} batches of {self.samples_per_unit} samples, have "
+                "more numbers than there are. Put several files in a shard, or lower chunk_size."
+            )
 
     @property
     def noun(self) -> str:
@@ -122,6 +148,8 @@ class LoaderLayout:
     @property
     def num_chunks(self) -> int:
         """Chunks in all, as far as their sizes are decided; 0 while the end of a stream is not known."""
+        if self.num_shards is not None and self.num_units is not None:
+            return sum(-(-units // self.chunk_size) for units in self.ends.values())
         return self.chunk_of(self.num_units - 1) + 1 if self.num_units else 0
 
     @property
@@ -153,6 +181,16 @@ class LoaderLayout:
         return run.first_chunk + (unit - run.first_unit) // run.chunk_size
 
     @property
+    def units_per_shard(self) -> int:
+        """Numbers from the first unit of a shard to that of the next."""
+        return CHUNKS_PER_SHARD * self.chunk_size
+
+    def shard_range(self, shard: int) -> range:
+        """Units of a shard; of one whose end is not known, those it may hold."""
+        start = shard * self.units_per_shard
+        return range(start, start + self.ends.get(shard, self.units_per_shard))
+
+    @property
     def num_batches(self) -> int:
         """Batches a single device would return; 0 while the end of a stream is not known."""
         units = self.num_units or 0
@@ -164,6 +202,8 @@ class LoaderLayout:
         run = runs[bisect.bisect_right(runs, chunk, key=lambda run: run.first_chunk) - 1]
         start = run.first_unit + (chunk - run.first_chunk) * run.chunk_size
         stop = start + run.chunk_size
+        if self.num_shards is not None:
+            return range(start, max(start, min(stop, self.shard_range(chunk // CHUNKS_PER_SHARD).stop)))
         return range(start, stop if self.num_units is None else max(start, min(stop, self.num_units)))
 
     def batches_of_chunk(self, chunk: int) -> Iterator[range]:
@@ -186,6 +226,34 @@ class LoaderLayout:
         """Return the layout of a stream whose end has become known."""
         return dataclasses.replace(self, num_units=num_units)
 
+    def with_ends(self, ends: Mapping[int, int]) -> LoaderLayout:
+        """Return the layout of a stream of shards, of which some have been read to their end.
+
+        Args:
+            ends: Units of each of them.
+        """
+        assert self.num_shards is not None
+        known = {shard: units for shard, units in ends.items() if shard < self.num_shards}
+        total = sum(known.values()) if len(known) == self.num_shards else None
+        return dataclasses.replace(self, num_units=total, ends=known)
+
+    def named(self, units: Iterable[range]) -> str:
+        """What units are to the user: ``3, 7-9``, or ``0-2 of shard 5``.
+
+        Args:
+            units: Ascending ranges of them.
+        """
+        ranges = UnitRanges(units)
+        if self.num_shards is None:
+            return str(ranges)
+        size, by_shard = self.units_per_shard, dict[int, list[range]]()
+        for piece in itertools.islice(ranges.ranges, _RANGES_SHOWN):
+            shard = piece.start // size
+            by_shard.setdefault(shard, []).append(range(piece.start - shard * size, piece.stop - shard * size))
+        shown = [f"{UnitRanges(pieces)} of shard {shard}" for shard, pieces in by_shard.items()]
+        hidden = sum(map(len, ranges.ranges[_RANGES_SHOWN:]))
+        return "; ".join([*shown, f"and {hidden} more"] if hidden else shown)
+
     def with_stretches(self, stretches: Sequence[Sequence[int]]) -> LoaderLayout:
         """Return the layout with what has been decided of later chunks.
 
@@ -197,10 +265,13 @@ class LoaderLayout:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the layout as plain JSON."""
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ("ends", "num_shards")]
+        shards = {} if self.num_shards is None else {"num_shards": self.num_shards, "num_units": None}
         return {
-            **dataclasses.asdict(self),
+            **{name: getattr(self, name) for name in names},
             "stretches": [list(stretch) for stretch in self.stretches],
             "identity": dict(self.identity),
+            **shards,
         }
 
     @classmethod
@@ -213,9 +284,11 @@ class LoaderLayout:
         """
         if not isinstance(data, dict):
             raise TypeError(f"a layout is no object: {data!r:.40}")
-        for name in ("num_units", "batch_size", "chunk_size", "first_chunks"):
+        for name in ("num_units", "batch_size", "chunk_size", "first_chunks", "num_shards"):
             if type(data.get(name)) not in (int, type(None)):
                 raise TypeError(f"{name} is no integer: {data[name]!r:.40}")
+        if "ends" in data:
+            raise TypeError("ends are no part of a layout")
         identity = data.get("identity", {})
         if not isinstance(identity, dict) or not all(type(v) in (str, int, type(None)) for v in identity.values()):
             raise TypeError("identity holds more than text and integers")
@@ -244,6 +317,7 @@ class StoredBatch:
             from ``first_unit``.
         num_lost: Samples of the batch that have no prediction. To be told where the unit is a batch: ``units`` tell it
             where it is a sample.
+        error: Why there is no prediction: it stands in the place of one, and ``output`` is None.
 
     Raises:
         ValueError: ``indices`` or ``units`` do not number ``size``, or ``units`` do not ascend.
@@ -255,6 +329,7 @@ class StoredBatch:
     output: Any
     units: Sequence[int] | None = None
     num_lost: int = 0
+    error: str | None = None
 
     def __post_init__(self) -> None:
         if self.size is None and self.indices is not None:

@@ -9,6 +9,8 @@
     DIR/dataloader_0/end.json             where a stream was found to end, written once
     DIR/dataloader_0/stretch-0001.json    how large the next chunks are, in long jobs, each written once
     DIR/dataloader_0/order-....gpq        the order that a sampler gave when the job began, written once
+    DIR/dataloader_0/shards-....json      names and lengths of a stream's shards when the job began, written once
+    DIR/dataloader_0/shard-000000003-ends-at-25.json   where a shard was found to end, written once
     DIR/dataloader_1/...
 
 ``manifest.json``, ``end.json`` and stretches carry a CRC-32 of themselves: a flipped digit in ``chunk_size`` would put every
@@ -23,14 +25,15 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lightning_gpuorch.checked_files import integer, is_number, parse_object
 from lightning_gpuorch.errors import ConfigurationError, CorruptPartError, InputMismatchError, JobMismatchError
 from lightning_gpuorch.paths import Location, ObjectPath, location
-from lightning_gpuorch.predictions.storage.journal import PartJournal, loader_directory
+from lightning_gpuorch.predictions.storage.journal import OutputFormat, PartJournal, loader_directory
 from lightning_gpuorch.predictions.storage.layout import LoaderLayout
 from lightning_gpuorch.predictions.storage.sealed import read_sealed, sealed
+from lightning_gpuorch.predictions.storage.shard_list import ShardList
 from lightning_gpuorch.predictions.storage.stores import storage_error, store_of
 from lightning_gpuorch.predictions.storage.stretches import with_stored_stretches
 
@@ -53,6 +56,7 @@ class Manifest:
     Attributes:
         loaders: One layout per dataloader.
         keep_outputs: Whether outputs are stored, or markers in their place.
+        output_format: Of the parts.
         model_fingerprint: Identity of the weights; None if it is not to be compared.
         versions: Versions of the packages that began the job; for information.
         created: Unix time in seconds at which it began.
@@ -61,6 +65,7 @@ class Manifest:
 
     loaders: Sequence[LoaderLayout]
     keep_outputs: bool = True
+    output_format: OutputFormat = "gpq"
     model_fingerprint: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     created: float = field(default_factory=time.time)
@@ -74,6 +79,7 @@ class Manifest:
             "versions": dict(self.versions),
             "model_fingerprint": self.model_fingerprint,
             "keep_outputs": self.keep_outputs,
+            "output_format": self.output_format,
             "loaders": [layout.to_dict() for layout in self.loaders],
             "extra": dict(self.extra),
         }
@@ -91,9 +97,15 @@ class Manifest:
             raise ConfigurationError(f"loaders must be a list of at most {_MAX_LOADERS} layouts")
         if not all(isinstance(data[name], dict) for name in ("versions", "extra")) or not is_number(data["created"]):
             raise ConfigurationError("versions and extra must be objects, created a number")
+        output_format = data.get("output_format", "gpq")
+        if output_format not in get_args(OutputFormat):
+            raise ConfigurationError(
+                f"output_format must be one of {get_args(OutputFormat)}, got {output_format!r:.40}"
+            )
         return cls(
             loaders=[LoaderLayout.from_dict(layout) for layout in loaders],
             keep_outputs=data.get("keep_outputs", True),
+            output_format=output_format,
             model_fingerprint=data["model_fingerprint"],
             versions=data["versions"],
             created=data["created"],
@@ -224,6 +236,12 @@ def compare(
         sampled = life == "later" and "order" in old.identity and "order" in new.identity
         if old.unit != new.unit:
             differences.append(f"{prefix}work is counted by {old.unit} {there}, by {new.unit} {here}")
+        elif (old.num_shards is None) != (new.num_shards is None):
+            ways = ["as a whole" if layout.num_shards is None else "by shard" for layout in (old, new)]
+            differences.append(
+                f"{prefix}the stream is read {ways[0]} {there}, {ways[1]} {here} (sharding='off' reads it as a whole)"
+            )
+            continue
         elif None not in (old.num_units, new.num_units) and old.num_units != new.num_units and not sampled:
             noun = "batches" if old.unit == "batch" else "samples"
             differences.append(f"{prefix}number of {noun}: {old.num_units} {there}, {new.num_units} {here}")
@@ -239,6 +257,8 @@ def compare(
     if existing.keep_outputs != wanted.keep_outputs:
         kept, not_kept = (there, here) if existing.keep_outputs else (here, there)
         differences.append(f"outputs are kept {kept} and not kept {not_kept} (keep_outputs)")
+    if existing.output_format != wanted.output_format:
+        differences.append(f"output_format: {existing.output_format} {there}, {wanted.output_format} {here}")
     fingerprints = (existing.model_fingerprint, wanted.model_fingerprint)
     if None not in fingerprints and fingerprints[0] != fingerprints[1]:
         differences.append(
@@ -346,12 +366,25 @@ def read_quarantine(directory: str | os.PathLike[str] | ObjectPath) -> list[Quar
 
 def _refuse_another_job(root: Location, existing: Manifest, wanted: Manifest) -> None:
     differences = compare(existing, wanted)
+    for loader, (old, new) in enumerate(zip(existing.loaders, wanted.loaders, strict=False)):
+        differences += _changed_shards(loader_directory(root, loader), old, new)
     if differences:
         raise JobMismatchError(
             f"{root} holds the predictions of another job:\n  " + "\n  ".join(differences) + "\nUse another output "
             "directory, or remove this one to start afresh.",
             differences,
         )
+
+
+def _changed_shards(directory: Location, old: LoaderLayout, new: LoaderLayout) -> list[str]:
+    """What has become of the shards of a stream, in one line, where it can be told."""
+    digests = [layout.identity.get("shards") for layout in (old, new)]
+    if digests[0] == digests[1]:
+        return []
+    lists = [ShardList.load(directory, digest) for digest in digests if isinstance(digest, str)]
+    if len(lists) < len(digests) or lists[0] is None or lists[1] is None:
+        return []
+    return [lists[0].differences(lists[1])]
 
 
 def _holds_parts(root: Location) -> bool:
@@ -363,6 +396,8 @@ def _holds_parts(root: Location) -> bool:
 
 
 def _with_end(root: Location, loader: int, layout: LoaderLayout) -> LoaderLayout:
+    if layout.num_shards is not None:
+        return layout.with_ends(PartJournal(loader_directory(root, loader)).shard_ends())
     if layout.num_units is not None:
         return layout
     end = read_sealed(loader_directory(root, loader) / _END_NAME)

@@ -107,16 +107,29 @@ def open_object_store(root: str, options: Mapping[str, str]) -> ObjectStore:
     return ObjectStore(made, root)
 
 
+def _pause(seconds: float) -> None:
+    """Sleep, and not as long as others that have begun at the same moment."""
+    time.sleep(seconds * random.uniform(0.5, 1.0))
+
+
 class ObjectStore(Store[ObjectPath]):
     """One bucket.
 
     Args:
         client: Of obstore, without repetitions of its own.
         root: Its name, for messages.
+        clock: The time.
+        pause: Waits for about so many seconds.
     """
 
-    def __init__(self, client: Any, root: str):
-        self._client, self._root = client, root
+    def __init__(
+        self,
+        client: Any,
+        root: str,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], None] = _pause,
+    ):
+        self._client, self._root, self._clock, self._pause = client, root, clock, pause
         self._reached = False
         self._copies: bool | None = None
         """Whether conditional copies are what they should be; None if that is not known."""
@@ -246,7 +259,7 @@ class ObjectStore(Store[ObjectPath]):
 
     def _create(self, path: ObjectPath, buffers: Sequence[bytes | memoryview], create: Callable[[], object]) -> bool:
         """Send what creates the object until it is known how it has ended; True if the object is ours."""
-        patience = _Patience(PATIENCE_SECONDS)
+        patience = _Patience(PATIENCE_SECONDS, self._clock, self._pause)
         may_be_ours = False
         while True:
             try:
@@ -356,7 +369,7 @@ class ObjectStore(Store[ObjectPath]):
         """
         if patience_seconds is None:
             patience_seconds = PATIENCE_SECONDS if self._reached else _FIRST_CONTACT_SECONDS
-        patience = _Patience(patience_seconds)
+        patience = _Patience(patience_seconds, self._clock, self._pause)
         while True:
             try:
                 return self._guarded(request)
@@ -426,15 +439,16 @@ class ObjectFile:
 class _Patience:
     """How long to go on trying, and how often."""
 
-    def __init__(self, seconds: float):
-        self._deadline = time.monotonic() + seconds
+    def __init__(self, seconds: float, clock: Callable[[], float], pause: Callable[[float], None]):
+        self._clock, self._pause = clock, pause
+        self._deadline = clock() + seconds
         self._wait_seconds = _FIRST_WAIT_SECONDS
 
     def wait(self) -> bool:
         """Wait before another try; False if there is to be none."""
-        if time.monotonic() + self._wait_seconds > self._deadline:
+        if self._clock() + self._wait_seconds > self._deadline:
             return False
-        time.sleep(self._wait_seconds * random.uniform(0.5, 1.0))
+        self._pause(self._wait_seconds)
         self._wait_seconds = min(2 * self._wait_seconds, _LONGEST_WAIT_SECONDS)
         return True
 

@@ -84,6 +84,18 @@ def read_contents(body: memoryview, header: Mapping[str, Any], source: str) -> P
     return PartContents(nodes, columns, end - header["structure_bytes"])
 
 
+def read_nodes(body: memoryview, header: Mapping[str, Any], source: str) -> Sequence[msgspec.Raw | bytes]:
+    """Read the structure alone; see :func:`read_contents`.
+
+    Raises:
+        CorruptPartError: It is not of this format.
+    """
+    try:
+        return _split(body[: header["structure_bytes"]])
+    except (ValueError, RecursionError, msgspec.DecodeError) as error:
+        raise CorruptPartError(f"{source} is damaged: its structure is not of this format ({error}).") from error
+
+
 def num_bytes_before_data(body: memoryview, header: Mapping[str, Any]) -> int:
     """Bytes of the structure and the list of columns, given those of the structure and 8 more.
 

@@ -30,6 +30,7 @@ class BatchEntry:
     size: int | None
     units: Sequence[int] | None
     num_lost: int = 0
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ class Entries(Sequence[BatchEntry]):
         self.num_samples = sum((run.first.size or 0) * run.count for run in self.runs)
         """As far as sizes are known."""
 
+    @property
+    def errors(self) -> list[BatchEntry]:
+        """Those that hold an error in place of a prediction."""
+        return [run.first for run in self.runs if run.first.error is not None]
+
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
@@ -94,6 +100,12 @@ class Entries(Sequence[BatchEntry]):
 
     def __iter__(self) -> Iterator[BatchEntry]:
         return (run[position] for run in self.runs for position in range(run.count))
+
+
+def split_error(error: str) -> tuple[str, str]:
+    """Type and message of an error that was written as ``Type: message``; without a type where it does not begin so."""
+    kind, colon, message = error.partition(": ")
+    return (kind, message) if colon and kind.replace(".", "").isidentifier() else ("", error)
 
 
 def pack_entries(batches: Iterable[StoredBatch]) -> list[dict[str, Any]]:
@@ -134,6 +146,7 @@ def _pack_entry(batch: StoredBatch) -> dict[str, Any]:
         "indices": _pack_integers(batch.indices),
         "units": _pack_integers(batch.units),
         "num_lost": batch.num_lost or None,
+        "error": batch.error,
     }
     return {name: value for name, value in entry.items() if value is not None}
 
@@ -144,7 +157,7 @@ def _joined(run: dict[str, Any], entry: dict[str, Any]) -> bool:
     step = entry["first_unit"] - run["first_unit"] if count == 1 else run["step"]
     if (
         run.keys() - {"count", "step"} != entry.keys()
-        or not {"units", "num_lost"}.isdisjoint(entry)
+        or not {"units", "num_lost", "error"}.isdisjoint(entry)
         or entry.get("size") != size
         or entry["first_unit"] != run["first_unit"] + count * step
         or step not in (1, size)
@@ -204,10 +217,13 @@ def _unpack_run(packed: Any) -> EntryRun:
         size=size,
         units=units,
         num_lost=integer(packed.get("num_lost", 0), "num_lost"),
+        error=packed.get("error"),
     )
+    if not isinstance(entry.error, (str, type(None))):
+        raise TypeError("an error is no text")
     if count == 1:
         return EntryRun(entry, indices)
-    if units is not None or entry.num_lost or size == 0 or isinstance(indices, list):
+    if units is not None or entry.num_lost or entry.error is not None or size == 0 or isinstance(indices, list):
         raise ValueError("batches of a run are whole and follow each other")
     step = integer(packed["step"], "step", low=1, high=_MAX_SAMPLES)
     if step not in (1, size):

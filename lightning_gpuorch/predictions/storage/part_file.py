@@ -84,7 +84,7 @@ def encode_envelope(fields: Mapping[str, Any], predictions: Sequence[Any]) -> En
             f"{sorted(OWN_FIELDS)} are fields of the envelope itself; rename those of {fields}."
         )
     encoder = TreeEncoder()
-    structure = _padded([encoder.encode(prediction) for prediction in predictions], 0)
+    structure = padded([encoder.encode(prediction) for prediction in predictions], 0)
     columns = _safetensors(encoder.columns)
     body = [memoryview(structure), *columns]
     checksum = 0
@@ -93,7 +93,7 @@ def encode_envelope(fields: Mapping[str, Any], predictions: Sequence[Any]) -> En
     columns_bytes = sum(buffer.nbytes for buffer in columns)
     own = {"structure_bytes": len(structure), "columns_bytes": columns_bytes, "body_crc32": checksum}
     try:
-        header = _padded({**fields, **own}, PRELUDE_BYTES)
+        header = padded({**fields, **own}, PRELUDE_BYTES)
     except (TypeError, ValueError) as error:
         raise PredictionStorageError(f"The metadata of a part must be plain JSON, got {fields!r}: {error}.") from error
     covered = COVERED.pack(MAGIC, FORMAT_VERSION, 0, len(header))
@@ -102,7 +102,7 @@ def encode_envelope(fields: Mapping[str, Any], predictions: Sequence[Any]) -> En
     return EncodedEnvelope([memoryview(prelude + header), *body], num_bytes)
 
 
-def _padded(data: Any, offset_bytes: int) -> bytes:
+def padded(data: Any, offset_bytes: int) -> bytes:
     """JSON that ends at an aligned position if it begins at ``offset_bytes``."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
     return text + b" " * (-(offset_bytes + len(text)) % _ALIGNMENT_BYTES)

@@ -1,6 +1,7 @@
 """The frame of a part file: its first bytes, its header, its checksums; see :mod:`.part_file`.
 
-Nothing here looks at the predictions, so nothing here imports torch: a supervisor can check files.
+Nothing here looks at the predictions, so nothing here imports torch: a supervisor can check files. A part that is a Parquet
+file (:mod:`.parquet_file`) has the same frame behind Parquet's own magic, which readers of Parquet pass over.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from typing import Any
 
 from lightning_gpuorch.checked_files import integer, parse_object
 from lightning_gpuorch.errors import CorruptPartError
-from lightning_gpuorch.predictions.storage.part_contents import num_bytes_before_data, read_contents
+from lightning_gpuorch.predictions.storage.part_contents import num_bytes_before_data, read_contents, read_nodes
 from lightning_gpuorch.predictions.storage.store import ReadableFile
 
 FORMAT_VERSION = 2
 """2 writes like batches as runs."""
 
 MAGIC = b"GPQ1"
+PARQUET_MAGIC = b"PAR1"
 COVERED = struct.Struct("<4sHHI")
 PRELUDE_BYTES = COVERED.size + 4
 OWN_FIELDS = frozenset({"structure_bytes", "columns_bytes", "body_crc32"})
@@ -49,12 +51,15 @@ def check_file(file: ReadableFile, file_bytes: int, source: str) -> tuple[dict[s
     header, raw, body_start = _read_header(file, file_bytes, source)
     first = bytearray(memoryview(raw)[body_start:])  # of the body, as far as its list of columns
     checksum = zlib.crc32(first)
+    is_parquet = raw.startswith(PARQUET_MAGIC)
     while block := file.read(_BLOCK_BYTES):
         checksum = zlib.crc32(block, checksum)
-        if _is_short(first, header):
+        if len(first) < header["structure_bytes"] if is_parquet else _is_short(first, header):
             first += block
     if checksum != header["body_crc32"]:
         raise damage(source, "the checksum of its body does not fit")
+    if is_parquet:
+        return without_own_fields(header), len(read_nodes(memoryview(first), header, source))
     return without_own_fields(header), len(read_contents(memoryview(first), header, source).nodes)
 
 
@@ -116,11 +121,17 @@ def damage(source: str, what: str) -> CorruptPartError:
 def _read_header(file: ReadableFile, file_bytes: int, source: str) -> tuple[dict[str, Any], bytes, int]:
     """Read the header; returns it, what was read of the file, and where in that the body begins."""
     raw = file.read(_FIRST_READ_BYTES)
-    header_bytes = check_prelude(memoryview(raw)[:PRELUDE_BYTES], file_bytes, source)
-    end = PRELUDE_BYTES + header_bytes
+    before = frame_start(raw)
+    header_bytes = check_prelude(memoryview(raw)[before : before + PRELUDE_BYTES], file_bytes - before, source)
+    end = before + PRELUDE_BYTES + header_bytes
     if len(raw) < end:
         raw += file.read(end - len(raw))
-    return check_header(memoryview(raw), header_bytes, file_bytes, source), raw, end
+    return check_header(memoryview(raw)[before:], header_bytes, file_bytes - before, source), raw, end
+
+
+def frame_start(raw: bytes | bytearray | memoryview) -> int:
+    """Where the frame begins in a file of whose beginning these are the bytes."""
+    return len(PARQUET_MAGIC) if bytes(raw[: len(PARQUET_MAGIC)]) == PARQUET_MAGIC else 0
 
 
 def check_prelude(prelude: memoryview, file_bytes: int, source: str) -> int:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_gpuorch.errors import CorruptPartError, PredictionStorageError
 from lightning_gpuorch.paths import ObjectPath
-from lightning_gpuorch.predictions.storage.journal import PartHeader, PartJournal, opened
-from lightning_gpuorch.predictions.storage.layout import StoredBatch
+from lightning_gpuorch.predictions.storage.journal import OutputFormat, PartHeader, PartJournal, opened
+from lightning_gpuorch.predictions.storage.layout import StoredBatch, Unit
 from lightning_gpuorch.predictions.storage.part_entries import pack_entries
-from lightning_gpuorch.predictions.storage.part_file import Envelope, encode_envelope
-from lightning_gpuorch.predictions.storage.part_frame import read_whole
+from lightning_gpuorch.predictions.storage.part_file import EncodedEnvelope, Envelope, encode_envelope
+from lightning_gpuorch.predictions.storage.part_frame import frame_start, read_whole
 from lightning_gpuorch.predictions.storage.stores import storage_error
+
+if TYPE_CHECKING:
+    from lightning_gpuorch.predictions.storage.parquet_file import ParquetEnvelope
 
 
 class Part:
@@ -27,7 +30,7 @@ class Part:
         header: Everything but the predictions.
     """
 
-    def __init__(self, envelope: Envelope, header: PartHeader):
+    def __init__(self, envelope: Envelope | ParquetEnvelope, header: PartHeader):
         self._envelope = envelope
         self.header = header
 
@@ -45,7 +48,15 @@ class Part:
     def batches(self) -> list[StoredBatch]:
         """All stored batches, decoded."""
         return [
-            StoredBatch(entry.first_unit, entry.indices, entry.size, self.output(position), entry.units, entry.num_lost)
+            StoredBatch(
+                entry.first_unit,
+                entry.indices,
+                entry.size,
+                self.output(position),
+                entry.units,
+                entry.num_lost,
+                entry.error,
+            )
             for position, entry in enumerate(self.header.entries)
         ]
 
@@ -60,10 +71,19 @@ class PartStore(PartJournal):
     Args:
         directory: Where they are. It is made by the first commit; the directory above it must exist by then.
         fsync: Wait until the disk has each part. Without it a power cut may lose parts that were reported durable.
+        output_format: Of the parts.
+        unit: What the batches count; see :mod:`lightning_gpuorch.predictions.storage.layout`.
     """
 
-    def __init__(self, directory: str | os.PathLike[str] | ObjectPath, fsync: bool = True):
-        super().__init__(directory)
+    def __init__(
+        self,
+        directory: str | os.PathLike[str] | ObjectPath,
+        fsync: bool = True,
+        output_format: OutputFormat = "gpq",
+        unit: Unit = "sample",
+    ):
+        super().__init__(directory, output_format)
+        self._unit = unit
         self._fsync = fsync
         self._made = False
 
@@ -85,7 +105,7 @@ class PartStore(PartJournal):
             PredictionStorageError: The directory cannot be written, or has vanished.
         """
         fields = {"chunk": chunk, "metadata": dict(metadata), "batches": pack_entries(batches)}
-        encoded = encode_envelope(fields, [batch.output for batch in batches])
+        encoded = self._encode(fields, batches)
         try:
             if not self._made:
                 # Once only, and not its parents: a directory removed under way is an error, not to be made again.
@@ -95,6 +115,13 @@ class PartStore(PartJournal):
         except OSError as error:
             raise storage_error(error, self.directory, encoded.num_bytes) from error
 
+    def _encode(self, fields: Mapping[str, Any], batches: Sequence[StoredBatch]) -> EncodedEnvelope:
+        if self.output_format == "gpq":
+            return encode_envelope(fields, [batch.output for batch in batches])
+        from lightning_gpuorch.predictions.storage.parquet_file import encode_parquet
+
+        return encode_parquet(fields, batches, self._unit)
+
     def read(self, chunk: int) -> Part:
         """Read and verify a part.
 
@@ -103,7 +130,7 @@ class PartStore(PartJournal):
             MissingPredictionsError: There is no such part.
         """
         with opened(self.path(chunk)) as (file, file_bytes, source):
-            envelope = Envelope(read_whole(file, file_bytes, source), source)
+            envelope = _envelope(read_whole(file, file_bytes, source), source)
         return Part(envelope, self.unpack_header(envelope.fields, chunk, envelope.num_bytes, envelope.num_predictions))
 
     def verify(self, chunks: Iterable[int] | None = None) -> Iterator[tuple[int, CorruptPartError | None]]:
@@ -126,3 +153,11 @@ class PartStore(PartJournal):
                 yield chunk, CorruptPartError(f"{self.path(chunk)} cannot be read: {error}")
             else:
                 yield chunk, None
+
+
+def _envelope(raw: bytearray, source: str) -> Envelope | ParquetEnvelope:
+    if not frame_start(raw):
+        return Envelope(raw, source)
+    from lightning_gpuorch.predictions.storage.parquet_file import ParquetEnvelope
+
+    return ParquetEnvelope(raw, source)

@@ -28,10 +28,14 @@ _CHECKING_THREADS = 4
 _SHOWN = 20
 
 
-def prepare(journal: PartJournal, layout: LoaderLayout, check: ResumeCheck) -> None:
-    """Look at what there is of a dataloader, so that a job can go on; see :func:`set_right`, whose findings are logged."""
+def prepare(journal: PartJournal, layout: LoaderLayout, check: ResumeCheck) -> int:
+    """Look at what there is of a dataloader, so that a job can go on; see :func:`set_right`, whose findings are logged.
+
+    Returns:
+        Number of samples that have an error in place of a prediction.
+    """
     journal.sweep_temporaries()
-    damaged, incomplete = set_right(journal, layout, check)
+    damaged, incomplete, num_errors = set_right(journal, layout, check)
     for error in damaged:
         log.warning("%s It is set aside as *.damaged, and its chunk is computed again.", error)
     if incomplete:
@@ -39,11 +43,12 @@ def prepare(journal: PartJournal, layout: LoaderLayout, check: ResumeCheck) -> N
         log.warning(
             "chunks %s%s lack samples that an earlier run gave up; they are tried again", incomplete[:_SHOWN], more
         )
+    return num_errors
 
 
 def set_right(
     journal: PartJournal, layout: LoaderLayout, check: ResumeCheck
-) -> tuple[list[CorruptPartError], list[int]]:
+) -> tuple[list[CorruptPartError], list[int], int]:
     """Rename damaged parts, and remove those in which samples were given up, so that their chunks count as missing.
 
     Needs no torch. Not while a job writes here.
@@ -54,8 +59,8 @@ def set_right(
         check: How much is read.
 
     Returns:
-        What is wrong with parts, one error each, which names the file that is kept as ``part-....gpq.damaged``; and the
-        chunks whose parts were removed.
+        What is wrong with parts, one error each, which names the file that is kept as ``part-....gpq.damaged``; the chunks
+        whose parts were removed; and how many samples have an error in place of a prediction.
 
     Raises:
         CorruptPartError: There are parts of which it is not known what their chunks are.
@@ -71,17 +76,19 @@ def set_right(
             f"{journal.path(decided).name} on."
         )
     whole = _read_as_a_whole(chunks, check)
-    damaged, incomplete = [], []
+    damaged, incomplete, num_errors = [], [], 0
     with ThreadPoolExecutor(_CHECKING_THREADS, "gpuorch-check") as pool:
         found = list(pool.map(functools.partial(_judge, journal, layout, whole), chunks))
     for chunk, verdict in zip(chunks, found, strict=True):
         if isinstance(verdict, CorruptPartError):
             journal.set_aside(chunk)
             damaged.append(verdict)
-        elif not verdict:
+        elif verdict is None:
             journal.discard(chunk)
             incomplete.append(chunk)
-    return damaged, incomplete
+        else:
+            num_errors += verdict
+    return damaged, incomplete, num_errors
 
 
 def _read_as_a_whole(chunks: Sequence[int], check: ResumeCheck) -> frozenset[int]:
@@ -92,7 +99,11 @@ def _read_as_a_whole(chunks: Sequence[int], check: ResumeCheck) -> frozenset[int
     return frozenset(random.SystemRandom().sample(chunks, SAMPLED_PARTS))
 
 
-def _judge(journal: PartJournal, layout: LoaderLayout, whole: frozenset[int], chunk: int) -> CorruptPartError | bool:
-    """What is wrong with a part, or whether it has all of its chunk."""
+def _judge(
+    journal: PartJournal, layout: LoaderLayout, whole: frozenset[int], chunk: int
+) -> CorruptPartError | int | None:
+    """What is wrong with a part, or how many errors it holds; None if it has not all of its chunk."""
     found = journal.check(chunk, chunk in whole)
-    return found if isinstance(found, CorruptPartError) else found.covers(layout, chunk)
+    if isinstance(found, CorruptPartError):
+        return found
+    return len(found.entries.errors) if found.covers(layout, chunk) else None

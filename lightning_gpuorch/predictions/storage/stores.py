@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ def store_of(path: Location) -> Store[Any]:
     Raises:
         ConfigurationError: The package for object stores is not installed, or an option is unknown.
     """
-    return _FILE_SYSTEM if isinstance(path, Path) else _object_store(path.root, path.options)
+    if isinstance(path, Path):
+        return _FILE_SYSTEM
+    return _in_place.get(path.root) or _object_store(path.root, path.options)
 
 
 def storage_error(error: OSError, directory: Location, wanted_bytes: int = 0) -> PredictionStorageError:
@@ -48,7 +52,18 @@ def check_writable(directory: str | os.PathLike[str] | ObjectPath) -> None:
     store_of(path).check_writable(path)
 
 
+@contextlib.contextmanager
+def in_place(root: str, store: Store[ObjectPath]) -> Iterator[None]:
+    """Within, the objects of a root are in the store that is given: a simulated one."""
+    _in_place[root] = store
+    try:
+        yield
+    finally:
+        del _in_place[root]
+
+
 _FILE_SYSTEM = FileSystem()
+_in_place: dict[str, Store[ObjectPath]] = {}
 
 
 @functools.cache
