@@ -156,7 +156,7 @@ class RayDriver:
         self._signals: list[int] = []
         self._members: list[_Member] = []
         self._asked: dict[str, float] = {}
-        self._problem, self._is_exhausted = "", False
+        self._problem, self._is_exhausted, self._waits = "", False, False
 
     def run(self) -> int:
         """Run the job to its end.
@@ -168,16 +168,17 @@ class RayDriver:
             ConfigurationError: There is no such cluster, or no Ray here.
             ControlPlaneError: No node could be had in time, or node 0 was lost too often.
         """
-        ray = _connect(self._address)
+        self._ray = _connect(self._address)
+        self._choose_devices()
         previous = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self._choose_devices(ray)
             self._ask_for_nodes(self._max_nodes)
-            for _ in range(_MAX_LAUNCHES):
-                code = self._launch(ray)
+            for launch in range(_MAX_LAUNCHES):
+                if launch:
+                    log.warning("node 0 is lost; the job starts again on the nodes that are left, from what is durable")
+                code = self._launch()
                 if code is not None:
                     return code
-                log.warning("node 0 is lost; the job starts again on the nodes that are left, from what is durable")
             raise ControlPlaneError(
                 f"node 0 was lost {_MAX_LAUNCHES} times; the same command goes on from what is durable"
             )
@@ -185,27 +186,30 @@ class RayDriver:
             self._ask_for_nodes(0)
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            ray.shutdown()
+            self._ray.shutdown()
 
-    def _choose_devices(self, ray: Any) -> None:
+    def _choose_devices(self) -> None:
         if self._accelerator == "auto":
-            self._accelerator = "gpu" if ray.cluster_resources().get("GPU") else "cpu"
+            self._accelerator = "gpu" if self._ray.cluster_resources().get("GPU") else "cpu"
         self._resource = "CPU" if self._accelerator == "cpu" else "GPU"
-        self._here = ray.get_runtime_context().get_node_id()
+        self._here = self._ray.get_runtime_context().get_node_id()
 
     def _ask_for_nodes(self, num_nodes: int) -> None:
         """Tell the autoscaler of the cluster, if it has one, how many nodes are of use."""
         from ray.autoscaler.sdk import request_resources
 
-        request_resources(bundles=[{self._resource: self._num_devices}] * num_nodes)
+        try:
+            request_resources(bundles=[{self._resource: self._num_devices}] * num_nodes)
+        except (self._ray.exceptions.RayError, RuntimeError) as error:  # the job needs no autoscaler
+            log.warning("the autoscaler is not asked for %d nodes: %s", num_nodes, error)
 
-    def _launch(self, ray: Any) -> int | None:
+    def _launch(self) -> int | None:
         """Run the job until node 0 has ended.
 
         Returns:
             Its exit code; None if it is lost.
         """
-        ranks, self._main, passed_on = NodeRanks(self._max_nodes), ("", 0), 0
+        self._ranks, self._main, passed_on = NodeRanks(self._max_nodes), ("", 0), 0
         deadline = time.monotonic() + self._config.start_timeout_sec
         try:
             while True:
@@ -214,17 +218,17 @@ class RayDriver:
                     if not self._stop():
                         return EXIT_RESUMABLE
                 elif not self._signals:
-                    self._reserve(ray, ranks)
-                    self._check_start(ranks, deadline)
-                for member in self._answered(ray):
-                    code = self._advance(ray, member, ranks)
+                    self._reserve()
+                    self._check_start(deadline)
+                for member in self._answered():
+                    code = self._advance(member)
                     if member.rank == 0 and member not in self._members:
-                        self._see_off_others(ray, ranks, code)
+                        self._see_off_others(code)
                         is_lost = code is None or code < 0
                         return EXIT_RESUMABLE if is_lost and self._signals else None if is_lost else code
         finally:
             for member in self._members:
-                ray.kill(member.actor)
+                self._ray.kill(member.actor)
             self._members.clear()
 
     def _stop(self) -> bool:
@@ -234,26 +238,33 @@ class RayDriver:
             member.actor.terminate.remote()
         return bool(main)
 
-    def _reserve(self, ray: Any, ranks: NodeRanks) -> None:
+    def _reserve(self) -> None:
         """Ask for nodes that have enough devices: for one alone until there is a node 0, the driver's own if it can be."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         for member in [m for m in self._members if m.rank is None and time.monotonic() - m.since > _RESERVE_SECONDS]:
             log.info("%s of the cluster has no %d %s free", member.node, self._num_devices, self._resource)
-            self._drop(ray, member)
-        present = {node["NodeID"] for node in ray.nodes() if node["Alive"] and self._is_large_enough(node["Resources"])}
+            self._drop(member)
+        present = {
+            node["NodeID"] for node in self._ray.nodes() if node["Alive"] and self._is_large_enough(node["Resources"])
+        }
+        if not present and not self._has_main and not self._members and not self._waits:
+            self._waits = True
+            log.warning("no node of the cluster has %d %s; waiting for one", self._num_devices, self._resource)
         present -= {member.node for member in self._members}
-        nodes = [node for node in present if ranks.is_welcome(node)]
+        nodes = [node for node in present if self._ranks.is_welcome(node)]
         self._is_exhausted = bool(present) and not nodes
         nodes.sort(key=lambda node: (self._asked.get(node, 0.0), node != self._here, node))
         num_pending = sum(member.rank is None for member in self._members)
-        num_wanted = (ranks.num_free if self._has_main else 1) - num_pending
+        num_wanted = (self._ranks.num_free if self._has_main else 1) - num_pending
         for node in nodes[: max(0, num_wanted)]:
             self._asked[node] = time.monotonic()
             there = NodeAffinitySchedulingStrategy(node, soft=False)
             devices = {f"num_{self._resource.lower()}s": self._num_devices}
             actor = (
-                ray.remote(RayNode).options(scheduling_strategy=there, **devices).remote(self._target[0], os.getcwd())
+                self._ray.remote(RayNode)
+                .options(scheduling_strategy=there, **devices)
+                .remote(self._target[0], os.getcwd())
             )
             self._members.append(_Member(node, actor, actor.offer.remote))
 
@@ -264,7 +275,7 @@ class RayDriver:
     def _is_large_enough(self, resources: Mapping[str, float]) -> bool:
         return resources.get(self._resource, 0) >= self._num_devices
 
-    def _check_start(self, ranks: NodeRanks, deadline: float) -> None:
+    def _check_start(self, deadline: float) -> None:
         if self._has_main or self._members:
             return
         if self._is_exhausted:
@@ -275,37 +286,37 @@ class RayDriver:
                 f"{self._config.start_timeout_sec:g} s: use fewer --devices, or more or larger nodes."
             )
 
-    def _answered(self, ray: Any) -> list[_Member]:
+    def _answered(self) -> list[_Member]:
         """Nodes that have something to say; waits a moment for them."""
         asked = [member.answer for member in self._members if member.pause_until <= time.monotonic()]
         if not asked:
             time.sleep(_POLL_SECONDS)
             return []
-        answers, _ = ray.wait(asked, num_returns=len(asked), timeout=_POLL_SECONDS)
+        answers, _ = self._ray.wait(asked, num_returns=len(asked), timeout=_POLL_SECONDS)
         return [member for member in self._members if member.answer in answers]
 
-    def _advance(self, ray: Any, member: _Member, ranks: NodeRanks) -> int | None:
+    def _advance(self, member: _Member) -> int | None:
         """Take what a node says, and ask it what comes next; it is no member any more when it has ended or is lost.
 
         Returns:
             The exit code of its supervisor, when that has ended.
         """
         try:
-            answer = ray.get(member.answer)
-        except ray.exceptions.ActorUnavailableError:  # Ray finds out whether it is lost
+            answer = self._ray.get(member.answer)
+        except self._ray.exceptions.ActorUnavailableError:  # Ray finds out whether it is lost
             member.pause_until = time.monotonic() + _POLL_SECONDS
             member.follow(member.ask)
             return None
-        except ray.exceptions.RayError as error:
-            cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+        except self._ray.exceptions.RayError as error:
+            cause = error.cause if isinstance(error, self._ray.exceptions.RayTaskError) else error
             name = f"node {member.rank}" if member.rank is not None else "a node"
             self._problem = f"{name} ({member.node} of the cluster) is lost: {' '.join(str(cause).split())}"
             log.warning("%s", self._problem)
-            self._drop(ray, member)
-            ranks.release(member.node, None)
+            self._drop(member)
+            self._ranks.release(member.node, None)
             return None
         if isinstance(answer, Offer):
-            self._begin(ray, member, ranks, answer)
+            self._begin(member, answer)
             return None
         assert isinstance(answer, Progress)
         _print(member.rank or 0, answer)
@@ -313,18 +324,18 @@ class RayDriver:
             member.follow(member.actor.follow.remote)
             return None
         log.info("node %s ends with exit code %d", member.rank, answer.code)
-        self._drop(ray, member)
-        ranks.release(member.node, answer.code)
+        self._drop(member)
+        self._ranks.release(member.node, answer.code)
         return answer.code
 
-    def _begin(self, ray: Any, member: _Member, ranks: NodeRanks, offer: Offer) -> None:
+    def _begin(self, member: _Member, offer: Offer) -> None:
         if offer.problem:
             self._problem = f"{member.node} of the cluster, at {offer.address}, takes no part: {offer.problem}."
             log.warning("%s", self._problem)
-            ranks.exclude(member.node)
-            self._drop(ray, member)
+            self._ranks.exclude(member.node)
+            self._drop(member)
             return
-        member.rank = ranks.take(member.node)
+        member.rank = self._ranks.take(member.node)
         if member.rank == 0:
             self._main = (offer.address, offer.port)
         log.info("node %d is %s at %s", member.rank, member.node, offer.address)
@@ -336,18 +347,18 @@ class RayDriver:
         ]  # fmt: skip
         member.follow(partial(member.actor.start.remote, arguments, self._environment))
 
-    def _see_off_others(self, ray: Any, ranks: NodeRanks, code: int | None) -> None:
+    def _see_off_others(self, code: int | None) -> None:
         """Let the other nodes end by themselves when node 0 has told them how the job ends."""
         deadline = time.monotonic() + (_END_SECONDS if code is not None and code >= 0 else 0.0)
         for member in [member for member in self._members if member.rank is None]:
-            self._drop(ray, member)
+            self._drop(member)
         while self._members and time.monotonic() < deadline:
-            for member in self._answered(ray):
-                self._advance(ray, member, ranks)
+            for member in self._answered():
+                self._advance(member)
 
-    def _drop(self, ray: Any, member: _Member) -> None:
+    def _drop(self, member: _Member) -> None:
         self._asked[member.node] = time.monotonic()  # others come first
-        ray.kill(member.actor)
+        self._ray.kill(member.actor)
         self._members.remove(member)
 
     def _remember(self, number: int, frame: Any) -> None:

@@ -17,6 +17,8 @@ _SUPERVISOR = (
     "from lightning_gpuorch.cli import gpuorch; gpuorch(prog_name='gpuorch')"
 )
 """The kernel ends the supervisor with the actor: Ray then believes that the node's devices are free."""
+_OF_ANOTHER_LAUNCH = ("SLURM_STEP_ID",)
+"""The step of SLURM in which Ray itself runs, where it does: its tasks are none of the job's nodes."""
 _REPORT_SECONDS = 0.5
 _LAST_LINES_SECONDS = 1.0
 _MAX_LINES = 10_000
@@ -92,8 +94,9 @@ class RayNode:
         return await self.follow()
 
     async def _start(self, arguments: list[str], environment: dict[str, str]) -> None:
+        inherited = {name: value for name, value in os.environ.items() if name not in _OF_ANOTHER_LAUNCH}
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", _SUPERVISOR, *arguments, cwd=self._directory, env={**os.environ, **environment},
+            sys.executable, "-c", _SUPERVISOR, *arguments, cwd=self._directory, env={**inherited, **environment},
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         assert self._process.stdout is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from pathlib import Path
 
@@ -86,7 +87,9 @@ def test_a_node_tells_what_its_supervisor_prints_and_how_it_ends(tmp_path: Path)
     assert "'absent.py' does not exist" in refused.lines[-1][1]
 
 
-def test_a_supervisor_is_started_once_and_stopped_by_a_signal(tmp_path: Path) -> None:
+def test_a_supervisor_is_started_once_and_stopped_by_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("JOB_ID", "1"), ("STEP_ID", "0"), ("PROCID", "0"), ("STEP_NUM_TASKS", "4")):
+        monkeypatch.setenv(f"SLURM_{name}", value)  # Ray was started by srun, with other tasks beside it
     (tmp_path / "script.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(300)\n")
 
     async def run() -> tuple[Progress, int]:
@@ -149,3 +152,12 @@ def test_options_that_do_not_go_with_a_cluster_are_refused(
     result = CliRunner().invoke(gpuorch, ["run", *options, str(script)])
     assert result.exit_code == 78, result.output
     assert words in result.output
+
+
+def test_a_cluster_without_ray_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    script = tmp_path / "script.py"
+    script.touch()
+    result = CliRunner().invoke(gpuorch, ["run", "--cluster", "ray", str(script)])
+    assert result.exit_code == 78, result.output
+    assert "pip install 'lightning_gpuorch[ray]'" in result.output
