@@ -92,6 +92,7 @@ class JobService:
         """How often each has made a chunk durable, or kept something of one."""
         self.draining = False
         self._let_go: set[Owner] = set()
+        self._last_over: dict[int, int] = {}
         self._opening = threading.Lock()
         self._lock = threading.RLock()
 
@@ -193,8 +194,9 @@ class JobService:
         Returns:
             Number of chunks that went back.
         """
-        back = 0
+        back, (replica, generation) = 0, owner
         with self._lock:
+            self._last_over[replica] = max(generation, self._last_over.get(replica, -1))
             for number, job in self.jobs.items():
                 for loader, queue in enumerate(job.queues):
                     key = (number, loader)
@@ -290,6 +292,8 @@ class JobService:
                     queue.drain()
                 for owner in self._let_go:
                     queue.let_go(owner)
+                for owner in self._last_over.items():
+                    queue.revoke(owner)
             inputs = [InputLedger(loader, _digest_of_part(store)) for loader, store in enumerate(stores)]
             job = self.jobs[number] = Job(directory, manifest, queues, request.ephemeral, inputs, planners)
         self._on_event(
