@@ -82,6 +82,7 @@ class JobService:
         """How often each has made a chunk durable, or kept something of one."""
         self.draining = False
         self._let_go: set[Owner] = set()
+        self._last_over: dict[int, int] = {}
         self._opening = threading.Lock()
         self._lock = threading.RLock()
 
@@ -183,8 +184,9 @@ class JobService:
         Returns:
             Number of chunks that went back.
         """
-        back = 0
+        back, (replica, generation) = 0, owner
         with self._lock:
+            self._last_over[replica] = max(generation, self._last_over.get(replica, -1))
             for number, job in self.jobs.items():
                 for loader, queue in enumerate(job.queues):
                     key = (number, loader)
@@ -253,6 +255,8 @@ class JobService:
                     queue.drain()
                 for owner in self._let_go:
                     queue.let_go(owner)
+                for owner in self._last_over.items():
+                    queue.revoke(owner)
             self.jobs[request.job] = job
         self._on_event(
             "job",

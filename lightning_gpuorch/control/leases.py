@@ -122,7 +122,8 @@ class LeaseQueue:
         self._leases: dict[int, Owner] = {}
         self._answers: dict[Owner, _Answers] = {}
         self._waiting: dict[Owner, list[tuple[int, Future[LeaseAnswer]]]] = {}
-        self._fenced: set[Owner] = set()
+        self._last_over: dict[int, int] = {}
+        """Newest generation that is over, by replica; so are those before it."""
         self._leaving: set[Owner] = set()
         self._seconds_per_sample: dict[int, float] = {}
         self._began = time.monotonic()
@@ -167,7 +168,7 @@ class LeaseQueue:
             The answer, now or later.
         """
         with self._lock:
-            if owner in self._fenced:
+            if self._is_over(owner):
                 return answered(Fenced())
             answers = self._answers.setdefault(owner, _Answers())
             if sequence < answers.count:
@@ -216,7 +217,7 @@ class LeaseQueue:
         position: tuple[int, int] | None = None,
         exception: RaisedException | None = None,
     ) -> list[int]:
-        """Take back everything an owner holds; called on every path that ends a generation. Idempotent.
+        """Take back everything that a generation of a replica holds, and those before it; called where one ends. Idempotent.
 
         Args:
             owner: The generation that ended.
@@ -228,16 +229,19 @@ class LeaseQueue:
             The chunks that went back.
         """
         with self._lock:
-            self._fenced.add(owner)
-            resolve([future for _, future in self._waiting.pop(owner, [])], Fenced())
-            back = self.leases_of(owner)
+            replica, generation = owner
+            self._last_over[replica] = max(generation, self._last_over.get(replica, -1))
+            for over in filter(self._is_over, list(self._waiting)):
+                resolve([future for _, future in self._waiting.pop(over)], Fenced())
+            back = [chunk for chunk, holder in self._leases.items() if self._is_over(holder)]
             for chunk in back:
                 del self._leases[chunk]
             if blamed in back and position is not None:
                 self._blame(blamed, position, exception)
             for chunk in back:
                 self._put_back(chunk)
-            self._answers.pop(owner, None)
+            for over in filter(self._is_over, list(self._answers)):
+                del self._answers[over]
             self._serve_waiting()
             return back
 
@@ -264,7 +268,7 @@ class LeaseQueue:
     def must_leave(self, owner: Owner) -> bool:
         """Whether an owner would get no work if it asked: the job stops, or it was drained, or replaced."""
         with self._lock:
-            return self._draining.is_set() or owner in self._leaving or owner in self._fenced
+            return self._draining.is_set() or owner in self._leaving or self._is_over(owner)
 
     def quarantine(self, start: int, stop: int, reason: str) -> None:
         """Record units that will have no prediction."""
@@ -280,6 +284,9 @@ class LeaseQueue:
     def wait_for_drain(self, timeout_seconds: float) -> bool:
         """Wait until no more work is to be handed out; returns whether it is so."""
         return self._draining.wait(timeout_seconds)
+
+    def _is_over(self, owner: Owner) -> bool:
+        return owner[1] <= self._last_over.get(owner[0], -1)
 
     def _within(self, chunks: Iterable[int]) -> IntegerSet:
         """Those that there are: a part behind the end of a stream, if there is one, does not stand for another."""

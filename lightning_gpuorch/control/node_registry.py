@@ -197,7 +197,8 @@ class NodeRegistry:
         if coordinator.gang:
             return self.restart_gang(self.gang_generation).generation
         replicas = self._replicas_of(place)
-        generation = max(coordinator.next_generation(replica) for replica in replicas)
+        # Newer than what was given to the supervisor before, too: its ranks may not have registered yet.
+        generation = max(place.generation + 1, *(coordinator.next_generation(replica) for replica in replicas))
         for replica in replicas:
             coordinator.end_generation(replica, generation - 1)
             coordinator.readmit(replica)

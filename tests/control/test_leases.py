@@ -143,6 +143,17 @@ def test_blocked_request_is_answered_stop_when_all_is_done():
     assert waiting.result(0) == Stop()
 
 
+def test_the_end_of_a_generation_ends_those_before_it():
+    queue = queue_of(3, 1)
+    assert [queue.next((0, 0), number, block=False).result(0).chunk for number in range(3)] == [0, 1, 2]
+    waiting = queue.next((0, 0), 3, block=True)
+    assert queue.revoke((0, 2)) == [0, 1, 2]
+    assert waiting.result(0) == Fenced()
+    assert queue.next((0, 1), 0, block=False).result(0) == Fenced()
+    assert queue.must_leave((0, 0))
+    assert queue.next((0, 3), 0, block=False).result(0).chunk == 0
+
+
 def test_drain_tells_everybody_to_leave():
     queue = queue_of(2, SIZE)
     queue.next((0, 0), 0, block=False)

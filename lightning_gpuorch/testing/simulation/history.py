@@ -10,7 +10,7 @@ from lightning_gpuorch.control.leases import Owner
 from lightning_gpuorch.control.messages.base import Request
 from lightning_gpuorch.control.messages.collectives import Gather
 from lightning_gpuorch.control.messages.leases import ChunkDone, CloseJob, JobClosed, Lease, NextChunk, Stop
-from lightning_gpuorch.errors import EXIT_STORAGE
+from lightning_gpuorch.errors import EXIT_STORAGE, GPUOrchError
 from lightning_gpuorch.paths import ObjectPath
 from lightning_gpuorch.predictions import read_predictions
 from lightning_gpuorch.predictions.storage.journal import PartJournal
@@ -31,6 +31,7 @@ class History:
     Attributes:
         problems: What was wrong.
         lines: What has happened, for people.
+        unknown: Chunks of which a writer does not know how its commit has ended.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class History:
     ) -> None:
         self.problems: list[str] = []
         self.lines: list[str] = []
+        self.unknown: set[int] = set()
         self.num_leases = self.num_computed_again = 0
         self._directory, self._num_samples, self._clock, self._unseen = directory, num_samples, clock, unseen
         self._winners: dict[int, Writer] = {}
@@ -142,9 +144,16 @@ class History:
     def check_results(self) -> None:
         """The job is complete: every prediction is there once, in order, of the writer that won."""
         with self._unseen():
-            found = [value for batch in read_predictions(self._directory) for value in batch]
+            try:
+                found = [value for batch in read_predictions(self._directory) for value in batch]
+            except GPUOrchError as error:
+                self.wrong(f"the predictions cannot be read: {error}")
+                return
             if found != list(range(self._num_samples)):
                 self.wrong(f"{len(found)} predictions instead of {self._num_samples}, or in another order")
+            nobodys = self._journal.done() - self._winners.keys() - self.unknown
+            if nobodys:
+                self.wrong(f"chunks {sorted(nobodys)} are durable, and no writer knows that its part is the one")
             for chunk, writer in self._winners.items():
                 metadata = self._journal.header(chunk).metadata
                 if (metadata["run"], metadata["replica"], metadata["generation"]) != writer:

@@ -70,7 +70,19 @@ MAX_RESTARTS = 3
 MAX_LAUNCHES = 20
 LONGEST_BACK_OFF_SECONDS = 300.0
 POLL_SECONDS = 0.5
-KINDS = ("kill", "kill", "lose", "drain", "cut short", "cut long", "restart node 0", "store down", "store slow", "stop")
+KINDS = (
+    "kill",
+    "kill",
+    "lose",
+    "drain",
+    "cut short",
+    "cut long",
+    "replace",
+    "restart node 0",
+    "store down",
+    "store slow",
+    "stop",
+)
 
 
 @dataclass(frozen=True)
@@ -93,11 +105,12 @@ class Scenario:
         return " ".join(words)
 
 
-@dataclass
+@dataclass(eq=False)
 class Node:
-    """A machine: its supervisor, and the ranks of its replicas."""
+    """A machine with a node rank: its supervisor, and the ranks of its replicas. Machine 0 is that of the coordinator."""
 
     number: int
+    machine: int
     supervisor: Process | None = None
     watch: Process | None = None
     name: str = ""
@@ -167,7 +180,8 @@ class Simulation:
         self.network = Network(self.time, rng, self.host)
         self.network.losing, self.network.doubling = rng.choice((0.0, 0.01, 0.05)), rng.choice((0.0, 0.01, 0.1))
         self.network.slow = rng.choice((0.0, 0.001, 0.02))
-        self.nodes = [Node(number) for number in range(self.max_nodes)]
+        self.nodes = [Node(number, number) for number in range(self.max_nodes)]
+        self._num_machines = self.max_nodes
         self.num_launches = 0
         self.code: int | None = None
         self._run_count = 0
@@ -237,16 +251,16 @@ class Simulation:
             node = rng.choice(others)
             self._power_off(node)
             if rng.random() < 0.7:
-                self.time.after(rng.choice((1.0, 20.0, 100.0, 400.0)), lambda: self._start_node(node))
+                self.time.after(rng.choice((1.0, 20.0, 100.0, 400.0)), functools.partial(self._start_node, node))
         elif kind == "drain" and others:
             rng.choice(others).signalled = True
         elif kind.startswith("cut") and others:
             seconds = (
                 rng.uniform(1, LEASE_TERM_SECONDS) if kind == "cut short" else rng.uniform(LEASE_TERM_SECONDS, 500)
             )
-            number = rng.choice(others).number
-            self.history.tell(f"node {number} is cut off for {seconds:.0f} s")
-            self.network.cut_until[number] = now + seconds
+            self._cut(rng.choice(others), seconds)
+        elif kind == "replace" and others:
+            self._replace(rng.choice(others))
         elif kind == "restart node 0" and self.nodes[0].supervisor is not None and self.code is None:
             self._power_off(self.nodes[0])
             self.host.stop()
@@ -264,6 +278,17 @@ class Simulation:
         if kind == "restart node 0":
             return self.nodes[0].supervisor is not None
         return others or self.max_nodes == 1 or kind.startswith("st")
+
+    def _cut(self, node: Node, seconds: float) -> None:
+        self.history.tell(f"node {node.number} is cut off for {seconds:.0f} s")
+        self.network.cut_until[node.machine] = self.time.now + seconds
+
+    def _replace(self, node: Node) -> None:
+        """A machine that cannot be reached is taken for lost, and goes on: another one begins with its node rank."""
+        self._cut(node, self._rng.uniform(1, 500))
+        other = self.nodes[node.number] = Node(node.number, self._num_machines, launches=100 + self._num_machines)
+        self._num_machines += 1
+        self.time.after(self._rng.uniform(1, 60), lambda: self._start_node(other))
 
     def _replica_of(self, rank: int) -> Replica:
         index = rank // self.tensor_parallel_size
@@ -306,12 +331,12 @@ class Simulation:
         if node.number == 0:
             self.code = code
             self.host.stop()
-        elif self.code is None:
+        elif self.code is None and node is self.nodes[node.number]:
             self.time.after(self._rng.uniform(1, 100), lambda: self._start_node(node))
 
     def _ask(self, node: Node, request: Request[Any], timeout_seconds: float = TIMEOUT_SECONDS) -> Wait:
         patience = max(START_TIMEOUT_SECONDS, NODE_TIMEOUT_SECONDS)
-        return self.network.call(node.number, request, timeout_seconds, patience, node.run_id)
+        return self.network.call(node.machine, request, timeout_seconds, patience, node.run_id)
 
     def _supervise(self, node: Node) -> Script:
         joined = yield from self._join(node)
@@ -428,10 +453,11 @@ class Simulation:
             replica.is_over = True
 
     def _end_ranks(self, replica: Replica, code: int) -> None:
-        for rank, process in replica.ranks.items():
+        for process in replica.ranks.values():
             process.kill()
-            replica.codes.setdefault(rank, code)
         replica.ranks.clear()
+        first = replica.index * self.tensor_parallel_size
+        replica.codes = {**dict.fromkeys(range(first, first + self.tensor_parallel_size), code), **replica.codes}
 
     def _begin_drain(self, node: Node) -> Script:
         self.history.tell(f"node {node.number} drains")
@@ -444,7 +470,6 @@ class Simulation:
 
     def _give_up(self, node: Node, replica: Replica) -> Script:
         self._end_ranks(replica, EXIT_RESUMABLE)
-        replica.codes = replica.codes or {replica.index * self.tensor_parallel_size: EXIT_RESUMABLE}
         replica.is_over = True
         ended = EndGeneration(replica=replica.index, generation=replica.generation, blamed={}, positions={})
         yield self._ask(node, ended)
@@ -558,9 +583,8 @@ class RankLife:
         self.process: Process | None = None
 
     def _ask(self, request: Request[Any], timeout_seconds: float = TIMEOUT_SECONDS) -> Wait:
-        number = self._node.number
-        patience = NODE_TIMEOUT_SECONDS if number else TIMEOUT_SECONDS
-        return self._simulation.network.call(number, request, timeout_seconds, patience, self._run_id)
+        patience = NODE_TIMEOUT_SECONDS if self._node.number else TIMEOUT_SECONDS
+        return self._simulation.network.call(self._node.machine, request, timeout_seconds, patience, self._run_id)
 
     def script(self) -> Script:
         """What the rank does."""
@@ -619,6 +643,7 @@ class RankLife:
             won = self._store.commit(chunk, batches, metadata)
         except GPUOrchError as error:
             failure = error
+            self._simulation.history.unknown.add(chunk)
             self._time.after(0.0, lambda: self._reported(None, failure))
             return
         self._simulation.history.committed(chunk, writer, won)

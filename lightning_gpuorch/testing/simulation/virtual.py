@@ -190,7 +190,7 @@ class Network:
 
     Attributes:
         losing, doubling, slow: Shares of messages that get lost, arrive twice, or are late by seconds.
-        cut_until: When the cut of a node ends.
+        cut_until: When the cut of a machine ends; machine 0 is the coordinator's.
     """
 
     def __init__(self, time: VirtualTime, rng: random.Random, host: Host):
@@ -200,22 +200,22 @@ class Network:
         self.num_calls = 0
 
     def call(
-        self, node: int, request: Request[Any], timeout_seconds: float, patience_seconds: float, job: str = ""
+        self, machine: int, request: Request[Any], timeout_seconds: float, patience_seconds: float, job: str = ""
     ) -> Wait:
         """What a process yields to ask the coordinator; see :class:`RemoteChannel`, in whose place this stands."""
-        return lambda resume: _Call(self, node, request, timeout_seconds, patience_seconds, job, resume).send()
+        return lambda resume: _Call(self, machine, request, timeout_seconds, patience_seconds, job, resume).send()
 
-    def reaches(self, node: int) -> bool:
+    def reaches(self, machine: int) -> bool:
         """Whether messages travel now."""
-        return self.host.coordinator is not None and self.time.now >= self.cut_until.get(node, 0.0)
+        return self.host.coordinator is not None and self.time.now >= self.cut_until.get(machine, 0.0)
 
-    def is_lost(self, node: int) -> bool:
+    def is_lost(self, machine: int) -> bool:
         """Whether a message gets lost."""
-        return node != 0 and self.rng.random() < self.losing
+        return machine != 0 and self.rng.random() < self.losing
 
-    def delay(self, node: int) -> float:
+    def delay(self, machine: int) -> float:
         """How long a message travels, in seconds."""
-        if node == 0:
+        if machine == 0:
             return 0.0002
         return self.rng.uniform(1.0, 20.0) if self.rng.random() < self.slow else self.rng.uniform(0.0005, 0.005)
 
@@ -226,14 +226,14 @@ class _Call:
     def __init__(
         self,
         network: Network,
-        node: int,
+        machine: int,
         request: Request[Any],
         timeout_seconds: float,
         patience_seconds: float,
         job: str,
         resume: Resume,
     ):
-        self._network, self._node, self.request, self.job, self._resume = network, node, request, job, resume
+        self._network, self._machine, self.request, self.job, self._resume = network, machine, request, job, resume
         self._timeout_seconds, self._patience_seconds = timeout_seconds, patience_seconds
         network.num_calls += 1
         self.number = network.num_calls
@@ -247,14 +247,14 @@ class _Call:
         network = self._network
         if self._done:
             return
-        if not network.reaches(self._node):
+        if not network.reaches(self._machine):
             self._unreachable()
             return
         for _ in range(2 if network.rng.random() < network.doubling else 1):
-            if network.is_lost(self._node):
+            if network.is_lost(self._machine):
                 self.lose()
             else:
-                network.time.after(network.delay(self._node), self._arrive)
+                network.time.after(network.delay(self._machine), self._arrive)
 
     def lose(self) -> None:
         """A message of it was lost, which the connection notices after a while."""
@@ -263,13 +263,13 @@ class _Call:
     def reply(self, answer: Any) -> None:
         """The coordinator has answered."""
         network = self._network
-        if not network.reaches(self._node) or network.is_lost(self._node):
+        if not network.reaches(self._machine) or network.is_lost(self._machine):
             self.lose()
         else:
-            network.time.after(network.delay(self._node), lambda: self._finish(answer))
+            network.time.after(network.delay(self._machine), lambda: self._finish(answer))
 
     def _arrive(self) -> None:
-        if self._network.reaches(self._node):  # a late copy of what is answered already arrives as well
+        if self._network.reaches(self._machine):  # a late copy of what is answered already arrives as well
             self._lost_since = None
             self._network.host.receive(self)
         else:
