@@ -240,7 +240,7 @@ def test_run_takes_the_options_of_fabric_run() -> None:
         assert set(option.opts) <= set(mine.opts)
         assert mine.nargs == option.nargs
         if option.name != "strategy":
-            assert mine.default == option.default
+            assert str(mine.default) == str(option.default)
     assert list(ours["precision"].type.choices) == list(
         next(option for option in fabric_run.params if option.name == "precision").type.choices
     )
