@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from lightning_gpuorch.control.bootstrap import die_with_parent
+
 _START_SECONDS = 90.0
 
 
@@ -69,7 +71,7 @@ class S3Server:
                     f"-filer.localSocket={self._directory}/filer.sock", f"-s3.localSocket={self._directory}/s3.sock",
                     *ports,
                 ],
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
         deadline = time.monotonic() + _START_SECONDS
         while True:

@@ -10,6 +10,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from lightning_gpuorch.control.bootstrap import die_with_parent
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
 START_SECONDS = 60.0
 
@@ -113,7 +115,7 @@ class Slurm:
             self._processes.append(
                 subprocess.Popen(
                     command, env={**os.environ, **self.environment}, stdout=log, stderr=subprocess.STDOUT,
-                    start_new_session=True,
+                    start_new_session=True, preexec_fn=die_with_parent,
                 )
             )  # fmt: skip
 
